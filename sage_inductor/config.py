@@ -1,0 +1,92 @@
+"""Every option of the package, documented once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sage_inductor.kernels import KERNELS, PRECISIONS
+
+OPTION_PREFIX = "sage."
+FALLBACKS = ("sdpa", "warn", "error")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to rewrite and how. In `torch.compile(options=...)` each field is the key `"sage.<field>"`.
+
+    Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what is valid.
+    """
+
+    kernel: str = "auto"
+    """"auto": the first kernel that can run the site and is expected to beat SDPA there. A name ("triton",
+    "sageattention", "reference") is used wherever it can run."""
+
+    precision: str = "fast"
+    """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV)."""
+
+    fallback: str = "sdpa"
+    """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns, "error"
+    raises NotEligibleError with all reasons."""
+
+    include: tuple[str, ...] = ()
+    """fnmatch globs on the site's module path ("blocks.*.attn1"); when given, only sites that match are rewritten."""
+
+    exclude: tuple[str, ...] = ()
+    """fnmatch globs on the site's module path; sites that match stay SDPA. Wins over include."""
+
+    training: bool = False
+    """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the exact
+    gradient of unquantised attention at the same inputs (a straight-through estimate)."""
+
+    def __post_init__(self) -> None:
+        _one_of("kernel", self.kernel, ("auto", *KERNELS))
+        _one_of("precision", self.precision, tuple(PRECISIONS))
+        _one_of("fallback", self.fallback, FALLBACKS)
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(glob, str) for glob in _as_tuple(name, value)):
+                raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
+            object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.training, bool):
+            raise TypeError(f"training={self.training!r} (valid: True, False)")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+        """Split `torch.compile` options into our Config and the keys that belong to Inductor."""
+        names = [field.name for field in fields(cls)]
+        own: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for key, value in (options or {}).items():
+            if not key.startswith(OPTION_PREFIX):
+                rest[key] = value
+                continue
+            name = key.removeprefix(OPTION_PREFIX)
+            if name not in names:
+                valid = ", ".join(OPTION_PREFIX + name for name in names)
+                raise ValueError(f"unknown option {key!r} (valid: {valid})")
+            own[name] = value
+        return cls(**own), rest
+
+    def selection_reasons(self, name: str) -> list[str]:
+        """Why include and exclude leave out the site with this module path; empty when they do not."""
+        reasons = []
+        if self.include and not any(fnmatchcase(name, glob) for glob in self.include):
+            reasons.append(f"site={name} (include: {', '.join(self.include)})")
+        for glob in self.exclude:
+            if fnmatchcase(name, glob):
+                reasons.append(f"site={name} (exclude: {glob})")
+        return reasons
+
+
+def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} (valid: {', '.join(valid)})")
+
+
+def _as_tuple(name: str, value: object) -> tuple[object, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
+    return tuple(value)

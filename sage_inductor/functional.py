@@ -1,0 +1,105 @@
+"""`sage_attention`: the kernels called directly, with the signature of `F.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor import kernels, ops
+from sage_inductor.errors import NotEligibleError
+
+
+def sage_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    kernel: str = "auto",
+    precision: str = "fast",
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """8-bit attention with SDPA's arguments and semantics.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`, or the same without batch, or without batch and heads.
+        key, value: `[batch, kv_heads, kv_len, head_dim]` and `[batch, kv_heads, kv_len, value_head_dim]`; kv_heads is
+            heads, or a divisor of it with `enable_gqa`. float16, bfloat16 or float32, in any memory layout.
+        attn_mask: bool (True: attend) or additive, broadcasts to `[batch, heads, q_len, kv_len]`. A query that may
+            attend no key gets 0.
+        dropout_p: only 0 can be served by a quantised kernel.
+        is_causal: query i sees keys 0 .. i (top-left alignment); excludes attn_mask.
+        scale: factor of the scores, `head_dim ** -0.5` when None.
+        kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where there is
+            none; a name ("triton", "sageattention", "reference") runs that kernel.
+        precision: "fast", "balanced" or "accurate".
+        return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
+        out: written and returned instead of a new tensor; `[batch, heads, q_len, value_head_dim]`, any strides.
+
+    Returns:
+        `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
+
+    Raises:
+        NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
+        RuntimeError: the inputs do not fit together, as from SDPA.
+        ValueError: an unknown kernel or precision.
+    """
+    if kernel != "auto" and kernel not in kernels.KERNELS:
+        raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
+    if precision not in kernels.PRECISIONS:
+        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p} (valid: 0 to 1)")
+    if return_lse and out is not None:
+        raise ValueError("return_lse=True with out: only one of them is valid")
+
+    needs = _needs_of_exact_attention(query, key, value, attn_mask, dropout_p)
+    if needs:
+        if kernel != "auto" or return_lse or out is not None:
+            raise NotEligibleError(f"kernel={kernel}", needs)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if return_lse:
+        pair: tuple[Tensor, Tensor] = torch.ops.sage_inductor.attention_lse(
+            query, key, value, attn_mask, is_causal,
+            scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision,
+        )  # fmt: skip
+        return pair
+    if out is not None:
+        torch.ops.sage_inductor.attention.out(
+            query, key, value, attn_mask, is_causal,
+            scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision, output=out,
+        )  # fmt: skip
+        return out
+    result: Tensor = torch.ops.sage_inductor.attention(
+        query, key, value, attn_mask, is_causal,
+        scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision,
+    )  # fmt: skip
+    return result
+
+
+def _needs_of_exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> list[str]:
+    """What a quantised inference kernel cannot give: dropout, and gradients."""
+    reasons = []
+    if dropout_p > 0.0:
+        reasons.append(kernels.base.reason("dropout_p", dropout_p, 0.0))
+    if torch.is_grad_enabled():
+        tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+        wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+        if wanting:
+            reasons.append(f"requires_grad={', '.join(wanting)} (supported: none; use torch.no_grad())")
+    return reasons
+
+
+assert ops  # importing this module registers the operators

@@ -1,0 +1,138 @@
+"""What every kernel family shares: the description of one attention problem, and the interface of a kernel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# What each precision means; errors are in README.md.
+PRECISIONS: dict[str, str] = {
+    "fast": "INT8 QK^T, FP8 (e4m3) PV",
+    "balanced": "INT8 QK^T, INT8 PV",
+    "accurate": "INT8 QK^T, FP16 (BF16 for bfloat16 inputs) PV",
+}
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """The part of an attention call that is not a tensor.
+
+    Query i may attend key j when `-window_left <= j - (i + offset) <= window_right`, a negative window meaning no
+    bound, where offset is 0 (top-left alignment, as SDPA) or `kv_len - q_len` (`bottom_right`, as FlashAttention).
+    `is_causal` is `window_right == 0`; it does not depend on the caller having written it as a window.
+    """
+
+    is_causal: bool = False
+    bottom_right: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    scale: float | None = None  # None: head_dim ** -0.5
+    precision: str = "fast"
+
+    def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
+        """(low, high): query i sees keys i + low .. i + high, None where there is no bound."""
+        offset = kv_len - q_len if self.bottom_right else 0
+        right = 0 if self.is_causal else self.window_right
+        low = offset - self.window_left if self.window_left >= 0 else None
+        high = offset + right if right >= 0 else None
+        return low, high
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, strides (in elements), dtype and device of a tensor; sizes may be symbolic in a traced graph."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One attention call as a kernel sees it.
+
+    query `[batch, heads, q_len, head_dim]`, key `[batch, kv_heads, kv_len, head_dim]`, value
+    `[batch, kv_heads, kv_len, value_head_dim]`, heads a multiple of kv_heads; attn_mask None or a bool (True: attend)
+    or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All in any memory layout.
+    """
+
+    query: TensorSpec
+    key: TensorSpec
+    value: TensorSpec
+    attn_mask: TensorSpec | None
+    params: AttentionParams
+    return_lse: bool = False
+
+
+class Kernel(ABC):
+    """One kernel family. Its limits are class attributes; `run` may be called when both reason lists are empty."""
+
+    name: ClassVar[str]
+    precisions: ClassVar[Collection[str]]
+    dtypes: ClassVar[Collection[torch.dtype]]
+    device_types: ClassVar[Collection[str]]
+    head_dims: ClassVar[Collection[int]]
+
+    @abstractmethod
+    def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
+        """Why the kernel cannot run on `device` (None: on any device of this machine); empty when it can."""
+
+    def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Every reason why the kernel cannot serve `problem`; empty when it can. Touches no device."""
+        reasons = []
+        if problem.query.device.type not in self.device_types:
+            reasons.append(reason("device", problem.query.device.type, self.device_types))
+        if problem.query.dtype not in self.dtypes:
+            reasons.append(reason("dtype", problem.query.dtype, self.dtypes))
+        if problem.params.precision not in self.precisions:
+            reasons.append(reason("precision", problem.params.precision, self.precisions))
+        if problem.query.shape[-1] not in self.head_dims:
+            reasons.append(reason("head_dim", problem.query.shape[-1], self.head_dims))
+        if problem.value.shape[-1] not in self.head_dims:
+            reasons.append(reason("value_head_dim", problem.value.shape[-1], self.head_dims))
+        return reasons
+
+    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why "auto" leaves `problem` to SDPA although the kernel could run it (it would be slower); [] to take it."""
+        return []
+
+    @abstractmethod
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides) and, when
+        asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs are never written;
+        work goes to the current stream of the inputs' device."""
+
+
+def reason(name: str, value: object, supported: object) -> str:
+    """`head_dim=80 (supported: 64, 128)`."""
+    return f"{name}={_text(value)} (supported: {_text(supported)})"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, range):
+        step = f" in steps of {value.step}" if value.step != 1 else ""
+        return f"{value.start} to {value[-1]}{step}"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ", ".join(_text(item) for item in value)
+    return str(value)

@@ -1,0 +1,376 @@
+"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first run.
+
+    sage_inductor::attention        -> output
+    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called out)
+    sage_inductor::attention_lse    -> output and LSE
+
+They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose inputs
+need gradients belongs to `sage_inductor::attention_training` in training.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor import kernels
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.reference import SCORES_AT_ONCE
+
+NAMESPACE = "sage_inductor"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
+_PARAMS = (
+    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, int window_right=-1, "
+    "str kernel_name='auto', str precision='fast'"
+)  # kernel_name: Inductor's lowering has an argument of its own called kernel
+# Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another layout.
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+_lib = torch.library.Library(NAMESPACE, "FRAGMENT")
+_lib.define(f"attention({_INPUTS}, {_PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
+_lib.define(f"attention.out({_INPUTS}, {_PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
+_lib.define(f"attention_lse({_INPUTS}, {_PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
+
+
+def validate(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool, out: Tensor | None = None
+) -> None:
+    """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced tensors."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        _check(2 <= tensor.dim() <= 4, lambda: f"{name} has {tensor.dim()} dimensions (valid: 2 to 4)")
+        _check(tensor.dim() == query.dim(), lambda: f"{name} has {tensor.dim()} dimensions, query has {query.dim()}")
+        _check(tensor.dtype == query.dtype, lambda: f"{name} is {tensor.dtype}, query is {query.dtype}")
+        _check(tensor.device == query.device, lambda: f"{name} is on {tensor.device}, query on {query.device}")
+    _check(
+        query.shape[-1] == key.shape[-1], lambda: f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}"
+    )
+    _check(key.shape[-2] == value.shape[-2], lambda: f"kv_len of key is {key.shape[-2]}, of value {value.shape[-2]}")
+    if query.dim() >= 3:
+        heads, kv_heads = query.shape[-3], key.shape[-3]
+        _check(value.shape[-3] == kv_heads, lambda: f"value has {value.shape[-3]} heads, key has {kv_heads}")
+        if enable_gqa:
+            _check(heads % kv_heads == 0, lambda: f"{heads} query heads are not a multiple of {kv_heads} key heads")
+        else:
+            _check(heads == kv_heads, lambda: f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
+    if query.dim() == 4:
+        for name, tensor in tensors.items():
+            _check(
+                tensor.shape[0] == query.shape[0], lambda: f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}"
+            )
+    if attn_mask is not None:
+        _validate_mask(query, key, attn_mask)
+    if out is not None:
+        expected = (*query.shape[:-1], value.shape[-1])
+        _check(tuple(out.shape) == expected, lambda: f"out is {tuple(out.shape)}, the output {expected}")
+        _check(out.dtype == query.dtype, lambda: f"out is {out.dtype}, query is {query.dtype}")
+        _check(out.device == query.device, lambda: f"out is on {out.device}, query on {query.device}")
+
+
+def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
+    _check(attn_mask.device == query.device, lambda: f"attn_mask is on {attn_mask.device}, query on {query.device}")
+    _check(
+        attn_mask.dtype in (torch.bool, torch.float32, query.dtype),
+        lambda: f"attn_mask is {attn_mask.dtype} (valid: bool, float32, {query.dtype})",
+    )
+    scores = (*query.shape[:-1], key.shape[-2])
+    _check(attn_mask.dim() <= len(scores), lambda: f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")
+    for size, expected in zip(reversed(attn_mask.shape), reversed(scores), strict=False):
+        _check(
+            size == 1 or size == expected,
+            lambda: f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}",
+        )
+
+
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    if not condition:
+        raise RuntimeError(f"sage_inductor attention: {message()}")
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA gives its
+    output, `[0, 2, 1, 3]` for a query in NHD memory."""
+    strides = tensor.stride()
+    leading = range(tensor.dim() - 1)
+    return [*sorted(leading, key=lambda dim: strides[dim], reverse=True), tensor.dim() - 1]
+
+
+def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
+    shape = (*query.shape[:-1], value.shape[-1])
+    if order is None:
+        order = memory_order(query)
+    elif sorted(order) != list(range(query.dim())):
+        raise RuntimeError(f"sage_inductor attention: memory_order={list(order)} is no order of {query.dim()} dims")
+    return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    memory_order: Sequence[int] | None = None,
+    **params: Any,
+) -> Tensor:
+    out = _empty_output(query, value, memory_order)
+    _run(query, key, value, attn_mask, is_causal, out, None, **params)
+    return out
+
+
+def _attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    output: Tensor,
+    **params: Any,
+) -> None:
+    _run(query, key, value, attn_mask, is_causal, output, None, **params)
+
+
+def _attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    memory_order: Sequence[int] | None = None,
+    **params: Any,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_output(query, value, memory_order), _empty_lse(query)
+    _run(query, key, value, attn_mask, is_causal, out, lse, **params)
+    return out, lse
+
+
+# What a call resolves to depends on shapes, strides and options alone, so it is worked out once for each: the checks
+# would otherwise cost more than the launch.
+_resolved: dict[tuple[Any, ...], tuple[Kernel | None, AttentionParams]] = {}
+_RESOLVED_AT_MOST = 4096
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bottom_right: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    kernel_name: str = "auto",
+    precision: str = "fast",
+) -> None:
+    mask_key = None if attn_mask is None else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device)
+    cache_key = (
+        query.shape, query.stride(), query.dtype, query.device,
+        key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device,
+        out.shape, out.dtype, out.device, lse is None, mask_key,
+        is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
+    )  # fmt: skip
+    resolved = _resolved.get(cache_key)
+    if resolved is None:
+        validate(query, key, value, attn_mask, enable_gqa, out)
+        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
+        resolved = _resolve(query, key, value, attn_mask, params, lse is not None, kernel_name), params
+        if len(_resolved) >= _RESOLVED_AT_MOST:
+            _resolved.clear()
+        _resolved[cache_key] = resolved
+    chosen, params = resolved
+    if query.dim() != 4:
+        query, key, value, out = (as_4d(tensor) for tensor in (query, key, value, out))
+        lse = None if lse is None else lse.view(query.shape[:-1])
+    if attn_mask is not None:
+        attn_mask = as_4d(attn_mask)
+    if out.numel() == 0 or key.shape[2] == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+    elif chosen is None:
+        _exact(query, key, value, attn_mask, params, out, lse)
+    else:
+        chosen.run(query, key, value, attn_mask, params, out, lse)
+
+
+def _resolve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    return_lse: bool,
+    name: str,
+) -> Kernel | None:
+    """The kernel to run; None for exact attention, which "auto" falls back to."""
+    if params.precision not in kernels.PRECISIONS:
+        raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    problem = make_problem(query, key, value, attn_mask, params, return_lse)
+    chosen, reasons = kernels.select(problem, name)
+    if chosen is None and name != "auto":
+        raise NotEligibleError(f"kernel={name}", reasons)
+    return chosen
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    return_lse: bool = False,
+) -> AttentionProblem:
+    """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
+    mask = None if attn_mask is None else TensorSpec.of(as_4d(attn_mask))
+    specs = (TensorSpec.of(as_4d(tensor)) for tensor in (query, key, value))
+    return AttentionProblem(*specs, mask, params, return_lse)
+
+
+def as_4d(tensor: Tensor) -> Tensor:
+    """`[..., seq, head_dim]` seen as `[batch, heads, seq, head_dim]`; masks alike."""
+    while tensor.dim() < 4:
+        tensor = tensor.unsqueeze(0)
+    return tensor
+
+
+def _exact(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Unquantised attention for what no kernel takes under "auto"."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    low, high = params.bounds(q_len, kv_len)
+    plain_causal = low is None and high == 0 and attn_mask is None
+    if (low is not None or high is not None) and not plain_causal:
+        distance = torch.arange(kv_len, device=query.device) - torch.arange(q_len, device=query.device)[:, None]
+        band = torch.ones_like(distance, dtype=torch.bool)
+        if low is not None:
+            band &= distance >= low
+        if high is not None:
+            band &= distance <= high
+        if attn_mask is None:
+            attn_mask = band
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask & band
+        else:
+            attn_mask = attn_mask.masked_fill(~band, -math.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
+        attn_mask = attn_mask.to(query.dtype)
+    gqa = query.shape[1] != key.shape[1]
+    result = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
+    )
+    out.copy_(result)
+    if lse is None:
+        return
+    scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    step = max(1, SCORES_AT_ONCE // max(1, query.shape[0] * query.shape[1] * kv_len))
+    mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], kv_len)
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        scores = query[:, :, rows].float() @ keys.mT * scale
+        if plain_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1 + start), -math.inf)
+        elif mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask[:, :, rows], -math.inf)
+        elif mask is not None:
+            scores = scores + mask[:, :, rows]
+        lse[:, :, rows] = scores.logsumexp(-1)
+
+
+def _fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+    memory_order: Sequence[int] | None = None,
+    **params: Any,
+) -> Tensor:
+    validate(query, key, value, attn_mask, enable_gqa)
+    return _empty_output(query, value, memory_order)
+
+
+def _fake_attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+    output: Tensor,
+    **params: Any,
+) -> None:
+    validate(query, key, value, attn_mask, enable_gqa, output)
+
+
+def _fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return _fake_attention(query, *args, **kwargs), _empty_lse(query)
+
+
+def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is left."""
+    keys = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def rule(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                return tensor
+            return tensor.to(dtype) if tensor.device.type == device_type else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(cast(query), cast(key), cast(value), cast(attn_mask), *args, **kwargs)
+
+    return rule
+
+
+def _register() -> None:
+    for name, implementation, fake in (
+        ("attention", _attention, _fake_attention),
+        ("attention.out", _attention_out, _fake_attention_out),
+        ("attention_lse", _attention_lse, _fake_attention_lse),
+    ):
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.sage_inductor, packet), overload or "default")
+        for backend in ("CPU", "CUDA"):
+            _lib.impl(name, implementation, backend)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _lib.impl(name, autocast_rule(op, device_type), key)
+
+
+_register()

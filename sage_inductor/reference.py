@@ -1,0 +1,226 @@
+"""The quantised algorithm in plain PyTorch, on any device: the oracle that every faster kernel is compared with.
+
+SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8 PV):
+K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is INT8 per
+128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own 128-key block;
+"accurate" P and V in 16 bits. V has one factor per channel and one per 128-key block.
+
+Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel that
+follows the same steps differs only by the rounding of exp2 and of the float32 sums.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
+SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
+V_CHANNEL_FLOOR = 1 / 64  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
+SCORES_AT_ONCE = 2**24  # float32 scores held at a time (64 MiB)
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """K and V of one call in the form the attention loop reads; integers and e4m3 values are held as float32."""
+
+    k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
+    k_scale: Tensor  # [batch, kv_heads, blocks]
+    k_mean: Tensor  # [batch, kv_heads, 1, head_dim]
+    v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
+    v_block: Tensor  # [batch, kv_heads, blocks]
+    v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    bounds: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    precision: str = "fast",
+) -> tuple[Tensor, Tensor]:
+    """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
+    `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
+    `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`.
+
+    Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the natural-log
+    LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries: holds at most
+    `SCORES_AT_ONCE` scores, or one row of every head where that is more.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_len = key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    kv = quantize_kv(key, value, precision)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
+    out = query.new_empty(batch, heads, q_len, value.shape[-1])
+    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
+    step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
+    for start in range(0, q_len, step):
+        stop = min(start + step, q_len)
+        allowed, bias = _mask(attn_mask, bounds, start, stop, kv_len, kv.k.shape[2], query.device)
+        chunk_out, chunk_lse = _attend(query[:, :, start:stop], kv, allowed, bias, scale, precision)
+        out[:, :, start:stop] = chunk_out
+        lse[:, :, start:stop] = chunk_lse
+    return out, lse
+
+
+def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """INT8 per token of `query * scale * log2(e)`: integers as float32, and their scales (fp32, never negative)."""
+    scaled = query.float() * (scale * LOG2E)
+    q_scale = _scale_for(scaled.abs().amax(-1, keepdim=True), INT8_MAX)
+    return torch.nan_to_num((scaled / q_scale).round()), q_scale
+
+
+def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
+    """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros."""
+    kv_len = key.shape[2]
+    sampled = min(kv_len, SAMPLED_KEYS)
+    rows = torch.arange(sampled, device=key.device) * kv_len // sampled
+    k_mean = _finite(key[:, :, rows].float()).mean(2, keepdim=True)
+    k_blocks = _blocked(key.float() - k_mean)
+    k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
+    k = torch.nan_to_num((k_blocks / k_scale).round())
+
+    if precision == "accurate":
+        v_channel = value.new_ones(*value.shape[:2], 1, value.shape[-1], dtype=torch.float32)
+        v = _blocked(value.to(_pv_dtype(value.dtype)).float())
+        v_block = torch.ones_like(k_scale)
+    else:
+        v_max = _finite(value[:, :, rows].float()).abs().amax(2, keepdim=True)
+        v_channel = torch.maximum(v_max, v_max.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
+        v_channel = torch.where(v_channel > 0, v_channel, 1.0)
+        v = _blocked(value.float() / v_channel)
+        v_block = _scale_for(v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX)
+        v = torch.nan_to_num(v / v_block)
+        v = _e4m3(v) if precision == "fast" else v.round()
+    return QuantizedKV(
+        k.flatten(2, 3), k_scale[..., 0, 0], k_mean, v.flatten(2, 3), v_block[..., 0, 0], v_channel
+    )
+
+
+def _attend(
+    query: Tensor, kv: QuantizedKV, allowed: Tensor | None, bias: Tensor | None, scale: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of some queries over all keys: what an online softmax over 128-key blocks computes."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, blocks = kv.k_scale.shape[1:]
+    groups = heads // kv_heads
+    q, q_scale = quantize_query(query, scale)
+
+    def per_query_head(x: Tensor) -> Tensor:  # [batch, kv_heads, blocks] -> [batch, heads, 1, blocks]
+        return x.repeat_interleave(groups, 1)[:, :, None]
+
+    scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(batch, heads, rows, blocks, KEY_BLOCK)
+    x = scores * (q_scale * per_query_head(kv.k_scale))[..., None]
+    if bias is not None:
+        x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK) * LOG2E
+    if allowed is not None:
+        x = x.masked_fill(~allowed.view(*allowed.shape[:3], blocks, KEY_BLOCK), -math.inf)
+
+    block_max = x.amax(-1).clamp(min=FULLY_MASKED)
+    running_max = block_max.cummax(-1).values
+    final_max = running_max[..., -1:]
+    v_block = per_query_head(kv.v_block)
+    if precision == "fast":
+        # The block's V factor goes into the exponent, relative to the largest of them, and comes out of the row sum.
+        v_reference = v_block.amax(-1, keepdim=True)
+        relative = v_block / v_reference
+        p = torch.exp2(x - (running_max - math.log2(E4M3_MAX) - relative.log2())[..., None])
+        weight = torch.exp2(running_max - final_max)
+        row_sum = (p.sum(-1) / relative * weight).sum(-1, keepdim=True)
+        p = _e4m3(p)
+        v_scale = v_reference
+    elif precision == "balanced":
+        p = torch.exp2(x - (block_max - math.log2(INT8_MAX))[..., None])
+        weight = torch.exp2(block_max - final_max)
+        row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
+        p = p.round()
+        weight = weight * v_block
+        v_scale = torch.ones_like(v_block[..., :1])
+    else:
+        p = torch.exp2(x - running_max[..., None])
+        weight = torch.exp2(running_max - final_max)
+        row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
+        p = p.to(_pv_dtype(query.dtype)).float()
+        v_scale = torch.ones_like(v_block[..., :1])
+
+    weighted = (p * weight[..., None]).view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK)
+    out = (weighted @ kv.v).view(batch, heads, rows, -1)
+    out = out / row_sum * v_scale * kv.v_channel.repeat_interleave(groups, 1)
+    masked_out = row_sum == 0
+    out = torch.where(masked_out, 0.0, out)
+
+    log_p_scale = {"fast": math.log2(E4M3_MAX), "balanced": math.log2(INT8_MAX), "accurate": 0.0}[precision]
+    lse = (final_max + row_sum.log2() - log_p_scale) * LN2
+    lse = lse + scale * (query.float() @ kv.k_mean.repeat_interleave(groups, 1).mT)
+    lse = torch.where(masked_out, -math.inf, lse)
+    return out.to(query.dtype), lse[..., 0]
+
+
+def _mask(
+    attn_mask: Tensor | None,
+    bounds: tuple[int | None, int | None],
+    start: int,
+    stop: int,
+    kv_len: int,
+    padded_len: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(allowed, bias) for queries start..stop over the padded keys, `[1 or batch, 1 or heads, rows, padded_len]`."""
+    low, high = bounds
+    allowed = bias = None
+    if attn_mask is not None:
+        rows = F.pad(attn_mask[:, :, start:stop], (0, padded_len - kv_len))
+        if rows.dtype == torch.bool:
+            allowed = rows
+        else:
+            bias = rows.float()
+    if low is not None or high is not None or padded_len != kv_len:
+        keys = torch.arange(padded_len, device=device)
+        distance = keys - torch.arange(start, stop, device=device)[:, None]
+        band = (keys < kv_len).expand(stop - start, -1)
+        if low is not None:
+            band = band & (distance >= low)
+        if high is not None:
+            band = band & (distance <= high)
+        allowed = band[None, None] if allowed is None else allowed & band
+    return allowed, bias
+
+
+def _scale_for(amax: Tensor, largest: float) -> Tensor:
+    """amax / largest; 1 for zeros, so that 0 / 0 never arises, and NaN where the input was not finite, so that a
+    quantised inf or NaN still shows in the output."""
+    scale = torch.where(amax > 0, amax / largest, 1.0)
+    return torch.where(amax.isfinite(), scale, math.nan)
+
+
+def _blocked(x: Tensor) -> Tensor:
+    """`[batch, heads, keys, dim]` -> `[batch, heads, blocks, 128, dim]`, padded with zeros."""
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % KEY_BLOCK))
+    return padded.unflatten(2, (-1, KEY_BLOCK))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()  # the cast itself makes NaN above 464
+
+
+def _pv_dtype(dtype: torch.dtype) -> torch.dtype:
+    """FP16 for float16 inputs; BF16 for the rest, whose range FP16 does not hold (V above 65504)."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16

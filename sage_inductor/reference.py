@@ -126,7 +126,7 @@ def _attend(
     scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(batch, heads, rows, blocks, KEY_BLOCK)
     x = scores * (q_scale * per_query_head(kv.k_scale))[..., None]
     if bias is not None:
-        x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK) * LOG2E
+        x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK)
     if allowed is not None:
         x = x.masked_fill(~allowed.view(*allowed.shape[:3], blocks, KEY_BLOCK), -math.inf)
 
@@ -187,7 +187,7 @@ def _mask(
         if rows.dtype == torch.bool:
             allowed = rows
         else:
-            bias = rows.float()
+            bias = _log2_bias(rows)
     if low is not None or high is not None or padded_len != kv_len:
         keys = torch.arange(padded_len, device=device)
         distance = keys - torch.arange(start, stop, device=device)[:, None]
@@ -198,6 +198,13 @@ def _mask(
             band = band & (distance <= high)
         allowed = band[None, None] if allowed is None else allowed & band
     return allowed, bias
+
+
+def _log2_bias(mask: Tensor) -> Tensor:
+    """An additive mask in the exponent's units. The most negative finite number stays finite, so that a row made of
+    it attends to all keys alike, as in SDPA; -inf stays -inf."""
+    bias = mask.float() * LOG2E
+    return torch.where(mask == -math.inf, -math.inf, bias.clamp(min=FULLY_MASKED))
 
 
 def _scale_for(amax: Tensor, largest: float) -> Tensor:

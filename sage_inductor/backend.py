@@ -1,0 +1,112 @@
+"""The ways into the pass: the named `torch.compile` backend, `enabled()`, `explain()` and `rewrite_exported()`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sage_inductor.config import Config
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.graph_pass import SageAttentionPass, rewrite_graph
+from sage_inductor.inductor import (
+    compile_with_inductor,
+    configured_pre_grad_pass,
+    pre_grad_pass,
+    surfaced,
+)
+from sage_inductor.report import Report, Site, unique_names
+
+
+def sage_inductor(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="sage_inductor", mode=..., options=...)`.
+
+    Options named "sage.<field>" make the Config; every other one, and `mode`, go to Inductor, which compiles the
+    rewritten graph. Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph` does.
+    """
+    try:
+        config, inductor_options = Config.from_options(options)
+        rewrite_graph(graph_module.graph, config)
+    except (NotEligibleError, ValueError, TypeError) as error:
+        raise surfaced(error) from None
+    graph_module.recompile()
+    return compile_with_inductor(graph_module, example_inputs, mode, inductor_options)
+
+
+@contextmanager
+def enabled(config: Config | None = None) -> Iterator[None]:
+    """Inside, plain `torch.compile(model)` rewrites attention: graphs compiled while the context is active do.
+
+    The first call of the compiled model, which compiles it, must happen inside. A pass that is already configured in
+    `torch._inductor.config.pre_grad_custom_pass` runs after ours.
+    """
+    with pre_grad_pass(SageAttentionPass(config, then=_as_one_pass(configured_pre_grad_pass()))):
+        yield
+
+
+def _as_one_pass(configured: Any) -> Any:
+    """torch 2.13 and later allow a list of passes where 2.11 takes one."""
+    if not isinstance(configured, (list, tuple)):
+        return configured
+    return _Sequence(tuple(configured)) if configured else None
+
+
+class _Sequence:
+    def __init__(self, passes: tuple[Any, ...]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        uuids = [graph_pass.uuid() if hasattr(graph_pass, "uuid") else None for graph_pass in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
+    """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
+
+    Traces with Dynamo and runs the graphs as they are, eagerly and without gradients changed; compiles nothing. The
+    caller's torch.compile caches are not used and not filled. Raises NotEligibleError as the backend does.
+    """
+    chosen = Config() if config is None else config
+    sites: list[Site] = []
+    graphs = 0
+
+    def collect(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        judged = copy.deepcopy(graph_module)
+        try:
+            sites.extend(rewrite_graph(judged.graph, chosen))
+        except NotEligibleError as error:
+            raise surfaced(error) from None
+        return graph_module.forward
+
+    torch._dynamo.reset_code_caches() if hasattr(torch._dynamo, "reset_code_caches") else None
+    torch.compile(model, backend=collect)(*args, **kwargs)
+    return Report(unique_names(sites), graphs)
+
+
+def rewrite_exported(
+    exported_program: torch.export.ExportedProgram, config: Config | None = None
+) -> torch.export.ExportedProgram:
+    """A copy of `exported_program` with its eligible attention rewritten; the original is left as it is.
+
+    The result runs, saves and compiles with AOTInductor wherever `import sage_inductor` has registered the operators
+    in the Python process. Raises NotEligibleError as the backend does, and when AOTInductor could not run the kernel.
+    """
+    result = copy.deepcopy(exported_program)
+    rewrite_graph(result.graph_module.graph, Config() if config is None else config)
+    result.graph_module.recompile()
+    return result

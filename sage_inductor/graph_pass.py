@@ -1,0 +1,222 @@
+"""The pass: walks a graph, judges every attention in it, rewrites those that are eligible."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from sage_inductor import kernels, masks, workarounds
+from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.config import Config
+from sage_inductor.eligibility import Surroundings, ineligible_reasons, kernel_reasons, make_problem
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.gqa import absorb_repeated_heads
+from sage_inductor.inductor import CustomGraphPass, pinned_sdpa_backends
+from sage_inductor.patterns import ALL
+from sage_inductor.report import Site, TensorInfo, unique_names
+from sage_inductor.rewrite import rewrite
+
+log = logging.getLogger(__name__)
+
+
+def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
+    """Rewrite `graph` and the graphs of its submodules in place, as `config` says. Returns every site found.
+
+    Raises NotEligibleError where a kernel that was asked for by name cannot run on this machine, and, with
+    `fallback="error"`, where any site stays.
+    """
+    sites = unique_names(_walk(graph, config, Surroundings(_ambient_pin()), set()))
+    for site in sites:
+        log.debug("%s", site)
+    rewritten = sum(site.rewritten for site in sites)
+    if sites:
+        log.info("%d of %d attention(s) rewritten (kernel=%s)", rewritten, len(sites), config.kernel)
+    _fall_back([site for site in sites if not site.rewritten], config)
+    workarounds.apply(graph)
+    return sites
+
+
+def _fall_back(refused: list[Site], config: Config) -> None:
+    if not refused or config.fallback == "sdpa":
+        return
+    if config.fallback == "warn":
+        for site in refused:
+            warnings.warn(f"sage_inductor: {site}", stacklevel=2)
+        return
+    first, *others = refused
+    raise NotEligibleError(first.name, [*first.reasons, *(f"{site.name}: {'; '.join(site.reasons)}" for site in others)])
+
+
+def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[int]) -> Iterator[Site]:
+    """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings there."""
+    constants: dict[fx.Node, Tensor | None] = {}
+    for node in list(graph.nodes):
+        around = _enter(node, around)
+        submodule = _submodule(node)
+        if submodule is not None and id(submodule) not in visited:
+            visited.add(id(submodule))
+            yield from _walk(submodule.graph, config, around, visited)
+            submodule.recompile()
+            continue
+        for pattern in ALL:
+            call = pattern.match(node)
+            if call is not None:
+                yield _judge(call, config, around, constants)
+                break
+
+
+def _judge(
+    call: AttentionCall, config: Config, around: Surroundings, constants: dict[fx.Node, Tensor | None]
+) -> Site:
+    name = module_path(call.node)
+    call = absorb_repeated_heads(call)
+    mask = masks.classify(call, constants)
+    reasons = config.selection_reasons(name) + ineligible_reasons(call, mask, config, around)
+    problem = make_problem(call, mask, config)
+    kernel: str | None = None
+    if problem is not None:
+        if config.kernel != "auto":
+            missing = kernels.get(config.kernel).unavailable_reasons(problem.query.device)
+            if missing:
+                raise NotEligibleError(f"kernel={config.kernel}", missing)
+        kernel, against = kernel_reasons(problem, config)
+        reasons += against
+    site = Site(
+        name=name,
+        source=source_line(call.node),
+        pattern=call.pattern,
+        query=_info(call.query),
+        key=_info(call.key),
+        value=_info(call.value),
+        mask=str(mask),
+        kernel=None if reasons else kernel,
+        precision=config.precision,
+        rewritten=not reasons,
+        reasons=tuple(dict.fromkeys(reasons)),
+    )
+    if not reasons:
+        assert kernel is not None
+        rewrite(call, mask, kernel, config.precision)
+    return site
+
+
+def _info(node: fx.Node) -> TensorInfo | None:
+    tensor = example_tensor(node)
+    return None if tensor is None else TensorInfo.of(tensor)
+
+
+def _submodule(node: fx.Node) -> fx.GraphModule | None:
+    if node.op not in ("get_attr", "call_module"):
+        return None
+    owner = node.graph.owning_module
+    try:
+        target = None if owner is None else operator.attrgetter(str(node.target))(owner)
+    except AttributeError:
+        return None
+    return target if isinstance(target, fx.GraphModule) else None
+
+
+def _ambient_pin() -> tuple[str, ...] | None:
+    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned. The math backend serves
+    everything, so only an explicit choice ever excludes it, or leaves it alone."""
+    enabled = pinned_sdpa_backends()
+    return None if "MATH" in enabled and len(enabled) > 1 else enabled
+
+
+def _enter(node: fx.Node, around: Surroundings) -> Surroundings:
+    """The surroundings behind `node`, which may open or close a transform or an `sdpa_kernel` region."""
+    if node.op != "call_function":
+        return around
+    name = getattr(node.target, "__name__", "")
+    if name.endswith("_increment_nesting"):
+        transform = name.removeprefix("_").removesuffix("_increment_nesting")
+        return Surroundings(around.pinned, (*around.transforms, transform))
+    if name.endswith("_decrement_nesting"):
+        return Surroundings(around.pinned, around.transforms[:-1])
+    if name == "_sdpa_kernel":
+        backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
+        everything = set(backends) >= set(pinned_sdpa_backends())
+        return Surroundings(_ambient_pin() if everything else backends, around.transforms)
+    return around
+
+
+def _backend_name(item: Any) -> str:
+    """Dynamo writes a backend as a node that makes it from its name."""
+    return str(item.args[0]) if isinstance(item, fx.Node) else str(getattr(item, "name", item))
+
+
+def module_path(node: fx.Node) -> str:
+    """"blocks.0.attn1" from the metadata of Dynamo or export; "<root>" outside any submodule."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "<root>"
+    path = str(list(stack.values())[-1][0])
+    for prefix in ("L['self']", "L['fn']", "L['s']"):
+        path = path.removeprefix(prefix)
+    if path.startswith("L["):
+        path = path.partition("]")[2]
+    return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") or "<root>"
+
+
+def source_line(node: fx.Node) -> str:
+    """"file.py:123", the innermost frame of user code that made the call."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
+    if not frames:
+        return "?"
+    file, _, rest = frames[-1].removeprefix('File "').partition('", line ')
+    return f"{Path(file).name}:{rest.partition(',')[0]}"
+
+
+class SageAttentionPass(CustomGraphPass):
+    """The pass in the form Inductor takes: `options={"pre_grad_custom_pass": SageAttentionPass(config)}`.
+
+    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources of
+    this package and the versions of what it runs on, so that a compiled graph is cached, and never reused wrongly.
+    """
+
+    def __init__(self, config: Config | None = None, then: Any = None) -> None:
+        self.config = Config() if config is None else config
+        self.then = then
+
+    def __call__(self, graph: fx.Graph) -> None:
+        rewrite_graph(graph, self.config)
+        if self.then is not None:
+            self.then(graph)
+
+    def uuid(self) -> Any:
+        if self.then is None:
+            return ("sage_inductor", source_hash(), repr(self.config))
+        uuid = getattr(self.then, "uuid", None)
+        inner = uuid() if callable(uuid) else None
+        # A pass that gives no uuid forbids caching, whatever stands before it.
+        return None if inner is None else ("sage_inductor", source_hash(), repr(self.config), inner)
+
+
+@cache
+def source_hash() -> str:
+    """Hash of the package's sources, patterns included, and of the versions of torch, triton and sageattention."""
+    from importlib import metadata
+
+    import sage_inductor.patterns
+
+    digest = hashlib.sha256()
+    roots = [Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]
+    files = sorted({file.resolve() for root in roots for file in root.rglob("*") if file.suffix in (".py", ".cu")})
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for package in ("torch", "triton", "sageattention"):
+        try:
+            digest.update(f"{package}={metadata.version(package)};".encode())
+        except metadata.PackageNotFoundError:
+            digest.update(f"{package}=none;".encode())
+    return digest.hexdigest()
+
+

@@ -1,0 +1,73 @@
+"""Every name of torch that is not public API, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+__all__ = [
+    "CustomGraphPass",
+    "compile_with_inductor",
+    "configured_pre_grad_pass",
+    "pinned_sdpa_backends",
+    "pre_grad_pass",
+    "surfaced",
+]
+
+
+def compile_with_inductor(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    """What `torch.compile(backend="inductor", mode=..., options=...)` does with a graph."""
+    inductor = torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)
+    return cast(Callable[..., Any], inductor(graph_module, example_inputs))
+
+
+def configured_pre_grad_pass() -> Any:
+    """The pass, or passes, that the user set in `torch._inductor.config.pre_grad_custom_pass`."""
+    import torch._inductor.config as inductor_config
+
+    return inductor_config.pre_grad_custom_pass
+
+
+@contextmanager
+def pre_grad_pass(graph_pass: Any) -> Iterator[None]:
+    """Inductor runs `graph_pass` on every graph that is compiled inside."""
+    import torch._inductor.config as inductor_config
+
+    with inductor_config.patch(pre_grad_custom_pass=graph_pass):
+        yield
+
+
+def pinned_sdpa_backends() -> tuple[str, ...]:
+    """Names of the SDPA backends that are enabled now, e.g. ("CUDNN_ATTENTION", "FLASH_ATTENTION", ...)."""
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    return tuple(backend.name for backend in _cur_sdpa_kernel_backends())
+
+
+def surfaced(error: Exception) -> Exception:
+    """`error` in a form that leaves Dynamo as what it is. Dynamo wraps what a backend raises in
+    BackendCompilerFailed, except for its own ShortenTraceback."""
+    return cast(Exception, _surfaced_type(type(error))(error))
+
+
+@cache
+def _surfaced_type(error_type: type[Exception]) -> type[Exception]:
+    from torch._dynamo.exc import ShortenTraceback
+
+    def __init__(self: Any, error: Exception) -> None:
+        Exception.__init__(self, *error.args)
+        self.__dict__.update(error.__dict__)
+        self.first_useful_frame = None
+
+    namespace = {"__init__": __init__, "__module__": error_type.__module__, "__reduce__": error_type.__reduce__}
+    return type(error_type.__name__, (error_type, ShortenTraceback), namespace)

@@ -1,0 +1,210 @@
+"""What the mask of a call means: nothing, a causal or sliding-window band, padding, or data known only at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sage_inductor.call import AttentionCall, example_tensor
+
+# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a second
+# and under a gigabyte on a CPU. A GPU holds four times that as easily.
+MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
+# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as final.
+MASKED_OUT_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The classified mask of one call. `kind` is one of
+
+    none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
+    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time).
+    `attn_mask` is the node a kernel must still read, None where the band says it all.
+    """
+
+    kind: str
+    attn_mask: fx.Node | None = None
+    is_causal: bool = False
+    bottom_right: bool = False
+    window_left: int = -1
+    window_right: int = -1
+
+    def __str__(self) -> str:
+        if self.kind not in ("causal", "sliding_window", "band"):
+            return self.kind
+        right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
+        left = str(self.window_left) if self.window_left >= 0 else "all"
+        window = "" if self.kind == "causal" else f" left={left} right={right}"
+        return self.kind + window + (" bottom-right" if self.bottom_right else "")
+
+
+def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None = None) -> Mask:
+    """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same graph."""
+    if call.attn_mask is None:
+        return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
+    mask = example_tensor(call.attn_mask)
+    query, key = example_tensor(call.query), example_tensor(call.key)
+    if mask is None or query is None or key is None:
+        return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    constants = {} if constants is None else constants
+    if call.attn_mask not in constants:
+        constants[call.attn_mask] = constant_value(call.attn_mask)
+    constant = constants[call.attn_mask]
+    if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
+        known = _classify_constant(constant, q_len, kv_len)
+        if known is not None:
+            return known
+    if _is_key_padding(mask, q_len):
+        return Mask("key_padding", call.attn_mask)
+    return Mask("bool" if mask.dtype == torch.bool else "additive", call.attn_mask)
+
+
+def _is_key_padding(mask: Tensor, q_len: int) -> bool:
+    """The same keys for every query: one row, or one row expanded."""
+    if mask.dim() < 2 or q_len == 1:
+        return mask.dim() == 1
+    return bool(mask.shape[-2] == 1 or mask.stride(-2) == 0)
+
+
+def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
+    """The band that `mask` is, or None when it is none (or differs between batches or heads)."""
+    additive = mask.dtype != torch.bool
+    if additive:
+        if bool((mask == 0).all()):
+            return Mask("zero_bias")
+        masked_out = mask <= torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
+        if not bool((masked_out | (mask == 0)).all()):
+            return None
+        mask = ~masked_out
+    mask = mask.expand(*([1] * (2 - mask.dim())), *mask.shape) if mask.dim() < 2 else mask
+    mask = mask.expand(*mask.shape[:-2], q_len, kv_len)
+    rows = mask.reshape(-1, q_len, kv_len)
+    allowed = rows[0]
+    if rows.shape[0] > 1 and not bool((rows == allowed).all()):
+        return None
+    if bool(allowed.all()):
+        return Mask("all_true")
+    seeing = allowed.any(-1)
+    if not bool(seeing.any()) or (additive and not bool(seeing.all())):
+        return None  # a row of finite minima attends to everything alike, not to nothing
+    positions = torch.arange(q_len, device=mask.device)
+    first = allowed.int().argmax(-1) - positions
+    last = kv_len - 1 - allowed.flip(-1).int().argmax(-1) - positions
+    low, high = int(first[seeing].min()), int(last[seeing].max())
+    distance = torch.arange(kv_len, device=mask.device) - positions[:, None]
+    if not torch.equal((distance >= low) & (distance <= high), allowed):
+        return None
+    return _band(low if low > -(q_len - 1) else None, high if high < kv_len - 1 else None, kv_len - q_len)
+
+
+def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask | None:
+    """Keys i + low .. i + high as a window around the top-left or the bottom-right diagonal."""
+    offsets = [0, bottom_right_offset]
+    if high == bottom_right_offset:
+        offsets.reverse()  # causal from that corner is the simpler description
+    for offset in offsets:
+        left = -1 if low is None else offset - low
+        right = -1 if high is None else high - offset
+        if (low is not None and left < 0) or (high is not None and right < 0):
+            continue
+        is_causal = right == 0
+        kind = "band" if not is_causal else "causal" if low is None else "sliding_window"
+        return Mask(kind, None, is_causal, offset != 0, left, -1 if is_causal else right)
+    return None
+
+
+def constant_value(node: fx.Node) -> Tensor | None:
+    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise."""
+    example = example_tensor(node)
+    if example is None:
+        return None
+    ancestors = _constant_ancestors(node)
+    if ancestors is None:
+        return None
+    device = torch.device(example.device.type)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")
+    limit = MAX_CONSTANT_SCORES.get(device.type)
+    sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
+    if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
+        return None
+    values: dict[fx.Node, Any] = {}
+    with unset_fake_temporarily(), torch.no_grad():
+        for ancestor in ancestors:
+            args, kwargs = fx.node.map_aggregate(
+                (ancestor.args, ancestor.kwargs), lambda item: _materialised(item, values, device)
+            )
+            if ancestor.op == "call_method":
+                values[ancestor] = getattr(args[0], str(ancestor.target))(*args[1:], **kwargs)
+            else:
+                assert callable(ancestor.target)
+                values[ancestor] = ancestor.target(*args, **kwargs)
+    value = values[node]
+    return value if isinstance(value, Tensor) else None
+
+
+def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    """An argument for evaluation: nodes by their values, devices by the one we evaluate on."""
+    if isinstance(item, fx.Node):
+        return values[item]
+    if isinstance(item, torch.device) or (isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")):
+        return device
+    return item
+
+
+def _constant_ancestors(node: fx.Node) -> list[fx.Node] | None:
+    """`node` and all it depends on, in graph order; None when something there is not a pure function of constants."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in found:
+            continue
+        if current.op not in ("call_function", "call_method") or not _is_pure(current):
+            return None
+        found.add(current)
+        pending.extend(current.all_input_nodes)
+    # A node written in place by anything, ancestor or not, is more than a function of its arguments.
+    if any(_writes_in_place(user) for ancestor in found for user in ancestor.users):
+        return None
+    return [ancestor for ancestor in node.graph.nodes if ancestor in found]
+
+
+_RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal",
+           "randperm", "dropout", "empty", "empty_like", "new_empty", "empty_strided")  # fmt: skip
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    functorch = "functorch" in module or "batch_dim" in _name(node)
+    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return _name(node) not in _RANDOM and not _writes_in_place(node) and not functorch and not higher_order
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if name.startswith("__"):
+        return name in ("__setitem__",) or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    in_place_operators = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow")
+    return name.endswith("_") or name in in_place_operators or node.kwargs.get("out") is not None
+
+

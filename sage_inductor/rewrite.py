@@ -1,0 +1,69 @@
+"""The substitution: an eligible call becomes a node of our operator, with its metadata and its output strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sage_inductor import ops
+from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.eligibility import output_order
+from sage_inductor.masks import Mask
+
+DEFAULTS: dict[str, Any] = {
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+    "bottom_right": False,
+    "window_left": -1,
+    "window_right": -1,
+    "memory_order": None,
+}
+
+
+def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.Node:
+    """Replace `call` in its graph; returns the new node. Options at their defaults are not written out."""
+    graph, old = call.node.graph, call.node
+    query, output = example_tensor(call.query), example_tensor(old)
+    assert query is not None and output is not None
+    order = output_order(output)
+    options = {
+        "is_causal": mask.is_causal,
+        "scale": call.scale,
+        "enable_gqa": call.enable_gqa,
+        "bottom_right": mask.bottom_right,
+        "window_left": mask.window_left,
+        "window_right": mask.window_right,
+        # Users of the node rely on the strides SDPA would have given: name them where ours would be others.
+        "memory_order": None if order == ops.memory_order(query) else order,
+    }
+    kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+    kwargs |= {"kernel_name": kernel, "precision": precision}
+    args = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
+    target = torch.ops.sage_inductor.attention.default
+    if output.requires_grad:
+        target = torch.ops.sage_inductor.attention_training.default
+    with graph.inserting_before(old):
+        new = graph.call_function(target, args, kwargs)
+    new.meta = dict(old.meta)
+    former_inputs = old.all_input_nodes
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    _erase_unused_repeats(former_inputs)
+    return new
+
+
+def _erase_unused_repeats(nodes: list[fx.Node]) -> None:
+    """Remove views (the repeated heads that the call no longer reads) that nothing else reads."""
+    pure = ("reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave")
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = str(name).partition(".")[0]
+        if node.op in ("call_method", "call_function") and name in pure and not node.users and not node._erased:
+            inputs = node.all_input_nodes
+            node.graph.erase_node(node)
+            pending.extend(inputs)

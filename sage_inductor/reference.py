@@ -133,38 +133,28 @@ def _attend(
     block_max = x.amax(-1).clamp(min=FULLY_MASKED)
     running_max = block_max.cummax(-1).values
     final_max = running_max[..., -1:]
-    v_block = per_query_head(kv.v_block)
+    # "balanced" quantises P against the maximum of its own block, which an 8-bit integer needs; the floating-point
+    # forms of P are as precise against the running maximum.
+    reference_max = block_max if precision == "balanced" else running_max
+    p_max = {"fast": E4M3_MAX, "balanced": INT8_MAX, "accurate": 1.0}[precision]
+    p = torch.exp2(x - (reference_max - math.log2(p_max))[..., None])
+    weight = torch.exp2(reference_max - final_max)
+    row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
     if precision == "fast":
-        # The block's V factor goes into the exponent, relative to the largest of them, and comes out of the row sum.
-        v_reference = v_block.amax(-1, keepdim=True)
-        relative = v_block / v_reference
-        p = torch.exp2(x - (running_max - math.log2(E4M3_MAX) - relative.log2())[..., None])
-        weight = torch.exp2(running_max - final_max)
-        row_sum = (p.sum(-1) / relative * weight).sum(-1, keepdim=True)
         p = _e4m3(p)
-        v_scale = v_reference
     elif precision == "balanced":
-        p = torch.exp2(x - (block_max - math.log2(INT8_MAX))[..., None])
-        weight = torch.exp2(block_max - final_max)
-        row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
         p = p.round()
-        weight = weight * v_block
-        v_scale = torch.ones_like(v_block[..., :1])
     else:
-        p = torch.exp2(x - running_max[..., None])
-        weight = torch.exp2(running_max - final_max)
-        row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
         p = p.to(_pv_dtype(query.dtype)).float()
-        v_scale = torch.ones_like(v_block[..., :1])
+    weight = weight * per_query_head(kv.v_block)
 
     weighted = (p * weight[..., None]).view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK)
     out = (weighted @ kv.v).view(batch, heads, rows, -1)
-    out = out / row_sum * v_scale * kv.v_channel.repeat_interleave(groups, 1)
+    out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1)
     masked_out = row_sum == 0
     out = torch.where(masked_out, 0.0, out)
 
-    log_p_scale = {"fast": math.log2(E4M3_MAX), "balanced": math.log2(INT8_MAX), "accurate": 0.0}[precision]
-    lse = (final_max + row_sum.log2() - log_p_scale) * LN2
+    lse = (final_max + row_sum.log2() - math.log2(p_max)) * LN2
     lse = lse + scale * (query.float() @ kv.k_mean.repeat_interleave(groups, 1).mT)
     lse = torch.where(masked_out, -math.inf, lse)
     return out.to(query.dtype), lse[..., 0]

@@ -1,4 +1,5 @@
-"""8-bit attention for people who use `torch.compile`: finds, judges, substitutes and reports every attention."""
+"""8-bit attention for people who use `torch.compile`: finds, judges, substitutes and reports every
+attention."""
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported

@@ -1,4 +1,5 @@
-"""The ways into the pass: the named `torch.compile` backend, `enabled()`, `explain()` and `rewrite_exported()`."""
+"""The ways into the pass: the named `torch.compile` backend, `enabled()`, `explain()` and
+`rewrite_exported()`."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ def sage_inductor(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="sage_inductor", mode=..., options=...)`.
 
-    Options named "sage.<field>" make the Config; every other one, and `mode`, go to Inductor, which compiles the
-    rewritten graph. Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph` does.
+    Options named "sage.<field>" make the Config; every other one, and `mode`, go to Inductor, which compiles
+    the rewritten graph. Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph`
+    does.
     """
     try:
         config, inductor_options = Config.from_options(options)
@@ -44,10 +46,11 @@ def sage_inductor(
 
 @contextmanager
 def enabled(config: Config | None = None) -> Iterator[None]:
-    """Inside, plain `torch.compile(model)` rewrites attention: graphs compiled while the context is active do.
+    """Inside, plain `torch.compile(model)` rewrites attention: graphs compiled while the context is active
+    do.
 
-    The first call of the compiled model, which compiles it, must happen inside. A pass that is already configured in
-    `torch._inductor.config.pre_grad_custom_pass` runs after ours.
+    The first call of the compiled model, which compiles it, must happen inside. A pass that is already
+    configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours.
     """
     with pre_grad_pass(SageAttentionPass(config, then=_as_one_pass(configured_pre_grad_pass()))):
         yield
@@ -76,8 +79,9 @@ class _Sequence:
 def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
-    Traces with Dynamo and runs the graphs as they are, eagerly and without gradients changed; compiles nothing. The
-    caller's torch.compile caches are not used and not filled. Raises NotEligibleError as the backend does.
+    Traces with Dynamo and runs the graphs as they are, eagerly and without gradients changed; compiles
+    nothing. The caller's torch.compile caches are not used and not filled. Raises NotEligibleError as the
+    backend does.
     """
     chosen = Config() if config is None else config
     sites: list[Site] = []
@@ -103,8 +107,9 @@ def rewrite_exported(
 ) -> torch.export.ExportedProgram:
     """A copy of `exported_program` with its eligible attention rewritten; the original is left as it is.
 
-    The result runs, saves and compiles with AOTInductor wherever `import sage_inductor` has registered the operators
-    in the Python process. Raises NotEligibleError as the backend does, and when AOTInductor could not run the kernel.
+    The result runs, saves and compiles with AOTInductor wherever `import sage_inductor` has registered the
+    operators in the Python process. Raises NotEligibleError as the backend does, and when AOTInductor could
+    not run the kernel.
     """
     result = copy.deepcopy(exported_program)
     rewrite_graph(result.graph_module.graph, Config() if config is None else config)

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 class AttentionCall:
     """One attention found in a graph. `node` is the node whose value is the attention output.
 
-    query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]` (batch, or batch and
-    heads, may be missing), attn_mask as for `F.scaled_dot_product_attention`. An option that the graph computes at
-    run time is held as its node.
+    query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]` (batch, or batch
+    and heads, may be missing), attn_mask as for `F.scaled_dot_product_attention`. An option that the graph
+    computes at run time is held as its node.
     """
 
     node: fx.Node
@@ -39,7 +39,8 @@ class Pattern(ABC):
 
     @abstractmethod
     def match(self, node: fx.Node) -> AttentionCall | None:
-        """The call whose output is `node`, or None when `node` is not this idiom. Must not change the graph."""
+        """The call whose output is `node`, or None when `node` is not this idiom. Must not change the
+        graph."""
 
     @abstractmethod
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:

@@ -17,7 +17,8 @@ FALLBACKS = ("sdpa", "warn", "error")
 class Config:
     """What to rewrite and how. In `torch.compile(options=...)` each field is the key `"sage.<field>"`.
 
-    Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what is valid.
+    Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what
+    is valid.
     """
 
     kernel: str = "auto"
@@ -28,18 +29,19 @@ class Config:
     """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV)."""
 
     fallback: str = "sdpa"
-    """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns, "error"
-    raises NotEligibleError with all reasons."""
+    """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
+    "error" raises NotEligibleError with all reasons."""
 
     include: tuple[str, ...] = ()
-    """fnmatch globs on the site's module path ("blocks.*.attn1"); when given, only sites that match are rewritten."""
+    """fnmatch globs on the site's module path ("blocks.*.attn1"); when given, only sites that match are
+    rewritten."""
 
     exclude: tuple[str, ...] = ()
     """fnmatch globs on the site's module path; sites that match stay SDPA. Wins over include."""
 
     training: bool = False
-    """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the exact
-    gradient of unquantised attention at the same inputs (a straight-through estimate)."""
+    """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the
+    exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, ("auto", *KERNELS))

@@ -18,7 +18,8 @@ from sage_inductor.ops import as_4d, memory_order
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What holds at a point of the graph: the SDPA backends pinned there, and the functorch transforms entered."""
+    """What holds at a point of the graph: the SDPA backends pinned there, and the functorch transforms
+    entered."""
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
@@ -35,7 +36,9 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
         reasons.append(reason("dropout_p", call.dropout_p, 0.0))
     if not isinstance(call.is_causal, bool):
         reasons.append(reason("is_causal", call.is_causal, "True or False known while compiling"))
-    if isinstance(call.scale, fx.Node) and not isinstance(example_value(call.scale), (int, float, torch.SymFloat)):
+    if isinstance(call.scale, fx.Node) and not isinstance(
+        example_value(call.scale), (int, float, torch.SymFloat)
+    ):
         reasons.append(reason("scale", f"node {call.scale}", "a number"))
     if call.attn_mask is not None and call.is_causal is True:
         reasons.append("attn_mask with is_causal=True (SDPA refuses it)")
@@ -77,12 +80,16 @@ def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]
     if query.dim() >= 3:
         heads, kv_heads, value_heads = (tensor.shape[-3] for tensor in (query, key, value))
         if kv_heads != value_heads or (heads != kv_heads and not (call.enable_gqa and heads % kv_heads == 0)):
-            reasons.append(reason("heads", [heads, kv_heads, value_heads], "alike, or a multiple with enable_gqa"))
+            reasons.append(
+                reason("heads", [heads, kv_heads, value_heads], "alike, or a multiple with enable_gqa")
+            )
     devices = {str(tensor.device) for tensor in (query, key, value)}
     if len(devices) != 1:
         reasons.append(reason("devices", sorted(devices), "one"))
     if _is_one(query.shape[-2]):
-        reasons.append("q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)")
+        reasons.append(
+            "q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)"
+        )
     reasons += _stride_reasons(call)
     return reasons
 
@@ -100,7 +107,8 @@ def _stride_reasons(call: AttentionCall) -> list[str]:
 
 
 def output_order(output: Tensor) -> list[int] | None:
-    """The memory order of the output that users of the node may rely on; None when no dense tensor has its strides."""
+    """The memory order of the output that users of the node may rely on; None when no dense tensor has its
+    strides."""
     order = memory_order(output)
     expected = 1
     for dim in reversed(order):
@@ -112,8 +120,8 @@ def output_order(output: Tensor) -> list[int] | None:
 
 
 def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
-    """The problem that kernels judge, None where its shapes do not make one. Its dtype is that of the output, which
-    autocast decides."""
+    """The problem that kernels judge, None where its shapes do not make one. Its dtype is that of the output,
+    which autocast decides."""
     output = example_tensor(call.node)
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
     if output is None or any(tensor is None or not 2 <= tensor.dim() <= 4 for tensor in tensors):
@@ -129,7 +137,8 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
         spec = TensorSpec.of(as_4d(tensor))
         dtype = output.dtype if tensor.is_floating_point() else tensor.dtype
         specs.append(TensorSpec(spec.shape, spec.stride, dtype, spec.device))
-    return AttentionProblem(*specs, None if attn_mask is None else TensorSpec.of(as_4d(attn_mask)), params)
+    q, k, v = specs
+    return AttentionProblem(q, k, v, None if attn_mask is None else TensorSpec.of(as_4d(attn_mask)), params)
 
 
 def kernel_reasons(problem: AttentionProblem, config: Config) -> tuple[str | None, list[str]]:

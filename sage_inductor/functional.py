@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sage_inductor import kernels, ops
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels.base import reason
 
 
 def sage_attention(
@@ -29,18 +30,20 @@ def sage_attention(
 
     Args:
         query: `[batch, heads, q_len, head_dim]`, or the same without batch, or without batch and heads.
-        key, value: `[batch, kv_heads, kv_len, head_dim]` and `[batch, kv_heads, kv_len, value_head_dim]`; kv_heads is
-            heads, or a divisor of it with `enable_gqa`. float16, bfloat16 or float32, in any memory layout.
-        attn_mask: bool (True: attend) or additive, broadcasts to `[batch, heads, q_len, kv_len]`. A query that may
-            attend no key gets 0.
+        key: `[batch, kv_heads, kv_len, head_dim]`; kv_heads is heads, or a divisor of it with `enable_gqa`.
+        value: `[batch, kv_heads, kv_len, value_head_dim]`. All three float16, bfloat16 or float32, in any
+            memory layout.
+        attn_mask: bool (True: attend) or additive, broadcasts to `[batch, heads, q_len, kv_len]`. A query
+            that may attend no key gets 0.
         dropout_p: only 0 can be served by a quantised kernel.
         is_causal: query i sees keys 0 .. i (top-left alignment); excludes attn_mask.
         scale: factor of the scores, `head_dim ** -0.5` when None.
-        kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where there is
-            none; a name ("triton", "sageattention", "reference") runs that kernel.
+        kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
+            there is none; a name ("triton", "sageattention", "reference") runs that kernel.
         precision: "fast", "balanced" or "accurate".
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
-        out: written and returned instead of a new tensor; `[batch, heads, q_len, value_head_dim]`, any strides.
+        out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
+            strides.
 
     Returns:
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
@@ -69,18 +72,18 @@ def sage_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if return_lse:
-        pair: tuple[Tensor, Tensor] = torch.ops.sage_inductor.attention_lse(
+        pair: tuple[Tensor, Tensor] = ops.attention_lse(
             query, key, value, attn_mask, is_causal,
             scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision,
         )  # fmt: skip
         return pair
     if out is not None:
-        torch.ops.sage_inductor.attention.out(
+        ops.attention_out(
             query, key, value, attn_mask, is_causal,
             scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision, output=out,
         )  # fmt: skip
         return out
-    result: Tensor = torch.ops.sage_inductor.attention(
+    result: Tensor = ops.attention(
         query, key, value, attn_mask, is_causal,
         scale=scale, enable_gqa=enable_gqa, kernel_name=kernel, precision=precision,
     )  # fmt: skip
@@ -93,13 +96,10 @@ def _needs_of_exact_attention(
     """What a quantised inference kernel cannot give: dropout, and gradients."""
     reasons = []
     if dropout_p > 0.0:
-        reasons.append(kernels.base.reason("dropout_p", dropout_p, 0.0))
+        reasons.append(reason("dropout_p", dropout_p, 0.0))
     if torch.is_grad_enabled():
         tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
         wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
         if wanting:
             reasons.append(f"requires_grad={', '.join(wanting)} (supported: none; use torch.no_grad())")
     return reasons
-
-
-assert ops  # importing this module registers the operators

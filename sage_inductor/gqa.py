@@ -1,4 +1,5 @@
-"""Repeated key and value heads: `repeat_kv` seen through, so that a kernel with GQA reads K and V uncopied."""
+"""Repeated key and value heads: `repeat_kv` seen through, so that a kernel with GQA reads K and V
+uncopied."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _UNSQUEEZE_TARGETS = (torch.unsqueeze, torch.ops.aten.unsqueeze.default)
 
 
 def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
-    """`call` with key and value taken from before their heads were repeated, when both were, by the same factor.
+    """`call` with key and value taken from before their heads were repeated, when both were, by the same
+    factor.
 
     Query head h then reads key head `h // (heads / kv_heads)`, which is what the repetition computed.
     """
@@ -40,14 +42,16 @@ def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node | None:
-    """The `[batch, kv_heads, seq, dim]` node that `node` repeats along heads; None when it repeats nothing."""
+    """The `[batch, kv_heads, seq, dim]` node that `node` repeats along heads; None when it repeats
+    nothing."""
     repeated = _repeat_interleaved(node) or _expanded_and_reshaped(node)
     if repeated is None:
         return None
     before, after = example_tensor(repeated), example_tensor(node)
     if before is None or after is None or before.dim() != 4 or after.dim() != 4:
         return None
-    # The chain of nodes says that something was repeated; the shapes say that it was the heads and nothing else.
+    # The chain of nodes says that something was repeated; the shapes say that it was the heads and nothing
+    # else.
     same_elsewhere = all(before.shape[dim] == after.shape[dim] for dim in (0, 2, 3))
     return repeated if same_elsewhere and after.shape[1] % before.shape[1] == 0 else None
 
@@ -63,7 +67,8 @@ def _repeat_interleaved(node: fx.Node) -> fx.Node | None:
 
 
 def _expanded_and_reshaped(node: fx.Node) -> fx.Node | None:
-    """reshape(expand(x[:, :, None])): transformers' repeat_kv, with any number of reshapes or copies behind it."""
+    """reshape(expand(x[:, :, None])): transformers' repeat_kv, with any number of reshapes or copies behind
+    it."""
     current = node
     reshaped = False
     while _is(current, _RESHAPES, _RESHAPE_TARGETS):

@@ -52,11 +52,14 @@ def _fall_back(refused: list[Site], config: Config) -> None:
             warnings.warn(f"sage_inductor: {site}", stacklevel=2)
         return
     first, *others = refused
-    raise NotEligibleError(first.name, [*first.reasons, *(f"{site.name}: {'; '.join(site.reasons)}" for site in others)])
+    raise NotEligibleError(
+        first.name, [*first.reasons, *(f"{site.name}: {'; '.join(site.reasons)}" for site in others)]
+    )
 
 
 def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[int]) -> Iterator[Site]:
-    """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings there."""
+    """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings
+    there."""
     constants: dict[fx.Node, Tensor | None] = {}
     for node in list(graph.nodes):
         around = _enter(node, around)
@@ -125,8 +128,8 @@ def _submodule(node: fx.Node) -> fx.GraphModule | None:
 
 
 def _ambient_pin() -> tuple[str, ...] | None:
-    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned. The math backend serves
-    everything, so only an explicit choice ever excludes it, or leaves it alone."""
+    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned. The math
+    backend serves everything, so only an explicit choice ever excludes it, or leaves it alone."""
     enabled = pinned_sdpa_backends()
     return None if "MATH" in enabled and len(enabled) > 1 else enabled
 
@@ -154,7 +157,7 @@ def _backend_name(item: Any) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """"blocks.0.attn1" from the metadata of Dynamo or export; "<root>" outside any submodule."""
+    """ "blocks.0.attn1" from the metadata of Dynamo or export; "<root>" outside any submodule."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return "<root>"
@@ -163,11 +166,13 @@ def module_path(node: fx.Node) -> str:
         path = path.removeprefix(prefix)
     if path.startswith("L["):
         path = path.partition("]")[2]
-    return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") or "<root>"
+    return (
+        path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") or "<root>"
+    )
 
 
 def source_line(node: fx.Node) -> str:
-    """"file.py:123", the innermost frame of user code that made the call."""
+    """ "file.py:123", the innermost frame of user code that made the call."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
     if not frames:
         return "?"
@@ -178,8 +183,9 @@ def source_line(node: fx.Node) -> str:
 class SageAttentionPass(CustomGraphPass):
     """The pass in the form Inductor takes: `options={"pre_grad_custom_pass": SageAttentionPass(config)}`.
 
-    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources of
-    this package and the versions of what it runs on, so that a compiled graph is cached, and never reused wrongly.
+    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources
+    of this package and the versions of what it runs on, so that a compiled graph is cached, and never reused
+    wrongly.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -202,14 +208,17 @@ class SageAttentionPass(CustomGraphPass):
 
 @cache
 def source_hash() -> str:
-    """Hash of the package's sources, patterns included, and of the versions of torch, triton and sageattention."""
+    """Hash of the package's sources, patterns included, and of the versions of torch, triton and
+    sageattention."""
     from importlib import metadata
 
     import sage_inductor.patterns
 
     digest = hashlib.sha256()
     roots = [Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]
-    files = sorted({file.resolve() for root in roots for file in root.rglob("*") if file.suffix in (".py", ".cu")})
+    files = sorted(
+        {file.resolve() for root in roots for file in root.rglob("*") if file.suffix in (".py", ".cu")}
+    )
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     for package in ("torch", "triton", "sageattention"):
@@ -218,5 +227,3 @@ def source_hash() -> str:
         except metadata.PackageNotFoundError:
             digest.update(f"{package}=none;".encode())
     return digest.hexdigest()
-
-

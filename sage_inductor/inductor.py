@@ -57,11 +57,11 @@ def pinned_sdpa_backends() -> tuple[str, ...]:
 def surfaced(error: Exception) -> Exception:
     """`error` in a form that leaves Dynamo as what it is. Dynamo wraps what a backend raises in
     BackendCompilerFailed, except for its own ShortenTraceback."""
-    return cast(Exception, _surfaced_type(type(error))(error))
+    return _surfaced_type(type(error))(error)  # type: ignore[arg-type]
 
 
 @cache
-def _surfaced_type(error_type: type[Exception]) -> type[Exception]:
+def _surfaced_type(error_type: type[Exception]) -> Callable[[Exception], Exception]:
     from torch._dynamo.exc import ShortenTraceback
 
     def __init__(self: Any, error: Exception) -> None:
@@ -69,5 +69,9 @@ def _surfaced_type(error_type: type[Exception]) -> type[Exception]:
         self.__dict__.update(error.__dict__)
         self.first_useful_frame = None
 
-    namespace = {"__init__": __init__, "__module__": error_type.__module__, "__reduce__": error_type.__reduce__}
+    namespace = {
+        "__init__": __init__,
+        "__module__": error_type.__module__,
+        "__reduce__": error_type.__reduce__,
+    }
     return type(error_type.__name__, (error_type, ShortenTraceback), namespace)

@@ -1,7 +1,9 @@
-"""What the mask of a call means: nothing, a causal or sliding-window band, padding, or data known only at run time."""
+"""What the mask of a call means: nothing, a causal or sliding-window band, padding, or data known only at run
+time."""
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sage_inductor.call import AttentionCall, example_tensor
 
-# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a second
-# and under a gigabyte on a CPU. A GPU holds four times that as easily.
+# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
+# second and under a gigabyte on a CPU. A GPU holds four times that as easily.
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
-# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as final.
+# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
+# final.
 MASKED_OUT_FRACTION = 0.5
 
 
@@ -44,7 +47,8 @@ class Mask:
 
 
 def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None = None) -> Mask:
-    """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same graph."""
+    """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
+    graph."""
     if call.attn_mask is None:
         return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
     mask = example_tensor(call.attn_mask)
@@ -153,13 +157,16 @@ def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -
     """An argument for evaluation: nodes by their values, devices by the one we evaluate on."""
     if isinstance(item, fx.Node):
         return values[item]
-    if isinstance(item, torch.device) or (isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")):
+    if isinstance(item, torch.device) or (
+        isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")
+    ):
         return device
     return item
 
 
 def _constant_ancestors(node: fx.Node) -> list[fx.Node] | None:
-    """`node` and all it depends on, in graph order; None when something there is not a pure function of constants."""
+    """`node` and all it depends on, in graph order; None when something there is not a pure function of
+    constants."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -176,8 +183,14 @@ def _constant_ancestors(node: fx.Node) -> list[fx.Node] | None:
     return [ancestor for ancestor in node.graph.nodes if ancestor in found]
 
 
-_RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal",
-           "randperm", "dropout", "empty", "empty_like", "new_empty", "empty_strided")  # fmt: skip
+_RANDOM = (
+    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
+    "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
+)  # fmt: skip
+_IN_PLACE_OPERATORS = (
+    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
+    "ior", "ixor", "ilshift", "irshift",
+)  # fmt: skip
 
 
 def _name(node: fx.Node) -> str:
@@ -199,12 +212,10 @@ def _is_pure(node: fx.Node) -> bool:
 def _writes_in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    name = _name(node)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    if name.startswith("__"):
-        return name in ("__setitem__",) or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    in_place_operators = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow")
-    return name.endswith("_") or name in in_place_operators or node.kwargs.get("out") is not None
-
-
+    name = _name(node)
+    if node.kwargs.get("out") is not None or name.strip("_") in _IN_PLACE_OPERATORS:
+        return True
+    # `operator.and_` ends like an in-place method, but only because `and` is a keyword.
+    return name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])

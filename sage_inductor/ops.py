@@ -1,11 +1,12 @@
-"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first run.
+"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first
+run.
 
     sage_inductor::attention        -> output
-    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called out)
-    sage_inductor::attention_lse    -> output and LSE
+    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called
+    out) sage_inductor::attention_lse    -> output and LSE
 
-They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose inputs
-need gradients belongs to `sage_inductor::attention_training` in training.py.
+They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose
+inputs need gradients belongs to `sage_inductor::attention_training` in training.py.
 """
 
 from __future__ import annotations
@@ -24,78 +25,87 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, Ten
 from sage_inductor.reference import SCORES_AT_ONCE
 
 NAMESPACE = "sage_inductor"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
-_PARAMS = (
-    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, int window_right=-1, "
-    "str kernel_name='auto', str precision='fast'"
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
+PARAMS = (
+    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
+    "int window_right=-1, str kernel_name='auto', str precision='fast'"
 )  # kernel_name: Inductor's lowering has an argument of its own called kernel
-# Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another layout.
+# Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another
+# layout.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 _lib = torch.library.Library(NAMESPACE, "FRAGMENT")
-_lib.define(f"attention({_INPUTS}, {_PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
-_lib.define(f"attention.out({_INPUTS}, {_PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
-_lib.define(f"attention_lse({_INPUTS}, {_PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
+_lib.define(f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
+_lib.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
+_lib.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
 
 
 def validate(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    enable_gqa: bool,
+    out: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced tensors."""
+    """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced
+    tensors."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
-        _check(2 <= tensor.dim() <= 4, lambda: f"{name} has {tensor.dim()} dimensions (valid: 2 to 4)")
-        _check(tensor.dim() == query.dim(), lambda: f"{name} has {tensor.dim()} dimensions, query has {query.dim()}")
-        _check(tensor.dtype == query.dtype, lambda: f"{name} is {tensor.dtype}, query is {query.dtype}")
-        _check(tensor.device == query.device, lambda: f"{name} is on {tensor.device}, query on {query.device}")
-    _check(
-        query.shape[-1] == key.shape[-1], lambda: f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}"
-    )
-    _check(key.shape[-2] == value.shape[-2], lambda: f"kv_len of key is {key.shape[-2]}, of value {value.shape[-2]}")
+        if not 2 <= tensor.dim() <= 4:
+            raise _misfit(f"{name} has {tensor.dim()} dimensions (valid: 2 to 4)")
+        if tensor.dim() != query.dim():
+            raise _misfit(f"{name} has {tensor.dim()} dimensions, query has {query.dim()}")
+        if tensor.dtype != query.dtype:
+            raise _misfit(f"{name} is {tensor.dtype}, query is {query.dtype}")
+        if tensor.device != query.device:
+            raise _misfit(f"{name} is on {tensor.device}, query on {query.device}")
+        if query.dim() == 4 and tensor.shape[0] != query.shape[0]:
+            raise _misfit(f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}")
+    if query.shape[-1] != key.shape[-1]:
+        raise _misfit(f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}")
+    if key.shape[-2] != value.shape[-2]:
+        raise _misfit(f"kv_len of key is {key.shape[-2]}, of value {value.shape[-2]}")
     if query.dim() >= 3:
         heads, kv_heads = query.shape[-3], key.shape[-3]
-        _check(value.shape[-3] == kv_heads, lambda: f"value has {value.shape[-3]} heads, key has {kv_heads}")
-        if enable_gqa:
-            _check(heads % kv_heads == 0, lambda: f"{heads} query heads are not a multiple of {kv_heads} key heads")
-        else:
-            _check(heads == kv_heads, lambda: f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
-    if query.dim() == 4:
-        for name, tensor in tensors.items():
-            _check(
-                tensor.shape[0] == query.shape[0], lambda: f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}"
-            )
+        if value.shape[-3] != kv_heads:
+            raise _misfit(f"value has {value.shape[-3]} heads, key has {kv_heads}")
+        if enable_gqa and heads % kv_heads != 0:
+            raise _misfit(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+        if not enable_gqa and heads != kv_heads:
+            raise _misfit(f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
     if attn_mask is not None:
         _validate_mask(query, key, attn_mask)
     if out is not None:
         expected = (*query.shape[:-1], value.shape[-1])
-        _check(tuple(out.shape) == expected, lambda: f"out is {tuple(out.shape)}, the output {expected}")
-        _check(out.dtype == query.dtype, lambda: f"out is {out.dtype}, query is {query.dtype}")
-        _check(out.device == query.device, lambda: f"out is on {out.device}, query on {query.device}")
+        if tuple(out.shape) != expected:
+            raise _misfit(f"out is {tuple(out.shape)}, the output {expected}")
+        if out.dtype != query.dtype:
+            raise _misfit(f"out is {out.dtype}, query is {query.dtype}")
+        if out.device != query.device:
+            raise _misfit(f"out is on {out.device}, query on {query.device}")
 
 
 def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
-    _check(attn_mask.device == query.device, lambda: f"attn_mask is on {attn_mask.device}, query on {query.device}")
-    _check(
-        attn_mask.dtype in (torch.bool, torch.float32, query.dtype),
-        lambda: f"attn_mask is {attn_mask.dtype} (valid: bool, float32, {query.dtype})",
-    )
+    if attn_mask.device != query.device:
+        raise _misfit(f"attn_mask is on {attn_mask.device}, query on {query.device}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise _misfit(f"attn_mask is {attn_mask.dtype} (valid: bool, float32, {query.dtype})")
     scores = (*query.shape[:-1], key.shape[-2])
-    _check(attn_mask.dim() <= len(scores), lambda: f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")
+    if attn_mask.dim() > len(scores):
+        raise _misfit(f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")
     for size, expected in zip(reversed(attn_mask.shape), reversed(scores), strict=False):
-        _check(
-            size == 1 or size == expected,
-            lambda: f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}",
-        )
+        if size != 1 and size != expected:
+            raise _misfit(f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}")
 
 
-def _check(condition: Any, message: Callable[[], str]) -> None:
-    if not condition:
-        raise RuntimeError(f"sage_inductor attention: {message()}")
+def _misfit(message: str) -> RuntimeError:
+    return RuntimeError(f"sage_inductor attention: {message}")
 
 
 def memory_order(tensor: Tensor) -> list[int]:
-    """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA gives its
-    output, `[0, 2, 1, 3]` for a query in NHD memory."""
+    """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA
+    gives its output, `[0, 2, 1, 3]` for a query in NHD memory."""
     strides = tensor.stride()
     leading = range(tensor.dim() - 1)
     return [*sorted(leading, key=lambda dim: strides[dim], reverse=True), tensor.dim() - 1]
@@ -106,7 +116,7 @@ def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> 
     if order is None:
         order = memory_order(query)
     elif sorted(order) != list(range(query.dim())):
-        raise RuntimeError(f"sage_inductor attention: memory_order={list(order)} is no order of {query.dim()} dims")
+        raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
     return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
 
 
@@ -157,8 +167,8 @@ def _attention_lse(
     return out, lse
 
 
-# What a call resolves to depends on shapes, strides and options alone, so it is worked out once for each: the checks
-# would otherwise cost more than the launch.
+# What a call resolves to depends on shapes, strides and options alone, so it is worked out once for each: the
+# checks would otherwise cost more than the launch.
 _resolved: dict[tuple[Any, ...], tuple[Kernel | None, AttentionParams]] = {}
 _RESOLVED_AT_MOST = 4096
 
@@ -180,7 +190,11 @@ def _run(
     kernel_name: str = "auto",
     precision: str = "fast",
 ) -> None:
-    mask_key = None if attn_mask is None else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device)
+    mask_key = (
+        None
+        if attn_mask is None
+        else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device)
+    )
     cache_key = (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
@@ -241,8 +255,8 @@ def make_problem(
 ) -> AttentionProblem:
     """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
     mask = None if attn_mask is None else TensorSpec.of(as_4d(attn_mask))
-    specs = (TensorSpec.of(as_4d(tensor)) for tensor in (query, key, value))
-    return AttentionProblem(*specs, mask, params, return_lse)
+    q, k, v = (TensorSpec.of(as_4d(tensor)) for tensor in (query, key, value))
+    return AttentionProblem(q, k, v, mask, params, return_lse)
 
 
 def as_4d(tensor: Tensor) -> Tensor:
@@ -263,23 +277,7 @@ def _exact(
 ) -> None:
     """Unquantised attention for what no kernel takes under "auto"."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    low, high = params.bounds(q_len, kv_len)
-    plain_causal = low is None and high == 0 and attn_mask is None
-    if (low is not None or high is not None) and not plain_causal:
-        distance = torch.arange(kv_len, device=query.device) - torch.arange(q_len, device=query.device)[:, None]
-        band = torch.ones_like(distance, dtype=torch.bool)
-        if low is not None:
-            band &= distance >= low
-        if high is not None:
-            band &= distance <= high
-        if attn_mask is None:
-            attn_mask = band
-        elif attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask & band
-        else:
-            attn_mask = attn_mask.masked_fill(~band, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
-        attn_mask = attn_mask.to(query.dtype)
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *params.bounds(q_len, kv_len))
     gqa = query.shape[1] != key.shape[1]
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
@@ -303,7 +301,37 @@ def _exact(
         lse[:, :, rows] = scores.logsumexp(-1)
 
 
-def _fake_attention(
+def combined_mask(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, low: int | None, high: int | None
+) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) for SDPA, which takes one or the other, out of a mask and the bounds of a
+    band."""
+    if low is None and high is None:
+        band = None
+    elif low is None and high == 0 and attn_mask is None:
+        return None, True
+    else:
+        q_len, kv_len = query.shape[-2], key.shape[-2]
+        distance = (
+            torch.arange(kv_len, device=query.device) - torch.arange(q_len, device=query.device)[:, None]
+        )
+        band = torch.ones_like(distance, dtype=torch.bool)
+        if low is not None:
+            band &= distance >= low
+        if high is not None:
+            band &= distance <= high
+    if attn_mask is None:
+        return band, False
+    if band is not None:
+        attn_mask = (
+            attn_mask & band if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~band, -math.inf)
+        )
+    if attn_mask.dtype == torch.float32 != query.dtype:
+        attn_mask = attn_mask.to(query.dtype)
+    return attn_mask, False
+
+
+def fake_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -318,7 +346,7 @@ def _fake_attention(
     return _empty_output(query, value, memory_order)
 
 
-def _fake_attention_out(
+def fake_attention_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -332,12 +360,13 @@ def _fake_attention_out(
     validate(query, key, value, attn_mask, enable_gqa, output)
 
 
-def _fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    return _fake_attention(query, *args, **kwargs), _empty_lse(query)
+def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return fake_attention(query, *args, **kwargs), _empty_lse(query)
 
 
 def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is left."""
+    """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is
+    left."""
     keys = torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
     )
@@ -360,9 +389,9 @@ def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any
 
 def _register() -> None:
     for name, implementation, fake in (
-        ("attention", _attention, _fake_attention),
-        ("attention.out", _attention_out, _fake_attention_out),
-        ("attention_lse", _attention_lse, _fake_attention_lse),
+        ("attention", _attention, fake_attention),
+        ("attention.out", _attention_out, fake_attention_out),
+        ("attention_lse", _attention_lse, fake_attention_lse),
     ):
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.sage_inductor, packet), overload or "default")
@@ -374,3 +403,6 @@ def _register() -> None:
 
 
 _register()
+attention = torch.ops.sage_inductor.attention.default
+attention_out = torch.ops.sage_inductor.attention.out
+attention_lse = torch.ops.sage_inductor.attention_lse.default

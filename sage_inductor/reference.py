@@ -1,12 +1,13 @@
-"""The quantised algorithm in plain PyTorch, on any device: the oracle that every faster kernel is compared with.
+"""The quantised algorithm in plain PyTorch, on any device: the oracle that every faster kernel is compared
+with.
 
-SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8 PV):
-K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is INT8 per
-128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own 128-key block;
-"accurate" P and V in 16 bits. V has one factor per channel and one per 128-key block.
+SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8
+PV): K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is
+INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
+128-key block; "accurate" P and V in 16 bits. V has one factor per channel and one per 128-key block.
 
-Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel that
-follows the same steps differs only by the rounding of exp2 and of the float32 sums.
+Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel
+that follows the same steps differs only by the rounding of exp2 and of the float32 sums.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
 SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
-V_CHANNEL_FLOOR = 1 / 64  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
+V_CHANNEL_FLOOR = (
+    1 / 64
+)  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LOG2E = math.log2(math.e)
@@ -31,7 +34,8 @@ SCORES_AT_ONCE = 2**24  # float32 scores held at a time (64 MiB)
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """K and V of one call in the form the attention loop reads; integers and e4m3 values are held as float32."""
+    """K and V of one call in the form the attention loop reads; integers and e4m3 values are held as
+    float32."""
 
     k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
     k_scale: Tensor  # [batch, kv_heads, blocks]
@@ -55,9 +59,9 @@ def attention(
     `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
     `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`.
 
-    Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the natural-log
-    LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries: holds at most
-    `SCORES_AT_ONCE` scores, or one row of every head where that is more.
+    Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the
+    natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
+    holds at most `SCORES_AT_ONCE` scores, or one row of every head where that is more.
     """
     batch, heads, q_len, head_dim = query.shape
     kv_len = key.shape[2]
@@ -78,7 +82,8 @@ def attention(
 
 
 def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """INT8 per token of `query * scale * log2(e)`: integers as float32, and their scales (fp32, never negative)."""
+    """INT8 per token of `query * scale * log2(e)`: integers as float32, and their scales (fp32, never
+    negative)."""
     scaled = query.float() * (scale * LOG2E)
     q_scale = _scale_for(scaled.abs().amax(-1, keepdim=True), INT8_MAX)
     return torch.nan_to_num((scaled / q_scale).round()), q_scale
@@ -103,7 +108,9 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
         v_channel = torch.maximum(v_max, v_max.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
         v_channel = torch.where(v_channel > 0, v_channel, 1.0)
         v = _blocked(value.float() / v_channel)
-        v_block = _scale_for(v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX)
+        v_block = _scale_for(
+            v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
+        )
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(
@@ -123,7 +130,9 @@ def _attend(
     def per_query_head(x: Tensor) -> Tensor:  # [batch, kv_heads, blocks] -> [batch, heads, 1, blocks]
         return x.repeat_interleave(groups, 1)[:, :, None]
 
-    scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(batch, heads, rows, blocks, KEY_BLOCK)
+    scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(
+        batch, heads, rows, blocks, KEY_BLOCK
+    )
     x = scores * (q_scale * per_query_head(kv.k_scale))[..., None]
     if bias is not None:
         x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK)
@@ -133,8 +142,8 @@ def _attend(
     block_max = x.amax(-1).clamp(min=FULLY_MASKED)
     running_max = block_max.cummax(-1).values
     final_max = running_max[..., -1:]
-    # "balanced" quantises P against the maximum of its own block, which an 8-bit integer needs; the floating-point
-    # forms of P are as precise against the running maximum.
+    # "balanced" quantises P against the maximum of its own block, which an 8-bit integer needs; the
+    # floating-point forms of P are as precise against the running maximum.
     reference_max = block_max if precision == "balanced" else running_max
     p_max = {"fast": E4M3_MAX, "balanced": INT8_MAX, "accurate": 1.0}[precision]
     p = torch.exp2(x - (reference_max - math.log2(p_max))[..., None])
@@ -169,7 +178,8 @@ def _mask(
     padded_len: int,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(allowed, bias) for queries start..stop over the padded keys, `[1 or batch, 1 or heads, rows, padded_len]`."""
+    """(allowed, bias) for queries start..stop over the padded keys, `[1 or batch, 1 or heads, rows,
+    padded_len]`."""
     low, high = bounds
     allowed = bias = None
     if attn_mask is not None:
@@ -191,23 +201,24 @@ def _mask(
 
 
 def _log2_bias(mask: Tensor) -> Tensor:
-    """An additive mask in the exponent's units. The most negative finite number stays finite, so that a row made of
-    it attends to all keys alike, as in SDPA; -inf stays -inf."""
+    """An additive mask in the exponent's units. The most negative finite number stays finite, so that a row
+    made of it attends to all keys alike, as in SDPA; -inf stays -inf."""
     bias = mask.float() * LOG2E
     return torch.where(mask == -math.inf, -math.inf, bias.clamp(min=FULLY_MASKED))
 
 
 def _scale_for(amax: Tensor, largest: float) -> Tensor:
-    """amax / largest; 1 for zeros, so that 0 / 0 never arises, and NaN where the input was not finite, so that a
-    quantised inf or NaN still shows in the output."""
+    """amax / largest; 1 for zeros, so that 0 / 0 never arises, and NaN where the input was not finite, so
+    that a quantised inf or NaN still shows in the output."""
     scale = torch.where(amax > 0, amax / largest, 1.0)
     return torch.where(amax.isfinite(), scale, math.nan)
 
 
 def _blocked(x: Tensor) -> Tensor:
     """`[batch, heads, keys, dim]` -> `[batch, heads, blocks, 128, dim]`, padded with zeros."""
-    padded = F.pad(x, (0, 0, 0, -x.shape[2] % KEY_BLOCK))
-    return padded.unflatten(2, (-1, KEY_BLOCK))
+    batch, heads, keys, dim = x.shape
+    padded = F.pad(x, (0, 0, 0, -keys % KEY_BLOCK))
+    return padded.reshape(batch, heads, -1, KEY_BLOCK, dim)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-
 from torch import Tensor
 
 
@@ -31,9 +30,9 @@ class TensorInfo:
 class Site:
     """One attention of the model.
 
-    `name` is the module path ("blocks.0.attn1"; "#2" marks a second call in the same module), `source` the line
-    that made the call ("model.py:123"). `rewritten` is true when `kernel` takes the place of what was there; else
-    `reasons` says all that spoke against it.
+    `name` is the module path ("blocks.0.attn1"; "#2" marks a second call in the same module), `source` the
+    line that made the call ("model.py:123"). `rewritten` is true when `kernel` takes the place of what was
+    there; else `reasons` says all that spoke against it.
     """
 
     name: str
@@ -49,13 +48,16 @@ class Site:
     reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        decision = f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
+        decision = (
+            f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
+        )
         return f"{self.name} at {self.source}: {decision}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as data."""
+    """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
+    data."""
 
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
@@ -70,7 +72,8 @@ class Report:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...}, ...]}`."""
+        """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...},
+        ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
@@ -97,7 +100,10 @@ class Report:
             for site in self.sites
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines.append(
             f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
@@ -107,7 +113,7 @@ class Report:
 
 
 def layout_of(tensor: Tensor) -> str:
-    """"HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, else its strides."""
+    """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, else its strides."""
     if tensor.dim() == 4 and isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1:
         heads, seq = tensor.stride(1), tensor.stride(2)
         return "NHD" if seq > heads else "HND"
@@ -127,5 +133,3 @@ def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
         count = seen[site.name]
         result.append(site if count == 1 else replace(site, name=f"{site.name}#{count}"))
     return tuple(result)
-
-

@@ -1,13 +1,13 @@
-"""The substitution: an eligible call becomes a node of our operator, with its metadata and its output strides."""
+"""The substitution: an eligible call becomes a node of our operator, with its metadata and its output
+strides."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
-from sage_inductor import ops
+from sage_inductor import ops, training
 from sage_inductor.call import AttentionCall, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
@@ -29,7 +29,7 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     query, output = example_tensor(call.query), example_tensor(old)
     assert query is not None and output is not None
     order = output_order(output)
-    options = {
+    options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
         "enable_gqa": call.enable_gqa,
@@ -42,9 +42,7 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": kernel, "precision": precision}
     args = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
-    target = torch.ops.sage_inductor.attention.default
-    if output.requires_grad:
-        target = torch.ops.sage_inductor.attention_training.default
+    target = training.attention_training if output.requires_grad else ops.attention
     with graph.inserting_before(old):
         new = graph.call_function(target, args, kwargs)
     new.meta = dict(old.meta)
@@ -63,7 +61,12 @@ def _erase_unused_repeats(nodes: list[fx.Node]) -> None:
         node = pending.pop()
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         name = str(name).partition(".")[0]
-        if node.op in ("call_method", "call_function") and name in pure and not node.users and not node._erased:
+        if (
+            node.op in ("call_method", "call_function")
+            and name in pure
+            and not node.users
+            and not node._erased
+        ):
             inputs = node.all_input_nodes
             node.graph.erase_node(node)
             pending.extend(inputs)

@@ -12,7 +12,11 @@ from torch import Tensor, fx
 
 from sage_inductor.call import AttentionCall, Pattern
 
-TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+TARGETS = (
+    F.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
 
 
 def _schema(

@@ -13,7 +13,7 @@ from sage_inductor.config import Config
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.masks import Mask
-from sage_inductor.ops import as_4d, memory_order
+from sage_inductor.ops import memory_order
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     specs = []
     for tensor in tensors:
         assert tensor is not None
-        spec = TensorSpec.of(as_4d(tensor))
+        spec = TensorSpec.of(tensor).as_4d()
         dtype = output.dtype if tensor.is_floating_point() else tensor.dtype
         specs.append(TensorSpec(spec.shape, spec.stride, dtype, spec.device))
     q, k, v = specs
-    return AttentionProblem(q, k, v, None if attn_mask is None else TensorSpec.of(as_4d(attn_mask)), params)
+    return AttentionProblem(q, k, v, None if attn_mask is None else TensorSpec.of(attn_mask).as_4d(), params)
 
 
 def kernel_reasons(problem: AttentionProblem, config: Config) -> tuple[str | None, list[str]]:

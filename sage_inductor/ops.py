@@ -254,8 +254,8 @@ def make_problem(
     return_lse: bool = False,
 ) -> AttentionProblem:
     """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
-    mask = None if attn_mask is None else TensorSpec.of(as_4d(attn_mask))
-    q, k, v = (TensorSpec.of(as_4d(tensor)) for tensor in (query, key, value))
+    mask = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
+    q, k, v = (TensorSpec.of(tensor).as_4d() for tensor in (query, key, value))
     return AttentionProblem(q, k, v, mask, params, return_lse)
 
 

@@ -7,7 +7,14 @@ from functools import cache
 
 import torch
 
-from sage_inductor.kernels.base import PRECISIONS, AttentionParams, AttentionProblem, Kernel, TensorSpec, reason
+from sage_inductor.kernels.base import (
+    PRECISIONS,
+    AttentionParams,
+    AttentionProblem,
+    Kernel,
+    TensorSpec,
+    reason,
+)
 
 __all__ = [
     "KERNELS",
@@ -21,7 +28,8 @@ __all__ = [
     "select",
 ]
 
-# name -> "module:class". Modules are imported when first asked for, and import triton or sageattention later still.
+# name -> "module:class". Modules are imported when first asked for, and import triton or sageattention later
+# still.
 KERNELS: dict[str, str] = {
     "triton": "sage_inductor.kernels.triton:TritonKernel",
     "sageattention": "sage_inductor.kernels.sageattention:SageAttentionKernel",
@@ -45,8 +53,8 @@ def get(name: str) -> Kernel:
 def available(device: torch.device | str | int | None = None) -> dict[str, list[str]]:
     """`{kernel name: reasons why it cannot run here}`; an empty list means that it can.
 
-    `device` limits the question to one device; without it a kernel counts as available when any device of this
-    machine can run it.
+    `device` limits the question to one device; without it a kernel counts as available when any device of
+    this machine can run it.
     """
     resolved = None if device is None else torch.device(device)
     return {name: get(name).unavailable_reasons(resolved) for name in KERNELS}
@@ -55,8 +63,8 @@ def available(device: torch.device | str | int | None = None) -> dict[str, list[
 def select(problem: AttentionProblem, name: str) -> tuple[Kernel | None, list[str]]:
     """The kernel for `problem`, or None and every reason why not.
 
-    A kernel asked for by name is judged alone. "auto" takes the first of `AUTO_ORDER` that is available, supports
-    the problem and expects to beat SDPA on it.
+    A kernel asked for by name is judged alone. "auto" takes the first of `AUTO_ORDER` that is available,
+    supports the problem and expects to beat SDPA on it.
     """
     if name != "auto":
         kernel = get(name)

@@ -1,4 +1,5 @@
-"""What every kernel family shares: the description of one attention problem, and the interface of a kernel."""
+"""What every kernel family shares: the description of one attention problem, and the interface of a
+kernel."""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ PRECISIONS: dict[str, str] = {
 class AttentionParams:
     """The part of an attention call that is not a tensor.
 
-    Query i may attend key j when `-window_left <= j - (i + offset) <= window_right`, a negative window meaning no
-    bound, where offset is 0 (top-left alignment, as SDPA) or `kv_len - q_len` (`bottom_right`, as FlashAttention).
-    `is_causal` is `window_right == 0`; it does not depend on the caller having written it as a window.
+    Query i may attend key j when `-window_left <= j - (i + offset) <= window_right`, a negative window
+    meaning no bound, where offset is 0 (top-left alignment, as SDPA) or `kv_len - q_len` (`bottom_right`, as
+    FlashAttention). `is_causal` is `window_right == 0`; it does not depend on the caller having written it as
+    a window.
     """
 
     is_causal: bool = False
@@ -56,14 +58,20 @@ class TensorSpec:
     def of(cls, tensor: Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
+    def as_4d(self) -> TensorSpec:
+        """The same with leading dims of size 1, as `unsqueeze` would give them."""
+        missing = 4 - len(self.shape)
+        outer = self.shape[0] * self.stride[0] if self.shape else 1
+        return TensorSpec((1,) * missing + self.shape, (outer,) * missing + self.stride, self.dtype, self.device)
+
 
 @dataclass(frozen=True)
 class AttentionProblem:
     """One attention call as a kernel sees it.
 
     query `[batch, heads, q_len, head_dim]`, key `[batch, kv_heads, kv_len, head_dim]`, value
-    `[batch, kv_heads, kv_len, value_head_dim]`, heads a multiple of kv_heads; attn_mask None or a bool (True: attend)
-    or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All in any memory layout.
+    `[batch, kv_heads, kv_len, value_head_dim]`, heads a multiple of kv_heads; attn_mask None or a bool (True:
+    attend) or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All in any memory layout.
     """
 
     query: TensorSpec
@@ -75,7 +83,8 @@ class AttentionProblem:
 
 
 class Kernel(ABC):
-    """One kernel family. Its limits are class attributes; `run` may be called when both reason lists are empty."""
+    """One kernel family. Its limits are class attributes; `run` may be called when both reason lists are
+    empty."""
 
     name: ClassVar[str]
     precisions: ClassVar[Collection[str]]
@@ -103,7 +112,8 @@ class Kernel(ABC):
         return reasons
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
-        """Why "auto" leaves `problem` to SDPA although the kernel could run it (it would be slower); [] to take it."""
+        """Why "auto" leaves `problem` to SDPA although the kernel could run it (it would be slower); [] to
+        take it."""
         return []
 
     @abstractmethod
@@ -117,9 +127,9 @@ class Kernel(ABC):
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides) and, when
-        asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs are never written;
-        work goes to the current stream of the inputs' device."""
+        """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides)
+        and, when asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs
+        are never written; work goes to the current stream of the inputs' device."""
 
 
 def reason(name: str, value: object, supported: object) -> str:

@@ -1,0 +1,213 @@
+"""The operators: schema, strides, autocast, functional behaviour, symbolic shapes, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sage_inductor import NotEligibleError, ops, sage_attention
+from sage_inductor.testing import relative_l2
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+REFERENCE = {"kernel_name": "reference"}
+
+
+def hnd(batch: int = 2, heads: int = 4, seq: int = 20, dim: int = 32, **kwargs: Any) -> Tensor:
+    return torch.randn(batch, heads, seq, dim, **kwargs)
+
+
+def nhd(batch: int = 2, heads: int = 4, seq: int = 20, dim: int = 32, **kwargs: Any) -> Tensor:
+    return torch.randn(batch, seq, heads, dim, **kwargs).transpose(1, 2)
+
+
+def fused(batch: int = 2, heads: int = 4, seq: int = 20, dim: int = 32) -> tuple[Tensor, ...]:
+    """q, k, v as views of one projection's output."""
+    return tuple(torch.randn(batch, seq, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+SAMPLES: dict[str, tuple[tuple[Tensor | None, ...], dict[str, Any]]] = {
+    "HND": ((hnd(), hnd(), hnd()), {}),
+    "NHD": ((nhd(), nhd(), nhd()), {}),
+    "fused qkv": (fused(), {}),
+    "sequence-first": (tuple(torch.randn(20, 2, 4, 32).permute(1, 2, 0, 3) for _ in range(3)), {}),
+    "GQA": ((nhd(), nhd(heads=2), nhd(heads=2)), {"enable_gqa": True}),
+    "cross, ragged": ((hnd(), hnd(seq=13), hnd(seq=13, dim=16)), {}),
+    "3-D": ((hnd()[0], hnd()[0], hnd()[0]), {}),
+    "2-D": ((hnd()[0, 0], hnd()[0, 0], hnd()[0, 0]), {}),
+    "key padding": ((hnd(), hnd(), hnd(), torch.rand(2, 1, 1, 20) > 0.3), {}),
+    "bool mask": ((hnd(), hnd(), hnd(), torch.rand(20, 20) > 0.3), {}),
+    "expanded mask": ((hnd(), hnd(), hnd(), (torch.rand(2, 1, 1, 20) > 0.3).expand(2, 4, 20, 20)), {}),
+    "3-D, mask": ((hnd()[0], hnd()[0], hnd()[0], torch.rand(4, 20, 20) > 0.3), {}),
+    "additive": ((hnd(), hnd(), hnd(), torch.randn(1, 4, 20, 20)), {"scale": 0.3}),
+    "bfloat16": (tuple(hnd(dtype=torch.bfloat16) for _ in range(3)), {"precision": "accurate"}),
+    "float16": (tuple(hnd(dtype=torch.float16) for _ in range(3)), {"precision": "balanced"}),
+    "bottom-right": ((hnd(), hnd(seq=30), hnd(seq=30), None, True), {"bottom_right": True}),
+    "window": ((hnd(), hnd(), hnd(), None, True), {"window_left": 4}),
+    "memory order": ((hnd(), hnd(), hnd()), {"memory_order": [0, 2, 1, 3]}),
+    "auto": ((hnd(), hnd(), hnd()), {"kernel_name": "auto"}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    args, kwargs = SAMPLES[name]
+    kwargs = REFERENCE | kwargs
+    torch.library.opcheck(ops.attention, args, kwargs)
+    torch.library.opcheck(ops.attention_lse, args, kwargs)
+    query, value = args[0], args[2]
+    assert query is not None and value is not None
+    kwargs = {key: value for key, value in kwargs.items() if key != "memory_order"}
+    output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+    torch.library.opcheck(ops.attention_out, args, kwargs | {"output": output})
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "memory order"])
+def test_strides_are_those_of_the_query_and_inputs_are_untouched(name: str) -> None:
+    args, kwargs = SAMPLES[name]
+    before = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in args]
+    out = ops.attention(*args, **(REFERENCE | kwargs))
+    query = args[0]
+    assert query is not None
+    assert ops.memory_order(out) == ops.memory_order(query)
+    assert out.permute(ops.memory_order(out)).is_contiguous()
+    for tensor, copy in zip(args, before, strict=True):
+        if isinstance(tensor, Tensor):
+            assert torch.equal(tensor, copy)  # type: ignore[arg-type]
+
+
+def test_nhd_query_gives_nhd_memory_as_sdpa_does() -> None:
+    q, k, v = nhd(), nhd(), nhd()
+    out = ops.attention(q, k, v, **REFERENCE)
+    assert out.stride() == F.scaled_dot_product_attention(q, k, v).stride()
+    out.transpose(1, 2).view(2, 20, -1)
+
+
+def test_out_form_writes_into_any_strides() -> None:
+    q, k, v = hnd(), hnd(), hnd()
+    buffer = torch.full((2, 20, 4, 40), 7.0)
+    view = buffer.transpose(1, 2)[..., :32]
+    assert sage_attention(q, k, v, kernel="reference", out=view) is view
+    assert torch.equal(view, ops.attention(q, k, v, **REFERENCE))
+    assert bool((buffer[..., 32:] == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_sdpa_does(dtype: torch.dtype) -> None:
+    q, k, v, bias = hnd(), hnd().to(dtype), hnd(), torch.randn(20, 20)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = F.scaled_dot_product_attention(q, k.float(), v, bias)
+        out = ops.attention(q, k, v, bias, kernel_name="reference", precision="accurate")
+        _, lse = ops.attention_lse(q, k, v, bias, kernel_name="reference")
+        outer = torch.empty_like(q, dtype=dtype)
+        ops.attention_out(q, k, v, bias, kernel_name="reference", precision="accurate", output=outer)
+    assert out.dtype == expected.dtype == dtype and lse.dtype == torch.float32
+    assert relative_l2(out, expected) < 0.02
+    assert torch.equal(out, outer)
+
+
+def test_fullgraph_dynamic_lengths_compile_once() -> None:
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return sage_attention(q, k, v, kernel="reference").transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+    for seq in (5, 17, 64, 130):
+        q, k, v = nhd(seq=seq), nhd(seq=seq), nhd(seq=seq)
+        expected = ops.attention(q, k, v, **REFERENCE).transpose(1, 2).reshape(2, seq, -1)
+        assert torch.equal(attend(q, k, v), expected)
+    assert counter.frame_count == 1
+
+
+def test_auto_on_the_cpu_is_exact() -> None:
+    q, k, v = nhd(), nhd(heads=2), nhd(heads=2)
+    out, lse = sage_attention(q, k, v, is_causal=True, enable_gqa=True, return_lse=True)  # type: ignore[misc]
+    scores = (q @ k.repeat_interleave(2, 1).mT * 32**-0.5).masked_fill(
+        torch.ones(20, 20).triu(1).bool(), -torch.inf
+    )
+    assert relative_l2(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)) < 1e-6
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+    windowed = ops.attention(q, q, q, None, True, window_left=3)
+    distance = torch.arange(20) - torch.arange(20)[:, None]
+    mask = (distance <= 0) & (distance >= -3)
+    assert relative_l2(windowed, F.scaled_dot_product_attention(q, q, q, mask)) < 1e-6
+
+
+@pytest.mark.parametrize("q_len,kv_len", [(0, 5), (5, 0)])
+def test_empty_inputs(q_len: int, kv_len: int) -> None:
+    out, lse = ops.attention_lse(hnd(seq=q_len), hnd(seq=kv_len), hnd(seq=kv_len), **REFERENCE)
+    assert out.shape == (2, 4, q_len, 32) and bool((out == 0).all()) and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kwargs", "message"),
+    [
+        ((hnd(), hnd(dim=16), hnd()), {}, "head_dim of query is 32, of key 16"),
+        ((hnd(), hnd(seq=5), hnd(seq=6)), {}, "kv_len of key is 5, of value 6"),
+        ((hnd(), hnd(heads=2), hnd(heads=2)), {}, "enable_gqa is False"),
+        ((hnd(), hnd(heads=3), hnd(heads=3)), {"enable_gqa": True}, "not a multiple of 3"),
+        ((hnd(), hnd(batch=1), hnd(batch=1)), {}, "key has batch 1, query 2"),
+        ((hnd(), hnd().half(), hnd()), {}, "key is torch.float16, query is torch.float32"),
+        ((hnd(), hnd(device="meta"), hnd()), {}, "key is on meta, query on cpu"),
+        ((hnd(), hnd(), hnd()[0]), {}, "value has 3 dimensions, query has 4"),
+        ((hnd()[None], hnd()[None], hnd()[None]), {}, "5 dimensions"),
+        ((hnd(), hnd(), hnd(), torch.ones(20, 7).bool()), {}, "does not broadcast"),
+        ((hnd(), hnd(), hnd(), torch.ones(20, 20).long()), {}, "attn_mask is torch.int64"),
+        ((hnd(), hnd(), hnd()), {"out": torch.empty(2, 4, 20, 31)}, "out is (2, 4, 20, 31)"),
+        ((hnd(), hnd(), hnd(), torch.ones(20, 20).bool()), {"is_causal": True}, "exclude each other"),
+    ],
+)
+def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        sage_attention(*tensors, kernel="reference", **kwargs)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kernel": "magic"}, "valid: auto, triton, sageattention, reference"),
+        ({"precision": "best"}, "valid: fast, balanced, accurate"),
+        ({"dropout_p": 2.0}, "valid: 0 to 1"),
+    ],
+)
+def test_unknown_values_list_the_valid_ones(kwargs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sage_attention(hnd(), hnd(), hnd(), **kwargs)
+
+
+def test_the_operator_itself_refuses_unknown_values() -> None:
+    with pytest.raises(ValueError, match="valid: fast, balanced, accurate"):
+        ops.attention(hnd(), hnd(), hnd(), precision="best", **REFERENCE)
+    with pytest.raises(ValueError, match="valid: triton"):
+        ops.attention(hnd(), hnd(), hnd(), kernel_name="magic")
+
+
+def test_what_a_quantised_kernel_cannot_give_is_exact_or_refused() -> None:
+    q, k, v = hnd(), hnd(), hnd().requires_grad_()
+    out = sage_attention(q, k, v)
+    assert isinstance(out, Tensor) and out.requires_grad
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    with pytest.raises(NotEligibleError, match="requires_grad=value"):
+        sage_attention(q, k, v, kernel="reference")
+    with torch.no_grad():
+        sage_attention(q, k, v, kernel="reference")
+    with pytest.raises(NotEligibleError, match=r"dropout_p=0.5 \(supported: 0.0\)"):
+        sage_attention(q, k, v.detach(), dropout_p=0.5, kernel="reference")
+    torch.manual_seed(1)
+    dropped = sage_attention(q, k, v.detach(), dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, F.scaled_dot_product_attention(q, k, v.detach(), dropout_p=0.5))  # type: ignore[arg-type]
+    with pytest.raises(NotEligibleError, match=r"dtype=float64 \(supported: float16, bfloat16, float32\)"):
+        sage_attention(q.double(), k.double(), v.detach().double(), kernel="reference")
+
+
+def test_the_operator_exists_after_the_import_alone() -> None:
+    code = "import torch, sage_inductor; print(torch.ops.sage_inductor.attention.default._schema.name)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "sage_inductor::attention"

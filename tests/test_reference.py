@@ -1,0 +1,191 @@
+"""The oracle against float64 attention. Bounds are those the README documents; normal inputs stay within them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sage_inductor import reference
+from sage_inductor.kernels import AttentionParams
+from sage_inductor.testing import max_error, relative_l2
+from torch import Tensor
+
+BOUNDS = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and LSE in float64, written out; fully masked rows give 0 and -inf."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1).double(), v.repeat_interleave(groups, 1).double()
+    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.double()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ v, scores.logsumexp(-1)
+
+
+def band(q_len: int, kv_len: int, low: int | None, high: int | None) -> Tensor:
+    distance = torch.arange(kv_len) - torch.arange(q_len)[:, None]
+    allowed = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if low is not None:
+        allowed &= distance >= low
+    if high is not None:
+        allowed &= distance <= high
+    return allowed
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_normal_inputs_stay_within_the_documented_bound(
+    precision: str, head_dim: int, is_causal: bool
+) -> None:
+    q, k, v = (normal(1, 2, 1024, head_dim) for _ in range(3))
+    bounds = (None, 0 if is_causal else None)
+    out, lse = reference.attention(q, k, v, bounds=bounds, precision=precision)
+    expected, expected_lse = exact(q, k, v, band(1024, 1024, *bounds))
+    assert relative_l2(out, expected) <= BOUNDS[precision]
+    # Scores carry the INT8 error alone: 1/254 of the largest value, summed at random over head_dim products.
+    assert (lse - expected_lse).abs().max() < 0.05
+    # The metric sees a fault: the same output computed without the mask is far outside.
+    if is_causal:
+        unmasked, _ = reference.attention(q, k, v, precision=precision)
+        assert relative_l2(unmasked, expected) > 3 * BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("kv_len", [1, 2, 12, 65, 127, 129, 200, 257])
+def test_ragged_lengths(precision: str, kv_len: int) -> None:
+    q, k, v = normal(1, 2, 33, 64), normal(1, 2, kv_len, 64), normal(1, 2, kv_len, 64)
+    out, lse = reference.attention(q, k, v, precision=precision)
+    expected, expected_lse = exact(q, k, v)
+    assert relative_l2(out, expected) <= BOUNDS[precision]
+    assert (lse - expected_lse).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "params"),
+    [
+        (40, 40, AttentionParams(is_causal=True)),
+        (20, 50, AttentionParams(is_causal=True)),
+        (20, 50, AttentionParams(is_causal=True, bottom_right=True)),
+        (50, 20, AttentionParams(is_causal=True, bottom_right=True)),
+        (150, 150, AttentionParams(is_causal=True, window_left=16)),
+        (60, 60, AttentionParams(window_left=5, window_right=7)),
+        (30, 90, AttentionParams(bottom_right=True, window_left=10, window_right=3)),
+    ],
+)
+def test_bands(q_len: int, kv_len: int, params: AttentionParams) -> None:
+    q, k, v = normal(2, 4, q_len, 64), normal(2, 2, kv_len, 64), normal(2, 2, kv_len, 32)
+    bounds = params.bounds(q_len, kv_len)
+    out, lse = reference.attention(q, k, v, bounds=bounds, precision="accurate")
+    allowed = band(q_len, kv_len, *bounds)
+    expected, expected_lse = exact(q, k, v, allowed)
+    assert relative_l2(out, expected) <= BOUNDS["accurate"]
+    blind = ~allowed.any(-1)
+    assert bool((out[:, :, blind] == 0).all())
+    assert bool((lse[:, :, blind] == -math.inf).all())
+    assert (lse - expected_lse)[:, :, ~blind].abs().max() < 0.05
+
+
+def test_bool_mask_with_blind_rows() -> None:
+    q, k, v = (normal(2, 3, 70, 64) for _ in range(3))
+    allowed = torch.rand(2, 1, 70, 70) > 0.5
+    allowed[1, :, 7] = False
+    out, lse = reference.attention(q, k, v, allowed, precision="accurate")
+    expected, _ = exact(q, k, v, allowed)
+    assert relative_l2(out, expected) <= BOUNDS["accurate"]
+    assert bool((out[1, :, 7] == 0).all()) and bool((lse[1, :, 7] == -math.inf).all())
+
+
+def test_additive_mask() -> None:
+    q, k, v = (normal(1, 2, 40, 64) for _ in range(3))
+    bias = torch.randn(2, 40, 40)
+    bias[:, :, 30:] = -math.inf
+    out, _ = reference.attention(q, k, v, bias, precision="accurate")
+    assert relative_l2(out, exact(q, k, v, bias=bias)[0]) <= BOUNDS["accurate"]
+
+
+def test_a_row_of_finite_minima_attends_to_all_keys_alike_as_in_sdpa() -> None:
+    q, k, v = (normal(1, 2, 150, 64) for _ in range(3))
+    bias = torch.zeros(150, 150)
+    bias[5] = torch.finfo(torch.float32).min
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), bias.double())
+    assert max_error(expected[:, :, 5], v.double().mean(2)) < 1e-6  # what SDPA does
+    out, _ = reference.attention(q, k, v, bias, precision="accurate")
+    assert relative_l2(out[:, :, 5], expected[:, :, 5]) < 0.01
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_smoothing_makes_k_bias_harmless(precision: str) -> None:
+    q, k, v = (normal(1, 2, 512, 64) for _ in range(3))
+    biased = k + 5 * normal(1, 2, 1, 64)
+    out, lse = reference.attention(q, biased, v, precision=precision)
+    expected, expected_lse = exact(q, biased, v)
+    assert relative_l2(out, expected) <= BOUNDS[precision]
+    assert (lse - expected_lse).abs().max() < 0.1  # the removed mean is added back
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_outlier_tokens_and_a_mean_in_v(precision: str) -> None:
+    q, k, v = (normal(1, 2, 512, 64) for _ in range(3))
+    v = (v + 3 * normal(1, 2, 1, 64)) * (1 + 20 * (torch.rand(1, 2, 512, 1) > 0.99))
+    out, _ = reference.attention(q, k, v, precision=precision)
+    assert relative_l2(out, exact(q, k, v)[0]) <= BOUNDS[precision]
+
+
+def test_large_bfloat16_values_do_not_overflow() -> None:
+    q, k, v = (normal(1, 1, 64, 64).bfloat16() for _ in range(3))
+    for precision, bound in BOUNDS.items():
+        out, _ = reference.attention(q, k, v * 1e5, precision=precision)
+        assert relative_l2(out, exact(q, k, v * 1e5)[0]) <= bound
+
+
+def test_queries_are_processed_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (normal(1, 8, 300, 64) for _ in range(3))
+    whole, whole_lse = reference.attention(q, k, v, bounds=(-20, 0))
+    largest = 0
+    attend = reference._attend
+
+    def spy(query: Tensor, kv: reference.QuantizedKV, *rest: object) -> tuple[Tensor, Tensor]:
+        nonlocal largest
+        largest = max(largest, query.shape[0] * query.shape[1] * query.shape[2] * kv.k.shape[2])
+        return attend(query, kv, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 100_000)
+    monkeypatch.setattr(reference, "_attend", spy)
+    blocked, blocked_lse = reference.attention(q, k, v, bounds=(-20, 0))
+    assert 0 < largest <= 100_000
+    assert relative_l2(blocked, whole) < 1e-5 and (blocked_lse - whole_lse).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_inputs_show(bad: float) -> None:
+    for which in range(3):
+        tensors = [normal(1, 2, 300, 64) for _ in range(3)]
+        tensors[which][0, 0, 5, 3] = bad
+        out, _ = reference.attention(*tensors)
+        rows = out[0, 0, 5] if which == 0 else out[0, 0]
+        assert bool(rows.isnan().all())
+        assert bool(out[0, 1].isfinite().all())
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_zeros_give_zeros(precision: str) -> None:
+    zeros = torch.zeros(1, 1, 130, 64)
+    for q, k, v in ((zeros, normal(1, 1, 130, 64), zeros), (normal(1, 1, 130, 64), zeros, zeros)):
+        assert bool((reference.attention(q, k, v, precision=precision)[0] == 0).all())

@@ -16,8 +16,10 @@ from sage_inductor.graph_pass import SageAttentionPass, rewrite_graph
 from sage_inductor.inductor import (
     compile_with_inductor,
     configured_pre_grad_pass,
+    inductor_modes,
     pre_grad_pass,
     surfaced,
+    without_leaving_dynamo_entries,
 )
 from sage_inductor.report import Report, Site, unique_names
 
@@ -29,19 +31,34 @@ def sage_inductor(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """`torch.compile(model, backend="sage_inductor", mode=..., options=...)`.
+    """`torch.compile(model, backend="sage_inductor", options={...})`.
 
-    Options named "sage.<field>" make the Config; every other one, and `mode`, go to Inductor, which compiles
-    the rewritten graph. Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph`
-    does.
+    Options named "sage.<field>" make the Config; every other one goes to Inductor, which compiles the
+    rewritten graph. `torch.compile` refuses `mode` beside `options`; so `options={"mode": ...}` means the
+    same here.
+    Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph` does.
     """
     try:
         config, inductor_options = Config.from_options(options)
+        mode = _mode(mode, inductor_options)
         rewrite_graph(graph_module.graph, config)
     except (NotEligibleError, ValueError, TypeError) as error:
         raise surfaced(error) from None
     graph_module.recompile()
     return compile_with_inductor(graph_module, example_inputs, mode, inductor_options)
+
+
+def _mode(mode: str | None, options: dict[str, Any]) -> str | None:
+    """Inductor's mode, from the argument or out of `options`."""
+    if "mode" in options:
+        option = options.pop("mode")
+        if mode is not None:
+            raise ValueError(f"mode={mode!r} and options={{'mode': {option!r}}}: give one")
+        mode = option
+    valid = inductor_modes()
+    if mode is not None and mode not in valid:
+        raise ValueError(f"mode={mode!r} (valid: {', '.join(valid)})")
+    return mode
 
 
 @contextmanager
@@ -79,9 +96,8 @@ class _Sequence:
 def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
-    Traces with Dynamo and runs the graphs as they are, eagerly and without gradients changed; compiles
-    nothing. The caller's torch.compile caches are not used and not filled. Raises NotEligibleError as the
-    backend does.
+    Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in
+    Dynamo's caches of a model that was not compiled before. Raises NotEligibleError as the backend does.
     """
     chosen = Config() if config is None else config
     sites: list[Site] = []
@@ -97,8 +113,8 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
             raise surfaced(error) from None
         return graph_module.forward
 
-    torch._dynamo.reset_code_caches() if hasattr(torch._dynamo, "reset_code_caches") else None
-    torch.compile(model, backend=collect)(*args, **kwargs)
+    with without_leaving_dynamo_entries():
+        torch.compile(model, backend=collect)(*args, **kwargs)
     return Report(unique_names(sites), graphs)
 
 

@@ -14,9 +14,11 @@ __all__ = [
     "CustomGraphPass",
     "compile_with_inductor",
     "configured_pre_grad_pass",
+    "inductor_modes",
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
+    "without_leaving_dynamo_entries",
 ]
 
 
@@ -29,6 +31,13 @@ def compile_with_inductor(
     """What `torch.compile(backend="inductor", mode=..., options=...)` does with a graph."""
     inductor = torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)
     return cast(Callable[..., Any], inductor(graph_module, example_inputs))
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """What `torch.compile(mode=...)` takes: default, reduce-overhead, ..."""
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
 
 
 def configured_pre_grad_pass() -> Any:
@@ -52,6 +61,27 @@ def pinned_sdpa_backends() -> tuple[str, ...]:
     from torch.nn.attention import _cur_sdpa_kernel_backends
 
     return tuple(backend.name for backend in _cur_sdpa_kernel_backends())
+
+
+@contextmanager
+def without_leaving_dynamo_entries() -> Iterator[None]:
+    """Drops what Dynamo caches inside for code that had no entry before, so that tracing a model to look at
+    it does not count against its limit of recompiles. Code that is compiled already keeps its entries, and
+    one more."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo import convert_frame
+
+    def compiled() -> dict[int, Any]:
+        codes = (reference() for reference in list(convert_frame.input_codes.seen))
+        return {id(code): code for code in codes if code is not None and _debug_get_cache_entry_list(code)}
+
+    before = compiled()
+    try:
+        yield
+    finally:
+        for key, code in compiled().items():
+            if key not in before:
+                reset_code(code)
 
 
 def surfaced(error: Exception) -> Exception:

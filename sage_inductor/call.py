@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A value that the graph does not hold yet: a call whose arguments are nodes, other expressions and
+    constants.
+
+    Patterns describe transposed keys or combined masks so; the nodes are made only if the call is rewritten.
+    `value` is what tracing would record for it.
+    """
+
+    target: str | Callable[..., Any]  # the name of a method, or a function
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    value: Any = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Expr:
+        """The expression, its value worked out from the traced values of its arguments."""
+        values = [example_value(arg) if isinstance(arg, (fx.Node, Expr)) else arg for arg in args]
+        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
+        return cls(target, args, kwargs, function(*values, **kwargs))
+
+    def insert(self, graph: fx.Graph) -> fx.Node:
+        """The expression as nodes at `graph`'s insertion point."""
+        args = tuple(arg.insert(graph) if isinstance(arg, Expr) else arg for arg in self.args)
+        if isinstance(self.target, str):
+            node = graph.call_method(self.target, args, self.kwargs)
+        else:
+            node = graph.call_function(self.target, args, self.kwargs)
+        node.meta["example_value"] = self.value
+        return node
+
+
+Value: TypeAlias = "fx.Node | Expr"
 
 
 @dataclass(frozen=True)
@@ -22,14 +57,25 @@ class AttentionCall:
 
     node: fx.Node
     pattern: str
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    attn_mask: fx.Node | None = None
+    query: Value
+    key: Value
+    value: Value
+    attn_mask: Value | None = None
     dropout_p: float | fx.Node = 0.0
     is_causal: bool | fx.Node = False
     scale: float | fx.Node | None = None
     enable_gqa: bool = False
+    restore: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """Methods, with their arguments, that turn the attention output into the value of `node`."""
+    undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """The way back: turns the traced value of `node` into that of the attention output."""
+
+    def output(self) -> Tensor | None:
+        """What tracing recorded for the attention output, before `restore`."""
+        value = example_tensor(self.node)
+        for method, args in self.undo:
+            value = None if value is None else getattr(value, method)(*args)
+        return value
 
 
 class Pattern(ABC):
@@ -44,16 +90,17 @@ class Pattern(ABC):
 
     @abstractmethod
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
-        """(function, inputs) pairs that hold the idiom: they feed the tests and the cache key."""
+        """(function, inputs) pairs that hold the idiom: they feed the tests and the documentation."""
 
 
-def example_value(node: fx.Node) -> Any:
-    """What tracing recorded for `node`: Dynamo's `example_value`, or `val` in an exported or AOT graph."""
-    meta = node.meta
-    return meta["example_value"] if "example_value" in meta else meta.get("val")
+def example_value(item: Value) -> Any:
+    """What tracing recorded: Dynamo's `example_value`, or `val` in an exported or AOT graph."""
+    if isinstance(item, Expr):
+        return item.value
+    return item.meta["example_value"] if "example_value" in item.meta else item.meta.get("val")
 
 
-def example_tensor(node: fx.Node | None) -> Tensor | None:
+def example_tensor(item: Value | None) -> Tensor | None:
     """`example_value` when it is a tensor."""
-    value = None if node is None else example_value(node)
+    value = None if item is None else example_value(item)
     return value if isinstance(value, torch.Tensor) else None

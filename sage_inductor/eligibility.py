@@ -46,7 +46,7 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     values = {name: example_tensor(node) for name, node in tensors.items()}
     missing = [name for name, value in values.items() if value is None]
-    if missing or example_tensor(call.node) is None:
+    if missing or call.output() is None:
         return [*reasons, f"no traced shape of {', '.join(missing) or 'the output'}"]
     present = {name: value for name, value in values.items() if value is not None}
     reasons += _gradient_reasons(call, present, config)
@@ -54,7 +54,7 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
 
 
 def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: Config) -> list[str]:
-    output = example_tensor(call.node)
+    output = call.output()
     if output is None or not output.requires_grad:
         return []
     mask = example_tensor(call.attn_mask)
@@ -99,7 +99,7 @@ def _is_one(size: int | torch.SymInt) -> bool:
 
 
 def _stride_reasons(call: AttentionCall) -> list[str]:
-    output = example_tensor(call.node)
+    output = call.output()
     assert output is not None
     if output_order(output) is None:
         return [reason("output strides", tuple(output.stride()), "dense, head_dim innermost")]
@@ -122,7 +122,7 @@ def output_order(output: Tensor) -> list[int] | None:
 def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
     """The problem that kernels judge, None where its shapes do not make one. Its dtype is that of the output,
     which autocast decides."""
-    output = example_tensor(call.node)
+    output = call.output()
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
     if output is None or any(tensor is None or not 2 <= tensor.dim() <= 4 for tensor in tensors):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.call import AttentionCall, Value, example_tensor
 
 _RESHAPES = ("reshape", "view", "contiguous", "clone")
 _RESHAPE_TARGETS = (
@@ -41,9 +41,11 @@ def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, key=key, value=value, enable_gqa=True)
 
 
-def _unrepeated(node: fx.Node) -> fx.Node | None:
+def _unrepeated(node: Value) -> fx.Node | None:
     """The `[batch, kv_heads, seq, dim]` node that `node` repeats along heads; None when it repeats
     nothing."""
+    if not isinstance(node, fx.Node):
+        return None
     repeated = _repeat_interleaved(node) or _expanded_and_reshaped(node)
     if repeated is None:
         return None

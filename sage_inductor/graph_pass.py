@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
-from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.call import AttentionCall, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import Surroundings, ineligible_reasons, kernel_reasons, make_problem
 from sage_inductor.errors import NotEligibleError
@@ -111,7 +111,7 @@ def _judge(
     return site
 
 
-def _info(node: fx.Node) -> TensorInfo | None:
+def _info(node: Value) -> TensorInfo | None:
     tensor = example_tensor(node)
     return None if tensor is None else TensorInfo.of(tensor)
 
@@ -162,6 +162,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return "<root>"
     path = str(list(stack.values())[-1][0])
+    # Dynamo reaches the children of a module that has a __getattr__ of its own through its __dict__.
+    path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
     for prefix in ("L['self']", "L['fn']", "L['s']"):
         path = path.removeprefix(prefix)
     if path.startswith("L["):

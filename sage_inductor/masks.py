@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
 
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
 # second and under a gigabyte on a CPU. A GPU holds four times that as easily.
@@ -31,7 +31,7 @@ class Mask:
     """
 
     kind: str
-    attn_mask: fx.Node | None = None
+    attn_mask: Value | None = None
     is_causal: bool = False
     bottom_right: bool = False
     window_left: int = -1
@@ -56,10 +56,7 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
     if mask is None or query is None or key is None:
         return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    constants = {} if constants is None else constants
-    if call.attn_mask not in constants:
-        constants[call.attn_mask] = constant_value(call.attn_mask)
-    constant = constants[call.attn_mask]
+    constant = _remembered_constant(call.attn_mask, {} if constants is None else constants)
     if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
         known = _classify_constant(constant, q_len, kv_len)
         if known is not None:
@@ -67,6 +64,14 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
     if _is_key_padding(mask, q_len):
         return Mask("key_padding", call.attn_mask)
     return Mask("bool" if mask.dtype == torch.bool else "additive", call.attn_mask)
+
+
+def _remembered_constant(mask: Value, constants: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    if not isinstance(mask, fx.Node):
+        return constant_value(mask)
+    if mask not in constants:
+        constants[mask] = constant_value(mask)
+    return constants[mask]
 
 
 def _is_key_padding(mask: Tensor, q_len: int) -> bool:
@@ -123,12 +128,13 @@ def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask |
     return None
 
 
-def constant_value(node: fx.Node) -> Tensor | None:
+def constant_value(node: Value) -> Tensor | None:
     """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise."""
     example = example_tensor(node)
     if example is None:
         return None
-    ancestors = _constant_ancestors(node)
+    leaves = _leaves(node)
+    ancestors = _constant_ancestors(leaves) if leaves else []
     if ancestors is None:
         return None
     device = torch.device(example.device.type)
@@ -149,8 +155,23 @@ def constant_value(node: fx.Node) -> Tensor | None:
             else:
                 assert callable(ancestor.target)
                 values[ancestor] = ancestor.target(*args, **kwargs)
-    value = values[node]
+        value = _evaluated(node, values, device)
     return value if isinstance(value, Tensor) else None
+
+
+def _leaves(item: Any) -> list[fx.Node]:
+    """The nodes that an expression is made of."""
+    if isinstance(item, fx.Node):
+        return [item]
+    return [leaf for arg in item.args for leaf in _leaves(arg)] if isinstance(item, Expr) else []
+
+
+def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    if not isinstance(item, Expr):
+        return _materialised(item, values, device)
+    args = [_evaluated(arg, values, device) for arg in item.args]
+    function = getattr(torch.Tensor, item.target) if isinstance(item.target, str) else item.target
+    return function(*args, **item.kwargs)
 
 
 def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
@@ -164,11 +185,11 @@ def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -
     return item
 
 
-def _constant_ancestors(node: fx.Node) -> list[fx.Node] | None:
-    """`node` and all it depends on, in graph order; None when something there is not a pure function of
+def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
+    """`nodes` and all they depend on, in graph order; None when something there is not a pure function of
     constants."""
     found: set[fx.Node] = set()
-    pending = [node]
+    pending = list(nodes)
     while pending:
         current = pending.pop()
         if current in found:
@@ -180,7 +201,7 @@ def _constant_ancestors(node: fx.Node) -> list[fx.Node] | None:
     # A node written in place by anything, ancestor or not, is more than a function of its arguments.
     if any(_writes_in_place(user) for ancestor in found for user in ancestor.users):
         return None
-    return [ancestor for ancestor in node.graph.nodes if ancestor in found]
+    return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
 
 
 _RANDOM = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor import ops, training
-from sage_inductor.call import AttentionCall, example_tensor
+from sage_inductor.call import AttentionCall, Expr, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
 
@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.Node:
     """Replace `call` in its graph; returns the new node. Options at their defaults are not written out."""
     graph, old = call.node.graph, call.node
-    query, output = example_tensor(call.query), example_tensor(old)
+    query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
     order = output_order(output)
     options: dict[str, Any] = {
@@ -41,21 +41,33 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": kernel, "precision": precision}
-    args = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     target = training.attention_training if output.requires_grad else ops.attention
+    inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     with graph.inserting_before(old):
+        args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         new = graph.call_function(target, args, kwargs)
-    new.meta = dict(old.meta)
-    former_inputs = old.all_input_nodes
+        new.meta = {**old.meta, "example_value": output} if call.restore else dict(old.meta)
+        for method, arguments in call.restore:
+            value = getattr(new.meta["example_value"], method)(*arguments)
+            new = graph.call_method(method, (new, *arguments))
+            new.meta = {**old.meta, "example_value": value}
     old.replace_all_uses_with(new)
+    former_inputs = old.all_input_nodes
     graph.erase_node(old)
-    _erase_unused_repeats(former_inputs)
+    _erase_unused(former_inputs)
     return new
 
 
-def _erase_unused_repeats(nodes: list[fx.Node]) -> None:
-    """Remove views (the repeated heads that the call no longer reads) that nothing else reads."""
-    pure = ("reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave")
+# What a pattern looks through: nodes without side effects, of no use once nothing reads them.
+_PURE = (
+    "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
+    "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
+    "where", "float", "to", "type", "type_as", "dropout",
+)  # fmt: skip
+
+
+def _erase_unused(nodes: list[fx.Node]) -> None:
+    """Remove what the call no longer reads (repeated heads, scores, weights) where nothing else reads it."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
@@ -63,7 +75,7 @@ def _erase_unused_repeats(nodes: list[fx.Node]) -> None:
         name = str(name).partition(".")[0]
         if (
             node.op in ("call_method", "call_function")
-            and name in pure
+            and name in _PURE
             and not node.users
             and not node._erased
         ):

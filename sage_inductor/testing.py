@@ -74,13 +74,13 @@ def graph_text(graph: fx.Graph) -> str:
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||, in float64; NaN when either holds one."""
     difference = actual.double() - expected.double()
-    return (difference.norm() / expected.double().norm().clamp(min=1e-300)).item()
+    return float(difference.norm() / expected.double().norm().clamp(min=1e-300))
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|, in float64."""
     difference = (actual.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp(min=1e-300)).item()
+    return float(difference / expected.double().abs().max().clamp(min=1e-300))
 
 
 def _letter(index: int) -> str:
@@ -94,7 +94,7 @@ def _target(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).removesuffix(".default")
     if getattr(operator, getattr(node.target, "__name__", ""), None) is node.target:
-        return node.target.__name__  # type: ignore[union-attr]
+        return str(getattr(node.target, "__name__", node.target))
     return str(getattr(node.target, "__name__", node.target))
 
 

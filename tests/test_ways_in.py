@@ -1,4 +1,5 @@
-"""Every way into the pass: named backend, options and mode, Inductor pass, enabled(), explain(), export, caches."""
+"""Every way into the pass: named backend, options and mode, Inductor pass, enabled(), explain(), export,
+caches."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def quantised(model: Block, x: Tensor) -> Tensor:
 
 
 def same(out: Tensor, expected: Tensor) -> bool:
-    """Equal up to the float32 rounding of Inductor's matmuls, far below the error of quantisation (checked)."""
+    """Equal up to the float32 rounding of Inductor's matmuls, far below the error of quantisation
+    (checked)."""
     return relative_l2(out, expected) < 2e-5
 
 
@@ -277,7 +279,8 @@ q = torch.randn(1, 2, 16, 32)
 way, precision = sys.argv[1:]
 with torch.no_grad():
     if way == "backend":
-        out = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference", "sage.precision": precision})(q)
+        out = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference",
+        "sage.precision": precision})(q)
     else:
         with enabled(Config(kernel="reference", precision=precision)):
             out = torch.compile(attend)(q)
@@ -306,7 +309,8 @@ def test_works_without_importing_the_package(tmp_path: Path) -> None:
     code = """
     import sys, torch
     assert "sage_inductor" not in sys.modules
-    f = torch.compile(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), backend="sage_inductor",
+    f = torch.compile(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q),
+    backend="sage_inductor",
                       options={"sage.kernel": "reference"})
     with torch.no_grad():
         print(f(torch.randn(1, 2, 8, 16)).shape)

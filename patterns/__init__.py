@@ -7,9 +7,10 @@ if __name__ != "sage_inductor.patterns":
     )
 
 from sage_inductor.patterns.sdpa import ScaledDotProductAttention
+from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 
 from sage_inductor.call import Pattern
 
-ALL: tuple[Pattern, ...] = (ScaledDotProductAttention(),)
+ALL: tuple[Pattern, ...] = (ScaledDotProductAttention(), SoftmaxMatmul())
 
-__all__ = ["ALL", "ScaledDotProductAttention"]
+__all__ = ["ALL", "ScaledDotProductAttention", "SoftmaxMatmul"]

@@ -73,6 +73,7 @@ def graph_text(graph: fx.Graph) -> str:
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||, in float64; NaN when either holds one."""
+    actual, expected = actual.detach(), expected.detach()
     difference = actual.double() - expected.double()
     return float(difference.norm() / expected.double().norm().clamp(min=1e-300))
 

@@ -45,6 +45,7 @@ DIV = (
 )
 MASKED_FILL = ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar)
 WHERE = (), (torch.where, aten.where.self, aten.where.ScalarOther)
+EXPAND = ("expand", "expand_as"), (aten.expand.default,)
 DROPOUT = (), (F.dropout, torch.dropout, aten.dropout.default)
 
 
@@ -90,7 +91,7 @@ class SoftmaxMatmul(Pattern):
         outer = _product(node)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
-        weights, weights_dropout = _weights(outer.left)
+        weights, weights_dropout = _weights(outer.left, node)
         if weights is None:
             return None
         logits = _logits(weights)
@@ -167,16 +168,25 @@ def _permuted(operand: fx.Node, letters: str, order: list[str]) -> Value:
 
 
 def _only_reader(node: fx.Node, reader: fx.Node) -> bool:
-    return set(node.users) == {reader}
+    """Whether `reader` alone reads the values of `node`; others may ask for its shape or dtype."""
+    return {user for user in node.users if not _reads_shape_only(user, node)} == {reader}
 
 
-def _weights(node: Value) -> tuple[fx.Node | None, float]:
-    """The softmax that `node`, the left operand of the second product, comes from, and the dropout after it."""
+def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    if user.op != "call_method":
+        return user.op == "call_function" and user.target is getattr
+    if user.target in ("expand_as", "view_as", "reshape_as", "type_as"):
+        return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
+    return user.target in ("size", "dim")
+
+
+def _weights(node: Value, product: fx.Node) -> tuple[fx.Node | None, float]:
+    """The softmax that `node`, the left operand of the second `product`, comes from, and the dropout after it."""
     dropout = 0.0
     current: Any = node
     if isinstance(current, Expr):  # an einsum's permuted operand: weights are used as they are, or not at all
         return None, 0.0
-    if len(current.users) != 1:
+    if not _only_reader(current, product):
         return None, 0.0
     while True:
         if _is(current, SOFTMAX):
@@ -364,6 +374,8 @@ def _hiding(
     node: fx.Node, source: Any, mask: Any, value: float | None, hidden_where: bool
 ) -> tuple[fx.Node, _Update] | None:
     """Logits overwritten by `value` where `mask` is `hidden_where`."""
+    while _is(mask, EXPAND) and isinstance(mask.args[0], fx.Node):
+        mask = mask.args[0]  # it broadcasts by itself, and a kernel reads less of it
     tensor = example_tensor(mask) if isinstance(mask, fx.Node) else None
     if not isinstance(source, fx.Node) or tensor is None or value is None or value > HIDES:
         return None

@@ -93,6 +93,47 @@ class Pattern(ABC):
         """(function, inputs) pairs that hold the idiom: they feed the tests and the documentation."""
 
 
+class OpaquePattern(ABC):
+    """A node that holds attention without showing it."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def expand(self, node: fx.Node) -> Expansion | None:
+        """The mathematics of `node`, traced; None when `node` is not this one. Must not change the graph."""
+
+    def closed_reasons(self, node: fx.Node) -> list[str]:
+        """Why `node`, which is this one, cannot be opened; empty when it can, or is something else."""
+        return []
+
+    @abstractmethod
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        """(function, inputs) pairs that hold the node."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What an opaque node computes: `graph` with a placeholder for each of `inputs`; its output has the structure
+    that users of the node index into."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+
+
+def trace(function: Callable[..., Any], inputs: tuple[fx.Node, ...]) -> Expansion | None:
+    """`function` of the values of `inputs`, traced before dispatch (an SDPA call stays one node)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    values = [example_value(node) for node in inputs]
+    fake = next((value for value in values if isinstance(value, FakeTensor)), None)
+    if fake is None or any(not isinstance(value, torch.Tensor) for value in values):
+        return None
+    with fake.fake_mode, torch.no_grad():
+        traced = make_fx(function, pre_dispatch=True)(*values)
+    return Expansion(traced.graph, inputs)
+
+
 def example_value(item: Value) -> Any:
     """What tracing recorded: Dynamo's `example_value`, or `val` in an exported or AOT graph."""
     if isinstance(item, Expr):

@@ -66,6 +66,15 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
     return [reason("requires_grad", wanting or "output", "none; torch.no_grad() or training=True")]
 
 
+def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
+    """Why gradients that flow through an opaque node forbid to open it."""
+    values = example_value(node)
+    outputs = values if isinstance(values, (tuple, list)) else [values]
+    if config.training or not any(isinstance(value, Tensor) and value.requires_grad for value in outputs):
+        return []
+    return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
+
+
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
-from sage_inductor.call import AttentionCall, Value, example_tensor
+from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
-from sage_inductor.eligibility import Surroundings, ineligible_reasons, kernel_reasons, make_problem
+from sage_inductor.eligibility import (
+    Surroundings,
+    gradient_reasons,
+    ineligible_reasons,
+    kernel_reasons,
+    make_problem,
+)
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.gqa import absorb_repeated_heads
 from sage_inductor.inductor import CustomGraphPass, pinned_sdpa_backends
-from sage_inductor.patterns import ALL
+from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.report import Site, TensorInfo, unique_names
-from sage_inductor.rewrite import rewrite
+from sage_inductor.rewrite import insert_expansion, rewrite
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +76,97 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
             yield from _walk(submodule.graph, config, around, visited)
             submodule.recompile()
             continue
-        for pattern in ALL:
-            call = pattern.match(node)
-            if call is not None:
-                yield _judge(call, config, around, constants)
+        for opaque in OPAQUE:
+            closed = opaque.closed_reasons(node)
+            if closed:
+                yield _closed_site(node, opaque.name, closed, config)
                 break
+            expansion = opaque.expand(node)
+            if expansion is not None:
+                yield from _judge_expansion(node, opaque.name, expansion, config, around, constants)
+                break
+        call = _match(node)
+        if call is not None:
+            yield _judge(call, config, around, constants)
+
+
+def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config) -> Site:
+    name = module_path(node)
+    reasons = config.selection_reasons(name) + reasons
+    return Site(
+        name=name,
+        source=source_line(node),
+        pattern=pattern,
+        query=None,
+        key=None,
+        value=None,
+        mask="unknown",
+        kernel=None,
+        precision=config.precision,
+        rewritten=False,
+        reasons=tuple(reasons),
+    )
+
+
+def _match(node: fx.Node) -> AttentionCall | None:
+    matches = (pattern.match(node) for pattern in ALL)
+    return next((call for call in matches if call is not None), None)
 
 
 def _judge(
     call: AttentionCall, config: Config, around: Surroundings, constants: dict[fx.Node, Tensor | None]
 ) -> Site:
-    name = module_path(call.node)
+    """The decision about `call`, carried out."""
     call = absorb_repeated_heads(call)
     mask = masks.classify(call, constants)
-    reasons = config.selection_reasons(name) + ineligible_reasons(call, mask, config, around)
+    site = _decide(call, mask, config, around, module_path(call.node), source_line(call.node))
+    if site.rewritten:
+        assert site.kernel is not None
+        rewrite(call, mask, site.kernel, config.precision)
+    return site
+
+
+def _judge_expansion(
+    node: fx.Node,
+    pattern: str,
+    expansion: Expansion,
+    config: Config,
+    around: Surroundings,
+    constants: dict[fx.Node, Tensor | None],
+) -> Iterator[Site]:
+    """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
+    name, source = module_path(node), source_line(node)
+    gradients = gradient_reasons(node, config)
+    inlined = insert_expansion(node, expansion)
+    decided = []
+    for call in [call for call in map(_match, inlined.nodes) if call is not None]:
+        call = dataclasses.replace(absorb_repeated_heads(call), pattern=pattern)
+        mask = masks.classify(call, constants)
+        decided.append((call, mask, _decide(call, mask, config, around, name, source, gradients)))
+    if any(site.rewritten for _, _, site in decided):
+        inlined.replace(node)
+    else:
+        inlined.remove()
+    for call, mask, site in decided:
+        if site.rewritten and site.kernel is not None:
+            rewrite(call, mask, site.kernel, config.precision)
+        yield site
+
+
+def _decide(
+    call: AttentionCall,
+    mask: masks.Mask,
+    config: Config,
+    around: Surroundings,
+    name: str,
+    source: str,
+    reasons: Sequence[str] = (),
+) -> Site:
+    reasons = [
+        *config.selection_reasons(name),
+        *reasons,
+        *ineligible_reasons(call, mask, config, around),
+    ]
     problem = make_problem(call, mask, config)
     kernel: str | None = None
     if problem is not None:
@@ -92,9 +176,9 @@ def _judge(
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
         kernel, against = kernel_reasons(problem, config)
         reasons += against
-    site = Site(
+    return Site(
         name=name,
-        source=source_line(call.node),
+        source=source,
         pattern=call.pattern,
         query=_info(call.query),
         key=_info(call.key),
@@ -105,10 +189,6 @@ def _judge(
         rewritten=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
     )
-    if not reasons:
-        assert kernel is not None
-        rewrite(call, mask, kernel, config.precision)
-    return site
 
 
 def _info(node: Value) -> TensorInfo | None:

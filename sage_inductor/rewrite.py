@@ -3,12 +3,13 @@ strides."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from sage_inductor import ops, training
-from sage_inductor.call import AttentionCall, Expr, example_tensor
+from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
 
@@ -56,6 +57,52 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     graph.erase_node(old)
     _erase_unused(former_inputs)
     return new
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """An expansion's nodes in the graph, before it is decided whether they take the place of the opaque node."""
+
+    nodes: list[fx.Node]
+    output: Any  # nodes in the structure of the opaque node's value
+
+    def replace(self, node: fx.Node) -> None:
+        """Give the users of the opaque `node` our values, and erase it."""
+        if isinstance(self.output, fx.Node):
+            node.replace_all_uses_with(self.output)
+        else:
+            for user in list(node.users):  # getitem(node, i); nothing reads an item that is None
+                item = self.output[user.args[1]]
+                if item is not None:
+                    user.replace_all_uses_with(item)
+                node.graph.erase_node(user)
+        node.graph.erase_node(node)
+
+    def remove(self) -> None:
+        for node in reversed(self.nodes):
+            node.graph.erase_node(node)
+
+
+def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
+    """The nodes of `expansion` before the opaque `node`, with its place in the model."""
+    graph = node.graph
+    placeholders = [inner for inner in expansion.graph.nodes if inner.op == "placeholder"]
+    mapping: dict[fx.Node, Any] = dict(zip(placeholders, expansion.inputs, strict=True))
+    inherited = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+    copied = []
+    output: Any = None
+    with graph.inserting_before(node):
+        for inner in expansion.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                output = fx.node.map_arg(inner.args[0], lambda argument: mapping[argument])
+                continue
+            assert inner.op == "call_function", f"an expansion holds {inner.op} {inner.target}"
+            mapping[inner] = graph.node_copy(inner, lambda argument: mapping[argument])
+            mapping[inner].meta = {**inherited, "example_value": inner.meta["val"]}
+            copied.append(mapping[inner])
+    return Inlined(copied, output)
 
 
 # What a pattern looks through: nodes without side effects, of no use once nothing reads them.

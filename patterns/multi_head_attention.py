@@ -1,0 +1,148 @@
+"""`nn.MultiheadAttention` and `nn.TransformerEncoderLayer`: single nodes whose attention has to be brought to light."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sage_inductor.call import Expansion, OpaquePattern, example_tensor, trace
+
+FORWARD = F.multi_head_attention_forward
+ENCODER_LAYER = (torch._transformer_encoder_layer_fwd, torch.ops.aten._transformer_encoder_layer_fwd.default)
+
+
+class MultiHeadAttention(OpaquePattern):
+    """`F.multi_head_attention_forward`, which `nn.MultiheadAttention` calls: projections, SDPA, projection.
+
+    With `need_weights=True` the weights are computed and returned; where nothing reads them they need not be.
+    """
+
+    name = "multi_head_attention"
+
+    def expand(self, node: fx.Node) -> Expansion | None:
+        if not self._holds(node) or self.closed_reasons(node):
+            return None
+        return _traced(FORWARD, {**_arguments(node), "need_weights": False})
+
+    def closed_reasons(self, node: fx.Node) -> list[str]:
+        if not self._holds(node) or not _arguments(node)["need_weights"]:
+            return []
+        weights_read = not all(_reads_output_only(user) for user in node.users)
+        return ["need_weights=True (supported: weights that nothing reads)"] if weights_read else []
+
+    def _holds(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node.target is FORWARD
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        layer = nn.MultiheadAttention(64, 2, batch_first=True).eval()
+        yield lambda x: layer(x, x, x, need_weights=False)[0], (torch.randn(2, 16, 64),)
+        yield lambda x: layer(x, x, x)[0], (torch.randn(2, 16, 64),)
+
+
+class TransformerEncoderLayer(OpaquePattern):
+    """The fused operator of `nn.TransformerEncoderLayer` in eval mode without gradients, which never calls SDPA."""
+
+    name = "transformer_encoder_layer"
+
+    def expand(self, node: fx.Node) -> Expansion | None:
+        if node.op != "call_function" or node.target not in ENCODER_LAYER:
+            return None
+        bound = inspect.signature(_encoder_layer).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        source = example_tensor(bound.arguments["source"])
+        if source is None or source.is_nested:
+            return None
+        return _traced(_encoder_layer, bound.arguments)
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True).eval()
+        yield layer, (torch.randn(2, 16, 64),)
+        yield (
+            nn.TransformerEncoderLayer(64, 2, 96, 0.1, "gelu", batch_first=True, norm_first=True).eval(),
+            (torch.randn(2, 16, 64),),
+        )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    bound = inspect.signature(FORWARD).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _reads_output_only(user: fx.Node) -> bool:
+    return (
+        user.op == "call_function"
+        and user.target is operator.getitem
+        and (user.args[1] == 0 or not user.users)
+    )
+
+
+def _traced(function: Any, arguments: dict[str, Any]) -> Expansion | None:
+    """`function` traced as a function of the nodes among its arguments; the others are constants."""
+    names = [name for name, value in arguments.items() if isinstance(value, fx.Node)]
+    constants = {name: value for name, value in arguments.items() if name not in names}
+
+    def of_nodes(*values: Tensor) -> Any:
+        return function(**constants, **dict(zip(names, values, strict=True)))
+
+    return trace(of_nodes, tuple(arguments[name] for name in names))
+
+
+def _encoder_layer(
+    source: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """What `torch._transformer_encoder_layer_fwd` computes (its argument order), of source `[batch, seq, embed_dim]`.
+
+    In mask True means "do not attend", and so does any number but 0 (the operator casts masks to bool). mask_type 0:
+    `[seq, seq]`, 1: `[batch, seq]` of keys, 2: `[batch, heads, seq, seq]`.
+    """
+    batch, seq, _ = source.shape
+    allowed = None
+    if mask is not None:
+        allowed = ~(mask[:, None, None, :] if mask_type == 1 else mask).to(torch.bool)
+
+    def attention(x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, qkv_weight, qkv_bias).view(batch, seq, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, allowed)
+        return F.linear(out.transpose(1, 2).reshape(batch, seq, embed_dim), proj_weight, proj_bias)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def norm_1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        source = source + attention(norm_1(source))
+        return source + feed_forward(norm_2(source))
+    source = norm_1(source + attention(source))
+    return norm_2(source + feed_forward(source))

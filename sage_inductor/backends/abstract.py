@@ -1,0 +1,167 @@
+"""What every attention backend, its implementation and its metadata offer."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Arguments that FastVideo's models pass to whichever backend was selected and that mean nothing to dense
+# attention: rope_type belongs to the layer, nvfp4_fa4 to the FlashAttention backend.
+IGNORED_IMPL_ARGS = ("rope_type", "nvfp4_fa4")
+
+
+@dataclass
+class AttentionMetadata:
+    """What changes from call to call.
+
+    current_timestep: step of the diffusion process; not used by these backends.
+    attn_mask: None; `[batch, key_len]` (as tokenizers make them), `[batch, q_len, key_len]` or
+        `[batch or 1, heads or 1, q_len or 1, key_len]`. bool and integer masks: nonzero means attend;
+        floating ones are added to the scores. A mask shorter than the keys covers the last of them, those
+        before it are attended.
+    is_causal: query i sees keys 0 .. i only, besides what attn_mask says.
+    """
+
+    current_timestep: int
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+
+
+class AttentionMetadataBuilder:
+    """Makes the metadata of one call."""
+
+    def prepare(self) -> None:
+        """Called before each batch; nothing to do."""
+
+    def build(
+        self, current_timestep: int, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> AttentionMetadata:
+        """The arguments as `AttentionMetadata`, the mask as it was given."""
+        return AttentionMetadata(current_timestep, attn_mask, is_causal)
+
+
+class AttentionImpl(ABC):
+    """Attention of one layer, on `[batch, seq, heads, head_dim]` tensors."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        causal: bool,
+        softmax_scale: float | None,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args: Any,
+    ) -> None:
+        """
+        Args:
+            num_heads, num_kv_heads: heads of query, and of key and value (num_heads when None). Tensors may
+                have fewer (a rank's share under sequence parallelism), in the same proportion or not.
+            head_size: size of the last dim.
+            causal: query i sees keys 0 .. i (top-left alignment, as SDPA).
+            softmax_scale: factor of the scores, `head_size ** -0.5` when None.
+            prefix: the layer's name, for error messages.
+            extra_impl_args: see the subclass.
+
+        Raises:
+            ValueError: sizes that make no sense.
+        """
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_heads={num_heads}, num_kv_heads={kv_heads} (valid: num_heads a multiple)")
+        if head_size < 1:
+            raise ValueError(f"head_size={head_size} (valid: 1 and above)")
+        self.num_heads = num_heads
+        self.num_kv_heads = kv_heads
+        self.head_size = head_size
+        self.causal = causal
+        self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
+        self.prefix = prefix
+
+    def preprocess_qkv(self, qkv: Tensor, attn_metadata: AttentionMetadata | None) -> Tensor:
+        """Called on q, k, v stacked along the batch, before `forward`; returns them unchanged."""
+        return qkv
+
+    def postprocess_output(self, output: Tensor, attn_metadata: AttentionMetadata | None) -> Tensor:
+        """Called on the output of `forward`; returns it unchanged."""
+        return output
+
+    @abstractmethod
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of query `[batch, q_len, heads, head_size]` to key and value `[batch, key_len, kv_heads,
+        head_size]`.
+
+        Any object serves as metadata: its `attn_mask` and `is_causal` are honoured where it has them.
+
+        Returns:
+            `[batch, q_len, heads, head_size]` in query's dtype: `output`, when given (any strides), else a
+            new contiguous tensor.
+
+        Raises:
+            RuntimeError: tensors that do not fit together.
+            ValueError: a mask that does not fit (see `AttentionMetadata`).
+        """
+
+
+class AttentionBackend(ABC):
+    """What a backend is called, what it can do, and the classes that do it."""
+
+    # Whether `forward` writes into a tensor that the caller provides.
+    accept_output_buffer: ClassVar[bool] = False
+
+    @staticmethod
+    @abstractmethod
+    def get_name() -> str:
+        """The name it is requested by."""
+
+    @staticmethod
+    @abstractmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        """The class of a layer's attention."""
+
+    @staticmethod
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        """The class of the metadata that its impl reads."""
+        return AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        """The class that builds that metadata."""
+        return AttentionMetadataBuilder
+
+    @staticmethod
+    @abstractmethod
+    def get_supported_head_sizes() -> list[int] | None:
+        """The head sizes that its kernels run; None: any."""
+
+
+def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()) -> float:
+    """The dropout among `extra_impl_args` (`dropout_p`, which FastVideo's models also spell `dropout_rate`).
+
+    Those of `IGNORED_IMPL_ARGS` are logged; any other argument raises ValueError naming the valid ones.
+    """
+    known = (*valid, "dropout_p", "dropout_rate", *IGNORED_IMPL_ARGS)
+    unknown = [name for name in extra_impl_args if name not in known]
+    if unknown:
+        raise ValueError(f"unknown extra_impl_args {', '.join(unknown)} (valid: {', '.join(known)})")
+    for name in IGNORED_IMPL_ARGS:
+        if name in extra_impl_args:
+            log.debug("%s=%r has no meaning for dense attention: ignored", name, extra_impl_args[name])
+    dropout = max(float(extra_impl_args.get(name) or 0.0) for name in ("dropout_p", "dropout_rate"))
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout_p={dropout} (valid: 0 to 1)")
+    return dropout

@@ -1,0 +1,49 @@
+"""Metadata masks in the form that attention takes: broadcastable to `[batch, heads, q_len, key_len]`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def of_metadata(attn_metadata: object | None) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) of any metadata object; (None, False) where it says nothing."""
+    return getattr(attn_metadata, "attn_mask", None), bool(getattr(attn_metadata, "is_causal", False))
+
+
+def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """`attn_mask` as a 4-D bool mask (True: attend) or an additive mask in float32 or query's dtype.
+
+    query, key: `[batch, seq, heads, head_dim]`. Integers become bool; `[batch, key_len]` and `[batch, q_len,
+    key_len]` gain their missing dims; a mask shorter than the keys is padded in front with "attend".
+    ValueError for a longer one or for another number of dims.
+    """
+    if attn_mask is None:
+        return None
+    if not 2 <= attn_mask.dim() <= 4:
+        raise ValueError(f"attn_mask has {attn_mask.dim()} dimensions (valid: 2 to 4)")
+    attn_mask = attn_mask.to(query.device)
+    if not attn_mask.is_floating_point() and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask != 0
+    elif attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        attn_mask = attn_mask.to(torch.float32)
+    key_len, mask_len = key.shape[1], attn_mask.shape[-1]
+    if mask_len > key_len:
+        raise ValueError(f"attn_mask covers {mask_len} keys (valid: up to the {key_len} there are)")
+    if mask_len < key_len:
+        attend = True if attn_mask.dtype == torch.bool else 0.0
+        attn_mask = F.pad(attn_mask, (key_len - mask_len, 0), value=attend)
+    if attn_mask.dim() == 2:
+        return attn_mask[:, None, None, :]
+    return attn_mask[:, None] if attn_mask.dim() == 3 else attn_mask
+
+
+def with_causal(attn_mask: Tensor, q_len: int, key_len: int) -> Tensor:
+    """`attn_mask` and the causal mask (top-left alignment) as one, for SDPA, which takes only one of them."""
+    visible = torch.ones(q_len, key_len, dtype=torch.bool, device=attn_mask.device).tril()
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & visible
+    return attn_mask.masked_fill(~visible, -math.inf)

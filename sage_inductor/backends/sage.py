@@ -1,0 +1,120 @@
+"""8-bit attention behind the backend interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_inductor import kernels, ops
+from sage_inductor.backends import masks
+from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
+from sage_inductor.backends.sdpa import exact_attention, is_grouped
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels.base import reason
+
+NHD_MEMORY = [0, 2, 1, 3]  # of `[batch, heads, seq, dim]`: contiguous as `[batch, seq, heads, dim]`
+
+
+class SageAttentionBackend(AttentionBackend):
+    """The quantised kernels of this package."""
+
+    accept_output_buffer = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "SAGE_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[SageAttentionImpl]:
+        return SageAttentionImpl
+
+    @staticmethod
+    def get_supported_head_sizes() -> list[int]:
+        """The sizes that at least one GPU kernel family runs, whatever this machine has. `get_attn_backend`
+        says whether one of them can run here."""
+        return sorted({size for name in kernels.AUTO_ORDER for size in kernels.get(name).head_dims})
+
+
+class SageAttentionImpl(AttentionImpl):
+    """Extra arguments:
+
+    kernel: "auto" takes the fastest kernel that can run the call, and is exact SDPA where there is none (on a
+        CPU, or while gradients are needed); the name of a kernel runs that one or raises.
+    precision: "fast", "balanced" or "accurate".
+    dropout_p, dropout_rate: only 0 can be served.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        causal: bool,
+        softmax_scale: float | None,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args: Any,
+    ) -> None:
+        """Raises NotEligibleError for dropout, and for a kernel asked for by name that lacks head_size or
+        precision; ValueError for an unknown kernel, precision or extra argument."""
+        super().__init__(num_heads, head_size, causal, softmax_scale, num_kv_heads, prefix)
+        dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision"))
+        self.kernel: str = extra_impl_args.get("kernel", "auto")
+        self.precision: str = extra_impl_args.get("precision", "fast")
+        if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
+        if self.precision not in kernels.PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+        reasons = []
+        if dropout_p > 0.0:
+            reasons.append(reason("dropout_p", dropout_p, 0.0))
+        if self.kernel != "auto":
+            family = kernels.get(self.kernel)
+            if head_size not in family.head_dims:
+                reasons.append(reason("head_size", head_size, family.head_dims))
+            if self.precision not in family.precisions:
+                reasons.append(reason("precision", self.precision, family.precisions))
+        if reasons:
+            raise NotEligibleError(prefix or "SageAttentionImpl", reasons)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """As `AttentionImpl.forward`; besides, NotEligibleError, with every reason, when a kernel asked for
+        by name cannot run the call. float16, bfloat16 and float32; inference only (with "auto", inputs that
+        need gradients get exact attention)."""
+        attn_mask, is_causal = masks.of_metadata(attn_metadata)
+        attn_mask = masks.normalized(attn_mask, query, key)
+        is_causal = is_causal or self.causal
+        if _needs_gradients(query, key, value, attn_mask):
+            if self.kernel != "auto":
+                reasons = [reason("requires_grad", True, "none; use torch.no_grad()")]
+                raise NotEligibleError(self.prefix or "SageAttentionImpl", reasons)
+            exact = exact_attention(query, key, value, attn_mask, is_causal, self.softmax_scale)
+            return exact.contiguous() if output is None else output.copy_(exact)
+
+        inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, is_causal)
+        options: dict[str, Any] = {
+            "scale": self.softmax_scale,
+            "enable_gqa": is_grouped(query, key),
+            "kernel_name": self.kernel,
+            "precision": self.precision,
+        }
+        if output is not None:
+            torch.ops.sage_inductor.attention.out(*inputs, **options, output=output.transpose(1, 2))
+            return output
+        result: Tensor = torch.ops.sage_inductor.attention(*inputs, **options, memory_order=NHD_MEMORY)
+        return result.transpose(1, 2)
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+assert ops  # importing it registers the operators

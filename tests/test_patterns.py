@@ -1,0 +1,491 @@
+"""Every way attention is written, as people write it: found and right, or left alone and exact."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sage_inductor import Config, Site, explain
+from sage_inductor.testing import RewritingBackend, max_error, relative_l2
+from torch import Tensor, nn
+
+CONFIG = Config(kernel="reference", precision="accurate")
+# INT8 scores at these sizes give relative errors below .02; a wrong scale, mask or head order gives above .2.
+BOUND = 0.03
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Any:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def run(function: Callable[..., Any], *inputs: Tensor, config: Config = CONFIG) -> tuple[Any, list[Site]]:
+    torch._dynamo.reset()
+    backend = RewritingBackend(config)
+    return torch.compile(function, backend=backend)(*inputs), backend.sites
+
+
+def qkv(
+    batch: int = 2, heads: int = 4, seq: int = 24, dim: int = 32, dtype: torch.dtype = torch.float32
+) -> Any:
+    return tuple(torch.randn(batch, heads, seq, dim, dtype=dtype) for _ in range(3))
+
+
+def nhd(dtype: torch.dtype = torch.float32) -> Any:
+    return tuple(torch.randn(2, 24, 4, 32, dtype=dtype) for _ in range(3))
+
+
+def heads_first(*tensors: Tensor) -> Any:
+    return tuple(tensor.permute(0, 2, 1, 3) for tensor in tensors)
+
+
+def padding() -> Tensor:
+    mask = torch.rand(2, 24) > 0.3
+    mask[:, 0] = True
+    return mask
+
+
+FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {}
+
+
+def form(name: str, inputs: Any, mask: str = "none") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        FORMS[name] = (function, inputs, mask)
+        return function
+
+    return register
+
+
+@form("matmul, div, softmax, matmul", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(q, k.transpose(-2, -1)).div(math.sqrt(k.shape[-1])).softmax(dim=-1).matmul(v)
+
+
+@form("mul by a factor", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(q, k.transpose(-2, -1)).mul(0.2).softmax(dim=-1).matmul(v)
+
+
+@form("factor on the left", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (0.2 * (q @ k.mT)).softmax(-1) @ v
+
+
+@form("no scale", qkv(dim=16))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@form("scaled query", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q / 6.0) @ k.mT).softmax(-1) @ v
+
+
+@form("both scaled", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * 0.4) @ (k * 0.4).mT).softmax(-1) @ v
+
+
+@form("negative scale", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * -0.2).softmax(-1) @ v
+
+
+@form("dropout switched off", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT / 6).softmax(-1), p=0.4, training=False) @ v
+
+
+@form("additive mask", (*qkv(), torch.randn(24, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT / math.sqrt(32)) + m, dim=-1) @ v
+
+
+@form("additive mask scaled with the scores", (*qkv(), torch.randn(4, 24, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT + m) * 0.2, dim=-1) @ v
+
+
+@form("bool tensor added as a number", qkv(), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+    return torch.softmax((q @ k.mT / 6) + mask, dim=-1) @ v
+
+
+@form("softmax in float32", nhd(torch.bfloat16))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(32)).to(torch.float32)
+    return torch.dropout(torch.softmax(scores, dim=-1), 0.1, False).to(torch.bfloat16) @ v
+
+
+@form("softmax with dtype", qkv(dtype=torch.bfloat16))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ k.mT * 0.2, dim=-1, dtype=torch.float32).type_as(q) @ v
+
+
+@form("products in float32", qkv(dtype=torch.float16))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q.float() @ k.float().mT * 0.2, -1).half() @ v
+
+
+@form("NHD permutes on both sides", nhd())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    out = torch.matmul(q, k.transpose(-2, -1)).div(6.0).softmax(dim=-1).matmul(v)
+    return out.permute(0, 2, 1, 3).reshape(2, 24, 128)
+
+
+@form("key permuted in one step", nhd())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1)
+    return (weights @ v.permute(0, 2, 1, 3)).transpose(1, 2).contiguous().view(2, 24, -1)
+
+
+@form("3-D bmm", [tensor[0] for tensor in qkv(dim=16)])
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1), v)
+
+
+@form("baddbmm with alpha and no bias", [tensor[0] for tensor in qkv()])
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    empty = torch.empty(4, 24, 24)
+    return torch.bmm(torch.baddbmm(empty, q, k.mT, beta=0, alpha=0.2).softmax(-1), v)
+
+
+@form("baddbmm with a bias", [*(tensor[0] for tensor in qkv()), torch.randn(4, 24, 24)], "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.bmm(torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=0.2).softmax(-1), v)
+
+
+@form("heads folded, ALiBi, causal minimum", (*qkv(), torch.randn(8, 1, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
+    q, k, v = (tensor.reshape(8, 24, 32) for tensor in (q, k, v))
+    scores = torch.baddbmm(alibi, q, k.mT, alpha=0.2)
+    scores = scores.view(2, 4, 24, 24)
+    hidden = torch.ones(24, 24, dtype=torch.bool).triu(1)
+    scores = torch.masked_fill(scores, hidden, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).view(8, 24, 24)
+    return torch.bmm(weights, v).view(2, 4, 24, 32).transpose(1, 2).reshape(2, 24, 128)
+
+
+@form("heads folded, mask unfolded and folded", (*qkv(dim=16), torch.randn(2, 1, 24, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = (tensor.reshape(8, -1, 16) for tensor in (q, k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(2, 4, 24, -1) + mask
+    weights = F.softmax(scores.view(8, 24, -1), dim=-1)
+    return torch.bmm(weights, v).view(2, 4, 24, 16)
+
+
+@form("masked_fill with -inf", (*qkv(), padding()), "key_padding")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return (q @ k.mT / 6).masked_fill(~m[:, None, None], -math.inf).softmax(-1) @ v
+
+
+@form("masked_fill with a scalar tensor and expand_as", (*nhd(), padding().long()), "key_padding")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    scores = (q @ k.transpose(-2, -1)).div(6.0)
+    fill = torch.full((), -math.inf, dtype=q.dtype)
+    hidden = (m == 0).view((2, 1, 1, 24)).expand_as(scores)
+    return torch.softmax(scores.masked_fill(hidden, fill), dim=-1) @ v
+
+
+@form("where with the minimum, constant causal mask", qkv(), "causal")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.permute(0, 1, 3, 2) / torch.full([], math.sqrt(32), dtype=q.dtype)
+    lowest = torch.full([], torch.finfo(q.dtype).min, dtype=q.dtype)
+    return torch.where(torch.ones(24, 24, dtype=torch.bool).tril(), scores, lowest).softmax(-1) @ v
+
+
+@form("where and an additive mask", (*qkv(), torch.randn(2, 1, 1, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = torch.where(torch.ones(24, 24, dtype=torch.bool).tril(), q @ k.mT / 6, torch.finfo(q.dtype).min)
+    return (scores + m).softmax(-1).type(v.dtype).matmul(v)
+
+
+@form("in-place addition, T5", (*nhd(), torch.randn(1, 4, 24, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    scores = torch.matmul(q * 0.2, k.transpose(3, 2))
+    scores += bias
+    return F.softmax(scores.float(), dim=-1).type_as(scores).matmul(v)
+
+
+@form("two additive terms, Swin", (*qkv(), torch.randn(4, 24, 24), torch.randn(2, 1, 24, 24)), "additive")
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * 0.2 + bias.unsqueeze(0) + mask).softmax(-1) @ v
+
+
+@form("inverted mask times a large number", (*qkv(), padding().float()), "key_padding")
+def _(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return (q @ k.mT / 6 + (1.0 - m[:, None, None, :]) * -10000.0).softmax(-1) @ v
+
+
+@form("einsum NHD", nhd())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) / 6, dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 24, 128)
+
+
+@form("einsum HND", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum(
+        "b h i j, b h j d -> b h i d", (torch.einsum("bhid,bhjd->bhij", q, k) * 0.2).softmax(-1), v
+    )
+
+
+@form("repeated heads", (qkv()[0], qkv(heads=2)[1], qkv(heads=2)[2]))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    return (q @ k.transpose(2, 3) * 0.2).softmax(-1) @ v
+
+
+@form("softmax module and function", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.Softmax(dim=-1)(torch.matmul(q, k.transpose(-1, -2)) / 6) @ v
+
+
+@form("cross attention, other value dim", (qkv()[0], qkv(seq=13)[1], torch.randn(2, 4, 13, 16)))
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / 6).softmax(3) @ v
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_written_out(name: str) -> None:
+    function, inputs, mask = FORMS[name]
+    expected = function(*(tensor.clone() for tensor in inputs))
+    out, sites = run(function, *inputs)
+    assert [(site.pattern, site.mask, site.reasons) for site in sites] == [("softmax_matmul", mask, ())]
+    assert relative_l2(out, expected) < BOUND and max_error(out, expected) < 2 * BOUND
+    assert out.dtype == expected.dtype and out.shape == expected.shape and out.stride() == expected.stride()
+
+
+LEFT: dict[str, Callable[..., Any]] = {
+    "weights returned": lambda q, k, v: ((w := (q @ k.mT / 6).softmax(-1)) @ v, w),
+    "weights summed": lambda q, k, v: ((w := (q @ k.mT / 6).softmax(-1)) @ v) + w.sum(),
+    "logits returned": lambda q, k, v: ((s := q @ k.mT / 6).softmax(-1) @ v, s),
+    "softcap": lambda q, k, v: ((q @ k.mT / 6).tanh() * 5).softmax(-1) @ v,
+    "sigmoid": lambda q, k, v: (q @ k.mT / 6).sigmoid() @ v,
+    "relu": lambda q, k, v: (q @ k.mT / 6).relu() @ v,
+    "linear attention": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+    "softmax over queries": lambda q, k, v: (q @ k.mT / 6).softmax(-2) @ v,
+    "softmax over heads": lambda q, k, v: (q @ k.mT / 6).softmax(1) @ v,
+    "softmax over the batch": lambda q, k, v: (q @ k.mT / 6).softmax(0) @ v,
+    "value on the left": lambda q, k, v: v.mT @ (q @ k.mT / 6).softmax(-1),
+    "relative positions from queries": lambda q, k, v: ((q @ k.mT + q @ k.flip(2).mT) / 6).softmax(-1) @ v,
+    "scores multiplied by a tensor": lambda q, k, v: (q @ k.mT * k[..., :1].mT).softmax(-1) @ v,
+    "weights renormalised": lambda q, k, v: F.normalize((q @ k.mT / 6).softmax(-1), p=2, dim=-1) @ v,
+    "sparse fill": lambda q, k, v: (q @ k.mT / 6).masked_fill(q @ k.mT < 0, -1.0).softmax(-1) @ v,
+    "talking heads": lambda q, k, v: (
+        torch.einsum("bhqk,hg->bgqk", (q @ k.mT / 6).softmax(-1), v[0, :, 0, :4]) @ v
+    ),
+    "log softmax": lambda q, k, v: (q @ k.mT / 6).log_softmax(-1) @ v,
+    "transposed weights": lambda q, k, v: (q @ k.mT / 6).softmax(-1).mT @ v,
+    "clamped": lambda q, k, v: (q @ k.mT).clamp(-3, 3).softmax(-1) @ v,
+    "key not transposed": lambda q, k, v: (q[..., :24, :24] @ k[..., :24, :24]).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_look_alikes(name: str) -> None:
+    """Not attention, or not only: exact. (A square key that is not transposed is attention, with key^T for key.)"""
+    function, inputs = LEFT[name], qkv()
+    expected = function(*inputs)
+    out, sites = run(function, *inputs)
+    if name == "key not transposed":
+        assert [site.rewritten for site in sites] == [True] and relative_l2(out, expected) < BOUND
+        return
+    assert not sites
+    pairs = zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]
+    for actual, exact in pairs:
+        assert relative_l2(actual, exact) < 1e-5
+
+
+def test_active_dropout_is_refused() -> None:
+    _, (site,) = run(lambda q, k, v: F.dropout((q @ k.mT / 6).softmax(-1), 0.1, True) @ v, *qkv())
+    assert site.reasons == ("dropout_p=0.1 (supported: 0.0)",)
+
+
+def test_weights_that_need_gradients_are_refused() -> None:
+    q, k, v = qkv()
+    with torch.enable_grad():
+        _, (site,) = run(lambda q, k, v: (q @ k.mT / 6).softmax(-1) @ v, q.requires_grad_(), k, v)
+    assert "requires_grad" in site.reasons[0]
+
+
+X = torch.randn(2, 24, 64)
+PADDED = ~padding()
+
+
+def square() -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(24)
+
+
+def encoder(**kwargs: Any) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True, **kwargs)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+def mha(**kwargs: Any) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(64, 2, **{"batch_first": True, **kwargs}).eval()
+
+
+def calls(module: nn.Module, **kwargs: Any) -> Callable[[Tensor], Any]:
+    return lambda x: (
+        module(x, x, x, **kwargs)[0] if isinstance(module, nn.MultiheadAttention) else module(x, **kwargs)
+    )
+
+
+OPAQUE_FORMS: dict[str, tuple[Callable[..., Any], str, int]] = {
+    "MultiheadAttention": (calls(mha(), need_weights=False), "none", 1),
+    "weights asked for, not read": (calls(mha()), "none", 1),
+    "sequence first": (calls(mha(batch_first=False)), "none", 1),
+    "extra key and value": (calls(mha(add_bias_kv=True, add_zero_attn=True)), "none", 1),
+    "no biases": (calls(mha(bias=False)), "none", 1),
+    "key padding": (calls(mha(), key_padding_mask=PADDED), "key_padding", 1),
+    "causal": (calls(mha(), attn_mask=square(), is_causal=True, need_weights=False), "causal", 1),
+    "encoder": (calls(encoder()), "none", 2),
+    "encoder, gelu, norm first": (calls(encoder(activation="gelu", norm_first=True)), "none", 2),
+    "encoder, key padding": (calls(encoder(), src_key_padding_mask=PADDED), "key_padding", 2),
+    "encoder, causal": (lambda x, e=encoder(): e(x, mask=square(), is_causal=True), "causal", 2),
+    "decoder": (
+        lambda x, d=nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 2, 96, batch_first=True), 1).eval(): (
+            d(x, x[:, :9])
+        ),
+        "none",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE_FORMS)
+def test_opaque_nodes(name: str) -> None:
+    function, mask, count = OPAQUE_FORMS[name]
+    expected = function(X)
+    out, sites = run(function, X)
+    assert [site.rewritten for site in sites] == [True] * count, sites
+    assert {site.mask for site in sites} == {mask}
+    assert relative_l2(out, expected) < BOUND
+    torch._dynamo.reset()
+    assert out.stride() == torch.compile(function, backend="eager")(X).stride()
+
+
+def test_weights_that_are_read_keep_the_node() -> None:
+    layer = mha()
+    out, (site,) = run(lambda x: layer(x, x, x), X)
+    assert not site.rewritten and site.reasons == (
+        "need_weights=True (supported: weights that nothing reads)",
+    )
+    assert torch.equal(out[1], layer(X, X, X)[1])
+
+
+def test_opaque_nodes_that_win_nothing_stay() -> None:
+    layer = encoder()
+    backend = RewritingBackend(Config())
+    out = torch.compile(layer, backend=backend)(X)
+    assert torch.equal(out, layer(X)) and len(backend.sites) == 2
+    targets = [str(node.target) for node in backend.graphs[0].graph.nodes]
+    assert sum("_transformer_encoder_layer_fwd" in target for target in targets) == 2
+    assert not any("scaled_dot_product" in target for target in targets)
+
+
+def test_opaque_nodes_under_inductor() -> None:
+    layer = encoder()
+    compiled = torch.compile(layer, backend="sage_inductor", options={"sage.kernel": "reference"})
+    assert relative_l2(compiled(X), layer(X)) < BOUND
+    assert [site.pattern for site in explain(layer, X, config=CONFIG).sites] == [
+        "transformer_encoder_layer"
+    ] * 2
+
+
+def random_attention(rng: random.Random) -> Callable[[Tensor, Tensor, Tensor, Tensor], Any]:
+    """Something between attention and not: each choice may turn one into the other."""
+    dim = rng.choice([-1, -1, -1, 3, 2, 1, -2])
+    scale = rng.choice([None, 0.2, 1 / 6, -0.3])
+    scale_where = rng.choice(["scores", "query", "key", "masked"])
+    mask = rng.choice(["none", "none", "add", "fill", "where", "where finite", "double"])
+    extra_user = rng.choice(["none", "none", "none", "weights", "logits"])
+    product = rng.choice(["@", "matmul", "einsum", "bmm"])
+    swapped = rng.random() < 0.1
+    between = rng.choice(["none", "none", "none", "tanh", "dropout off", "float", "add weights", "square"])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Any:
+        if swapped:
+            q, k = k, q
+        if scale is not None and scale_where == "query":
+            q = q * scale
+        if scale is not None and scale_where == "key":
+            k = scale * k
+        if product == "einsum":
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
+        elif product == "bmm":
+            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(2, 2, 8, 8)
+        else:
+            scores = q @ k.transpose(-1, -2) if product == "@" else torch.matmul(q, k.mT)
+        if scale is not None and scale_where == "scores":
+            scores = scores * scale
+        logits = scores
+        if between == "tanh":
+            scores = scores.tanh()
+        if mask == "add":
+            scores = scores + m
+        elif mask == "fill":
+            scores = scores.masked_fill(m > 0.8, -math.inf)
+        elif mask == "where":
+            scores = torch.where(m < 0.8, scores, -math.inf)
+        elif mask == "where finite":
+            scores = torch.where(m < 0.8, scores, rng_fill)
+        elif mask == "double":
+            scores = (scores + m).masked_fill(m > 0.8, -1e9)
+        if scale is not None and scale_where == "masked":
+            scores = scores * abs(scale)
+        weights = scores.softmax(dim)
+        if between == "dropout off":
+            weights = F.dropout(weights, 0.3, False)
+        elif between == "float":
+            weights = weights.double().float()
+        elif between == "add weights":
+            weights = weights + m.softmax(-1)
+        elif between == "square":
+            weights = weights * weights
+        out = weights @ v
+        if extra_user == "weights":
+            return out, weights.sum(-1)
+        if extra_user == "logits":
+            return out, logits.mean()
+        return out
+
+    rng_fill = rng.choice([-1e9, -5.0, torch.finfo(torch.float32).min])
+    return attend
+
+
+def test_a_thousand_mutations_are_never_wrong() -> None:
+    rng = random.Random(0)
+    inputs = [torch.randn(2, 2, 8, 16) for _ in range(3)] + [torch.randn(2, 1, 8, 8)]
+    found = 0
+    seen: dict[str, None] = {}
+    backend_runs = 0
+    for _ in range(1000):
+        function = random_attention(rng)
+        key = repr([cell.cell_contents for cell in function.__closure__ or ()])
+        if key in seen:
+            continue
+        seen[key] = None
+        expected = function(*inputs)
+        out, sites = run(function, *inputs)
+        backend_runs += 1
+        found += sum(site.rewritten for site in sites)
+        bound = BOUND if sites else 1e-5
+        pairs = zip(out, expected, strict=True) if isinstance(expected, tuple) else [(out, expected)]
+        for actual, exact in pairs:
+            if bool(exact.isfinite().all()):
+                assert relative_l2(actual, exact) < bound, key
+    assert backend_runs > 500 and 100 < found < backend_runs

@@ -76,11 +76,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _reads_output_only(user: fx.Node) -> bool:
-    return (
-        user.op == "call_function"
-        and user.target is operator.getitem
-        and (user.args[1] == 0 or not user.users)
-    )
+    if user.op != "call_function" or user.target is not operator.getitem:
+        return False
+    return bool(user.args[1] == 0) or not user.users
 
 
 def _traced(function: Any, arguments: dict[str, Any]) -> Expansion | None:

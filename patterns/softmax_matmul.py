@@ -45,6 +45,7 @@ DIV = (
 )
 MASKED_FILL = ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar)
 WHERE = (), (torch.where, aten.where.self, aten.where.ScalarOther)
+TRANSPOSE = ("transpose",), (torch.transpose, aten.transpose.int)
 EXPAND = ("expand", "expand_as"), (aten.expand.default,)
 DROPOUT = (), (F.dropout, torch.dropout, aten.dropout.default)
 
@@ -134,10 +135,9 @@ def _product(node: Any) -> _Product | None:
 
 def _einsum(node: fx.Node) -> _Product | None:
     """An einsum of two operands that is a batched matrix product, its operands permuted into matmul's order."""
-    operands = (
-        node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    )
-    equation = node.args[0]
+    equation, *rest = node.args
+    listed = len(rest) == 1 and isinstance(rest[0], (tuple, list))
+    operands: list[Any] = list(rest[0]) if listed else rest  # type: ignore[arg-type]
     if not isinstance(equation, str) or len(operands) != 2 or "." in equation or "->" not in equation:
         return None
     inputs, _, output = equation.replace(" ", "").partition("->")
@@ -148,9 +148,9 @@ def _einsum(node: fx.Node) -> _Product | None:
     inner = [letter for letter in first if letter in second and letter not in output]
     rows = [letter for letter in output if letter in first and letter not in second]
     columns = [letter for letter in output if letter in second and letter not in first]
-    if len(inner) != 1 or len(rows) != 1 or len(columns) != 1 or len(batch) + 2 != len(first) != len(second):
+    if not len(inner) == len(rows) == len(columns) == 1:
         return None
-    if len(first) != len(batch) + 2 or len(second) != len(batch) + 2:
+    if not len(first) == len(second) == len(output) == len(batch) + 2:
         return None
     left = _permuted(operands[0], first, [*batch, *rows, *inner])
     right = _permuted(operands[1], second, [*batch, *inner, *columns])
@@ -329,19 +329,17 @@ def _scaling(node: fx.Node) -> tuple[fx.Node, _Update] | None:
 def _addition(node: fx.Node) -> tuple[fx.Node, _Update] | None:
     if len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
         return None
-    candidates = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
-    for logits_node, term in candidates:
-        if (
-            not isinstance(logits_node, fx.Node)
-            or not isinstance(term, fx.Node)
-            or example_tensor(term) is None
-        ):
-            continue
-        if _holds_product(logits_node) and not _holds_product(term):
-            return logits_node, lambda logits, term=term: replace(  # type: ignore[misc]
-                logits, bias=(*logits.bias, (_scaled(term, logits.scale), _dims(node)))
-            )
-    return None
+    first, second = node.args[:2]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    if _holds_product(first) == _holds_product(second):
+        return None
+    logits_node, term = (first, second) if _holds_product(first) else (second, first)
+    if example_tensor(term) is None:
+        return None
+    return logits_node, lambda logits: replace(
+        logits, bias=(*logits.bias, (_scaled(term, logits.scale), _dims(node)))
+    )
 
 
 def _holds_product(node: fx.Node) -> bool:
@@ -449,15 +447,15 @@ def _call(node: fx.Node, outer: _Product, logits: _Logits, dropout: float) -> At
 
 def _untransposed(item: Value) -> Value:
     """`[..., inner, columns]` as `[..., columns, inner]`: the node before a transpose where there is one."""
-    if isinstance(item, fx.Node):
-        tensor = example_tensor(item)
-        last_two = tensor is not None and tensor.dim()
-        methods = item.op == "call_method" and item.target == "transpose"
-        functions = item.op == "call_function" and item.target in (torch.transpose, aten.transpose.int)
-        if (methods or functions) and len(item.args) == 3 and last_two:
-            assert tensor is not None
-            if {dim % tensor.dim() for dim in item.args[1:]} == {tensor.dim() - 1, tensor.dim() - 2}:  # type: ignore[operator, union-attr]
-                return item.args[0]  # type: ignore[return-value]
+    tensor = example_tensor(item)
+    if isinstance(item, fx.Node) and tensor is not None and _is(item, TRANSPOSE) and len(item.args) == 3:
+        source, *dims = item.args
+        last_two = {tensor.dim() - 1, tensor.dim() - 2}
+        if (
+            isinstance(source, fx.Node)
+            and {dim % tensor.dim() for dim in dims if isinstance(dim, int)} == last_two
+        ):
+            return source
     return Expr.of("transpose", item, -2, -1)
 
 

@@ -29,7 +29,8 @@ def compile_with_inductor(
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     """What `torch.compile(backend="inductor", mode=..., options=...)` does with a graph."""
-    inductor = torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    inductor = wrapper(mode, dict(options or {}), None)
     return cast(Callable[..., Any], inductor(graph_module, example_inputs))
 
 

@@ -34,10 +34,11 @@ PARAMS = (
 # layout.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
-_lib = torch.library.Library(NAMESPACE, "FRAGMENT")
-_lib.define(f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
-_lib.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
-_lib.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
+_Library: Any = torch.library.Library  # torch leaves it untyped
+LIBRARY = _Library(NAMESPACE, "FRAGMENT")
+LIBRARY.define(f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
+LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
+LIBRARY.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
 
 
 def validate(
@@ -396,10 +397,10 @@ def _register() -> None:
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.sage_inductor, packet), overload or "default")
         for backend in ("CPU", "CUDA"):
-            _lib.impl(name, implementation, backend)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
+            LIBRARY.impl(name, implementation, backend)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _lib.impl(name, autocast_rule(op, device_type), key)
+            LIBRARY.impl(name, autocast_rule(op, device_type), key)
 
 
 _register()

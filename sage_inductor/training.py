@@ -17,11 +17,10 @@ from torch import Tensor
 from sage_inductor import ops
 from sage_inductor.kernels import AttentionParams
 
-_lib = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
-_lib.define(
+ops.LIBRARY.define(
     f"attention_training({ops.INPUTS}, {ops.PARAMS}, int[]? memory_order=None) -> Tensor", tags=ops.TAGS
 )
-_lib.define(
+ops.LIBRARY.define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "bool is_causal, float? scale, bool enable_gqa, bool bottom_right, int window_left, int window_right) "
     "-> (Tensor, Tensor, Tensor)",
@@ -95,16 +94,16 @@ def _backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
 
 def _register() -> None:
     for backend in ("CPU", "CUDA"):
-        _lib.impl("attention_training", _attention_training, backend)
-        _lib.impl("attention_backward", _attention_backward, backend)
-    torch.library.register_fake(f"{ops.NAMESPACE}::attention_training", ops.fake_attention, lib=_lib)
-    torch.library.register_fake(f"{ops.NAMESPACE}::attention_backward", _fake_backward, lib=_lib)
+        ops.LIBRARY.impl("attention_training", _attention_training, backend)
+        ops.LIBRARY.impl("attention_backward", _attention_backward, backend)
+    torch.library.register_fake(f"{ops.NAMESPACE}::attention_training", ops.fake_attention, lib=ops.LIBRARY)
+    torch.library.register_fake(f"{ops.NAMESPACE}::attention_backward", _fake_backward, lib=ops.LIBRARY)
     torch.library.register_autograd(
-        f"{ops.NAMESPACE}::attention_training", _backward, setup_context=_setup_context, lib=_lib
+        f"{ops.NAMESPACE}::attention_training", _backward, setup_context=_setup_context, lib=ops.LIBRARY
     )
     op = torch.ops.sage_inductor.attention_training.default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _lib.impl("attention_training", ops.autocast_rule(op, device_type), key)
+        ops.LIBRARY.impl("attention_training", ops.autocast_rule(op, device_type), key)
 
 
 _register()

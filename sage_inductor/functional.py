@@ -97,9 +97,5 @@ def _needs_of_exact_attention(
     reasons = []
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))
-    if torch.is_grad_enabled():
-        tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
-        wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
-        if wanting:
-            reasons.append(f"requires_grad={', '.join(wanting)} (supported: none; use torch.no_grad())")
-    return reasons
+    wanting = ops.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    return reasons if wanting is None else [*reasons, wanting]

@@ -22,6 +22,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.kernels.base import reason
 from sage_inductor.reference import SCORES_AT_ONCE
 
 NAMESPACE = "sage_inductor"
@@ -191,6 +192,8 @@ def _run(
     kernel_name: str = "auto",
     precision: str = "fast",
 ) -> None:
+    if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
+        raise NotEligibleError(f"kernel={kernel_name}", [wanting])
     mask_key = (
         None
         if attn_mask is None
@@ -244,6 +247,13 @@ def _resolve(
     if chosen is None and name != "auto":
         raise NotEligibleError(f"kernel={name}", reasons)
     return chosen
+
+
+def wanting_gradients(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """The reason against an inference kernel when an input requires gradients."""
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    return reason("requires_grad", wanting, "none; use torch.no_grad()") if wanting else None
 
 
 def make_problem(

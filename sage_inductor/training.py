@@ -29,7 +29,8 @@ ops.LIBRARY.define(
 
 
 def _attention_training(*args: Any, **kwargs: Any) -> Tensor:
-    out: Tensor = ops.attention(*args, **kwargs)
+    with torch.no_grad():
+        out: Tensor = ops.attention(*args, **kwargs)
     return out
 
 

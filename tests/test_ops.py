@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sage_inductor import NotEligibleError, ops, sage_attention
-from sage_inductor.testing import relative_l2
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+
+from sage_inductor import NotEligibleError, ops, sage_attention
+from sage_inductor.testing import relative_l2
 
 REFERENCE = {"kernel_name": "reference"}
 
@@ -211,3 +212,11 @@ def test_the_operator_exists_after_the_import_alone() -> None:
     code = "import torch, sage_inductor; print(torch.ops.sage_inductor.attention.default._schema.name)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "sage_inductor::attention"
+
+
+def test_the_operator_refuses_inputs_that_need_gradients() -> None:
+    q, k, v = hnd().requires_grad_(), hnd(), hnd()
+    with pytest.raises(NotEligibleError, match="requires_grad=query"):
+        ops.attention(q, k, v, **REFERENCE)
+    with torch.no_grad():
+        assert not ops.attention(q, k, v, **REFERENCE).requires_grad

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sage_inductor import Config, Site, explain
-from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 from torch import Tensor, nn
+
+from sage_inductor import Config, Site, explain, graph_pass
+from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
 # INT8 scores at these sizes give relative errors below .02; a wrong scale, mask or head order gives above .2.
@@ -489,3 +493,25 @@ def test_a_thousand_mutations_are_never_wrong() -> None:
             if bool(exact.isfinite().all()):
                 assert relative_l2(actual, exact) < bound, key
     assert backend_runs > 500 and 100 < found < backend_runs
+
+
+def test_the_smallest_pattern_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "patterns" / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    library = types.ModuleType("mylib")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    library.attention = torch._dynamo.allow_in_graph(attention)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mylib", library)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), namespace)
+    pattern = namespace["MyLibAttention"]()
+    monkeypatch.setattr(graph_pass, "ALL", (pattern,))
+    for function, inputs in pattern.examples():
+        out, (site,) = run(function, *inputs)
+        assert site.rewritten and site.pattern == "mylib" and site.mask == "causal"
+        expected = function(*inputs)
+        assert relative_l2(out, expected) < BOUND and out.stride() == expected.stride()

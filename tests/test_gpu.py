@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from sage_inductor import Config, backends, explain, kernels, ops, sage_attention
 from sage_inductor.testing import max_error, relative_l2
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.gpu
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from sage_inductor import Config
 from sage_inductor.masks import _classify_constant
 from sage_inductor.testing import RewritingBackend, relative_l2
-from torch import Tensor
 
 CONFIG = Config(kernel="reference", precision="accurate")
 

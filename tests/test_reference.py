@@ -1,4 +1,5 @@
-"""The oracle against float64 attention. Bounds are those the README documents; normal inputs stay within them."""
+"""The oracle against float64 attention. Bounds are those the README documents; normal inputs stay within
+them."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from sage_inductor import reference
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.testing import max_error, relative_l2
-from torch import Tensor
 
 BOUNDS = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
 

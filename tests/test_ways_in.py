@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from sage_inductor import (
     Config,
     NotEligibleError,
@@ -25,7 +27,6 @@ from sage_inductor import (
     sage_attention,
 )
 from sage_inductor.testing import relative_l2
-from torch import Tensor, nn
 
 OPTIONS = {"sage.kernel": "reference"}
 REFERENCE = Config(kernel="reference")

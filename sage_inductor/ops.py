@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,18 +109,29 @@ def _misfit(message: str) -> RuntimeError:
 def memory_order(tensor: Tensor) -> list[int]:
     """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA
     gives its output, `[0, 2, 1, 3]` for a query in NHD memory."""
-    strides = tensor.stride()
-    leading = range(tensor.dim() - 1)
-    return [*sorted(leading, key=lambda dim: strides[dim], reverse=True), tensor.dim() - 1]
+    return _order(tensor.stride())
 
 
-def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
+def _order(strides: Sequence[int]) -> list[int]:
+    leading = range(len(strides) - 1)
+    return [*sorted(leading, key=lambda dim: strides[dim], reverse=True), len(strides) - 1]
+
+
+_known_order = lru_cache(maxsize=1024)(_order)  # for strides that are numbers: symbols do not hash
+
+
+def _empty_output(
+    query: Tensor,
+    value: Tensor,
+    order: Sequence[int] | None,
+    find_order: Callable[[Sequence[int]], list[int]] = _known_order,
+) -> Tensor:
     shape = (*query.shape[:-1], value.shape[-1])
     if order is None:
-        order = memory_order(query)
+        order = find_order(query.stride())
     elif sorted(order) != list(range(query.dim())):
         raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
-    return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
+    return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
 
 
 def _empty_lse(query: Tensor) -> Tensor:
@@ -354,7 +366,7 @@ def fake_attention(
     **params: Any,
 ) -> Tensor:
     validate(query, key, value, attn_mask, enable_gqa)
-    return _empty_output(query, value, memory_order)
+    return _empty_output(query, value, memory_order, _order)
 
 
 def fake_attention_out(

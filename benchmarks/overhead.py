@@ -1,9 +1,10 @@
-"""What the package itself costs on the CPU: an eager operator call, the pass over 100 sites, its share of a compile.
+"""What the package itself costs on the CPU: an eager operator call, the pass over 100 sites, its share of a
+compile.
 
     python benchmarks/overhead.py
 
-The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the output's
-allocation; SDPA's call on inputs of one element per dim is shown beside it.
+The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the
+output's allocation; SDPA's call on inputs of one element per dim is shown beside it.
 """
 
 from __future__ import annotations

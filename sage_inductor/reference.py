@@ -104,9 +104,11 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
         v = _blocked(value.to(_pv_dtype(value.dtype)).float())
         v_block = torch.ones_like(k_scale)
     else:
-        v_max = _finite(value[:, :, rows].float()).abs().amax(2, keepdim=True)
-        v_channel = torch.maximum(v_max, v_max.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
-        v_channel = torch.where(v_channel > 0, v_channel, 1.0)
+        # The square of the mean root: an outlier among the sampled tokens hardly moves it, where a maximum would
+        # cost every other block of its channel its bits. The blocks' own factors keep the range exact.
+        v_size = _finite(value[:, :, rows].float()).abs().sqrt().mean(2, keepdim=True).square()
+        v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
+        v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
         v = _blocked(value.float() / v_channel)
         v_block = _scale_for(
             v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX

@@ -1,0 +1,290 @@
+"""Attention: TFLOP/s and error of this package's kernel and its rivals, in one process on one GPU.
+
+    python benchmarks/attention.py --out results.json           # measure all, print the table
+    python benchmarks/attention.py --from results.json --plot attention.svg
+
+A row of the JSON has gpu, torch, triton, provider, precision, D, causal, S, B, H, ms_kernel, ms_e2e,
+tflops_kernel, tflops_e2e, rel_l2. TFLOP/s count 4 * B * H * S^2 * D operations, half of them when causal.
+"e2e" is everything from bf16 query, key and value to bf16 output; "kernel" excludes the quantisation. rel_l2
+is the relative L2 error of 128 rows of one head against float64. Inputs are normal, in [batch, seq, heads,
+head_dim] memory as models have them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import machine, median_ms, sets_beyond_l2
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sage_inductor.kernels.base import AttentionParams
+
+SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+HEAD_DIMS = (128, 64)
+HEADS = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    batch: int
+    seq: int
+    head_dim: int
+    is_causal: bool
+
+    @property
+    def operations(self) -> float:
+        total = 4.0 * self.batch * HEADS * self.seq**2 * self.head_dim
+        return total / 2 if self.is_causal else total
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        shape = self.batch, self.seq, HEADS, self.head_dim
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider on one set of inputs: its calls, and the output it has just written."""
+
+    end_to_end: Callable[[], Tensor] | None
+    kernel: Callable[[], Tensor] | None
+
+
+Provider = Callable[[Problem, Tensor, Tensor, Tensor], Prepared]
+
+
+def sdpa(backend: SDPBackend | None) -> Provider:
+    def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+        def call() -> Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=problem.is_causal)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=problem.is_causal)
+
+        return Prepared(call, call)
+
+    return prepare
+
+
+def ours(precision: str) -> Provider:
+    from sage_inductor.kernels.triton.launch import Call
+
+    def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+        out = torch.empty_like(q)
+        params = AttentionParams(is_causal=problem.is_causal, precision=precision)
+        call = Call(q, k, v, None, params, return_lse=False)
+        workspace = call.quantize()
+
+        def kernel() -> Tensor:
+            call.attend(workspace, out, None)
+            return out
+
+        def end_to_end() -> Tensor:
+            Call(q, k, v, None, params, return_lse=False).run(out, None)
+            return out
+
+        return Prepared(end_to_end, kernel)
+
+    return prepare
+
+
+def flash_attention_3(fp8: bool) -> Provider:
+    from fa3_fwd_interface import flash_attn_func
+
+    def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        descale: dict[str, Tensor] = {}
+        if fp8:
+            quantised = []
+            for name, tensor in (("q", q), ("k", k), ("v", v)):
+                scale = tensor.float().abs().amax((1, 3)) / 448
+                descale[f"{name}_descale"] = scale
+                quantised.append((tensor / scale[:, None, :, None]).to(torch.float8_e4m3fn))
+            q, k, v = quantised
+
+        def call() -> Tensor:
+            result = flash_attn_func(q, k, v, causal=problem.is_causal, **descale)
+            return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+        return Prepared(None if fp8 else call, call)
+
+    return prepare
+
+
+def sageattention() -> Provider:
+    from sageattention import sageattn
+
+    def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+        # 1.x writes to K, so it gets its own.
+        own = k.clone()
+        return Prepared(lambda: sageattn(q, own, v, is_causal=problem.is_causal), None)
+
+    return prepare
+
+
+def providers() -> Iterator[tuple[str, str, Provider]]:
+    """(name, precision, provider) of all that can run here; a provider whose package is missing is left
+    out.""" yield "sdpa", "bf16", sdpa(None) yield "cudnn", "bf16", sdpa(SDPBackend.CUDNN_ATTENTION) yield
+    "flash", "bf16", sdpa(SDPBackend.FLASH_ATTENTION) for precision in ("fast", "balanced", "accurate"):
+        yield "sage_inductor", precision, ours(precision)
+    optional: list[tuple[str, str, Callable[[], Provider]]] = [
+        ("fa3", "bf16", lambda: flash_attention_3(False)),
+        ("fa3", "fp8", lambda: flash_attention_3(True)),
+        ("sageattention", "installed version", sageattention),
+    ]
+    for name, precision, make in optional:
+        try:
+            yield name, precision, make()
+        except (ImportError, OSError) as error:
+            sys.stderr.write(f"{name} {precision}: {error}\n")
+
+
+def relative_error(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> float:
+    rows = torch.randperm(problem.seq, device="cuda")[:128]
+    q, k, v = (t[-1, -1].double() for t in inputs)
+    scores = q[rows] @ k.T * problem.head_dim**-0.5
+    if problem.is_causal:
+        scores.masked_fill_(torch.arange(problem.seq, device="cuda") > rows[:, None], float("-inf"))
+    expected = torch.softmax(scores, -1) @ v
+    return float((out[-1, -1, rows].double() - expected).norm() / expected.norm())
+
+
+def measure(problem: Problem, provider: Provider) -> dict[str, float | None]:
+    bytes_per_set = 3 * 2 * problem.batch * HEADS * problem.seq * problem.head_dim
+    sets = [problem.inputs() for _ in range(sets_beyond_l2(bytes_per_set))]
+    prepared = [provider(problem, *inputs) for inputs in sets]
+    row: dict[str, float | None] = {
+        "ms_kernel": None,
+        "ms_e2e": None,
+        "tflops_kernel": None,
+        "tflops_e2e": None,
+    }
+    for name, calls in (
+        ("kernel", [p.kernel for p in prepared if p.kernel is not None]),
+        ("e2e", [p.end_to_end for p in prepared if p.end_to_end is not None]),
+    ):
+        if name == "e2e" and prepared[0].end_to_end is prepared[0].kernel:
+            row["ms_e2e"], row["tflops_e2e"] = row["ms_kernel"], row["tflops_kernel"]
+        elif calls:
+            ms = median_ms(calls)
+            row[f"ms_{name}"] = round(ms, 5)
+            row[f"tflops_{name}"] = round(problem.operations / ms / 1e9, 1)
+    call = prepared[0].end_to_end or prepared[0].kernel
+    assert call is not None
+    row["rel_l2"] = round(relative_error(problem, sets[0], call()), 5)
+    return row
+
+
+def problems(sizes: tuple[int, ...], head_dims: tuple[int, ...]) -> Iterator[Problem]:
+    for head_dim in head_dims:
+        for is_causal in (False, True):
+            for seq in sizes:
+                yield Problem(4 if seq <= 4096 else 1, seq, head_dim, is_causal)
+
+
+def run(sizes: tuple[int, ...], head_dims: tuple[int, ...], out: Path, budget: float) -> list[dict[str, Any]]:
+    """Measure everything, saving after each problem, until `budget` seconds are spent."""
+    rows: list[dict[str, Any]] = []
+    facts, deadline = machine(), time.monotonic() + budget
+    available = list(providers())
+    for problem in problems(sizes, head_dims):
+        for name, precision, provider in available:
+            if time.monotonic() > deadline:
+                sys.stderr.write(f"stopped before {problem}: {budget} s are spent\n")
+                return rows
+            try:
+                figures = measure(problem, provider)
+            except RuntimeError as error:
+                sys.stderr.write(f"{name} {precision} {problem}: {str(error).splitlines()[0]}\n")
+                continue
+            rows.append(
+                {**facts, "provider": name, "precision": precision, "D": problem.head_dim}
+                | {"causal": problem.is_causal, "S": problem.seq, "B": problem.batch, "H": HEADS}
+                | figures
+            )
+        out.write_text(json.dumps(rows, indent=0) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per problem, a column per provider; kernel / e2e TFLOP/s where they differ."""
+    columns = list(dict.fromkeys((row["provider"], row["precision"]) for row in rows))
+    lines = ["| D, causal, S | " + " | ".join(" ".join(column) for column in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    cells: dict[tuple[Any, ...], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        kernel, end_to_end = row["tflops_kernel"], row["tflops_e2e"]
+        texts = [f"{value:.0f}" for value in (kernel, end_to_end) if value is not None]
+        text = texts[0] if kernel == end_to_end else " / ".join(texts)
+        problem = row["D"], row["causal"], row["S"]
+        cells.setdefault(problem, {})[row["provider"], row["precision"]] = text
+    for (head_dim, causal, seq), by_column in cells.items():
+        values = " | ".join(by_column.get(column, "") for column in columns)
+        lines.append(f"| {head_dim} {'yes' if causal else 'no'} {seq} | {values} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """End-to-end TFLOP/s (kernel only for FA3 FP8) over the sequence length, one panel per head dim and
+    mask.""" import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row["D"], row["causal"]) for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, (head_dim, causal) in zip(axes[0], panels, strict=True):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if (row["D"], row["causal"]) == (head_dim, causal):
+                name = f"{row['provider']} {row['precision']}" + ("" if row["tflops_e2e"] else " (kernel)")
+                series.setdefault(name, []).append((row["S"], row["tflops_e2e"] or row["tflops_kernel"]))
+        for name, points in series.items():
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name,
+                      linewidth=2 if name.startswith("sage_inductor") else 1)  # fmt: skip
+        axis.set(title=f"D={head_dim}" + (", causal" if causal else ""), xlabel="tokens", xscale="log")
+        axis.set_xticks([row["S"] for row in rows if (row["D"], row["causal"]) == (head_dim, causal)])
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("TFLOP/s, end to end")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(rows[0]["gpu"])
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("attention.json"))
+    parser.add_argument("--from", dest="source", type=Path, help="read results instead of measuring")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.source is not None:
+        rows = json.loads(options.source.read_text())
+    else:
+        rows = run(tuple(options.sizes), tuple(options.head_dims), options.out, options.budget)
+    sys.stdout.write(table(rows) + "\n")
+    if options.plot is not None:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

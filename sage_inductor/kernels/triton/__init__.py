@@ -1,0 +1,185 @@
+"""SageAttention in Triton: the package's own portable kernel family (NVIDIA Ampere and newer).
+
+This module is torch only. The device code beside it is imported at the first run, because that imports
+triton, which CPU wheels of torch do not bring.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from functools import cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..base import AttentionParams, AttentionProblem, Kernel, reason
+from .crossover import slower_than_sdpa
+
+# The least compute capability of each precision: INT8 tensor cores came with Ampere, FP8 ones with Ada.
+MIN_CAPABILITY: dict[str, tuple[int, int]] = {"fast": (8, 9), "balanced": (8, 0), "accurate": (8, 0)}
+
+MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+
+# Rows of K's workspace are counted in 32 bits by the tensor descriptors.
+MAX_KEYS = 2**31 - 2**20
+
+__all__ = ["MIN_CAPABILITY", "TritonKernel", "attention_varlen"]
+
+
+class TritonKernel(Kernel):
+    """INT8 QK^T and FP8, INT8 or 16-bit PV; `attention.py` describes the algorithm."""
+
+    name: ClassVar[str] = "triton"
+    precisions: ClassVar[Collection[str]] = ("fast", "balanced", "accurate")
+    dtypes: ClassVar[Collection[torch.dtype]] = (torch.float16, torch.bfloat16, torch.float32)
+    device_types: ClassVar[Collection[str]] = ("cuda",)
+    head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
+
+    def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
+        if find_spec("triton") is None:
+            return ["triton=not installed (supported: 3.6 and newer)"]
+        if interpreted():
+            return []
+        if device is not None and device.type != "cuda":
+            return [reason("device", device.type, self.device_types)]
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return [reason("device", "no NVIDIA GPU", self.device_types)]
+        indices = range(torch.cuda.device_count()) if device is None else [device.index]
+        return _capability_reasons(max(capability(index) for index in indices), min(MIN_CAPABILITY.values()))
+
+    def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
+        reasons = super().not_supported_reasons(problem)
+        device = problem.query.device
+        if interpreted() and device.type == "cpu":
+            reasons = [text for text in reasons if not text.startswith("device=")]
+        elif (
+            device.type == "cuda" and torch.cuda.is_available() and problem.params.precision in MIN_CAPABILITY
+        ):
+            reasons += _capability_reasons(capability(device.index), MIN_CAPABILITY[problem.params.precision])
+        for name, spec in (("key dtype", problem.key), ("value dtype", problem.value)):
+            if spec.dtype != problem.query.dtype:
+                reasons.append(
+                    reason(name, spec.dtype, f"query's, {problem.query.dtype}".replace("torch.", ""))
+                )
+        if problem.attn_mask is not None and problem.attn_mask.dtype not in MASK_DTYPES:
+            reasons.append(reason("attn_mask dtype", problem.attn_mask.dtype, MASK_DTYPES))
+        keys = [problem.key.shape[0], problem.key.shape[1], problem.key.shape[2]]
+        if all(type(size) is int for size in keys) and keys[0] * keys[1] * (keys[2] + 127) > MAX_KEYS:
+            reasons.append(
+                reason("batch * kv_heads * kv_len", keys[0] * keys[1] * keys[2], f"up to {MAX_KEYS}")
+            )
+        return reasons
+
+    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
+        device = problem.query.device
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return []
+        return slower_than_sdpa(problem, capability(device.index))
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        from .launch import attention
+
+        attention(query, key, value, attn_mask, params, out, lse)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    bottom_right: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    precision: str = "fast",
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of several sequences of different lengths, packed one after another.
+
+    query `[total_q, heads, head_dim]`, key `[total_k, kv_heads, head_dim]`, value `[total_k, kv_heads,
+    value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
+    and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
+    `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K is smoothed and quantised per
+    sequence. `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
+    `AttentionParams`.
+
+    Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with
+    `return_lse` the natural-log LSE, fp32 `[heads, total_q]`. Rows that belong to no sequence are left as
+    they were. Raises ValueError for what the kernel does not support.
+    """
+    params = AttentionParams(is_causal, bottom_right, *window, scale, precision)
+    _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
+    if out is None:
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+    elif out.shape != (*query.shape[:2], value.shape[2]) or out.dtype != query.dtype:
+        expected = (*query.shape[:2], value.shape[2])
+        raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {tuple(expected)} {query.dtype}")
+    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32) if return_lse else None
+    if out.numel() > 0:
+        from .launch import Call
+
+        varlen = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        Call(query, key, value, None, params, return_lse, varlen=varlen).run(out, lse)
+    return out if lse is None else (out, lse)
+
+
+def _check_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, precision: str
+) -> None:
+    problems = []
+    if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
+        problems.append("query, key and value must be [total, heads, head_dim]")
+    elif key.shape[:2] != value.shape[:2] or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[2]:
+        problems.append(f"shapes do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
+    else:
+        for name, tensor in (("query", query), ("value", value)):
+            if tensor.shape[2] not in TritonKernel.head_dims:
+                problems.append(reason(f"{name} head_dim", tensor.shape[2], TritonKernel.head_dims))
+    if query.dtype not in TritonKernel.dtypes or {key.dtype, value.dtype} != {query.dtype}:
+        problems.append(reason("dtype", (query.dtype, key.dtype, value.dtype), TritonKernel.dtypes))
+    if cu_seqlens_q.dtype != torch.int32 or cu_seqlens_k.dtype != torch.int32:
+        problems.append(reason("cu_seqlens dtype", (cu_seqlens_q.dtype, cu_seqlens_k.dtype), torch.int32))
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
+        problems.append("cu_seqlens_q and cu_seqlens_k must be [batch + 1]")
+    if precision not in MIN_CAPABILITY:
+        problems.append(reason("precision", precision, TritonKernel.precisions))
+    elif query.device.type == "cuda":
+        problems += _capability_reasons(capability(query.device.index), MIN_CAPABILITY[precision])
+    elif not interpreted():
+        problems.append(reason("device", query.device.type, TritonKernel.device_types))
+    if problems:
+        raise ValueError("attention_varlen: " + "; ".join(problems))
+
+
+@cache
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a CUDA device, asked for once (the driver takes microseconds to answer)."""
+    return torch.cuda.get_device_capability(index)
+
+
+def interpreted() -> bool:
+    """Whether triton runs (or will run) kernels on the CPU, which its own environment variable decides at
+    import.""" return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _capability_reasons(found: tuple[int, int], least: tuple[int, int]) -> list[str]:
+    if found >= least:
+        return []
+    return [reason("compute capability", "{}.{}".format(*found), "{}.{} and newer".format(*least))]

@@ -1,0 +1,450 @@
+"""Device code of the attention kernel: Q quantised on the fly, INT8 QK^T, then PV in FP8, INT8 or 16 bits.
+
+One kernel, its variants chosen by constexpr. A program computes BLOCK_M queries of one head; scores, the
+running maximum and LSE are kept in units of log2. How the accumulator takes a V scale per 128-key block for
+free: its unit is that of the latest block, so the per-row factor of the online softmax, which is applied
+anyway, also converts units. "balanced" extends this to P: each block's P is rounded to INT8 against the
+block's own maximum (rather than the running one, which would waste bits), and the accumulator's unit follows.
+
+Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958) for the quantisation of Q, K and P;
+FlashAttention-2 (arXiv:2307.08691) for the loop.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numerics import (
+    dot_float,
+    exp2,
+    load_uniform,
+    pack_to_int8,
+    to_float,
+    to_float8,
+)
+from .quantize import _KEY_BLOCK, sections, sequence
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_448 = tl.constexpr(8.807354922057604)  # P in FP8 spans e4m3's range, up to 448
+_LOG2_127 = tl.constexpr(6.9886846867721655)  # P in INT8
+# Below every score; finite, so that no row ever computes inf - inf.
+_LOWEST = tl.constexpr(-1.0e30)
+# "balanced": blocks whose maximum is this far (log2) below the row's are rounded against a higher reference,
+# so that the accumulator's unit cannot overflow. They weigh less than 2**-32.
+_REFERENCE_RANGE = tl.constexpr(32.0)
+
+
+@triton.jit
+def _permute_keys(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """P's columns in the order of V's (quantize.py): a renaming, no data moves between threads."""
+    return p.reshape(BLOCK_M, BLOCK_N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _load_tile(source, row, col, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """[ROWS, COLS] of a workspace matrix at (row, col): `source` is a tensor descriptor, or, where there is
+    no tensor
+    memory accelerator, a pointer (triton's own substitute for descriptors is not pipelined there)."""
+    if TMA:
+        return source.load([row, col])
+    else:
+        r = row + tl.arange(0, ROWS)
+        return tl.load(source + r.to(tl.int64)[:, None] * pitch + (col + tl.arange(0, COLS))[None, :])
+
+
+@triton.jit
+def _store_output(
+    out, tile, channel, stride_m, stride_d, rows, q_len,
+    DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    d = FIRST + tl.arange(0, SIZE)
+    if channel is not None:
+        tile = tile * tl.load(channel + tl.arange(0, SIZE))[None, :]
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * stride_m + d[None, :] * stride_d,
+        to_float(tile, out.dtype.element_ty, PTX),
+        mask=(rows < q_len)[:, None] & (d < DIM)[None, :],
+    )
+
+
+@triton.jit
+def _add_mask(
+    x, mask, stride_mm, stride_mn, rows, cols, q_len, kv_len, MASK: tl.constexpr, KEY_MASK: tl.constexpr
+):
+    """The scores with attn_mask applied; KEY_MASK: it is the same for every query and is read as a vector."""
+    if KEY_MASK:
+        values = tl.load(mask + cols.to(tl.int64) * stride_mn, mask=cols < kv_len, other=0)[None, :]
+    else:
+        values = tl.load(
+            mask + rows.to(tl.int64)[:, None] * stride_mm + cols.to(tl.int64)[None, :] * stride_mn,
+            mask=(rows < q_len)[:, None] & (cols < kv_len)[None, :],
+            other=0,
+        )
+    if MASK == 1:
+        return tl.where(values != 0, x, float("-inf"))
+    else:
+        # Large finite values (torch.finfo.min is a custom) must not become -inf: a row of nothing else is
+        # uniform.
+        values = values.to(tl.float32)
+        low = (values < _LOWEST) & (values > float("-inf"))
+        return x + tl.where(low, _LOWEST, values * _LOG2_E)
+
+
+@triton.jit
+def _attend_blocks(
+    acc0,
+    acc1,
+    total,
+    row_max,
+    reference,
+    unit,
+    q0,
+    q1,
+    q_scale,
+    k_tile0,
+    k_tile1,
+    v_tile0,
+    v_tile1,
+    k_scale,
+    v_scale,
+    key_row,
+    value_row,
+    value_col,
+    value_pitch,
+    begin,
+    end,
+    rows,
+    q_len,
+    kv_len,
+    low,
+    high,
+    mask,
+    stride_mm,
+    stride_mn,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    TMA: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Attend to key blocks begin..end.
+
+    State: acc in the unit 2**(unit - reference), total (the softmax denominator) in 2**-reference; in "fast"
+    and "accurate" reference is the running maximum, row_max, itself.
+    """
+    for block in tl.range(begin, end):
+        slot = block * BLOCK_N // _KEY_BLOCK
+        scale = q_scale * load_uniform(k_scale + slot, PTX)
+        if PRECISION != "accurate":
+            new_unit = load_uniform(v_scale + slot, PTX)
+        key = key_row + block * BLOCK_N
+        value = value_col + block * BLOCK_N
+        s = tl.dot(q0, _load_tile(k_tile0, key, 0, D0 + D1, BLOCK_N, D0, TMA).T, out_dtype=tl.int32)
+        if D1 > 0:
+            s = tl.dot(
+                q1, _load_tile(k_tile1, key, D0, D0 + D1, BLOCK_N, D1, TMA).T, acc=s, out_dtype=tl.int32
+            )
+        if MASKED:
+            x = s.to(tl.float32) * scale[:, None]
+            cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            if MASK != 0:
+                x = _add_mask(x, mask, stride_mm, stride_mn, rows, cols, q_len, kv_len, MASK, KEY_MASK)
+            keep = (cols < kv_len)[None, :]
+            if HAS_HIGH:
+                keep = keep & (cols[None, :] <= (rows + high)[:, None])
+            if HAS_LOW:
+                keep = keep & (cols[None, :] >= (rows + low)[:, None])
+            x = tl.where(keep, x, float("-inf"))
+            block_max = tl.max(x, 1)
+        else:
+            # The maximum of the integers: integer maxima are cheaper, and the scale is the row's.
+            block_max = tl.max(s, 1).to(tl.float32) * scale
+        new_max = tl.maximum(row_max, block_max)
+        if PRECISION == "balanced":
+            new_reference = tl.maximum(block_max, new_max - _REFERENCE_RANGE)
+            # Rounded up by an ulp, so that P never exceeds 127, which would wrap around.
+            shift = new_reference - _LOG2_127 + tl.minimum(tl.abs(new_reference), 1.0e6) * 1.2e-7
+        elif PRECISION == "fast":
+            new_reference = new_max
+            shift = new_max - _LOG2_448
+        else:
+            new_reference = new_max
+            shift = new_max
+        row_max = new_max
+        if MASKED:
+            p = exp2(x - shift[:, None], PTX)
+        else:
+            p = exp2(s.to(tl.float32) * scale[:, None] - shift[:, None], PTX)
+        drop = reference - new_reference
+        reference = new_reference
+        rescale = exp2(drop, PTX)
+        total = total * rescale + tl.sum(p, 1)
+        if PRECISION == "accurate":
+            v16 = _load_tile(v_tile0, key, 0, DV0 + DV1, BLOCK_N, DV0, TMA)
+            p16 = to_float(p, v16.dtype, PTX)
+            acc0 = dot_float(p16, v16, acc0 * rescale[:, None], PTX)
+            if DV1 > 0:
+                acc1 = dot_float(
+                    p16,
+                    _load_tile(v_tile1, key, DV0, DV0 + DV1, BLOCK_N, DV1, TMA),
+                    acc1 * rescale[:, None],
+                    PTX,
+                )
+        else:
+            rescale = exp2(drop + (unit - new_unit), PTX)
+            unit = new_unit
+            p = _permute_keys(p, BLOCK_M, BLOCK_N)
+            # The product of a block is complete before it is added: the tensor cores add 8-bit floats with
+            # few bits, and over a long sequence in one accumulator that shows.
+            if PRECISION == "fast":
+                p8 = to_float8(p, PTX)
+                acc0 = acc0 * rescale[:, None] + tl.dot(
+                    p8, _load_tile(v_tile0, value_row, value, value_pitch, DV0, BLOCK_N, TMA).T
+                )
+                if DV1 > 0:
+                    acc1 = acc1 * rescale[:, None] + tl.dot(
+                        p8, _load_tile(v_tile1, value_row + DV0, value, value_pitch, DV1, BLOCK_N, TMA).T
+                    )
+            else:
+                p8 = pack_to_int8(p, PTX)
+                product = tl.dot(
+                    p8,
+                    _load_tile(v_tile0, value_row, value, value_pitch, DV0, BLOCK_N, TMA).T,
+                    out_dtype=tl.int32,
+                )
+                acc0 = acc0 * rescale[:, None] + product.to(tl.float32)
+                if DV1 > 0:
+                    product = tl.dot(
+                        p8,
+                        _load_tile(v_tile1, value_row + DV0, value, value_pitch, DV1, BLOCK_N, TMA).T,
+                        out_dtype=tl.int32,
+                    )
+                    acc1 = acc1 * rescale[:, None] + product.to(tl.float32)
+    return acc0, acc1, total, row_max, reference, unit
+
+
+_UNSPECIALIZED = [
+    "q_size",
+    "batch",
+    "heads",
+    "group",
+    "q_len",
+    "kv_len",
+    "q_blocks",
+    "kv_blocks",
+    "window_left",
+    "window_right",
+    "stride_ob",
+    "stride_oh",
+    "stride_om",
+    "stride_lb",
+    "stride_lh",
+    "stride_mb",
+    "stride_mh",
+]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def attention_kernel(
+    mask,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    q_tile0,
+    q_tile1,
+    k_tile0,
+    k_tile1,
+    v_tile0,
+    v_tile1,
+    scales,
+    q_size,
+    batch,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    q_blocks,
+    kv_blocks,
+    window_left,
+    window_right,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    stride_lb,
+    stride_lh,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    OUT_ALIGN: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    SKIP_BLOCKS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """out (and lse) from the workspace that quantize.py describes: `*_tile0` and `*_tile1` give its tiles
+    (`_load_tile`).
+
+    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides of out but the last
+    come in units of OUT_ALIGN elements; q_len and kv_len are the longest of a varlen call. A 1-D grid of
+    batch * heads * ceil(q_len / BLOCK_M) programs: the tiles of a head follow each other, so that those that
+    run at a time share K and V in L2, and the last, under a causal mask the longest, come first.
+    """
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles
+    bh = pid // tiles
+    b = bh // heads
+    h = bh % heads
+    kv_heads = heads // group
+    kv_h = h // group
+    q_start, q_len, q_block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
+    _k_start, kv_len, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
+    first_row = tile * BLOCK_M
+    if first_row >= q_len:
+        return
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    k_scale, v_scale, _k_mean, v_channel, used_blocks = sections(
+        scales, q_size, batch, kv_heads, kv_blocks, D0 + D1, DV0 + DV1
+    )
+    k_scale += kv_h * kv_blocks + block0
+    v_scale += kv_h * kv_blocks + block0
+    v_channel += (b * kv_heads + kv_h) * 2 * (DV0 + DV1)
+
+    q_row = (h * q_blocks + q_block0) * _KEY_BLOCK + first_row
+    q_scale = tl.load(scales + q_row + tl.arange(0, BLOCK_M))
+    q0 = _load_tile(q_tile0, q_row, 0, D0 + D1, BLOCK_M, D0, TMA)
+    q1 = q0
+    if D1 > 0:
+        q1 = _load_tile(q_tile1, q_row, D0, D0 + D1, BLOCK_M, D1, TMA)
+
+    # Key blocks: those that some row attends to, and among them the contiguous range that needs no mask.
+    offset = kv_len - q_len if BOTTOM_RIGHT else 0
+    low = offset - window_left
+    high = offset + window_right
+    last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
+    end_key = kv_len
+    full_end_key = kv_len
+    if HAS_HIGH:
+        end_key = tl.minimum(kv_len, tl.maximum(last_row + high + 1, 0))
+        full_end_key = tl.minimum(kv_len, tl.maximum(first_row + high + 1, 0))
+    begin = 0
+    end = tl.cdiv(end_key, BLOCK_N)
+    full_begin = 0
+    full_end = full_end_key // BLOCK_N
+    if HAS_LOW:
+        begin = tl.maximum(first_row + low, 0) // BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last_row + low, 0), BLOCK_N)
+    if SKIP_BLOCKS:
+        begin = tl.maximum(begin, tl.load(used_blocks + 2 * b).to(tl.int32) * (_KEY_BLOCK // BLOCK_N))
+        end = tl.minimum(end, tl.load(used_blocks + 2 * b + 1).to(tl.int32) * (_KEY_BLOCK // BLOCK_N))
+    if MASK != 0:
+        full_begin = begin  # every block needs the mask
+        full_end = begin
+    end = tl.maximum(end, begin)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+
+    if MASK != 0:
+        mask += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
+    acc0 = tl.zeros([BLOCK_M, DV0], tl.float32)
+    acc1 = acc0
+    if DV1 > 0:
+        acc1 = tl.zeros([BLOCK_M, DV1], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    reference = row_max
+    unit = tl.full([], 0.0, tl.float32)
+    key_row = (kv_h * kv_blocks + block0) * _KEY_BLOCK
+    value_row = kv_h * (DV0 + DV1)
+    value_col = block0 * _KEY_BLOCK
+    value_pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+    # Ascending: blocks cut by the window, blocks that all rows attend to in full, blocks cut by the diagonal
+    # or the end.
+    if HAS_LOW and MASK == 0:
+        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin, rows, q_len,
+            kv_len, low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION,
+            True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+        )  # fmt: skip
+    if MASK == 0:
+        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end, rows, q_len,
+            kv_len, low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION,
+            False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+        )  # fmt: skip
+    if full_end < end:
+        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end, rows, q_len, kv_len,
+            low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, True,
+            HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+        )  # fmt: skip
+
+    inverse = tl.where(
+        total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total)
+    )  # a row that attends to nothing is 0
+    channel0 = None
+    channel1 = None
+    if PRECISION != "accurate":
+        inverse = inverse * exp2(unit, PTX)
+        channel0 = v_channel
+        channel1 = v_channel + DV0
+    stride_om = stride_om.to(tl.int64) * OUT_ALIGN
+    out += (b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh) * OUT_ALIGN + q_start * stride_om
+    _store_output(
+        out, acc0 * inverse[:, None], channel0, stride_om, stride_od, rows, q_len, V_HEAD_DIM, 0, DV0, PTX
+    )
+    if DV1 > 0:
+        _store_output(
+            out,
+            acc1 * inverse[:, None],
+            channel1,
+            stride_om,
+            stride_od,
+            rows,
+            q_len,
+            V_HEAD_DIM,
+            DV0,
+            DV1,
+            PTX,
+        )
+    if RETURN_LSE:
+        log2_sum = tl.where(total == 0, float("-inf"), reference + tl.log2(tl.where(total == 0, 1.0, total)))
+        if PRECISION == "fast":
+            log2_sum -= _LOG2_448
+        elif PRECISION == "balanced":
+            log2_sum -= _LOG2_127
+        lse += b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh + q_start
+        shift = tl.load(scales + q_size // 2 + q_row + tl.arange(0, BLOCK_M))
+        tl.store(lse + rows, log2_sum * _LN_2 + shift, mask=rows < q_len)

@@ -1,0 +1,82 @@
+"""Where SDPA is faster than this kernel, measured: "auto" leaves those problems to SDPA.
+
+Origin: one H200 (compute capability 9.0), torch 2.11.0+cu130, triton 3.6.0, bfloat16, quantisation included,
+against torch's default SDPA (cuDNN), in the same process; benchmarks/results/attention_h200.json and, for
+other batch sizes and for q_len != kv_len, the same timer. A size counts as faster from a gain of 2%, which is
+the measurement's noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..base import AttentionProblem
+
+# (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. What is not listed is slower
+# at every size measured (512 to 32768) or was not measured.
+MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
+    ("fast", 64, False): 4096,
+    ("fast", 64, True): 8192,
+    ("fast", 96, False): 4096,
+    ("fast", 96, True): 4096,
+    ("fast", 128, False): 4096,
+    ("fast", 128, True): 8192,
+    ("balanced", 64, False): 16384,
+    ("balanced", 64, True): 16384,
+    ("balanced", 128, False): 8192,
+    ("balanced", 128, True): 8192,
+    ("accurate", 64, False): 16384,
+    ("accurate", 64, True): 16384,
+}
+MIN_Q_LEN = 4096  # queries times query heads per kv head: fewer do not pay for quantising the keys
+# batch * heads * q_len * kv_len: 8 heads of 8192 tokens (0.5e9) are no faster, 4 x 32 heads of 4096 (2.1e9)
+# are.
+MIN_PAIRS = 10**9
+MEASURED_CAPABILITY = (9, 0)
+
+
+def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> list[str]:
+    """Reasons, with the measured limits. GPUs before sm_90 go by its limits; newer ones, whose SDPA is faster
+    and on
+    which nothing was measured, are left to SDPA."""
+    if capability > MEASURED_CAPABILITY:
+        return [f"compute capability={_dotted(capability)} (measured up to {_dotted(MEASURED_CAPABILITY)})"]
+    params = problem.params
+    is_causal = params.is_causal or params.window_right == 0
+    head_dim = problem.query.shape[-1]
+    measured_dims = sorted(
+        {dim for precision, dim, causal in MIN_KV_LEN if (precision, causal) == (params.precision, is_causal)}
+    )
+    if head_dim not in measured_dims or problem.value.shape[-1] != head_dim:
+        dims = ", ".join(map(str, measured_dims))
+        causal = "causal " if is_causal else ""
+        return [
+            f"head_dim={head_dim}, {problem.value.shape[-1]} "
+            f"(faster than SDPA: {dims} for {causal}{params.precision!r} on sm_90)"
+        ]
+    batch, heads, q_len = (_size(size) for size in problem.query.shape[:3])
+    kv_heads, kv_len = (_size(size) for size in problem.key.shape[1:3])
+    if batch is None or heads is None or q_len is None or kv_heads is None or kv_len is None:
+        return []
+    reasons = []
+    limit = MIN_KV_LEN[params.precision, head_dim, is_causal]
+    if kv_len < limit:
+        reasons.append(f"kv_len={kv_len} (faster than SDPA from {limit} on sm_90)")
+    if q_len * (heads // max(kv_heads, 1)) < MIN_Q_LEN:
+        reasons.append(f"q_len={q_len} (faster than SDPA from {MIN_Q_LEN} per kv head on sm_90)")
+    pairs = batch * heads * q_len * kv_len
+    if not reasons and pairs < MIN_PAIRS:
+        reasons.append(f"batch * heads * q_len * kv_len={pairs} (faster than SDPA from {MIN_PAIRS} on sm_90)")
+    return reasons
+
+
+def _size(size: Any) -> int | None:
+    """A size, or, of a symbolic one, the value it was traced with: nothing here is worth a guard."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return hint if isinstance(hint, int) else None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)

@@ -1,0 +1,122 @@
+"""Device-side rounding and exponentials shared by the kernels.
+
+PTX selects the lean instructions of an NVIDIA GPU. Without it (triton's interpreter on the CPU, which rounds
+bfloat16 and FP8 toward zero, mishandles FP8 subnormals and cannot run inline assembly) the same values come
+from plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding 1.5 * 2**23 leaves rint(x), half to even, in the low bits of the sum.
+_ROUND = tl.constexpr(12582912.0)
+_INFINITY = tl.constexpr(0x7F800000)  # its bits; larger bits of |x| are NaN
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def exp2(x, PTX: tl.constexpr):
+    """2**x. In PTX the bare instruction: tl.exp2 adds two more to keep denormal results, of no use to P."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def round_to_int8(x):
+    """rint(x), half to even, for |x| <= 127."""
+    return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def pack_to_int8(x, PTX: tl.constexpr):
+    """The same for a large tile: the addition leaves rint(x) in the low byte, three byte permutes gather
+    four.""" if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 a, b, c, d; .reg .b32 e, f, g, h, x, y;
+            add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000;
+            add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000;
+            mov.b32 e, a; mov.b32 f, b; mov.b32 g, c; mov.b32 h, d;
+            prmt.b32 x, e, f, 0x0040; prmt.b32 y, g, h, 0x0040; prmt.b32 $0, x, y, 0x5410;
+            }""",
+            "=r,r,r,r,r",
+            [x],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return round_to_int8(x)
+
+
+@triton.jit
+def to_float8(x, PTX: tl.constexpr):
+    """e4m3, to nearest even, saturating at 448."""
+    if not PTX:
+        # Below 2**-6 the spacing is that of the subnormals.
+        exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
+        spacing = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+        x = ((x / spacing + _ROUND) - _ROUND) * spacing
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_float(x, dtype: tl.constexpr, PTX: tl.constexpr):
+    """float32 to a 16-bit float (or float32), to nearest even."""
+    if not PTX and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
+        x = tl.where((bits & _MAGNITUDE) < _INFINITY, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot_float(a, b, acc, PTX: tl.constexpr):
+    """acc + a @ b for 16-bit floats."""
+    if PTX:
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+
+
+@triton.jit
+def load_uniform(pointer, PTX: tl.constexpr):
+    """One read-only float32. In a loop with tensor core operations triton would bring it through shared
+    memory with
+    a barrier per iteration, which cost 3 to 8% of the attention kernel (H200)."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];",
+            "=f,l",
+            [pointer.to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def magnitude(x):
+    """The bits of |x|: as integers they order like |x|, with inf and NaN on top, so that a maximum keeps
+    them.""" return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(magnitude(x) < _INFINITY, x, 0.0)
+
+
+@triton.jit
+def scale_or_nan(bits, floor):
+    """|x| back from its bits, at least `floor`; NaN for inf and NaN, so that whatever is scaled by it becomes
+    NaN.""" value = tl.maximum(bits.to(tl.float32, bitcast=True), floor) return tl.where(bits >= _INFINITY,
+    float("nan"), value)

@@ -1,0 +1,137 @@
+"""Launch configurations, chosen ahead of time: nothing is measured when a model runs.
+
+The table for sm_90 was measured on an H200 (triton 3.6.0, torch 2.11.0) at 16k and 4k tokens, causal and not.
+Other GPUs take the nearest configuration that fits their shared memory; `measure` finds a better one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is launched; the quantise kernel uses `num_warps` and `max_registers` only.
+
+    `block_m` queries per program, a power of two up to 128; `block_n` keys per step, 64 or 128 ("balanced"
+    rounds P per step: 128 is what the reference does); `max_registers` per thread, None leaves them to the
+    compiler.
+    """
+
+    block_m: int = 64
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of a triton launch."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+# (precisions, largest padded head dim) -> configuration on sm_90; the first that fits the head dim. What
+# matters is how many programs share an SM: 168 registers let three of 128 threads in, 128 registers four.
+_SM90: dict[str, list[tuple[int, LaunchConfig]]] = {
+    "8-bit PV": [
+        (64, LaunchConfig(num_stages=3, max_registers=128)),
+        (96, LaunchConfig(max_registers=128)),
+        (128, LaunchConfig(max_registers=168)),
+        (192, LaunchConfig()),
+        (256, LaunchConfig(block_m=128, num_warps=8)),
+    ],
+    "16-bit PV": [
+        (64, LaunchConfig(max_registers=168)),
+        (128, LaunchConfig()),
+        (256, LaunchConfig(block_n=64)),
+    ],
+}
+
+
+_overrides: dict[tuple[tuple[int, int], str, int], LaunchConfig] = {}
+
+
+def override(capability: tuple[int, int], precision: str, head_dim: int, config: LaunchConfig) -> None:
+    """Use `config`, which `measure` may have found, for a padded head dim (the larger of K's and V's) on GPUs
+    of
+    `capability` from now on. To be called before the first attention call of that kind."""
+    _overrides[capability, precision, head_dim] = config
+
+
+def launch_config(capability: tuple[int, int], precision: str, d: int, dv: int) -> LaunchConfig:
+    """The attention kernel's configuration; d and dv are the padded head dims of K and V."""
+    if (capability, precision, max(d, dv)) in _overrides:
+        return _overrides[capability, precision, max(d, dv)]
+    table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]
+    config = next(config for limit, config in table if max(d, dv) <= limit)
+    if capability[0] == 9:
+        return config
+    # Elsewhere registers are left to the compiler, and K and V tiles must fit: 99 KiB on sm_86 and sm_89.
+    config = replace(config, max_registers=None, num_stages=2)
+    if max(d, dv) > 64:
+        config = replace(config, block_m=128, block_n=64, num_warps=8)
+    tile = config.block_n * (d + dv * (2 if precision == "accurate" else 1))
+    if tile * config.num_stages > 72 * 1024:
+        config = replace(config, num_stages=1)
+    return config
+
+
+def quantize_config(head_dim: int) -> LaunchConfig:
+    """The quantise kernel's configuration for a head dim rounded up to a power of two."""
+    if head_dim == 128:
+        return LaunchConfig(num_warps=8, max_registers=80)  # three programs on an SM
+    return LaunchConfig(num_warps=4)
+
+
+def measure(
+    head_dim: int,
+    precision: str,
+    *,
+    is_causal: bool = False,
+    seq: int = 8192,
+    heads: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    candidates: Iterable[LaunchConfig] | None = None,
+) -> list[tuple[float, LaunchConfig]]:
+    """Time launch configurations of the attention kernel on the current GPU: (TFLOP/s, configuration), best
+    first.
+
+    For a GPU, head dim or precision that the table was not made for; pass the best to `override`. Compiles
+    every candidate, which takes seconds each. Candidates that the GPU has too little shared memory for are
+    left out.
+    """
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    from ..base import AttentionParams
+    from .launch import Call
+
+    if candidates is None:
+        candidates = [
+            LaunchConfig(block_m, block_n, block_m // 16, stages, registers)
+            for block_m in (64, 128)
+            for block_n in (64, 128)
+            for stages in (1, 2, 3)
+            for registers in ((None, 128, 168) if block_m == 64 else (None,))
+        ]
+    query, key, value = (torch.randn(1, heads, seq, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    out = torch.empty_like(query)
+    operations = 4 * heads * seq**2 * head_dim / (2 if is_causal else 1)
+    results = []
+    for config in candidates:
+        call = Call(
+            query, key, value, None, AttentionParams(is_causal, precision=precision), False, config=config
+        )
+        try:
+            workspace = call.quantize()
+            ms = do_bench(lambda call=call, w=workspace: call.attend(w, out, None), return_mode="median")
+        except OutOfResources:
+            continue
+        results.append((operations / ms / 1e9, config))
+    return sorted(results, key=lambda result: -result[0])

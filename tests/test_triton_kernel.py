@@ -1,0 +1,601 @@
+"""The Triton kernel against the oracle and float64: on a GPU where there is one, else through Triton's
+interpreter."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sage_inductor import reference
+from sage_inductor.kernels.base import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.triton import TritonKernel, attention_varlen
+from sage_inductor.kernels.triton.crossover import slower_than_sdpa
+from sage_inductor.testing import max_error, relative_l2
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL = TritonKernel()
+PRECISIONS = ("fast", "balanced", "accurate")
+# Relative L2 error against float64 on normal inputs, README.md.
+DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
+# Kernel and oracle take the same steps and differ where a quotient lies so near a rounding boundary that the
+# last bit of float32 decides. Rounding a value costs step / sqrt(12) on average and a flip costs a step, so
+# if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
+# of that.
+FLIPS = math.sqrt(12 / 100)
+# The largest step: of P's e4m3 at 448, 32. One flip moves an output by at most that part of the largest V.
+LARGEST_STEP = 32 / 448
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),  # noqa: B008
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE; neither starts with a value that could pass for a result, and the inputs stay as they
+    were.""" kept = [t.clone() for t in (q, k, v)] out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None
+    else out out.fill_(math.nan) lse = torch.full(q.shape[:3], math.nan, device=q.device) KERNEL.run(q, k, v,
+    mask, params, out, lse) for tensor, before in zip((q, k, v), kept, strict=True):
+        assert torch.equal(tensor.nan_to_num(), before.nan_to_num())
+    return out, lse
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    bounds = params.bounds(q.shape[2], k.shape[2])
+    return reference.attention(q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision)
+
+
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),  # noqa: B008
+) -> tuple[Tensor, Tensor]:
+    """Float64 attention and LSE; rows that see no key give 0 and -inf."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if params.scale is None else params.scale)
+    low, high = params.bounds(q.shape[2], k.shape[2])
+    distance = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+    if low is not None:
+        scores = scores.masked_fill(distance < low, -math.inf)
+    if high is not None:
+        scores = scores.masked_fill(distance > high, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),  # noqa: B008
+    out: Tensor | None = None,
+) -> None:
+    """The kernel agrees with the oracle, element by element."""
+    got, lse = run(q, k, v, mask, params, out)
+    expected, expected_lse = oracle(q, k, v, mask, params)
+    eps = EPS[q.dtype]
+    assert not got.isnan().any()
+    assert relative_l2(got, expected) <= FLIPS * DOCUMENTED[params.precision] + eps
+    assert max_error(got, expected) <= (LARGEST_STEP + eps) * v.abs().max().item()
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    finite = ~expected_lse.isinf()
+    # A flip of Q or K moves a score by a 127th of its part at most.
+    assert (lse - expected_lse)[finite].abs().max().item() <= 0.05 if finite.any() else True
+
+
+def params_of(precision: str, **kwargs: Any) -> AttentionParams:
+    return AttentionParams(precision=precision, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("shape", "kwargs"),
+    [
+        pytest.param((1, 2, 2, 128, 256, 64, 64), {}, id="whole blocks"),
+        pytest.param((2, 2, 1, 70, 200, 128, 128), {}, id="ragged, MQA"),
+        pytest.param((1, 4, 2, 100, 150, 64, 64), {"is_causal": True}, id="causal top-left, GQA"),
+        pytest.param((1, 1, 1, 150, 100, 64, 64), {"is_causal": True}, id="causal, more queries"),
+        pytest.param(
+            (1, 1, 1, 90, 300, 64, 64), {"is_causal": True, "bottom_right": True}, id="bottom-right"
+        ),
+        pytest.param(
+            (1, 1, 1, 300, 90, 32, 32), {"is_causal": True, "bottom_right": True}, id="rows without keys"
+        ),
+        pytest.param((1, 1, 1, 300, 400, 64, 64), {"window_left": 40, "window_right": 9}, id="window"),
+        pytest.param((1, 1, 1, 60, 500, 64, 64), {"window_left": 70, "bottom_right": True}, id="left window"),
+        pytest.param((1, 1, 1, 60, 90, 64, 64), {"scale": -0.3}, id="negative scale"),
+        pytest.param((1, 1, 1, 1, 1, 64, 64), {}, id="one key"),
+        pytest.param((1, 2, 2, 1, 300, 64, 64), {}, id="one query"),
+    ],
+)
+def test_agrees_with_the_oracle(precision: str, shape: tuple[int, ...], kwargs: dict[str, Any]) -> None:
+    batch, heads, kv_heads, q_len, kv_len, dim, v_dim = shape
+    q, k, v = (
+        randn(batch, heads, q_len, dim),
+        randn(batch, kv_heads, kv_len, dim),
+        randn(batch, kv_heads, kv_len, v_dim),
+    )
+    check(q, k, v, params=params_of(precision, **kwargs))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("dim", "v_dim"),
+    [(16, 16), (24, 40), (72, 72), (80, 256), (96, 96), (160, 160), (192, 128), (256, 64), (256, 256)],
+)
+def test_head_dims(precision: str, dim: int, v_dim: int) -> None:
+    check(randn(1, 1, 65, dim), randn(1, 1, 130, dim), randn(1, 1, 130, v_dim), params=params_of(precision))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dtypes(precision: str, dtype: torch.dtype) -> None:
+    q, k, v = (randn(1, 1, 150, 64, dtype=dtype) for _ in range(3))
+    check(q, k, v, params=params_of(precision, is_causal=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_error_against_float64_is_as_documented(precision: str, is_causal: bool) -> None:
+    size = 2048 if DEVICE == "cuda" else 384
+    q, k, v = (randn(1, 2, size, 64) for _ in range(3))
+    params = params_of(precision, is_causal=is_causal)
+    out, lse = run(q, k, v, params=params)
+    expected, expected_lse = exact(q, k, v, params=params)
+    assert relative_l2(out, expected) <= DOCUMENTED[precision]
+    assert max_error(lse, expected_lse) <= 0.05
+
+
+def test_tiles_by_pointer_agree_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below compute capability 9.0 there are no tensor descriptors, and the launch configurations differ."""
+    from sage_inductor.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED_ARCH", (8, 9))
+    monkeypatch.setattr(launch, "capability", lambda index: (8, 9))
+    for precision in PRECISIONS:
+        for dim in (64, 96):
+            q, k, v = (randn(1, 2, 150, dim) for _ in range(3))
+            check(q, k, v, params=params_of(precision, is_causal=True))
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 70, 200), (2, 2, 70, 200), (2, 1, 1, 200), (2, 2, 1, 200), (70, 200), (200,)]
+)
+def test_bool_masks_of_any_broadcastable_shape(precision: str, shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, device=DEVICE) > 0.4
+    check(randn(2, 2, 70, 64), randn(2, 2, 200, 64), randn(2, 2, 200, 64), mask, params_of(precision))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 2, 70, 200), (2, 1, 1, 200)])
+def test_additive_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    mask = torch.randn(shape, device=DEVICE).to(dtype)
+    mask[..., 5] = -math.inf
+    q, k, v = randn(2, 2, 70, 64), randn(2, 2, 200, 64), randn(2, 2, 200, 64)
+    for precision in PRECISIONS:
+        check(q, k, v, mask, params_of(precision))
+    check(q, k, v, mask, params_of("fast", is_causal=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_key_padding_skips_blocks_and_gives_rows_without_keys_0(precision: str) -> None:
+    mask = torch.zeros(3, 1, 1, 600, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., 200:300] = True  # blocks skipped at both ends
+    mask[1, ..., :1] = True
+    q, k, v = randn(3, 2, 66, 64), randn(3, 2, 600, 64), randn(3, 2, 600, 64)
+    check(q, k, v, mask, params_of(precision))
+    out, lse = run(q, k, v, mask, params_of(precision))
+    assert out[2].count_nonzero() == 0
+    assert (lse[2] == -math.inf).all()
+
+
+def test_rows_of_the_most_negative_number_attend_to_all_keys_alike() -> None:
+    q, k, v = randn(1, 1, 64, 64), randn(1, 1, 200, 64), randn(1, 1, 200, 64)
+    mask = torch.zeros(64, 200, device=DEVICE)
+    mask[:10] = torch.finfo(torch.float32).min
+    for precision in PRECISIONS:
+        out, _ = run(q, k, v, mask, params_of(precision))
+        mean = v.float().mean(2, keepdim=True).expand(1, 1, 10, 64)
+        assert relative_l2(out[:, :, :10], mean) <= 2 * DOCUMENTED[precision]
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+
+def qkv(layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """batch 2, heads 2, 130 tokens, head_dim 64."""
+    if layout == "NHD":
+        q, k, v = (randn(2, 130, 2, 64).transpose(1, 2) for _ in range(3))
+    elif layout == "fused":
+        q, k, v = randn(2, 130, 3, 2, 64).permute(2, 0, 3, 1, 4)
+    elif layout == "fused, head first":
+        q, k, v = randn(2, 130, 2, 3, 64).permute(3, 0, 2, 1, 4)
+    elif layout == "head_dim outside":
+        q, k, v = (randn(2, 2, 64, 130).mT for _ in range(3))
+    elif layout == "unaligned":
+        q, k, v = (randn(2, 2, 130, 67)[..., 1:65] for _ in range(3))
+    elif layout == "expanded":
+        q, (k, v) = randn(2, 2, 130, 64), (randn(2, 1, 130, 64).expand(2, 2, 130, 64) for _ in range(2))
+    else:
+        q, k, v = (randn(2, 2, 260, 64)[:, :, ::2] for _ in range(3))
+    return q, k, v
+
+
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+@pytest.mark.parametrize(
+    "layout",
+    ["NHD", "fused", "fused, head first", "head_dim outside", "unaligned", "expanded", "every other row"],
+)
+def test_inputs_are_read_through_their_strides(precision: str, layout: str) -> None:
+    check(*qkv(layout), params=params_of(precision, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: randn(2, 130, 2, 64).transpose(1, 2), id="NHD"),
+        pytest.param(lambda: randn(2, 2, 130, 80)[..., 7:71], id="slice"),
+        pytest.param(lambda: randn(2, 2, 64, 130).mT, id="head_dim outside"),
+    ],
+)
+def test_output_goes_where_its_strides_say_and_nowhere_else(make: Any) -> None:
+    out = make()
+    base = out._base
+    base.fill_(7.0)
+    check(*qkv("NHD"), out=out)
+    out.fill_(7.0)
+    assert (base == 7.0).all()
+
+
+# ------------------------------------------------------------------------------------------------ hard data
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("which", ["query", "key", "value", "one key block", "all"])
+def test_zeros_give_no_nan(precision: str, which: str) -> None:
+    q, k, v = randn(1, 1, 70, 64), randn(1, 1, 300, 64), randn(1, 1, 300, 64)
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
+        if which in (name, "all"):
+            tensor.zero_()
+    if which == "one key block":
+        k[:, :, 128:256] = 0
+        v[:, :, 128:256] = 0
+    out, lse = run(q, k, v, params=params_of(precision))
+    expected, expected_lse = exact(q, k, v)
+    assert (out - expected).norm() <= DOCUMENTED[precision] * 1.2 * expected.norm()
+    assert max_error(lse, expected_lse) <= 0.05
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_k_bias_and_outlier_channels(precision: str) -> None:
+    q, k, v = randn(1, 1, 256, 64), randn(1, 1, 256, 64), randn(1, 1, 256, 64)
+    k = k + 20 * randn(64)
+    v = v * torch.where(torch.arange(64, device=DEVICE) % 9 == 0, 30.0, 1.0).to(v.dtype)
+    check(q, k, v, params=params_of(precision))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_later_outlier_of_v_costs_earlier_rows_nothing(precision: str) -> None:
+    """V's scale is per block and P keeps its full range whatever the scale of other blocks is."""
+    q, k, v = (randn(1, 1, 384, 64) for _ in range(3))
+    v[:, :, 300] *= 10000
+    params = params_of(precision, is_causal=True)
+    out, _ = run(q, k, v, params=params)
+    expected, _ = exact(q, k, v, params=params)
+    assert relative_l2(out[:, :, :256], expected[:, :, :256]) <= 1.2 * DOCUMENTED[precision]
+
+
+def test_large_v_of_bfloat16() -> None:
+    q, k, v = randn(1, 1, 70, 64), randn(1, 1, 140, 64), randn(1, 1, 140, 64) * 1e30
+    for precision in PRECISIONS:
+        check(q, k, v, params=params_of(precision))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_where_it_belongs(precision: str, bad: float) -> None:
+    params = params_of(precision, is_causal=True)
+    q, k, v = (randn(1, 1, 384, 64) for _ in range(3))
+    q[0, 0, 100, 3] = bad
+    out, _ = run(q, k, v, params=params)
+    assert (~out.isfinite()).any(-1)[0, 0].nonzero().flatten().tolist() == [100]
+    for which in (0, 1):
+        q, kv = randn(1, 1, 384, 64), [randn(1, 1, 384, 64) for _ in range(2)]
+        kv[which][0, 0, 300, 3] = bad
+        out, _ = run(q, *kv, params=params)
+        rows = (~out.isfinite()).any(-1)[0, 0]
+        assert rows[300:].all()  # every row that attends to it
+        assert not rows[:256].any()  # and none that attends to no key of its block
+
+
+# --------------------------------------------------------------------------------------------------- varlen
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_varlen_is_each_sequence_by_itself(precision: str, is_causal: bool) -> None:
+    q_lens, kv_lens = [0, 1, 130, 70], [5, 1, 70, 260]
+    cu_q, cu_k = (
+        torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE) for lens in (q_lens, kv_lens)
+    )
+    q, kv = randn(sum(q_lens), 4, 64), randn(sum(kv_lens), 2, 2, 64)
+    k, v = kv.unbind(1)
+    k[5:] += 30  # a mean over all sequences would be far off for some
+    result = attention_varlen(
+        q, k, v, cu_q, cu_k, max(q_lens), max(kv_lens),
+        is_causal=is_causal, bottom_right=True, precision=precision, return_lse=True,
+    )  # fmt: skip
+    assert isinstance(result, tuple)
+    out, lse = result
+    params = params_of(precision, is_causal=is_causal, bottom_right=True)
+    for b in range(len(q_lens)):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        if q_lens[b] == 0:
+            continue
+        alone, alone_lse = run(*(t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys])), params=params)
+        assert torch.equal(out[rows].transpose(0, 1), alone[0])
+        assert torch.equal(lse[:, rows], alone_lse[0])
+
+
+def test_varlen_says_what_is_wrong() -> None:
+    q = randn(10, 2, 64)
+    cu = torch.tensor([0, 10], dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cu_seqlens dtype=int64.*precision=quick \(supported: fast"):
+        attention_varlen(q, q, q, cu, cu, 10, 10, precision="quick")
+
+
+# --------------------------------------------------------------------------------------- reasons and imports
+
+
+def problem(**changes: Any) -> AttentionProblem:
+    spec = TensorSpec((1, 2, 128, 64), (2 * 128 * 64, 128 * 64, 64, 1), torch.bfloat16, torch.device(DEVICE))
+    return replace(AttentionProblem(spec, spec, spec, None, AttentionParams()), **changes)
+
+
+def test_a_supported_problem_has_no_reasons() -> None:
+    assert KERNEL.unavailable_reasons() == []
+    assert KERNEL.not_supported_reasons(problem()) == []
+
+
+def test_every_reason_is_given() -> None:
+    odd = TensorSpec((1, 2, 128, 60), (2 * 128 * 60, 128 * 60, 60, 1), torch.float64, torch.device(DEVICE))
+    mask = TensorSpec((128, 128), (128, 1), torch.int32, torch.device(DEVICE))
+    reasons = KERNEL.not_supported_reasons(
+        problem(query=odd, attn_mask=mask, params=AttentionParams(precision="x"))
+    )
+    assert reasons == [
+        "dtype=float64 (supported: float16, bfloat16, float32)",
+        "precision=x (supported: fast, balanced, accurate)",
+        "head_dim=60 (supported: 16 to 256 in steps of 8)",
+        "key dtype=bfloat16 (supported: query's, float64)",
+        "value dtype=bfloat16 (supported: query's, float64)",
+        "attn_mask dtype=int32 (supported: bool, float16, bfloat16, float32)",
+    ]
+
+
+def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> AttentionProblem:
+    shape = batch, heads, seq, dim
+    spec = TensorSpec(shape, (heads * seq * dim, seq * dim, dim, 1), torch.bfloat16, torch.device("cuda", 0))
+    return AttentionProblem(spec, spec, spec, None, AttentionParams(**params))
+
+
+@pytest.mark.parametrize(
+    ("problem", "reasons"),
+    [
+        (sized(1, 32, 16384, 128), []),
+        (sized(4, 32, 4096, 128), []),
+        (
+            sized(4, 32, 4096, 128, is_causal=True),
+            ["kv_len=4096 (faster than SDPA from 8192 on sm_90)"],
+        ),
+        (
+            sized(4, 32, 512, 128),
+            [
+                "kv_len=512 (faster than SDPA from 4096 on sm_90)",
+                "q_len=512 (faster than SDPA from 4096 per kv head on sm_90)",
+            ],
+        ),
+        (
+            sized(1, 8, 8192, 128),
+            ["batch * heads * q_len * kv_len=536870912 (faster than SDPA from 1000000000 on sm_90)"],
+        ),
+        (
+            sized(1, 32, 16384, 80),
+            ["head_dim=80, 80 (faster than SDPA: 64, 96, 128 for 'fast' on sm_90)"],
+        ),
+        (
+            sized(1, 32, 16384, 128, precision="accurate", is_causal=True),
+            ["head_dim=128, 128 (faster than SDPA: 64 for causal 'accurate' on sm_90)"],
+        ),
+    ],
+)
+def test_auto_leaves_what_sdpa_does_faster(problem: AttentionProblem, reasons: list[str]) -> None:
+    assert slower_than_sdpa(problem, (9, 0)) == reasons
+
+
+def test_auto_leaves_gpus_that_nobody_measured() -> None:
+    assert slower_than_sdpa(sized(1, 32, 16384, 128), (10, 0)) == [
+        "compute capability=10.0 (measured up to 9.0)"
+    ]
+
+
+def test_a_measured_configuration_overrides_the_table() -> None:
+    from sage_inductor.kernels.triton import tuning
+
+    config = tuning.LaunchConfig(block_m=128, num_warps=8)
+    assert tuning.launch_config((8, 7), "fast", 128, 64) != config
+    tuning.override((8, 7), "fast", 128, config)
+    assert tuning.launch_config((8, 7), "fast", 128, 64) == config
+
+
+def test_importing_the_kernel_does_not_import_its_device_code() -> None:
+    code = "import sys, sage_inductor.kernels.triton as t; sys.exit(f'{t.__name__}.quantize' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --------------------------------------------------------------------------------------------------- random
+
+
+def random_case(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, AttentionParams]:
+    """A problem drawn at random: shape, strides, mask, window, precision."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    kv_heads = rng.choice([1, 2])
+    heads = kv_heads * rng.choice([1, 3])
+    batch, q_len, kv_len = rng.choice([1, 2]), rng.randint(1, 200), rng.randint(1, 300)
+    dim, v_dim = rng.choice([16, 40, 64, 72, 96, 128]), rng.choice([32, 64, 80, 128])
+    dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
+
+    def tensor(n_heads: int, length: int, width: int) -> Tensor:
+        layout, extra = rng.choice(["HND", "NHD", "padded"]), rng.choice([0, 3, 8])
+        if layout == "HND":
+            return randn(batch, n_heads, length, width, dtype=dtype)
+        if layout == "NHD":
+            return randn(batch, length, n_heads, width + extra, dtype=dtype)[..., :width].transpose(1, 2)
+        return randn(batch, n_heads, length, width + extra, dtype=dtype)[..., extra:]
+
+    inputs = tensor(heads, q_len, dim), tensor(kv_heads, kv_len, dim), tensor(kv_heads, kv_len, v_dim)
+    mask: Tensor | None = None
+    if rng.random() < 0.5:
+        full = (batch, heads, q_len, kv_len)
+        shape = [size if rng.random() < 0.5 else 1 for size in full]
+        mask = torch.rand(shape, device=DEVICE) > rng.choice([0.1, 0.6])
+        if rng.random() < 0.4:
+            mask = torch.where(mask, torch.randn(shape, device=DEVICE), -math.inf).to(dtype)
+    params = AttentionParams(
+        is_causal=rng.random() < 0.3,
+        bottom_right=rng.random() < 0.5,
+        window_left=rng.choice([-1, -1, rng.randint(0, 200)]),
+        window_right=rng.choice([-1, -1, rng.randint(0, 200)]),
+        scale=rng.choice([None, None, 0.2, -0.1]),
+        precision=rng.choice(PRECISIONS),
+    )
+    return inputs, mask, params
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_problems(seed: int) -> None:
+    inputs, mask, params = random_case(seed)
+    check(*inputs, mask, params)
+
+
+# ------------------------------------------------------------------------------------------------- GPU only
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cuda_graph_replays_with_new_data(precision: str) -> None:
+    q, k, v = (randn(2, 4, 500, 128) for _ in range(3))
+    out, params = torch.empty_like(q), params_of(precision)
+    run(q, k, v, params=params)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        KERNEL.run(q, k, v, None, params, out, None)
+    for _ in range(2):
+        for tensor in (q, k, v):
+            tensor.copy_(2 * torch.randn_like(tensor))
+        out.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(out, run(q, k, v, params=params)[0])
+
+
+@pytest.mark.gpu
+def test_lengths_share_one_binary() -> None:
+    from sage_inductor.kernels.triton import launch
+
+    def lengths(*sizes: int) -> None:
+        for size in sizes:
+            run(*(randn(1, 2, size, 64) for _ in range(3)))
+
+    lengths(256, 255)
+    kernels = (launch.statistics_kernel, launch.quantize_kernel, launch.attention_kernel)
+    before = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+    lengths(1, 16, 129, 1000, 1024, 4097)
+    assert before == [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+
+@pytest.mark.gpu
+def test_work_goes_to_the_current_stream() -> None:
+    q, k, v = (randn(1, 8, 2048, 128) for _ in range(3))
+    expected, _ = run(q, k, v)
+    stream, out = torch.cuda.Stream(), torch.empty_like(q)
+    q2 = torch.empty_like(q)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        q2.copy_(q)  # done only when the sleep is: a kernel on another stream would read garbage
+        KERNEL.run(q2, k, v, None, AttentionParams(), out, None)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_measure_times_configurations() -> None:
+    from sage_inductor.kernels.triton.tuning import LaunchConfig, measure
+
+    candidates = [LaunchConfig(), LaunchConfig(block_n=64)]
+    results = measure(64, "fast", seq=512, heads=4, candidates=candidates)
+    assert {config for _, config in results} == set(candidates)
+    assert results[0][0] >= results[1][0] > 0
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """A fused buffer of 56 heads x 128 and 110,000 tokens has 2.4e9 elements."""
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of GPU memory")
+    fused = torch.empty(1, 110_000, 3, 56, 128, device=DEVICE, dtype=torch.bfloat16).normal_()
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    q = q[:, :, -64:]
+    for precision in PRECISIONS:
+        out = torch.empty_like(q)
+        KERNEL.run(q, k, v, None, params_of(precision), out, None)
+        expected, _ = exact(q[:, -1:], k[:, -1:], v[:, -1:])
+        assert relative_l2(out[:, -1:], expected) <= DOCUMENTED[precision]
+
+
+if __name__ == "__main__":
+    # python tests/test_triton_kernel.py FIRST COUNT: a long run over random problems, to be resumed at any
+    # seed.
+    first, count = int(sys.argv[1]), int(sys.argv[2])
+    for seed in range(first, first + count):
+        inputs, mask, params = random_case(seed)
+        try:
+            check(*inputs, mask, params)
+        except AssertionError:
+            sys.stderr.write(f"seed {seed}: {[tuple(t.shape) for t in inputs]}, {params}\n")
+            raise

@@ -1,0 +1,125 @@
+"""Every example runs in its smallest form, and what it prints and returns is right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sage_inductor import kernels
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "comparison")
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs an example's main(arguments) in this process; scripts find each other as when started."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch._dynamo.reset()
+    return lambda name, *arguments: importlib.import_module(name).main([*arguments, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_public_names_only(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--kernel" in run.stdout and "--device" in run.stdout
+    modules = re.findall(r"(?:from|import) (sage_inductor[\w.]*)", (EXAMPLES / f"{name}.py").read_text())
+    assert set(modules) <= {"sage_inductor", "sage_inductor.backends"}
+
+
+def test_quickstart(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    figures = main("quickstart", "--tokens", "96", "--heads", "2", "--repeat", "2")
+    assert (figures["rewritten"], figures["refused"], figures["graphs"]) == (2, 1, 1)
+    assert 1e-4 < figures["relative_l2"] < 0.04 and figures["ms"] > 0
+    printed = capsys.readouterr().out
+    for text in (
+        "self_attention ",
+        "cross_attention ",
+        "key_padding",
+        "summary",
+        "q_len=1",
+        "quickstart.py:",
+    ):
+        assert text in printed
+
+
+def test_wan_video(tmp_path: Path) -> None:
+    """A kernel that runs, and two that cannot on a CPU, outside Triton's interpreter: in a new process."""
+    pytest.importorskip("diffusers")
+    file = tmp_path / "wan.json"
+    kernel_names = ("reference", "sageattention", "auto")
+    command = [sys.executable, str(EXAMPLES / "wan_video.py"), "--layers", "1", "--repeat", "2"]
+    command += ["--device", "cpu", "--kernel", *kernel_names, "--json", str(file)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    written = json.loads(file.read_text())
+    plain, reference, *refused = written["results"]
+    assert written["tokens"] == 192 and plain["milliseconds"] > 0 and plain["graph_breaks"] == 0
+    assert (reference["rewritten"], reference["sites"], reference["graph_breaks"]) == (2, 2, 0)
+    assert 1e-4 < reference["relative_l2"] < 0.04 and reference["milliseconds"] > 0
+    assert "blocks.0.attn1" in run.stdout and "reference is the slow oracle" in run.stdout
+    for name, result in zip(kernel_names[1:], refused, strict=True):
+        assert result["milliseconds"] is None and result["rewritten"] == 0
+        (line,) = (line for line in run.stdout.splitlines() if line.startswith(f"{name} (fast)"))
+        assert "device=cpu (supported: cuda)" in line
+
+
+def test_all_means_what_can_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    comparison = importlib.import_module("comparison")
+    able = {"triton": ["no GPU"], "sageattention": [], "reference": []}
+    monkeypatch.setattr(kernels, "available", lambda device: able)
+    assert comparison.kernels_to_run(["all"], "cpu", small=True) == ["sageattention", "reference"]
+    assert comparison.kernels_to_run(["all"], "cpu", small=False) == ["sageattention"]
+    assert "kernel triton: no GPU" in capsys.readouterr().out
+
+
+def test_wan_sizes_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of 1 x 2 x 2: token counts of Wan 2.1 at 81 frames, and widths of 1.3B and 14B."""
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    wan_video = importlib.import_module("wan_video")
+    tokens = {name: f * (h // 2) * (w // 2) for name, (f, h, w) in wan_video.LATENTS.items()}
+    assert (tokens["480p"], tokens["720p"]) == (32_760, 75_600)
+    widths = {name: size.heads * size.head_dim for name, size in wan_video.SIZES.items()}
+    assert (widths["1.3B"], widths["14B"]) == (1536, 5120)
+    model, inputs = wan_video.build(wan_video.SIZES["1.3B"], (1, 2, 2), 30, "meta", torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1.42e9, rel=0.01)
+    assert inputs["encoder_hidden_states"].shape == (1, 512, 4096)
+
+
+def test_llama_prefill(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    plain, result = main("llama_prefill", "--layers", "1", "--tokens", "96", "--repeat", "2")
+    assert (result.kernel, result.rewritten, result.sites, result.graph_breaks) == ("reference", 1, 1, 0)
+    assert 1e-4 < result.relative_l2 < 0.04 and plain.milliseconds > 0
+    assert "model.layers.0.self_attn" in capsys.readouterr().out
+
+
+def test_export_aoti(main: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    errors = main("export_aoti", "--tokens", "64", "--folder", str(tmp_path))
+    assert "0 exported, 1 rewritten" in capsys.readouterr().out
+    assert len(errors) == 6 and all(1e-4 < error < 0.04 for error in errors.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt2", "aoti.pt2"}
+
+
+def test_export_aoti_says_that_auto_takes_nothing_on_a_cpu(
+    main: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = main("export_aoti", "--tokens", "32", "--kernel", "auto")
+    assert "kernel=auto takes none" in capsys.readouterr().out
+    assert max(errors.values()) < 1e-5

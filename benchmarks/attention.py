@@ -135,8 +135,11 @@ def sageattention() -> Provider:
 
 def providers() -> Iterator[tuple[str, str, Provider]]:
     """(name, precision, provider) of all that can run here; a provider whose package is missing is left
-    out.""" yield "sdpa", "bf16", sdpa(None) yield "cudnn", "bf16", sdpa(SDPBackend.CUDNN_ATTENTION) yield
-    "flash", "bf16", sdpa(SDPBackend.FLASH_ATTENTION) for precision in ("fast", "balanced", "accurate"):
+    out."""
+    yield "sdpa", "bf16", sdpa(None)
+    yield "cudnn", "bf16", sdpa(SDPBackend.CUDNN_ATTENTION)
+    yield "flash", "bf16", sdpa(SDPBackend.FLASH_ATTENTION)
+    for precision in ("fast", "balanced", "accurate"):
         yield "sage_inductor", precision, ours(precision)
     optional: list[tuple[str, str, Callable[[], Provider]]] = [
         ("fa3", "bf16", lambda: flash_attention_3(False)),
@@ -239,7 +242,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """End-to-end TFLOP/s (kernel only for FA3 FP8) over the sequence length, one panel per head dim and
-    mask.""" import matplotlib
+    mask."""
+    import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

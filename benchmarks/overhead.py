@@ -1,10 +1,9 @@
-"""What the package itself costs on the CPU: an eager operator call, the pass over 100 sites, its share of a
-compile.
+"""What the package itself costs on the CPU: an eager operator call, the pass over 100 sites, its share of a compile.
 
     python benchmarks/overhead.py
 
-The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the
-output's allocation; SDPA's call on inputs of one element per dim is shown beside it.
+The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the output's
+allocation; SDPA's call on inputs of one element per dim is shown beside it.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sage_inductor import Config, kernels, ops
-from sage_inductor.graph_pass import rewrite_graph
 from sage_inductor.testing import capture
+from sage_inductor.walk import rewrite_graph
 
 
 def microseconds(function: Callable[[], Any], calls: int = 5000, rounds: int = 7) -> float:

@@ -62,8 +62,7 @@ def main() -> None:
                     | {"share": round(share, 4)}
                 )
                 sys.stdout.write(
-                    f"| {head_dim} {seq} {precision} | {1000 * ms:.0f} | {gigabytes:.0f} | {
-                        gigabytes / copy:.0%} "
+                    f"| {head_dim} {seq} {precision} | {1000 * ms:.0f} | {gigabytes:.0f} | {gigabytes / copy:.0%} "
                     f"| {share:.1%} |\n"
                 )
     if options.out is not None:

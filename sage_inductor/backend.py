@@ -12,7 +12,6 @@ import torch
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.graph_pass import SageAttentionPass, rewrite_graph
 from sage_inductor.inductor import (
     compile_with_inductor,
     configured_pre_grad_pass,
@@ -22,6 +21,7 @@ from sage_inductor.inductor import (
     without_leaving_dynamo_entries,
 )
 from sage_inductor.report import Report, Site, unique_names
+from sage_inductor.walk import rewrite_graph
 
 
 def sage_inductor(
@@ -69,6 +69,8 @@ def enabled(config: Config | None = None) -> Iterator[None]:
     The first call of the compiled model, which compiles it, must happen inside. A pass that is already
     configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours.
     """
+    from sage_inductor.graph_pass import SageAttentionPass  # imports Inductor
+
     with pre_grad_pass(SageAttentionPass(config, then=_as_one_pass(configured_pre_grad_pass()))):
         yield
 

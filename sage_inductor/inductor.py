@@ -8,10 +8,8 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 __all__ = [
-    "CustomGraphPass",
     "compile_with_inductor",
     "configured_pre_grad_pass",
     "inductor_modes",

@@ -131,7 +131,7 @@ def _empty_output(
         order = find_order(query.stride())
     elif sorted(order) != list(range(query.dim())):
         raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
-    return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
+    return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
 
 
 def _empty_lse(query: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from sage_inductor.call import example_value
 from sage_inductor.config import Config
-from sage_inductor.graph_pass import rewrite_graph
 from sage_inductor.report import Site
+from sage_inductor.walk import rewrite_graph
 
 
 def capture(

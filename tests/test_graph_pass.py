@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from sage_inductor.patterns import ALL
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config, NotEligibleError, Site, explain
-from sage_inductor.graph_pass import rewrite_graph
+from sage_inductor.patterns import ALL
 from sage_inductor.testing import RewritingBackend, capture, graph_text, relative_l2
+from sage_inductor.walk import rewrite_graph
 
 REFERENCE = Config(kernel="reference", precision="accurate")
 

@@ -51,9 +51,13 @@ def run(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE; neither starts with a value that could pass for a result, and the inputs stay as they
-    were.""" kept = [t.clone() for t in (q, k, v)] out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None
-    else out out.fill_(math.nan) lse = torch.full(q.shape[:3], math.nan, device=q.device) KERNEL.run(q, k, v,
-    mask, params, out, lse) for tensor, before in zip((q, k, v), kept, strict=True):
+    were."""
+    kept = [t.clone() for t in (q, k, v)]
+    out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
+    out.fill_(math.nan)
+    lse = torch.full(q.shape[:3], math.nan, device=q.device)
+    KERNEL.run(q, k, v, mask, params, out, lse)
+    for tensor, before in zip((q, k, v), kept, strict=True):
         assert torch.equal(tensor.nan_to_num(), before.nan_to_num())
     return out, lse
 

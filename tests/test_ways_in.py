@@ -414,8 +414,8 @@ def test_rewriting_a_hundred_sites_takes_under_a_second() -> None:
     """Not a benchmark: a guard against quadratic passes, with a limit ten times what it takes."""
     import time
 
-    from sage_inductor.graph_pass import rewrite_graph
     from sage_inductor.testing import capture
+    from sage_inductor.walk import rewrite_graph
 
     def deep(q: Tensor) -> Tensor:
         for _ in range(100):

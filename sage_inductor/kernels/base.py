@@ -62,7 +62,9 @@ class TensorSpec:
         """The same with leading dims of size 1, as `unsqueeze` would give them."""
         missing = 4 - len(self.shape)
         outer = self.shape[0] * self.stride[0] if self.shape else 1
-        return TensorSpec((1,) * missing + self.shape, (outer,) * missing + self.stride, self.dtype, self.device)
+        return TensorSpec(
+            (1,) * missing + self.shape, (outer,) * missing + self.stride, self.dtype, self.device
+        )
 
 
 @dataclass(frozen=True)

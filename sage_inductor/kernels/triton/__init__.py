@@ -176,7 +176,8 @@ def capability(index: int | None) -> tuple[int, int]:
 
 def interpreted() -> bool:
     """Whether triton runs (or will run) kernels on the CPU, which its own environment variable decides at
-    import.""" return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _capability_reasons(found: tuple[int, int], least: tuple[int, int]) -> list[str]:

@@ -45,8 +45,8 @@ def _permute_keys(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _load_tile(source, row, col, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """[ROWS, COLS] of a workspace matrix at (row, col): `source` is a tensor descriptor, or, where there is
-    no tensor
-    memory accelerator, a pointer (triton's own substitute for descriptors is not pipelined there)."""
+    no tensor memory accelerator, a pointer (triton's own substitute for descriptors is not pipelined
+    there)."""
     if TMA:
         return source.load([row, col])
     else:
@@ -392,23 +392,26 @@ def attention_kernel(
     if HAS_LOW and MASK == 0:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
-            k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin, rows, q_len,
-            kv_len, low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION,
-            True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
+            rows, q_len, kv_len, low, high,
+            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
     if MASK == 0:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
-            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end, rows, q_len,
-            kv_len, low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION,
-            False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
+            rows, q_len, kv_len, low, high,
+            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
-            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end, rows, q_len, kv_len,
-            low, high, mask, stride_mm, stride_mn, D0, D1, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, True,
-            HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
+            rows, q_len, kv_len, low, high,
+            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
 
     inverse = tl.where(

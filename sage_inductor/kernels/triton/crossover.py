@@ -37,8 +37,7 @@ MEASURED_CAPABILITY = (9, 0)
 
 def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> list[str]:
     """Reasons, with the measured limits. GPUs before sm_90 go by its limits; newer ones, whose SDPA is faster
-    and on
-    which nothing was measured, are left to SDPA."""
+    and on which nothing was measured, are left to SDPA."""
     if capability > MEASURED_CAPABILITY:
         return [f"compute capability={_dotted(capability)} (measured up to {_dotted(MEASURED_CAPABILITY)})"]
     params = problem.params

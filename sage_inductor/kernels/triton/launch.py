@@ -71,7 +71,9 @@ def _on(
     templates: tuple[TensorDescriptor, ...], tensor: Tensor, rows: int, columns: int
 ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """The templates over `tensor` as a matrix. Copies skip the constructor's checks, which cost
-    microseconds.""" made = [] for template in templates:
+    microseconds."""
+    made = []
+    for template in templates:
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(template.__dict__)
         descriptor.base, descriptor.shape, descriptor.strides = tensor, [rows, columns], [columns, 1]
@@ -155,9 +157,9 @@ class Call:
 
     __slots__ = (
         "attn_mask", "batch", "cu_seqlens_k", "cu_seqlens_q", "heads", "index", "k_align", "k_strides", "key",
-        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_kind", "mask_strides", "narrow", "params",
-        "plan", "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks",
-        "v_align", "v_strides", "value",
+        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_kind", "mask_strides", "narrow", "params", "plan",
+        "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks", "v_align",
+        "v_strides", "value",
     )  # fmt: skip
 
     def __init__(
@@ -260,8 +262,8 @@ class Call:
             programs,
             (query, key, value, self.cu_seqlens_q, self.cu_seqlens_k),
             (
-                *workspace, scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks,
-                kv_blocks, *q_strides, *k_strides, *v_strides,
+                *workspace, scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks, kv_blocks,
+                *q_strides, *k_strides, *v_strides,
             ),
             (q_strides[3], k_strides[3], v_strides[3]),
             (self.q_align, self.k_align, self.v_align, varlen, self.return_lse),
@@ -290,8 +292,8 @@ class Call:
             ),
             (out_strides[3], mask_strides[2], mask_strides[3]),
             (
-                out_align, params.window_left >= 0, has_high, params.bottom_right, self.mask_kind,
-                self.key_mask, self.skip_blocks, varlen, lse is not None,
+                out_align, params.window_left >= 0, has_high, params.bottom_right, self.mask_kind, self.key_mask,
+                self.skip_blocks, varlen, lse is not None,
             ),
             plan.attention,
         )  # fmt: skip

@@ -36,7 +36,8 @@ def round_to_int8(x):
 @triton.jit
 def pack_to_int8(x, PTX: tl.constexpr):
     """The same for a large tile: the addition leaves rint(x) in the low byte, three byte permutes gather
-    four.""" if PTX:
+    four."""
+    if PTX:
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 a, b, c, d; .reg .b32 e, f, g, h, x, y;
@@ -89,8 +90,7 @@ def dot_float(a, b, acc, PTX: tl.constexpr):
 @triton.jit
 def load_uniform(pointer, PTX: tl.constexpr):
     """One read-only float32. In a loop with tensor core operations triton would bring it through shared
-    memory with
-    a barrier per iteration, which cost 3 to 8% of the attention kernel (H200)."""
+    memory with a barrier per iteration, which cost 3 to 8% of the attention kernel (H200)."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];",
@@ -107,7 +107,8 @@ def load_uniform(pointer, PTX: tl.constexpr):
 @triton.jit
 def magnitude(x):
     """The bits of |x|: as integers they order like |x|, with inf and NaN on top, so that a maximum keeps
-    them.""" return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+    them."""
+    return x.to(tl.int32, bitcast=True) & _MAGNITUDE
 
 
 @triton.jit
@@ -118,5 +119,6 @@ def finite_or_zero(x):
 @triton.jit
 def scale_or_nan(bits, floor):
     """|x| back from its bits, at least `floor`; NaN for inf and NaN, so that whatever is scaled by it becomes
-    NaN.""" value = tl.maximum(bits.to(tl.float32, bitcast=True), floor) return tl.where(bits >= _INFINITY,
-    float("nan"), value)
+    NaN."""
+    value = tl.maximum(bits.to(tl.float32, bitcast=True), floor)
+    return tl.where(bits >= _INFINITY, float("nan"), value)

@@ -95,8 +95,10 @@ def sequence(b, length, cu_seqlens, VARLEN: tl.constexpr):
 @triton.jit
 def _sampled_rows(chunk, kv_len, CHUNK: tl.constexpr):
     """Evenly spaced keys number chunk * CHUNK onwards: (rows, which of them exist, how many there are in
-    all).""" count = tl.minimum(kv_len, _SAMPLES) i = chunk * CHUNK + tl.arange(0, CHUNK) return
-    i.to(tl.int64) * kv_len // tl.maximum(count, 1), i < count, count
+    all)."""
+    count = tl.minimum(kv_len, _SAMPLES)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    return i.to(tl.int64) * kv_len // tl.maximum(count, 1), i < count, count
 
 
 @triton.jit
@@ -162,8 +164,10 @@ def statistics_kernel(
     CHUNK: tl.constexpr,
 ):
     """One program per (sequence, kv head) for K, one for V if V_STATISTICS, then one per sequence for a key
-    mask.""" pid = tl.program_id(0) heads = batch * kv_heads _k_scale, _v_scale, k_mean, v_channel,
-    used_blocks = sections(
+    mask."""
+    pid = tl.program_id(0)
+    heads = batch * kv_heads
+    _k_scale, _v_scale, k_mean, v_channel, used_blocks = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
     role = pid // heads
@@ -333,8 +337,8 @@ def quantize_kernel(
                     pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
                     target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                     _quantize_v(
-                        source, target, pitch, v_scale + slot, v_channel + bh * 2 * DV + DV, block, length,
-                        stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2, PRECISION, PTX,
+                        source, target, pitch, v_scale + slot, v_channel + bh * 2 * DV + DV, block, length, stride_n,
+                        stride_vd, V_HEAD_DIM, DV, DV_POW2, PRECISION, PTX,
                     )  # fmt: skip
     else:
         blocks = tl.cdiv(q_len, _KEY_BLOCK)
@@ -352,8 +356,8 @@ def quantize_kernel(
                 q + (b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh) * Q_ALIGN + start * stride_n
             )
             _quantize_q(
-                source, q8, scales, scales + q_size // 2, k_mean + (b * kv_heads + kv_h) * D, scale, slot,
-                block, length, stride_n, stride_qd, HEAD_DIM, D, D_POW2, RETURN_LSE,
+                source, q8, scales, scales + q_size // 2, k_mean + (b * kv_heads + kv_h) * D, scale, slot, block,
+                length, stride_n, stride_qd, HEAD_DIM, D, D_POW2, RETURN_LSE,
             )  # fmt: skip
 
 

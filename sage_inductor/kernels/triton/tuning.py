@@ -59,8 +59,7 @@ _overrides: dict[tuple[tuple[int, int], str, int], LaunchConfig] = {}
 
 def override(capability: tuple[int, int], precision: str, head_dim: int, config: LaunchConfig) -> None:
     """Use `config`, which `measure` may have found, for a padded head dim (the larger of K's and V's) on GPUs
-    of
-    `capability` from now on. To be called before the first attention call of that kind."""
+    of `capability` from now on. To be called before the first attention call of that kind."""
     _overrides[capability, precision, head_dim] = config
 
 

@@ -1,0 +1,152 @@
+"""Wheel, source distribution, `pip install .` and `pip install -e .`, each in an environment of its own.
+
+The environments see the packages of the running one, torch above all, but not its sage_inductor: that makes them
+in seconds and without the network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "README.md", "sage_inductor", "patterns")
+
+# Run away from the repository, so that only what was installed is found. The package is never imported by hand.
+COMPILE = """
+import pathlib, sys, torch
+
+def attend(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+assert "sage_inductor" not in sys.modules
+q, k, v = torch.randn(3, 1, 2, 24, 32).unbind(0)
+with torch.no_grad():
+    compiled = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference"}, fullgraph=True)
+    out, exact = compiled(q, k, v), attend(q, k, v)
+error = ((out - exact).norm() / exact.norm()).item()
+assert 0 < error < 0.05, error  # 0 would be SDPA itself
+
+import sage_inductor, sage_inductor.patterns
+assert sage_inductor.patterns.ALL
+print(pathlib.Path(sage_inductor.__file__).parent)
+print(pathlib.Path(sage_inductor.patterns.__file__).parent)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    # Options that the tests are run with are not those of a user.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class Environment:
+    """A virtual environment that finds the running one's packages after its own."""
+
+    def __init__(self, folder: Path) -> None:
+        run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        # A path line, unlike site.addsitedir, does not read the .pth files there, which would find an editable
+        # install of this package.
+        shared = [
+            path for path in (*site.getsitepackages(), site.getusersitepackages()) if Path(path).is_dir()
+        ]
+        (self.packages / "zz_shared.pth").write_text("\n".join(shared) + "\n")
+
+    @property
+    def packages(self) -> Path:
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return self.folder / "lib" / version / "site-packages"
+
+    def install(self, *arguments: str | Path) -> None:
+        # --ignore-installed: the running environment's own sage_inductor is not to be removed.
+        options = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", "--quiet")
+        run(self.python, "-m", "pip", "install", *options, *arguments, cwd=self.folder)
+
+    def compile(self, cwd: Path) -> list[Path]:
+        """Compiles through the named backend; the folders of the package and of its patterns."""
+        return [
+            Path(line) for line in run(self.python, "-c", textwrap.dedent(COMPILE), cwd=cwd).splitlines()[-2:]
+        ]
+
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged: building in the repository would leave folders behind and pick up old ones."""
+    folder = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, folder / name, ignore=ignored)
+        else:
+            shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel built from it, as an installer would."""
+    folder = tmp_path_factory.mktemp("distributions")
+    build = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+    run(sys.executable, "-c", build, "build_sdist", folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    run(sys.executable, "-c", build, "build_wheel", folder, cwd=unpacked)
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+def modules() -> set[str]:
+    """Every module of the repository, under the path it is installed at."""
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sage_inductor").rglob("*.py")}
+    return own | {f"sage_inductor/{path.relative_to(ROOT)}" for path in (ROOT / "patterns").rglob("*.py")}
+
+
+def test_wheel_holds_every_module_and_nothing_else(distributions: tuple[Path, Path]) -> None:
+    names = zipfile.ZipFile(distributions[1]).namelist()
+    assert {name for name in names if name.endswith(".py")} == modules()
+    assert "sage_inductor/py.typed" in names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sage_inductor"}
+
+
+@pytest.mark.parametrize("form", ["wheel", "sdist", "folder"])
+def test_installed(form: str, distributions: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
+    sdist, wheel = distributions
+    environment = Environment(tmp_path / "environment")
+    environment.install({"wheel": wheel, "sdist": sdist, "folder": source}[form])
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    package, patterns = environment.compile(elsewhere)
+    assert package == environment.packages / "sage_inductor"
+    assert patterns == package / "patterns"
+
+
+def test_editable(source: Path, tmp_path: Path) -> None:
+    """Edits count at once, of patterns too, from any folder: the repository's own hides nothing."""
+    environment = Environment(tmp_path / "environment")
+    copy = shutil.copytree(source, tmp_path / "repository", ignore=shutil.ignore_patterns("build"))
+    environment.install("--editable", copy)
+    assert environment.compile(tmp_path) == [copy / "sage_inductor", copy / "patterns"]
+    with open(copy / "patterns" / "__init__.py", "a") as patterns:
+        patterns.write("\nEDITED = True\n")
+    run(environment.python, "-c", "from sage_inductor.patterns import EDITED", cwd=copy)

@@ -6,11 +6,10 @@ if __name__ != "sage_inductor.patterns":
         "of the patterns would not be the one in use. Import sage_inductor.patterns."
     )
 
+from sage_inductor.call import OpaquePattern, Pattern
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
 from sage_inductor.patterns.sdpa import ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
-
-from sage_inductor.call import OpaquePattern, Pattern
 
 ALL: tuple[Pattern, ...] = (ScaledDotProductAttention(), SoftmaxMatmul())
 OPAQUE: tuple[OpaquePattern, ...] = (MultiHeadAttention(), TransformerEncoderLayer())

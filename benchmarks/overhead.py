@@ -3,7 +3,7 @@
     python benchmarks/overhead.py
 
 The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the output's
-allocation; SDPA's call on inputs of one element per dim is shown beside it.
+allocation; SDPA's call on the same small inputs is shown beside it. On a GPU the Triton kernel's call is timed too.
 """
 
 from __future__ import annotations
@@ -48,6 +48,45 @@ def operator_call() -> dict[str, float]:
     with torch.no_grad():
         sdpa = microseconds(lambda: F.scaled_dot_product_attention(q, k, v))
     return {"operator_call_us": ours, "sdpa_call_us": sdpa}
+
+
+def triton_call() -> dict[str, float]:
+    """Host time of an eager call of the Triton kernel on a GPU, and how much of it is spent inside Triton's launches."""
+    if not torch.cuda.is_available() or kernels.available("cuda:0")["triton"]:
+        return {}
+    import triton
+
+    q, k, v = (
+        torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    )
+    inside = 0.0
+    run = triton.JITFunction.run
+
+    def timed_run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        try:
+            return run(*args, **kwargs)
+        finally:
+            inside += time.perf_counter() - start
+
+    def call() -> Any:
+        return ops.attention(q, k, v, kernel_name="triton")
+
+    with torch.no_grad():
+        call()
+        torch.cuda.synchronize()
+        total = microseconds(call, calls=200)
+        torch.cuda.synchronize()
+        triton.JITFunction.run = timed_run  # type: ignore[method-assign]
+        try:
+            for _ in range(200):
+                call()
+            torch.cuda.synchronize()
+        finally:
+            triton.JITFunction.run = run  # type: ignore[method-assign]
+    launches = inside / 200 * 1e6
+    return {"triton_call_us": total, "triton_launches_us": launches, "triton_own_us": total - launches}
 
 
 def hundred_sites() -> dict[str, float]:
@@ -113,7 +152,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
-    figures = {"torch": torch.__version__, **operator_call(), **hundred_sites(), **share_of_a_compile()}
+    figures = {
+        "torch": torch.__version__,
+        **operator_call(),
+        **triton_call(),
+        **hundred_sites(),
+        **share_of_a_compile(),
+    }
     for name, value in figures.items():
         print(f"{name:24}{value:.4g}" if isinstance(value, float) else f"{name:24}{value}")
     if arguments.json:

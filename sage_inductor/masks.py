@@ -3,6 +3,8 @@ time."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import keyword
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,8 @@ class Mask:
 
     none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
     `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time).
-    `attn_mask` is the node a kernel must still read, None where the band says it all.
+    `attn_mask` is what a kernel must still read, None where the band says it all; a constant band joined with data
+    (causal and padding) is a band and the data, "causal, key_padding".
     """
 
     kind: str
@@ -38,12 +41,13 @@ class Mask:
     window_right: int = -1
 
     def __str__(self) -> str:
-        if self.kind not in ("causal", "sliding_window", "band"):
+        kind, _, read = self.kind.partition(", ")
+        if kind not in ("causal", "sliding_window", "band"):
             return self.kind
         right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
         left = str(self.window_left) if self.window_left >= 0 else "all"
-        window = "" if self.kind == "causal" else f" left={left} right={right}"
-        return self.kind + window + (" bottom-right" if self.bottom_right else "")
+        window = "" if kind == "causal" else f" left={left} right={right}"
+        return kind + window + (" bottom-right" if self.bottom_right else "") + (f", {read}" if read else "")
 
 
 def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None = None) -> Mask:
@@ -61,9 +65,62 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
         known = _classify_constant(constant, q_len, kv_len)
         if known is not None:
             return known
+    joined = _classify_conjunction(call.attn_mask, q_len, kv_len)
+    if joined is not None:
+        return joined
+    return Mask(_runtime_kind(mask, q_len), call.attn_mask)
+
+
+def _runtime_kind(mask: Tensor, q_len: int) -> str:
     if _is_key_padding(mask, q_len):
-        return Mask("key_padding", call.attn_mask)
-    return Mask("bool" if mask.dtype == torch.bool else "additive", call.attn_mask)
+        return "key_padding"
+    return "bool" if mask.dtype == torch.bool else "additive"
+
+
+def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any) -> Mask | None:
+    """A bool mask that is a constant band and something else, as transformers joins causality and padding: the
+    band, and the rest for the kernel to read."""
+    parts = _conjuncts(mask)
+    constants = {id(part): constant_value(part) for part in parts}
+    fixed = [constant for constant in constants.values() if constant is not None]
+    rest: list[Value] = [part for part in parts if constants[id(part)] is None]
+    if not rest or (len(rest) == 1 and rest[0] is mask):
+        return None
+    band = Mask("all_true")
+    if fixed:
+        if not isinstance(q_len, int) or not isinstance(kv_len, int):
+            return None
+        together = functools.reduce(torch.logical_and, fixed)
+        classified = _classify_constant(together, q_len, kv_len)
+        if classified is None:
+            return None
+        band = classified
+    read = functools.reduce(lambda left, right: Expr.of(torch.logical_and, left, right), rest)
+    tensor = example_tensor(read)
+    assert tensor is not None
+    kind = _runtime_kind(tensor, q_len)
+    return dataclasses.replace(
+        band, kind=kind if band.kind == "all_true" else f"{band.kind}, {kind}", attn_mask=read
+    )
+
+
+_AND = ("and_", "__and__", "logical_and", "bitwise_and")
+_EXPAND = ("expand", "expand_as", "broadcast_to")
+
+
+def _conjuncts(mask: Value) -> list[fx.Node]:
+    """The nodes whose logical and `mask` is, each of which broadcasts to it."""
+    tensor = example_tensor(mask)
+    if not isinstance(mask, fx.Node) or tensor is None or tensor.dtype != torch.bool:
+        return [mask] if isinstance(mask, fx.Node) else []
+    if mask.op not in ("call_function", "call_method") or any(_writes_in_place(user) for user in mask.users):
+        return [mask]
+    operands = [arg for arg in mask.args if isinstance(arg, fx.Node)]
+    if _name(mask) in _EXPAND:
+        operands = operands[:1]
+    elif _name(mask) not in _AND or len(operands) != 2:
+        return [mask]
+    return [part for operand in operands for part in _conjuncts(operand)] if operands else [mask]
 
 
 def _remembered_constant(mask: Value, constants: dict[fx.Node, Tensor | None]) -> Tensor | None:

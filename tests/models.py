@@ -341,7 +341,7 @@ CASES = (
     ModelCase(
         "llama padded left",
         lambda: llama(attention_mask=_padding(2, 140, 30, left=True)),
-        _by_layer("layers.*.self_attn", source=TRANSFORMERS, mask="bool"),
+        _by_layer("layers.*.self_attn", source=TRANSFORMERS, mask="causal, key_padding"),
     ),
     ModelCase(
         "llama chunked prefill",
@@ -366,7 +366,9 @@ CASES = (
     ModelCase("qwen3", qwen3, _by_layer("model.layers.*.self_attn", source=TRANSFORMERS, mask="causal")),
     ModelCase("gpt2", gpt2, _by_layer("transformer.h.*.attn", source=TRANSFORMERS, mask="causal")),
     ModelCase("bert", lambda: bert(0), _by_layer(ENCODER_LAYERS, source=TRANSFORMERS, mask="none")),
-    ModelCase("bert padded", lambda: bert(16), _by_layer(ENCODER_LAYERS, source=TRANSFORMERS, mask="bool")),
+    ModelCase(
+        "bert padded", lambda: bert(16), _by_layer(ENCODER_LAYERS, source=TRANSFORMERS, mask="key_padding")
+    ),
     ModelCase(
         "bert with dropout",
         lambda: bert(0),
@@ -376,7 +378,9 @@ CASES = (
     ModelCase(
         "bert with gradients",
         lambda: bert(16),
-        _by_layer(ENCODER_LAYERS, source=TRANSFORMERS, mask="bool", reason="requires_grad=query, key, value"),
+        _by_layer(
+            ENCODER_LAYERS, source=TRANSFORMERS, mask="key_padding", reason="requires_grad=query, key, value"
+        ),
         gradients=True,
     ),
     ModelCase("vit", vit, _by_layer("layers.*.attention", source=TRANSFORMERS, mask="none")),

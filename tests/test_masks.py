@@ -109,7 +109,7 @@ def test_what_only_looks_constant_is_read_at_run_time(make_mask: Any, kind: str)
 def test_masks_from_inputs_are_read_at_run_time() -> None:
     assert attend(lambda m: m, 24, 24, triangle()) == "bool"
     torch._dynamo.reset()
-    assert attend(lambda m: triangle() & m[:, None, None], 24, 24, torch.rand(2, 24) > 0.3) == "bool"
+    assert attend(lambda m: triangle() | m[:, None, None], 24, 24, torch.rand(2, 24) > 0.3) == "bool"
     torch._dynamo.reset()
     assert attend(lambda m: m[:, None, None, :], 24, 24, torch.rand(2, 24) > 0.3) == "key_padding"
     torch._dynamo.reset()
@@ -182,3 +182,36 @@ def test_random_bands_round_trip() -> None:
         if found_high is not None:
             allowed &= distance <= found_high
         assert torch.equal(allowed, mask), (q_len, kv_len, low, high, found)
+
+
+def test_causality_joined_with_padding_is_taken_apart() -> None:
+    def joined(padding: Tensor) -> Tensor:
+        causal = torch.arange(24)[None, None, None, :] <= torch.arange(24)[None, None, :, None]
+        both = torch.ones((), dtype=torch.bool) & causal
+        return (both & padding[:, None, None, :]).expand(2, -1, 24, 24)
+
+    padding = torch.rand(2, 24) > 0.3
+    assert attend(joined, 24, 24, padding) == "causal, key_padding"
+    torch._dynamo.reset()
+    window = lambda p: triangle() & ~triangle(diagonal=-5) & p[:, None, None]  # noqa: E731
+    assert attend(window, 24, 24, padding) == "sliding_window left=4 right=0, key_padding"
+    torch._dynamo.reset()
+    everything = lambda p: (torch.arange(24) >= 0)[None, None, :, None] & p[:, None, None]  # noqa: E731
+    assert attend(everything, 24, 24, padding) == "key_padding"
+    torch._dynamo.reset()
+    two = lambda p: triangle() & p[:, None, None] & p.flip(1)[:, None, None]  # noqa: E731
+    assert attend(two, 24, 24, padding) == "causal, key_padding"
+    torch._dynamo.reset()
+    no_band = lambda p: (torch.arange(576).view(24, 24) % 3 != 0) & p[:, None, None]  # noqa: E731
+    assert attend(no_band, 24, 24, padding) == "bool"
+    torch._dynamo.reset()
+    assert attend(lambda p: triangle() | p[:, None, None], 24, 24, padding) == "bool"
+
+
+def test_a_joined_mask_that_is_written_later_is_not_taken_apart() -> None:
+    def written(padding: Tensor) -> Tensor:
+        both = triangle() & padding[:, None, None, :]
+        both[:, :, 3] = True
+        return both
+
+    assert attend(written, 24, 24, torch.rand(2, 24) > 0.3) == "bool"

@@ -99,13 +99,20 @@ def check(
     mask: Tensor | None = None,
     params: AttentionParams = AttentionParams(),  # noqa: B008
     out: Tensor | None = None,
+    steps_of_64: bool = False,
 ) -> None:
-    """The kernel agrees with the oracle, element by element."""
+    """The kernel agrees with the oracle, element by element.
+
+    `steps_of_64`: the launch configuration may take 64 keys at a time, as it does for masks that differ from
+    query to query. P is then rounded against other maxima than the oracle's, a rounding of its own, within
+    the documented error.
+    """
     got, lse = run(q, k, v, mask, params, out)
     expected, expected_lse = oracle(q, k, v, mask, params)
+    steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
     eps = EPS[q.dtype]
     assert not got.isnan().any()
-    assert relative_l2(got, expected) <= FLIPS * DOCUMENTED[params.precision] + eps
+    assert relative_l2(got, expected) <= (1.0 if steps_of_64 else FLIPS) * DOCUMENTED[params.precision] + eps
     assert max_error(got, expected) <= (LARGEST_STEP + eps) * v.abs().max().item()
     assert torch.equal(lse.isinf(), expected_lse.isinf())
     finite = ~expected_lse.isinf()
@@ -188,7 +195,7 @@ def test_tiles_by_pointer_agree_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for precision in PRECISIONS:
         for dim in (64, 96):
             q, k, v = (randn(1, 2, 150, dim) for _ in range(3))
-            check(q, k, v, params=params_of(precision, is_causal=True))
+            check(q, k, v, params=params_of(precision, is_causal=True), steps_of_64=True)
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -439,7 +446,7 @@ def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> Attentio
         ),
         (
             sized(1, 32, 16384, 80),
-            ["head_dim=80, 80 (faster than SDPA: 64, 96, 128 for 'fast' on sm_90)"],
+            ["head_dim=80, 80 (faster than SDPA: 64, 96, 128, 160 for 'fast' on sm_90)"],
         ),
         (
             sized(1, 32, 16384, 128, precision="accurate", is_causal=True),
@@ -449,6 +456,18 @@ def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> Attentio
 )
 def test_auto_leaves_what_sdpa_does_faster(problem: AttentionProblem, reasons: list[str]) -> None:
     assert slower_than_sdpa(problem, (9, 0)) == reasons
+
+
+def test_auto_leaves_masks_that_differ_from_query_to_query() -> None:
+    problem = sized(1, 32, 16384, 128)
+    for shape, stride, chosen in (
+        ((1, 1, 1, 16384), (16384, 16384, 16384, 1), True),
+        ((1, 1, 16384, 16384), (0, 0, 0, 1), True),
+        ((16384,), (1,), True),
+        ((16384, 16384), (16384, 1), False),
+    ):
+        mask = TensorSpec(shape, stride, torch.bool, problem.query.device)
+        assert (slower_than_sdpa(replace(problem, attn_mask=mask), (9, 0)) == []) == chosen
 
 
 def test_auto_leaves_gpus_that_nobody_measured() -> None:

@@ -92,6 +92,7 @@ def _plan(
     dtype: torch.dtype,
     head_dim: int,
     v_head_dim: int,
+    masked: bool,
     config: LaunchConfig | None,
 ) -> _Plan:
     d0, d1 = padded_head_dim(head_dim)
@@ -99,7 +100,7 @@ def _plan(
     if dv0 == 256 and precision != "accurate":
         dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv)
+    config = config or launch_config(arch, precision, d, dv, masked)
     n = config.block_n
     if precision == "fast":
         v_dtype = torch.float8_e4m3fn
@@ -178,7 +179,6 @@ class Call:
         arch = INTERPRETED_ARCH if INTERPRETED else capability(index)
         self.query, self.key, self.value, self.params, self.return_lse = query, key, value, params, return_lse
         self.heads, self.kv_heads = query.shape[1], key.shape[1]
-        self.plan = _plan(arch, params.precision, query.dtype, query.shape[-1], value.shape[-1], config)
         if varlen is None:
             batch, self.q_len, self.kv_len = query.shape[0], query.shape[2], key.shape[2]
             self.q_blocks = batch * -(-self.q_len // KEY_BLOCK)
@@ -208,6 +208,9 @@ class Call:
             self.key_mask = strides[2] == 0 or self.q_len == 1
             self.skip_blocks = self.key_mask and (strides[1] == 0 or self.heads == 1)
             self.narrow = self.narrow and max(strides) < 2**31
+        masked = self.mask_kind != 0 and not self.key_mask
+        dims = query.shape[-1], value.shape[-1]
+        self.plan = _plan(arch, params.precision, query.dtype, *dims, masked, config)
 
     def quantize(self) -> Workspace:
         plan, params, batch, heads, kv_heads = self.plan, self.params, self.batch, self.heads, self.kv_heads

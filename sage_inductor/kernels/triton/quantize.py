@@ -18,8 +18,9 @@ exact mean, and V's channel scale only has to be coarse because every 128-key bl
 own.
 
 Why Q passes through memory too: quantising it in the attention kernel's prologue would save this pass (4% at
-4k tokens, 1% at 16k), but it costs the registers of the prologue, and triton 3.6 lowers the first product of
-such a Q wrongly for some of its layouts (head_dim outermost; head_dim 72).
+4k tokens, 1% at 16k), but it costs the registers of the prologue, and as
+tried it came out wrong on the GPU for some layouts of Q (head_dim outermost; head_dim 72) where the interpreter was
+right; the cause was not found.
 """
 
 from __future__ import annotations

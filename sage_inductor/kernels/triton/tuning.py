@@ -63,8 +63,16 @@ def override(capability: tuple[int, int], precision: str, head_dim: int, config:
     _overrides[capability, precision, head_dim] = config
 
 
-def launch_config(capability: tuple[int, int], precision: str, d: int, dv: int) -> LaunchConfig:
-    """The attention kernel's configuration; d and dv are the padded head dims of K and V."""
+def launch_config(
+    capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False
+) -> LaunchConfig:
+    """The attention kernel's configuration; d and dv are the padded head dims of K and V, `masked` stands for
+    an attn_mask that differs from query to query."""
+    if masked:
+        # A tile of the mask and its addresses take registers: with 4 warps threads spill up to 2.5 kB each,
+        # which was 20 times slower at head dim 64 (H200); these spill nothing at head dims 64, 96,
+        # 128 and 192 by the compiler's report, little at 160 and 256.
+        return LaunchConfig(block_n=128 if max(d, dv) == 128 else 64, num_warps=8)
     if (capability, precision, max(d, dv)) in _overrides:
         return _overrides[capability, precision, max(d, dv)]
     table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]

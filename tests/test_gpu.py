@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sage_inductor import Config, backends, explain, kernels, ops, sage_attention
-from sage_inductor.testing import max_error, relative_l2
+from sage_inductor.testing import relative_l2
 
 pytestmark = pytest.mark.gpu
 
@@ -167,7 +167,16 @@ def test_kernel_agrees_with_the_oracle(precision: str, head_dim: int, is_causal:
     oracle, oracle_lse = ops.attention_lse(
         q, k, v, None, is_causal, kernel_name="reference", precision=precision
     )
-    assert relative_l2(out, oracle) < 0.006 and max_error(out, oracle) < 0.02
+    assert relative_l2(out, oracle) < 0.006
+    # What one P rounded the other way, and one moved score, can do to an output: the largest weight, by the step of
+    # P relative to it, by the largest V.
+    scores = (q.float() @ k.float().mT) * head_dim**-0.5
+    if is_causal:  # early rows have weights near 1, which both kernels round alike: a key or two decides
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    weight = scores.softmax(-1).amax(-1, keepdim=True)
+    step = {"fast": 1 / 8, "balanced": 1 / 127, "accurate": 1 / 256}[precision] + 0.016
+    bound = weight * step * v.float().abs().max()
+    assert bool(((out.float() - oracle.float()).abs() <= 2 * bound + 1e-3).all())
     assert (lse - oracle_lse).abs().max() < 0.016
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=is_causal)
     assert relative_l2(out, exact) <= BOUNDS[precision]

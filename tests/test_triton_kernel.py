@@ -436,8 +436,8 @@ def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> Attentio
         (
             sized(4, 32, 512, 128),
             [
-                "kv_len=512 (faster than SDPA from 4096 on sm_90)",
-                "q_len=512 (faster than SDPA from 4096 per kv head on sm_90)",
+                "kv_len=512 (faster than SDPA from 8192 on sm_90)",
+                "q_len=512 (faster than SDPA from 8192 per kv head on sm_90)",
             ],
         ),
         (

@@ -125,9 +125,9 @@ def rewrite_exported(
 ) -> torch.export.ExportedProgram:
     """A copy of `exported_program` with its eligible attention rewritten; the original is left as it is.
 
-    The result runs, saves and compiles with AOTInductor wherever `import sage_inductor` has registered the
-    operators in the Python process. Raises NotEligibleError as the backend does, and when AOTInductor could
-    not run the kernel.
+    The result runs, saves, loads and compiles with AOTInductor wherever `import sage_inductor` has registered the
+    operators in the Python process; elsewhere torch says that it finds no schema of `sage_inductor::attention`.
+    Raises NotEligibleError as the backend does.
     """
     result = copy.deepcopy(exported_program)
     rewrite_graph(result.graph_module.graph, Config() if config is None else config)

@@ -55,9 +55,7 @@ class TritonKernel(Kernel):
         device = problem.query.device
         if interpreted() and device.type == "cpu":
             reasons = [text for text in reasons if not text.startswith("device=")]
-        elif (
-            device.type == "cuda" and torch.cuda.is_available() and problem.params.precision in MIN_CAPABILITY
-        ):
+        elif device.type == "cuda" and has_gpu() and problem.params.precision in MIN_CAPABILITY:
             reasons += _capability_reasons(capability(device.index), MIN_CAPABILITY[problem.params.precision])
         for name, spec in (("key dtype", problem.key), ("value dtype", problem.value)):
             if spec.dtype != problem.query.dtype:
@@ -75,7 +73,7 @@ class TritonKernel(Kernel):
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         device = problem.query.device
-        if device.type != "cuda" or not torch.cuda.is_available():
+        if device.type != "cuda" or not has_gpu():
             return []
         return slower_than_sdpa(problem, capability(device.index))
 
@@ -166,6 +164,11 @@ def _check_varlen(
         problems.append(reason("device", query.device.type, TritonKernel.device_types))
     if problems:
         raise ValueError("attention_varlen: " + "; ".join(problems))
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU to ask; traced CUDA tensors need none."""
+    return torch.cuda.is_available()
 
 
 @cache

@@ -425,12 +425,11 @@ def _call(node: fx.Node, outer: _Product, logits: _Logits, dropout: float) -> At
     shape = logits.shape
     if q.dim() == 3 and shape is not None and len(shape) == 4:
         # Heads folded into the batch for bmm, masks written for [batch, heads, ...]: unfold what bmm reads.
-        batch, heads = shape[0], shape[1]
-        if restore:
+        heads = shape[1]
+        if restore or not isinstance(heads, int):
             return None
-        query, key, value = (_unfolded(item, batch, heads) for item in (query, key, value))
-        folded = tuple(output.shape)
-        restore, undo = (("reshape", folded),), (("reshape", (batch, heads, *folded[1:])),)
+        query, key, value = (Expr.of("unflatten", item, 0, (-1, heads)) for item in (query, key, value))
+        restore, undo = (("flatten", (0, 1)),), (("unflatten", (0, (-1, heads))),)
     elif shape is not None and len(shape) != q.dim():
         return None
     dtype = output.dtype
@@ -457,12 +456,6 @@ def _untransposed(item: Value) -> Value:
         ):
             return source
     return Expr.of("transpose", item, -2, -1)
-
-
-def _unfolded(item: Value, batch: Any, heads: Any) -> Expr:
-    tensor = example_tensor(item)
-    assert tensor is not None
-    return Expr.of("reshape", item, batch, heads, tensor.shape[1], tensor.shape[2])
 
 
 def _cast(item: Value, dtype: torch.dtype) -> Value:
@@ -498,7 +491,7 @@ def _lifted(item: Value, dims: int, scores: tuple[Any, ...]) -> Value:
     shape = example_shape(item)
     if dims != 3 or len(scores) != 4 or len(shape) != 3 or shape[0] == 1:
         return item
-    return Expr.of("reshape", item, scores[0], scores[1], shape[1], shape[2])
+    return Expr.of("unflatten", item, 0, (-1, scores[1]))
 
 
 def example_shape(item: Value) -> tuple[Any, ...]:

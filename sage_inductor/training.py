@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import ops
+from sage_inductor.exact import combined_mask
 from sage_inductor.kernels import AttentionParams
 
 ops.LIBRARY.define(
@@ -49,7 +50,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale)
     low, high = params.bounds(query.shape[-2], key.shape[-2])
-    attn_mask, plain_causal = ops.combined_mask(query, key, attn_mask, low, high)
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, low, high)
     with torch.enable_grad():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(

@@ -119,18 +119,23 @@ def _product(node: Any) -> _Product | None:
             return None
         return _Product(left, right)
     if _is(node, BADDBMM):
-        if len(node.args) < 3:
-            return None
-        bias, left, right = node.args[:3]
-        beta = node.kwargs.get("beta", node.args[3] if len(node.args) > 3 else 1)
-        alpha = node.kwargs.get("alpha", node.args[4] if len(node.args) > 4 else 1)
-        if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
-            return None
-        term: Value | None = None if beta == 0 else bias if beta == 1 else Expr.of("mul", bias, beta)
-        return _Product(left, right, float(alpha), term)
+        return _baddbmm(node)
     if _is(node, EINSUM):
         return _einsum(node)
     return None
+
+
+def _baddbmm(node: fx.Node) -> _Product | None:
+    named = dict(zip(("input", "batch1", "batch2"), node.args, strict=False)) | node.kwargs
+    bias, left, right = (named.get(name) for name in ("input", "batch1", "batch2"))
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
+    if not all(isinstance(item, fx.Node) for item in (bias, left, right)):
+        return None
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
+        return None
+    assert isinstance(bias, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    term: Value | None = None if beta == 0 else bias if beta == 1 else Expr.of("mul", bias, beta)
+    return _Product(left, right, float(alpha), term)
 
 
 def _einsum(node: fx.Node) -> _Product | None:

@@ -32,6 +32,8 @@ def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
     """
     if call.enable_gqa:
         return call
+    if _broadcasts_one_head(call):
+        return dataclasses.replace(call, enable_gqa=True)
     key, value = _unrepeated(call.key), _unrepeated(call.value)
     if key is None or value is None:
         return call
@@ -39,6 +41,15 @@ def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
     if key_before is None or value_before is None or key_before.shape[1] != value_before.shape[1]:
         return call
     return dataclasses.replace(call, key=key, value=value, enable_gqa=True)
+
+
+def _broadcasts_one_head(call: AttentionCall) -> bool:
+    """Multi-query attention as SDPA takes it without enable_gqa: one key and value head, broadcast."""
+    query, key, value = (example_tensor(item) for item in (call.query, call.key, call.value))
+    if query is None or key is None or value is None or not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    one = all(isinstance(t.shape[1], int) and t.shape[1] == 1 for t in (key, value))
+    return one and isinstance(query.shape[1], int) and query.shape[1] > 1
 
 
 def _unrepeated(node: Value) -> fx.Node | None:

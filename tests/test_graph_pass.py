@@ -152,6 +152,14 @@ def test_other_repetitions_are_not_taken_for_gqa(repeat: Any) -> None:
     assert relative_l2(out, attend(*inputs)) < 0.02
 
 
+def test_one_head_that_sdpa_broadcasts_is_multi_query_attention() -> None:
+    inputs = nhd(), nhd(heads=1), nhd(heads=1)
+    expected = F.scaled_dot_product_attention(*inputs)
+    out, backend = run(F.scaled_dot_product_attention, *inputs)
+    assert backend.sites[0].rewritten and relative_l2(out, expected) < 0.02
+    assert out.stride() == expected.stride()
+
+
 def test_only_one_of_key_and_value_repeated_stays_as_it_is() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, repeat_kv(k, 2), v)

@@ -172,7 +172,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 @form("heads folded, ALiBi, causal minimum", (*qkv(), torch.randn(8, 1, 24)), "additive")
 def _(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
     q, k, v = (tensor.reshape(8, 24, 32) for tensor in (q, k, v))
-    scores = torch.baddbmm(alibi, q, k.mT, alpha=0.2)
+    scores = alibi.baddbmm(batch1=q, batch2=k.mT, beta=1.0, alpha=0.2)
     scores = scores.view(2, 4, 24, 24)
     hidden = torch.ones(24, 24, dtype=torch.bool).triu(1)
     scores = torch.masked_fill(scores, hidden, torch.finfo(scores.dtype).min)

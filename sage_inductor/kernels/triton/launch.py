@@ -1,6 +1,9 @@
 """Host side of the Triton kernel: workspaces, tensor descriptors and the three launches of an attention
 call."""
 
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from dataclasses import dataclass

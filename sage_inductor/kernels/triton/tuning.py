@@ -4,6 +4,9 @@ The table for sm_90 was measured on an H200 (triton 3.6.0, torch 2.11.0) at 16k 
 Other GPUs take the nearest configuration that fits their shared memory; `measure` finds a better one.
 """
 
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -82,6 +82,16 @@ def model_table(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def overhead_sentence() -> str:
+    data = json.loads((RESULTS / "overhead_cpu.json").read_text())
+    return (
+        f"What the package itself costs on a CPU (`benchmarks/overhead.py`, torch {data['torch']}): an eager call of the "
+        f"operator\n{data['operator_call_us']:.1f} us beside its kernel's own host code (SDPA {data['sdpa_call_us']:.1f} us, "
+        f"kernel included); rewriting 100 sites {data['rewrite_100_sites_s'] * 1000:.0f} ms; the pass "
+        f"{data['pass_share']:.2%} of\ncompiling a 30-layer transformer."
+    )
+
+
 def figures() -> str:
     rows = json.loads((RESULTS / "attention_h200.json").read_text())
     first = rows[0]
@@ -110,6 +120,8 @@ Whole models, random weights, bf16, under `torch.compile`, two of their layers (
 
 The Llama speed-up is more than the kernel's: transformers builds its causal mask as a tensor, which keeps SDPA off its causal
 kernels; here the mask is recognised. Its error is that of random weights, where attention averages noise.
+
+{overhead_sentence()}
 
 {END}"""
 

@@ -1,0 +1,45 @@
+"""`model.generate` under compile: prefill is rewritten, decode steps stay SDPA, the tokens are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sage_inductor import Config
+from sage_inductor.testing import RewritingBackend
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # far from the default 0.02, so that the greedy choice is not a tie
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(cache: str) -> None:
+    model = llama()
+    prompt = torch.randint(3, 100, (2, 30))
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}  # we compile forward ourselves
+    backend = RewritingBackend(Config(kernel="reference", precision="accurate"))
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=backend)
+    assert torch.equal(model.generate(prompt, **options), expected)
+
+    prefill = [site for site in backend.sites if site.query is not None and site.query.shape[2] == 30]
+    decode = [site for site in backend.sites if site not in prefill]
+    assert len(prefill) == 2 and all(site.rewritten and site.mask == "causal" for site in prefill)
+    assert decode and all(site.reasons[0].startswith("q_len=1 (supported: 2 and more") for site in decode)

@@ -23,6 +23,7 @@ aten = torch.ops.aten
 # A value that masked_fill or where writes into logits hides a key when nothing that was in the row can compete with
 # it: float16's most negative number and all below.
 HIDES = -6e4
+HIDDEN = torch.finfo(torch.bfloat16).min  # what such a value becomes: finite in bfloat16 and in float32
 
 MATMUL = (
     ("matmul", "bmm", "__matmul__"),
@@ -179,7 +180,7 @@ def _only_reader(node: fx.Node, reader: fx.Node) -> bool:
 
 def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     if user.op != "call_method":
-        return user.op == "call_function" and user.target is getattr
+        return user.target is getattr and user.args[1] in ("shape", "dtype", "device")
     if user.target in ("expand_as", "view_as", "reshape_as", "type_as"):
         return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
     return user.target in ("size", "dim")
@@ -199,7 +200,7 @@ def _weights(node: Value, product: fx.Node) -> tuple[fx.Node | None, float]:
         if _is(current, DROPOUT):
             p, training = _argument(current, 1, "p", 0.5), _argument(current, 2, "training", True)
             dropout = float(p) if training else dropout
-        elif not (_is(current, CAST) or _is(current, SAME) or _is(current, RESHAPE)):
+        elif not (_casts_floats(current) or _is(current, SAME) or _is(current, RESHAPE)):
             return None, 0.0
         source = current.args[0] if current.args else None
         if not isinstance(source, fx.Node) or not _only_reader(source, current):
@@ -207,6 +208,12 @@ def _weights(node: Value, product: fx.Node) -> tuple[fx.Node | None, float]:
         if _is(current, RESHAPE) and not _keeps_last_two_dims(source, current):
             return None, 0.0
         current = source
+
+
+def _casts_floats(node: fx.Node) -> bool:
+    """A cast to a floating dtype; one to integers changes what is computed."""
+    tensor = example_tensor(node)
+    return _is(node, CAST) and tensor is not None and tensor.is_floating_point()
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
@@ -260,7 +267,7 @@ _Update = Callable[[_Logits], "_Logits | None"]
 def _step(node: fx.Node) -> tuple[fx.Node, _Update] | None:
     """(the logits that `node` works on, what `node` adds to the description); None for anything unknown."""
     source = node.args[0] if node.args else None
-    if _is(node, CAST) or _is(node, SAME):
+    if _casts_floats(node) or _is(node, SAME):
         return (source, lambda logits: logits) if isinstance(source, fx.Node) else None
     if _is(node, RESHAPE):
         if not isinstance(source, fx.Node) or not _keeps_last_two_dims(source, node):
@@ -385,21 +392,19 @@ def _hiding(
     if tensor.dtype != torch.bool:
         return None
     hidden: Value = mask if hidden_where else Expr.of(torch.logical_not, mask)
-    dtype = _dtype(source)
 
     def update(logits: _Logits) -> _Logits | None:
         final = value * logits.scale  # what later factors make of it
-        if final > HIDES or dtype is None:
+        if final > HIDES:
             return None
         if final == -math.inf:
             allowed: Value = Expr.of(torch.logical_not, mask) if hidden_where else mask
             return replace(logits, allowed=(*logits.allowed, (allowed, _dims(node))))
-        # A row whose keys are all hidden by a finite number attends to all of them alike: only an additive mask, in
-        # which rounding loses the scores, keeps that.
-        zeros = Expr.of(torch.zeros_like, hidden, dtype=dtype)
-        return replace(
-            logits, bias=(*logits.bias, (Expr.of("masked_fill", zeros, hidden, final), _dims(node)))
-        )
+        # A row whose keys are all hidden by a finite number attends to all of them alike: only an additive mask, of a
+        # number beside which rounding loses the scores, keeps that.
+        zeros = Expr.of(torch.zeros_like, hidden, dtype=torch.float32)
+        term = Expr.of("masked_fill", zeros, hidden, HIDDEN)
+        return replace(logits, bias=(*logits.bias, (term, _dims(node))))
 
     return source, update
 
@@ -407,11 +412,6 @@ def _hiding(
 def _dims(node: fx.Node) -> int:
     tensor = example_tensor(node)
     return 0 if tensor is None else tensor.dim()
-
-
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    tensor = example_tensor(node)
-    return None if tensor is None else tensor.dtype
 
 
 def _scaled(term: Value, scale: float) -> Value:

@@ -45,7 +45,6 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     if sites:
         log.info("%d of %d attention(s) rewritten (kernel=%s)", rewritten, len(sites), config.kernel)
     _fall_back([site for site in sites if not site.rewritten], config)
-    workarounds.apply(graph)
     return sites
 
 
@@ -86,6 +85,7 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
         call = _match(node)
         if call is not None:
             yield _judge(call, config, around, constants)
+    workarounds.apply(graph)
 
 
 def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config) -> Site:
@@ -242,9 +242,7 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     # Dynamo reaches the children of a module that has a __getattr__ of its own through its __dict__.
     path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
-    for prefix in ("L['self']", "L['fn']", "L['s']"):
-        path = path.removeprefix(prefix)
-    if path.startswith("L["):
+    if path.startswith(("L[", "G[")):  # the local or global variable that holds the model
         path = path.partition("]")[2]
     return (
         path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") or "<root>"

@@ -416,6 +416,17 @@ def test_look_alikes_that_inductor_takes_for_attention_come_out_right(dim: int) 
         assert relative_l2(functional(q, k, v), look_alike(q, k, v, 2)) < 1e-5
 
 
+def test_look_alikes_in_subgraphs_come_out_right() -> None:
+    def branches(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cond(
+            q.sum() > 0, lambda q, k, v: look_alike(q, k, v, 2), lambda q, k, v: v.clone(), (q, k, v)
+        )
+
+    q, k, v = (torch.randn(4, 4, 16, 16).abs() for _ in range(3))
+    compiled = torch.compile(branches, backend="sage_inductor")
+    assert relative_l2(compiled(q, k, v), look_alike(q, k, v, 2)) < 1e-5
+
+
 def test_scores_are_scaled_by_a_symbolic_head_dim() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]) / 2)

@@ -107,14 +107,11 @@ class SageAttentionImpl(AttentionImpl):
             "precision": self.precision,
         }
         if output is not None:
-            torch.ops.sage_inductor.attention.out(*inputs, **options, output=output.transpose(1, 2))
+            ops.attention_out(*inputs, **options, output=output.transpose(1, 2))
             return output
-        result: Tensor = torch.ops.sage_inductor.attention(*inputs, **options, memory_order=NHD_MEMORY)
+        result: Tensor = ops.attention(*inputs, **options, memory_order=NHD_MEMORY)
         return result.transpose(1, 2)
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-assert ops  # importing it registers the operators

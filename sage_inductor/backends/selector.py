@@ -23,7 +23,7 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.get_name(): backend for backend in (SageAttentionBackend, SDPABackend)
 }
 # The call that automatic choice is made for: self-attention of the length diffusion models have. Shorter
-# calls, which # SDPA may win, are then decided one by one by kernel="auto".
+# calls, which SDPA may win, are then decided one by one by kernel="auto".
 TYPICAL_LENGTH = 16384
 
 BackendLike: TypeAlias = str | Enum | type[AttentionBackend]

@@ -46,6 +46,10 @@ class Site:
     precision: str
     rewritten: bool
     reasons: tuple[str, ...] = ()
+    speedup: float | None = None
+    """SDPA's time over the kernel's, quantisation included, as measured on this GPU while compiling."""
+    rel_l2: float | None = None
+    """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
 
     def __str__(self) -> str:
         decision = (

@@ -10,6 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+GPU = "h200"  # whose results the README shows
 START, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 LENGTHS = (1024, 4096, 16384, 32768)
 # Column -> (provider, precision, which figure)
@@ -61,25 +62,32 @@ def error_sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def model_table(files: list[Path]) -> str:
-    lines = [
-        "| model | ms | speed | attention rewritten | graph breaks | rel. L2 of the output |",
-        "|---|---|---|---|---|---|",
-    ]
-    for file in files:
-        data = json.loads(file.read_text())
-        plain = data["results"][0]
-        name = f"{data['model']}, {data['layers']} layers, {data['tokens']:,} tokens"
-        for result in data["results"]:
-            what = result["kernel"] if result is plain else f"`{result['kernel']}`, {result['precision']}"
-            error = "" if result["relative_l2"] is None else f"{result['relative_l2']:.4f}"
-            sites = "" if result is plain else f"{result['rewritten']} of {result['sites']}"
-            speed = plain["milliseconds"] / result["milliseconds"]
-            lines.append(
-                f"| {name}: {what} | {result['milliseconds']:.1f} | {speed:.2f}x | {sites} | "
-                f"{result['graph_breaks']} | {error} |"
-            )
-    return "\n".join(lines)
+def model_table(rows: list[dict[str, Any]]) -> str:
+    """A line per model, a column per kernel and precision that was timed on any of them."""
+    timed = [row for row in rows if row["precision"] is not None and row["milliseconds"] is not None]
+    columns = list(dict.fromkeys((row["kernel"], row["precision"]) for row in timed))
+    by_model: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["kernel"], row["precision"]] = row
+    heads = " | ".join(f"`{kernel}`, {precision}" for kernel, precision in columns)
+    lines = [f"| model, layers, tokens | plain, ms | {heads} |", "|---|---|" + "---|" * len(columns)]
+    for model, results in by_model.items():
+        plain = next(row for row in results.values() if row["precision"] is None)
+        cells = [model_cell(results.get(column)) for column in columns]
+        name = f"{model}, {plain['layers']}, {plain['tokens']:,}"
+        lines.append(f"| {name} | {plain['milliseconds']:.1f} | " + " | ".join(cells) + " |")
+    breaks = sum(row["graph_breaks"] for row in timed)
+    return "\n".join([*lines, "", f"Graph breaks in all of these together: {breaks}."])
+
+
+def model_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["milliseconds"] is None:
+        return f"stays SDPA, {row['sites']} of {row['sites']}" if row["sites"] else "cannot run"
+    speed = row["plain_milliseconds"] / row["milliseconds"]
+    error = f"{row['relative_l2']:.4f}".lstrip("0")
+    return f"{row['milliseconds']:.1f} ({speed:.2f}x; {row['rewritten']} of {row['sites']}; {error})"
 
 
 def overhead_sentence() -> str:
@@ -93,10 +101,10 @@ def overhead_sentence() -> str:
 
 
 def figures() -> str:
-    rows = json.loads((RESULTS / "attention_h200.json").read_text())
+    rows = json.loads((RESULTS / f"attention_{GPU}.json").read_text())
     first = rows[0]
     machine = f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}"
-    models = sorted(RESULTS.glob("model_*_h200.json"))
+    models = json.loads((RESULTS / f"model_{GPU}.json").read_text())
     return f"""{START}
 
 ## Measured
@@ -108,13 +116,14 @@ heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end t
 
 {error_sentence(rows)}
 
-![end-to-end speed against sequence length](benchmarks/results/attention_h200.svg)
+![end-to-end speed against sequence length](benchmarks/results/attention_{GPU}.svg)
 
 So 8 bits win on long sequences and lose on short ones, where quantising costs more than it saves. `auto` knows the measured
 crossover and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6 from PyPI is slower than cuDNN here
 at every size; `auto` never picks it.
 
-Whole models, random weights, bf16, under `torch.compile`, two of their layers (`examples/wan_video.py`, `examples/llama_prefill.py`):
+Whole models, random weights, bf16, under `torch.compile`, two of their layers, on the same GPU (`benchmarks/model.py`). Cells: ms (speed
+against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):
 
 {model_table(models)}
 

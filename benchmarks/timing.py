@@ -39,11 +39,12 @@ def sets_beyond_l2(bytes_per_set: int) -> int:
 
 
 def machine() -> dict[str, str]:
-    """GPU and library versions, as they stand in every row of results."""
+    """GPU ("CPU" where there is none) and library versions, as they stand in every row of results."""
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    return {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "triton": triton_version}
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton_version}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Result:
     kernel: str
     precision: str | None = None
     milliseconds: float | None = None
+    plain_milliseconds: float | None = None  # of plain torch.compile, timed in turns with this one
     graph_breaks: int | None = None
     rewritten: int = 0
     sites: int = 0
@@ -61,33 +62,54 @@ def kernels_to_run(requested: list[str] | None, device: str, small: bool) -> lis
     return [name for name, reasons in available.items() if not reasons and (small or name != "reference")]
 
 
+def run(
+    model: nn.Module, inputs: dict[str, Any], args: Namespace, small: bool, /, **about: Any
+) -> list[Result]:
+    """What an example does with its model and its arguments: compare, print the table, write it."""
+    print(f"{about['dtype'].removeprefix('torch.')} on {describe_device(args.device)}")
+    kernels = kernels_to_run(args.kernel, args.device, small)
+    results = list(compare(model, inputs, [(name, args.precision) for name in kernels], args.repeat))
+    show(results, args.json, machine=describe_device(args.device), **about)
+    return results
+
+
 @torch.no_grad()
 def compare(
-    model: nn.Module, inputs: dict[str, Any], kernels: list[str], precision: str, repeat: int
-) -> list[Result]:
-    """Compile and run `model(**inputs)` plainly and with each kernel; prints what each would replace."""
-    # First, while nothing is compiled: each entry in Dynamo's caches counts against its limit on recompiling.
-    results = [judge(model, inputs, kernel, precision) for kernel in kernels]
-    calls = {PLAIN: torch.compile(model)}
-    expected, breaks = run_and_count_breaks(calls[PLAIN], inputs)
-    for result in results:
-        if not result.rewritten:
-            continue
-        options = {"sage.kernel": result.kernel, "sage.precision": precision}
-        calls[result.kernel] = torch.compile(model, backend="sage_inductor", options=options)
-        output, result.graph_breaks = run_and_count_breaks(calls[result.kernel], inputs)
-        difference, exact = output.double() - expected.double(), expected.double()
-        result.relative_l2 = (difference.norm() / exact.norm()).item()
-        result.max_error = (difference.abs().max() / exact.abs().max()).item()
-    results.insert(0, Result(PLAIN, graph_breaks=breaks))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeat):  # in turns, so that a drifting clock favours none
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, inputs, expected.device))
-    for result in results:
-        if result.kernel in times:
-            result.milliseconds = statistics.median(times[result.kernel])
-    return results
+    model: nn.Module, inputs: dict[str, Any], variants: Sequence[tuple[str, str]], repeat: int
+) -> Iterator[Result]:
+    """Compile and run `model(**inputs)` plainly, then with each (kernel, precision); yields a result as soon
+    as it is known, the plain one first.
+
+    Each variant is timed in turns with plain torch.compile, so that a drifting clock favours none.
+    """
+    # First, while nothing is compiled: what explain() leaves in Dynamo's caches then goes away again.
+    judged = [judge(model, inputs, kernel, precision) for kernel, precision in variants]
+    # Dynamo keeps what the backends made of one code object together and counts it as recompiling.
+    with torch._dynamo.config.patch(recompile_limit=8 + len(variants)):
+        plain = torch.compile(model)
+        expected, breaks = run_and_count_breaks(plain, inputs)
+        plain_time = in_turns([plain], inputs, expected.device, repeat)[0]
+        yield Result(PLAIN, None, plain_time, plain_time, breaks)
+        for result in judged:
+            if result.rewritten:
+                options = {"sage.kernel": result.kernel, "sage.precision": result.precision}
+                ours = torch.compile(model, backend="sage_inductor", options=options)
+                output, result.graph_breaks = run_and_count_breaks(ours, inputs)
+                difference, exact = output.double() - expected.double(), expected.double()
+                result.relative_l2 = (difference.norm() / exact.norm()).item()
+                result.max_error = (difference.abs().max() / exact.abs().max()).item()
+                result.milliseconds, result.plain_milliseconds = in_turns(
+                    [ours, plain], inputs, expected.device, repeat
+                )
+            yield result
+
+
+def in_turns(
+    calls: list[Callable[..., Any]], inputs: dict[str, Any], device: torch.device, repeat: int
+) -> list[float]:
+    """Median time of each call in ms."""
+    times = [[milliseconds(call, inputs, device) for call in calls] for _ in range(repeat)]
+    return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
 
 
 def judge(model: nn.Module, inputs: dict[str, Any], kernel: str, precision: str) -> Result:
@@ -127,14 +149,13 @@ def milliseconds(call: Callable[..., Any], inputs: dict[str, Any], device: torch
 def show(results: list[Result], file: Path | None, **about: Any) -> None:
     """Print the table; write it with `about` (what was run, where) to `file`."""
     print(f"\n{'':22}{'ms':>10}{'speed':>8}{'breaks':>8}{'sites':>8}{'rel. L2':>10}{'max error':>11}")
-    baseline = results[0].milliseconds
     for result in results:
         name = result.kernel if result.precision is None else f"{result.kernel} ({result.precision})"
-        if result.milliseconds is None or baseline is None:
+        if result.milliseconds is None or result.plain_milliseconds is None:
             kept = f"all {result.sites} attentions stay SDPA" if result.sites else "cannot run"
             print(f"{name:22}  {kept}: {'; '.join(result.reasons)}")
             continue
-        speed = baseline / result.milliseconds
+        speed = result.plain_milliseconds / result.milliseconds
         row = f"{name:22}{result.milliseconds:10.2f}{speed:7.2f}x{result.graph_breaks:8}"
         if result.relative_l2 is not None:
             row += (
@@ -151,6 +172,16 @@ def show(results: list[Result], file: Path | None, **about: Any) -> None:
         data = {**about, "results": [asdict(result) for result in results]}
         file.write_text(json.dumps(data, indent=2) + "\n")
         print(f"written to {file}")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A diffusers model as `from_pretrained(torch_dtype=dtype)` leaves it: a few modules stay in float32, and
+    so do the rotary tables."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def describe_device(device: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comparison import Result, add_arguments, compare, describe_device, kernels_to_run, show
+from comparison import Result, add_arguments, run
 from torch import nn
 
 
@@ -51,18 +51,14 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
     dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
     model, inputs = build(size, args.layers, args.batch, tokens, args.device, dtype)
-    machine = describe_device(args.device)
     print(
-        f"Llama {args.size}, {args.layers} of {size.layers_in_full} layers: {args.batch} x {tokens:,} tokens"
+        f"Llama {args.size}, {args.layers} of {size.layers_in_full} layers: {args.batch} x {tokens:,} tokens; "
+        f"errors: logits of the last {LOGITS} tokens"
     )
-    print(f"{str(dtype).removeprefix('torch.')} on {machine}; errors: logits of the last {LOGITS} tokens")
-    names = kernels_to_run(args.kernel, args.device, small=args.size == "tiny")
-    results = compare(model, inputs, names, args.precision, args.repeat)
-    show(
-        results, args.json, model=f"Llama {args.size}", layers=args.layers, batch=args.batch, tokens=tokens,
-        dtype=str(dtype), machine=machine,
+    return run(
+        model, inputs, args, args.size == "tiny", model=f"Llama {args.size}", layers=args.layers,
+        batch=args.batch, tokens=tokens, dtype=str(dtype),
     )  # fmt: skip
-    return results
 
 
 def build(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comparison import Result, add_arguments, compare, describe_device, kernels_to_run, show
+from comparison import Result, add_arguments, cast, run
 from torch import nn
 
 
@@ -59,16 +59,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     model, inputs = build(size, LATENTS[resolution], args.layers, args.device, dtype)
     frames, height, width = LATENTS[resolution]
     tokens = frames * (height // 2) * (width // 2)
-    machine = describe_device(args.device)
     print(f"Wan {args.size}, {args.layers} of {size.layers_in_full} layers, {resolution}: {tokens:,} tokens")
-    print(f"{str(dtype).removeprefix('torch.')} on {machine}")
-    names = kernels_to_run(args.kernel, args.device, small=resolution == "tiny")
-    results = compare(model, inputs, names, args.precision, args.repeat)
-    show(
-        results, args.json, model=f"Wan {args.size}", layers=args.layers, tokens=tokens, dtype=str(dtype),
-        machine=machine,
+    return run(
+        model, inputs, args, resolution == "tiny", model=f"Wan {args.size}", layers=args.layers, tokens=tokens,
+        dtype=str(dtype),
     )  # fmt: skip
-    return results
 
 
 def build(
@@ -89,13 +84,7 @@ def build(
             "encoder_hidden_states": torch.randn(1, size.text_tokens, size.text_dim, dtype=dtype),
             "return_dict": False,
         }
-    # As `from_pretrained(torch_dtype=dtype)` leaves it: a few modules stay in float32, and so do the rotary
-    # tables.
-    kept = model._keep_in_fp32_modules or ()
-    for name, parameter in model.named_parameters():
-        if not any(part in name.split(".") for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    return model.eval(), inputs
+    return cast(model, dtype), inputs
 
 
 if __name__ == "__main__":

@@ -110,6 +110,16 @@ def test_llama_prefill(main: Callable[..., Any], capsys: pytest.CaptureFixture[s
     assert "model.layers.0.self_attn" in capsys.readouterr().out
 
 
+def test_flux_image(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    plain, result = main("flux_image", "--layers", "1", "--repeat", "2")
+    assert (result.kernel, result.rewritten, result.sites, result.graph_breaks) == ("reference", 2, 2, 0)
+    assert 1e-5 < result.relative_l2 < 0.04 and plain.milliseconds > 0
+    assert "single_transformer_blocks.0.attn" in capsys.readouterr().out
+    flux_image = importlib.import_module("flux_image")
+    assert flux_image.SIZES["dev"].tokens == 4096 + 512
+
+
 def test_export_aoti(main: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     errors = main("export_aoti", "--tokens", "64", "--folder", str(tmp_path))
     assert "0 exported, 1 rewritten" in capsys.readouterr().out

@@ -1,0 +1,60 @@
+"""Benchmarks whose figures need a GPU run here in their smallest form: what they record, and that they resume."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of benchmarks/, which find each other as when started."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_model_rows_are_measured_once(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    model, readme = load("model"), load("readme")
+    file = tmp_path / "model.json"
+    arguments = ["--tiny", "--models", "llama", "--device", "cpu", "--repeat", "2", "--out", str(file)]
+
+    assert model.main([*arguments, "--budget", "-1"]) == [] and not file.exists()
+    assert "stopped before Llama tiny" in capsys.readouterr().err
+
+    monkeypatch.setattr(model, "variants", lambda device, tiny: [("auto", "fast")])
+    plain, auto = model.main(arguments)
+    assert (plain["kernel"], plain["precision"]) == ("plain torch.compile", None)
+    assert plain["milliseconds"] > 0 and plain["graph_breaks"] == 0
+    assert (auto["rewritten"], auto["sites"], auto["milliseconds"]) == (0, 1, None)
+    assert auto["reasons"] == ("device=cpu (supported: cuda)",)
+
+    monkeypatch.setattr(model, "variants", lambda device, tiny: [("auto", "fast"), ("reference", "accurate")])
+    again = model.main(arguments)
+    assert again[0]["milliseconds"] == plain["milliseconds"] and len(again) == 3
+    row = again[2]
+    assert (row["kernel"], row["precision"]) == ("reference", "accurate")
+    assert (row["rewritten"], row["sites"], row["graph_breaks"]) == (1, 1, 0)
+    assert 1e-5 < row["relative_l2"] < 0.013 and row["plain_milliseconds"] > 0
+
+    monkeypatch.setattr(model, "compare", None)  # nothing is left to compare
+    rows = model.main(arguments)
+    assert rows == json.loads(file.read_text())
+    table = readme.model_table(rows)
+    assert "| model, layers, tokens | plain, ms | `reference`, accurate |" in table
+    assert "Graph breaks in all of these together: 0." in table
+
+
+def test_gpu_names_make_file_names(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("model")
+    for name, expected in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("CPU", "cpu")):
+        monkeypatch.setattr(model, "machine", lambda name=name: {"gpu": name})
+        assert model.gpu_name() == expected

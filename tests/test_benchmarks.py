@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,24 @@ def test_gpu_names_make_file_names(load: Any, monkeypatch: pytest.MonkeyPatch) -
     for name, expected in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("CPU", "cpu")):
         monkeypatch.setattr(model, "machine", lambda name=name: {"gpu": name})
         assert model.gpu_name() == expected
+
+
+def test_sanitize_runs_each_tool_and_counts_findings(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for compute-sanitizer: it runs what it is given and has a finding under racecheck."""
+    fake = tmp_path / "sanitizer"
+    fake.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\na = sys.argv[1:]\n"
+        "code = subprocess.run(a[a.index(sys.executable):]).returncode\n"
+        "assert '--error-exitcode' in a and 'kns=attention' in a\n"
+        "sys.exit(int(a[a.index('--error-exitcode') + 1]) if a[1] == 'racecheck' else code)\n"
+    )
+    fake.chmod(0o755)
+    arguments = ["--kernel", "reference", "--seeds", "0", "50", "--sanitizer", str(fake)]
+    failed = load("sanitize").main([*arguments, "--tools", "memcheck", "racecheck"])
+    assert failed == 1
+    assert re.findall(r"(\w+): (clean|FOUND SOMETHING)", capsys.readouterr().out) == [
+        ("memcheck", "clean"),
+        ("racecheck", "FOUND SOMETHING"),
+    ]

@@ -4,18 +4,19 @@ interpreter."""
 from __future__ import annotations
 
 import math
-import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import agreement
 import pytest
 import torch
+from agreement import DEVICE, DOCUMENTED, PRECISIONS, exact
 from torch import Tensor
 
-from sage_inductor import reference
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.triton import TritonKernel, attention_varlen
 from sage_inductor.kernels.triton.crossover import slower_than_sdpa
@@ -23,101 +24,13 @@ from sage_inductor.testing import max_error, relative_l2
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = TritonKernel()
-PRECISIONS = ("fast", "balanced", "accurate")
-# Relative L2 error against float64 on normal inputs, README.md.
-DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
-# Kernel and oracle take the same steps and differ where a quotient lies so near a rounding boundary that the
-# last bit of float32 decides. Rounding a value costs step / sqrt(12) on average and a flip costs a step, so
-# if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
-# of that.
-FLIPS = math.sqrt(12 / 100)
-# The largest step: of P's e4m3 at 448, 32. One flip moves an output by at most that part of the largest V.
-LARGEST_STEP = 32 / 448
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+run = partial(agreement.run, KERNEL)
+check = partial(agreement.check, KERNEL)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    params: AttentionParams = AttentionParams(),  # noqa: B008
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE; neither starts with a value that could pass for a result, and the inputs stay as they
-    were."""
-    kept = [t.clone() for t in (q, k, v)]
-    out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
-    out.fill_(math.nan)
-    lse = torch.full(q.shape[:3], math.nan, device=q.device)
-    KERNEL.run(q, k, v, mask, params, out, lse)
-    for tensor, before in zip((q, k, v), kept, strict=True):
-        assert torch.equal(tensor.nan_to_num(), before.nan_to_num())
-    return out, lse
-
-
-def oracle(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
-    bounds = params.bounds(q.shape[2], k.shape[2])
-    return reference.attention(q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision)
-
-
-def exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    params: AttentionParams = AttentionParams(),  # noqa: B008
-) -> tuple[Tensor, Tensor]:
-    """Float64 attention and LSE; rows that see no key give 0 and -inf."""
-    q, k, v = q.double(), k.double(), v.double()
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if params.scale is None else params.scale)
-    low, high = params.bounds(q.shape[2], k.shape[2])
-    distance = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
-    if low is not None:
-        scores = scores.masked_fill(distance < low, -math.inf)
-    if high is not None:
-        scores = scores.masked_fill(distance > high, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    params: AttentionParams = AttentionParams(),  # noqa: B008
-    out: Tensor | None = None,
-    steps_of_64: bool = False,
-) -> None:
-    """The kernel agrees with the oracle, element by element.
-
-    `steps_of_64`: the launch configuration may take 64 keys at a time, as it does for masks that differ from
-    query to query. P is then rounded against other maxima than the oracle's, a rounding of its own, within
-    the documented error.
-    """
-    got, lse = run(q, k, v, mask, params, out)
-    expected, expected_lse = oracle(q, k, v, mask, params)
-    steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
-    eps = EPS[q.dtype]
-    assert not got.isnan().any()
-    assert relative_l2(got, expected) <= (1.0 if steps_of_64 else FLIPS) * DOCUMENTED[params.precision] + eps
-    assert max_error(got, expected) <= (LARGEST_STEP + eps) * v.abs().max().item()
-    assert torch.equal(lse.isinf(), expected_lse.isinf())
-    finite = ~expected_lse.isinf()
-    # A flip of Q or K moves a score by a 127th of its part at most.
-    assert (lse - expected_lse)[finite].abs().max().item() <= 0.05 if finite.any() else True
 
 
 def params_of(precision: str, **kwargs: Any) -> AttentionParams:
@@ -494,47 +407,10 @@ def test_importing_the_kernel_does_not_import_its_device_code() -> None:
 # --------------------------------------------------------------------------------------------------- random
 
 
-def random_case(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, AttentionParams]:
-    """A problem drawn at random: shape, strides, mask, window, precision."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    kv_heads = rng.choice([1, 2])
-    heads = kv_heads * rng.choice([1, 3])
-    batch, q_len, kv_len = rng.choice([1, 2]), rng.randint(1, 200), rng.randint(1, 300)
-    dim, v_dim = rng.choice([16, 40, 64, 72, 96, 128]), rng.choice([32, 64, 80, 128])
-    dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
-
-    def tensor(n_heads: int, length: int, width: int) -> Tensor:
-        layout, extra = rng.choice(["HND", "NHD", "padded"]), rng.choice([0, 3, 8])
-        if layout == "HND":
-            return randn(batch, n_heads, length, width, dtype=dtype)
-        if layout == "NHD":
-            return randn(batch, length, n_heads, width + extra, dtype=dtype)[..., :width].transpose(1, 2)
-        return randn(batch, n_heads, length, width + extra, dtype=dtype)[..., extra:]
-
-    inputs = tensor(heads, q_len, dim), tensor(kv_heads, kv_len, dim), tensor(kv_heads, kv_len, v_dim)
-    mask: Tensor | None = None
-    if rng.random() < 0.5:
-        full = (batch, heads, q_len, kv_len)
-        shape = [size if rng.random() < 0.5 else 1 for size in full]
-        mask = torch.rand(shape, device=DEVICE) > rng.choice([0.1, 0.6])
-        if rng.random() < 0.4:
-            mask = torch.where(mask, torch.randn(shape, device=DEVICE), -math.inf).to(dtype)
-    params = AttentionParams(
-        is_causal=rng.random() < 0.3,
-        bottom_right=rng.random() < 0.5,
-        window_left=rng.choice([-1, -1, rng.randint(0, 200)]),
-        window_right=rng.choice([-1, -1, rng.randint(0, 200)]),
-        scale=rng.choice([None, None, 0.2, -0.1]),
-        precision=rng.choice(PRECISIONS),
-    )
-    return inputs, mask, params
-
-
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(0, 16 * agreement.SEEDS_PER_VARIANT, agreement.SEEDS_PER_VARIANT))
 def test_random_problems(seed: int) -> None:
-    inputs, mask, params = random_case(seed)
-    check(*inputs, mask, params)
+    """One of each of 16 variants; sweep.py runs any number."""
+    assert agreement.case_faults(KERNEL, agreement.draw_case(seed, KERNEL)) == []
 
 
 # ------------------------------------------------------------------------------------------------- GPU only
@@ -610,16 +486,3 @@ def test_offsets_beyond_32_bits() -> None:
         KERNEL.run(q, k, v, None, params_of(precision), out, None)
         expected, _ = exact(q[:, -1:], k[:, -1:], v[:, -1:])
         assert relative_l2(out[:, -1:], expected) <= DOCUMENTED[precision]
-
-
-if __name__ == "__main__":
-    # python tests/test_triton_kernel.py FIRST COUNT: a long run over random problems, to be resumed at any
-    # seed.
-    first, count = int(sys.argv[1]), int(sys.argv[2])
-    for seed in range(first, first + count):
-        inputs, mask, params = random_case(seed)
-        try:
-            check(*inputs, mask, params)
-        except AssertionError:
-            sys.stderr.write(f"seed {seed}: {[tuple(t.shape) for t in inputs]}, {params}\n")
-            raise

@@ -1,0 +1,403 @@
+"""When a kernel agrees with the oracle (sage_inductor.reference), and random problems to see it on.
+
+Shared by the kernels' tests and by sweep.py. Every tensor that a kernel is given lies inside a larger buffer of NaN:
+a read outside it shows in the output, a write outside it, or to an input, in the buffer.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_inductor import reference
+from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.testing import max_error, relative_l2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISIONS = ("fast", "balanced", "accurate")
+# Relative L2 error against float64 on normal inputs, README.md.
+DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
+# Kernel and oracle take the same steps and differ where a quotient lies so near a rounding boundary that the
+# last bit of float32 decides. Rounding a value costs step / sqrt(12) on average and a flip costs a step, so
+# if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
+# of that.
+FLIPS = math.sqrt(12 / 100)
+# The largest step: of P's e4m3 at 448, 32. One flip moves an output by at most that part of the largest V.
+LARGEST_STEP = 32 / 448
+# A flip of Q or K moves a score by a 127th of its part at most.
+LSE_STEP = 0.05
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def run(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE; neither starts with a value that could pass for a result, and the inputs stay as they
+    were."""
+    kept = [t.clone() for t in (q, k, v)]
+    out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
+    out.fill_(math.nan)
+    lse = torch.full(q.shape[:3], math.nan, device=q.device)
+    kernel.run(q, k, v, mask, params, out, lse)
+    for tensor, before in zip((q, k, v), kept, strict=True):
+        assert torch.equal(tensor.nan_to_num(), before.nan_to_num())
+    return out, lse
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    bounds = params.bounds(q.shape[2], k.shape[2])
+    return reference.attention(q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision)
+
+
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),
+) -> tuple[Tensor, Tensor]:
+    """Float64 attention and LSE; rows that see no key give 0 and -inf."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if params.scale is None else params.scale)
+    low, high = params.bounds(q.shape[2], k.shape[2])
+    distance = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+    if low is not None:
+        scores = scores.masked_fill(distance < low, -math.inf)
+    if high is not None:
+        scores = scores.masked_fill(distance > high, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
+
+
+def disagreements(
+    got: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),
+    steps_of_64: bool = False,
+) -> list[str]:
+    """What of a kernel's output and LSE lies beyond the bounds around the oracle's; each with its value.
+
+    `steps_of_64`: the launch configuration may take 64 keys at a time, as it does for masks that differ from
+    query to query. P is then rounded against other maxima than the oracle's, a rounding of its own, within
+    the documented error.
+    """
+    expected, expected_lse = oracle(q, k, v, mask, params)
+    steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
+    eps = EPS[q.dtype]
+    if got.isnan().any():
+        return [f"{int(got.isnan().sum())} of {got.numel()} outputs are NaN"]
+    finite = ~expected_lse.isinf()
+    figures = {
+        "relative L2": (
+            relative_l2(got, expected),
+            (1.0 if steps_of_64 else FLIPS) * DOCUMENTED[params.precision] + eps,
+        ),
+        "largest error": (max_error(got, expected), (LARGEST_STEP + eps) * v.abs().max().item()),
+        "rows whose LSE is infinite in one only": (
+            int((lse.isinf() != expected_lse.isinf()).sum()),
+            0,
+        ),
+    }
+    if finite.any():
+        # NaN fails every comparison below, as it should.
+        figures["LSE"] = (lse - expected_lse)[finite].abs().max().item(), LSE_STEP
+    return [
+        f"{name} {value:.5g} (bound {bound:.5g})"
+        for name, (value, bound) in figures.items()
+        if not value <= bound
+    ]
+
+
+def check(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    params: AttentionParams = AttentionParams(),
+    out: Tensor | None = None,
+    steps_of_64: bool = False,
+) -> None:
+    """The kernel agrees with the oracle, element by element."""
+    got, lse = run(kernel, q, k, v, mask, params, out)
+    assert disagreements(got, lse, q, k, v, mask, params, steps_of_64) == []
+
+
+# --------------------------------------------------------------------------------------------------- random
+
+SEEDS_PER_VARIANT = 25  # consecutive seeds share what kernels are compiled for
+EDGES = (1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 512)
+GUARD = 256  # elements of NaN before and behind
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`order`: HND, NHD, or HDN (head_dim outside the sequence); `extra` elements before each innermost
+    row."""
+
+    order: str
+    extra: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides which code runs; compiled once for SEEDS_PER_VARIANT problems."""
+
+    precision: str
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    layouts: tuple[Layout, Layout, Layout, Layout]  # query, key, value, output
+    mask: str  # none, bool, additive, lowest (additive, the most negative number instead of -inf)
+    mask_dims: tuple[bool, bool, bool]  # whether it differs between batches, heads, queries
+    is_causal: bool
+    bottom_right: bool
+    left: bool  # whether there is a window
+    right: bool
+    varlen: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; its numbers come from `seed` too."""
+
+    seed: int
+    variant: Variant
+    batch: int
+    kv_heads: int
+    groups: int
+    q_len: int
+    kv_len: int
+    params: AttentionParams
+    biased: bool  # a bias on K's channels and V's: what smoothing and channel scales are for
+
+
+def draw_variant(rng: random.Random, varlen: bool) -> Variant:
+    varlen = varlen and rng.random() < 0.1
+    layouts = [Layout(rng.choice(["HND", "NHD", "NHD", "HDN"]), rng.choice([0, 0, 3, 8])) for _ in range(4)]
+    return Variant(
+        precision=rng.choice(PRECISIONS),
+        dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        head_dim=rng.choice([16, 40, 64, 64, 72, 96, 128, 128, 128, 160, 192, 256]),
+        value_head_dim=rng.choice([0, 0, 0, 32, 64, 80, 128, 256]),  # 0: as head_dim
+        layouts=(layouts[0], layouts[1], layouts[2], layouts[3]),
+        mask="none" if varlen else rng.choice(["none", "none", "bool", "additive", "lowest"]),
+        mask_dims=(rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.5),
+        is_causal=rng.random() < 0.3,
+        bottom_right=rng.random() < 0.5,
+        left=rng.random() < 0.3,
+        right=rng.random() < 0.3,
+        varlen=varlen,
+    )
+
+
+def draw_case(seed: int, kernel: Kernel) -> Case:
+    """The problem number `seed` of those that `kernel` supports."""
+    varlen = kernel.name == "triton"  # the one that has such an entry
+    rng = random.Random(seed // SEEDS_PER_VARIANT)
+    for _ in range(10_000):
+        variant = draw_variant(rng, varlen)
+        case = _draw_sizes(seed, variant)
+        if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
+            return case
+    raise ValueError(f"{kernel.name} supports none of 10,000 random variants")
+
+
+def _draw_sizes(seed: int, variant: Variant) -> Case:
+    rng = random.Random(seed)
+
+    def length(most: int) -> int:
+        return rng.choice(EDGES) if rng.random() < 0.3 else rng.randint(1, most)
+
+    q_len, kv_len = length(260), length(520)
+    params = AttentionParams(
+        is_causal=variant.is_causal,
+        bottom_right=variant.bottom_right,
+        window_left=rng.randint(0, 200) if variant.left else -1,
+        window_right=rng.randint(0, 200) if variant.right else -1,
+        scale=rng.choice([None, None, 0.1, -0.1]),
+        precision=variant.precision,
+    )
+    return Case(
+        seed, variant, rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3]), q_len, kv_len,
+        params, rng.random() < 0.3,
+    )  # fmt: skip
+
+
+def _shapes(case: Case) -> dict[str, tuple[int, int, int, int]]:
+    variant = case.variant
+    value_dim = variant.value_head_dim or variant.head_dim
+    heads = case.kv_heads * case.groups
+    return {
+        "query": (case.batch, heads, case.q_len, variant.head_dim),
+        "key": (case.batch, case.kv_heads, case.kv_len, variant.head_dim),
+        "value": (case.batch, case.kv_heads, case.kv_len, value_dim),
+        "out": (case.batch, heads, case.q_len, value_dim),
+    }
+
+
+def _problem(case: Case) -> AttentionProblem:
+    specs = {}
+    for (name, shape), layout in zip(_shapes(case).items(), case.variant.layouts, strict=True):
+        tensor = Guarded(shape, layout, case.variant.dtype, "meta").tensor
+        specs[name] = TensorSpec(
+            shape, tensor.stride(), tensor.dtype, torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
+        )
+    mask = None
+    if case.variant.mask != "none":
+        shape = _mask_shape(case)
+        dtype = torch.bool if case.variant.mask == "bool" else case.variant.dtype
+        mask = TensorSpec(shape, torch.empty(shape, device="meta").stride(), dtype, specs["query"].device)
+    return AttentionProblem(specs["query"], specs["key"], specs["value"], mask, case.params, return_lse=True)
+
+
+class Guarded:
+    """`tensor`, of a shape and layout, inside a `buffer` of NaN (of True for booleans)."""
+
+    def __init__(
+        self, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype, device: str = DEVICE
+    ) -> None:
+        order = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3), "HDN": (0, 1, 3, 2)}[layout.order]
+        sizes = [shape[dim] for dim in order]
+        sizes[-1] += layout.extra
+        fill: Any = True if dtype == torch.bool else math.nan
+        size = math.prod(sizes)
+        self.buffer = torch.full((size + 2 * GUARD,), fill, dtype=dtype, device=device)
+        inside = self.buffer[GUARD : GUARD + size].view(sizes)[..., layout.extra :]
+        self.tensor = inside.permute([order.index(dim) for dim in range(4)])
+        self.kept = self.buffer.clone()
+
+    def fill(self, data: Tensor) -> Tensor:
+        self.tensor.copy_(data)
+        self.kept = self.buffer.clone()
+        return self.tensor
+
+    def unchanged(self) -> bool:
+        return torch.equal(self.buffer.view(torch.uint8), self.kept.view(torch.uint8))
+
+
+def _mask_shape(case: Case) -> tuple[int, ...]:
+    full = (case.batch, case.kv_heads * case.groups, case.q_len)
+    return (
+        *(size if differs else 1 for size, differs in zip(full, case.variant.mask_dims, strict=True)),
+        case.kv_len,
+    )
+
+
+def _make_mask(case: Case, rng: random.Random) -> Guarded | None:
+    kind = case.variant.mask
+    if kind == "none":
+        return None
+    shape = _mask_shape(case)
+    dtype = torch.bool if kind == "bool" else case.variant.dtype
+    guarded = Guarded(shape, Layout("HND", rng.choice([0, 0, 5])), dtype)
+    attended = torch.rand(shape, device=DEVICE) > rng.choice([0.1, 0.6, 0.95])
+    if rng.random() < 0.3:  # padding: whole blocks of keys that no query attends to
+        attended[..., rng.randint(1, case.kv_len) :] = False
+    if kind != "bool":
+        hidden = -math.inf if kind == "additive" else torch.finfo(dtype).min
+        attended = torch.where(attended, torch.randn(shape, device=DEVICE), hidden)
+    guarded.fill(attended)
+    return guarded
+
+
+def case_faults(kernel: Kernel, case: Case) -> list[str]:
+    """What is wrong with the kernel's answer to `case`; empty when nothing is."""
+    torch.manual_seed(case.seed)
+    rng = random.Random(case.seed + 1)
+    guarded = {
+        name: Guarded(shape, layout, case.variant.dtype)
+        for (name, shape), layout in zip(_shapes(case).items(), case.variant.layouts, strict=True)
+    }
+    if case.variant.varlen:
+        return _varlen_faults(case, rng)
+    for name in ("query", "key", "value"):
+        guarded[name].fill(_data(guarded[name].tensor.shape, name, case.biased))
+    mask = _make_mask(case, rng)
+    q, k, v, out = (guarded[name].tensor for name in ("query", "key", "value", "out"))
+    mask_tensor = None if mask is None else mask.tensor
+    lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
+    kernel.run(q, k, v, mask_tensor, case.params, out, lse)
+    faults = disagreements(out, lse, q, k, v, mask_tensor, case.params)
+    return faults + _side_effects(guarded | ({} if mask is None else {"attn_mask": mask}))
+
+
+def _data(shape: tuple[int, ...], name: str, biased: bool) -> Tensor:
+    data = torch.randn(shape, device=DEVICE)
+    if biased and name != "query":
+        data += (20.0 if name == "key" else 3.0) * torch.randn(shape[-1], device=DEVICE)
+    return data
+
+
+def _side_effects(guarded: dict[str, Guarded]) -> list[str]:
+    guarded["out"].tensor.fill_(math.nan)  # what remains of the output's buffer must be NaN as before
+    return [f"{name}'s buffer was written to" for name, one in guarded.items() if not one.unchanged()]
+
+
+def _varlen_faults(case: Case, rng: random.Random) -> list[str]:
+    from sage_inductor.kernels.triton import attention_varlen
+
+    q_lens, kv_lens = (
+        [rng.choice([0, 1, rng.randint(1, most)]) for _ in range(case.batch)]
+        for most in (case.q_len, case.kv_len)
+    )
+    heads, dims = (
+        case.kv_heads * case.groups,
+        (case.variant.head_dim, case.variant.value_head_dim or case.variant.head_dim),
+    )
+    totals = {"query": (heads, sum(q_lens), dims[0]), "key": (case.kv_heads, sum(kv_lens), dims[0])}
+    totals |= {"value": (case.kv_heads, sum(kv_lens), dims[1]), "out": (heads, sum(q_lens), dims[1])}
+    guarded = {
+        name: Guarded((1, *shape), layout, case.variant.dtype)
+        for (name, shape), layout in zip(totals.items(), case.variant.layouts, strict=True)
+    }
+    for name in ("query", "key", "value"):
+        guarded[name].fill(_data(guarded[name].tensor.shape, name, case.biased))
+    cu_q, cu_k = (
+        torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE) for lens in (q_lens, kv_lens)
+    )
+    q, k, v, out = (guarded[name].tensor for name in ("query", "key", "value", "out"))
+    params = case.params
+    result = attention_varlen(
+        *(t[0].transpose(0, 1) for t in (q, k, v)), cu_q, cu_k, max(q_lens), max(kv_lens),
+        is_causal=params.is_causal, bottom_right=params.bottom_right, window=(params.window_left, params.window_right),
+        scale=params.scale, precision=params.precision, return_lse=True, out=out[0].transpose(0, 1),
+    )  # fmt: skip
+    faults = []
+    for b, (rows, keys) in enumerate(zip(_slices(q_lens), _slices(kv_lens), strict=True)):
+        if q_lens[b] == 0:
+            continue
+        got, lse = out[:, :, rows], result[1][None, :, rows]
+        if kv_lens[b] == 0:
+            if got.count_nonzero() or not (lse == -math.inf).all():
+                faults.append(f"sequence {b} has no keys and is not 0")
+            continue
+        found = disagreements(got, lse, q[:, :, rows], k[:, :, keys], v[:, :, keys], None, params)
+        faults += [f"sequence {b}: {text}" for text in found]
+    return faults + _side_effects(guarded)
+
+
+def _slices(lengths: list[int]) -> list[slice]:
+    ends = list(accumulate(lengths))
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

@@ -244,8 +244,8 @@ class Call:
             statistics_kernel,
             programs,
             (key, value, self.cu_seqlens_k, mask),
+            (workspace.scales,),
             (
-                workspace.scales,
                 q_size,
                 batch,
                 kv_heads,
@@ -267,8 +267,9 @@ class Call:
             quantize_kernel,
             programs,
             (query, key, value, self.cu_seqlens_q, self.cu_seqlens_k),
+            workspace,
             (
-                *workspace, scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks, kv_blocks,
+                scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks, kv_blocks,
                 *q_strides, *k_strides, *v_strides,
             ),
             (q_strides[3], k_strides[3], v_strides[3]),
@@ -290,8 +291,8 @@ class Call:
             attention_kernel,
             -(-self.q_len // plan.config.block_m) * self.batch * heads,
             (self.attn_mask, out, lse, self.cu_seqlens_q, self.cu_seqlens_k),
+            (*plan.tiles(workspace, heads, self.q_blocks, kv_heads, self.kv_blocks), workspace.scales),
             (
-                *plan.tiles(workspace, heads, self.q_blocks, kv_heads, self.kv_blocks), workspace.scales,
                 self.q_size, self.batch, heads, heads // kv_heads, self.q_len, self.kv_len, self.q_blocks,
                 self.kv_blocks, params.window_left, 0 if params.is_causal else params.window_right,
                 *out_strides, *lse_strides, *mask_strides,
@@ -317,38 +318,44 @@ class Call:
         kernel: Any,
         programs: int,
         callers: tuple[Tensor | None, ...],
-        own: tuple[Any, ...],
+        own: tuple[Tensor | TensorDescriptor | None, ...],
+        numbers: tuple[float, ...],
         specialized: tuple[int, ...],
         variant: tuple[Any, ...],
         constants: dict[str, Any],
     ) -> None:
-        """Launch `kernel(*callers, *own, *variant, **constants)` on `programs` programs.
+        """Launch `kernel(*callers, *own, *numbers, *variant, **constants)` on `programs` programs.
 
         Triton looks at each of its arguments at each launch, which takes longer than a small attention call
         does on the GPU. What the compiled form depends on is known here, so it is kept and launched directly:
         the caller's tensors (presence, dtype, alignment), the few strides that are specialised on, the
         variant, the plan (it stands for `constants`) and the device. Numbers beyond 32 bits change the
-        compiled form and take Triton's own way.
+        compiled form and take Triton's own way. Tensors go as their addresses: Triton would ask the driver
+        about each of them.
         """
         if not self.narrow or INTERPRETED:
-            kernel[(programs,)](*callers, *own, *variant, **constants)
+            kernel[(programs,)](*callers, *own, *numbers, *variant, **constants)
             return
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in callers]
         key = (
             kernel,
             id(self.plan),
             self.index,
             variant,
-            tuple([None if tensor is None else (tensor.dtype, tensor.data_ptr() & 15) for tensor in callers]),
+            tuple([None if tensor is None else tensor.dtype for tensor in callers]),
+            tuple([None if address is None else address & 15 for address in addresses]),
             tuple([1 if stride == 1 else stride & 15 for stride in specialized]),
         )
         known = _compiled.get(key)
         if known is None:
-            compiled = kernel[(programs,)](*callers, *own, *variant, **constants)
-            names = kernel.arg_names[len(callers) + len(own) + len(variant) :]
+            compiled = kernel[(programs,)](*callers, *own, *numbers, *variant, **constants)
+            names = kernel.arg_names[len(callers) + len(own) + len(numbers) + len(variant) :]
             _compiled[key] = compiled, tuple([constants[name] for name in names])
         else:
             compiled, tail = known
-            compiled[(programs, 1, 1)](*callers, *own, *variant, *tail)
+            own_addresses = [part.data_ptr() if type(part) is Tensor else part for part in own]
+            stream = triton.runtime.driver.active.get_current_stream(self.index)
+            compiled[(programs, 1, 1)](*addresses, *own_addresses, *numbers, *variant, *tail, stream=stream)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

@@ -23,7 +23,9 @@ aten = torch.ops.aten
 # A value that masked_fill or where writes into logits hides a key when nothing that was in the row can compete with
 # it: float16's most negative number and all below.
 HIDES = -6e4
-HIDDEN = torch.finfo(torch.bfloat16).min  # what such a value becomes: finite in bfloat16 and in float32
+# What such a value becomes: finite in bfloat16 and in float32, and so is a sum of several, where eager overwrites one by
+# the other. Kernels take all of them for one number.
+HIDDEN = torch.finfo(torch.bfloat16).min / 16
 
 MATMUL = (
     ("matmul", "bmm", "__matmul__"),

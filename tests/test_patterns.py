@@ -346,6 +346,25 @@ def test_a_row_hidden_by_a_finite_number_attends_to_all_keys_alike(lowest: float
     assert relative_l2(out[:, :, rows], expected[:, :, rows]) < BOUND
 
 
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
+def test_a_row_hidden_by_two_finite_numbers_attends_to_all_keys_alike(lowest: float) -> None:
+    """Causality and padding, each by a fill: of row 0 the one leaves key 0, the other hides it and some again."""
+    q, k, v = qkv()
+    future, padded = torch.ones(24, 24, dtype=torch.bool).triu(1), torch.zeros(1, 1, 1, 24, dtype=torch.bool)
+    padded[..., 0], padded[..., 10:14] = True, True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, padded: Tensor) -> Tensor:
+        scores = (q @ k.mT / 6).masked_fill(future, lowest).masked_fill(padded, lowest)
+        return scores.softmax(-1) @ v
+
+    out, (site,) = run(attend, q, k, v, padded)
+    expected = attend(q, k, v, padded)
+    assert site.rewritten
+    assert relative_l2(expected[:, :, 0], v.mean(2)) < 1e-5
+    assert relative_l2(out[:, :, 0], expected[:, :, 0]) < BOUND
+    assert relative_l2(out, expected) < BOUND
+
+
 def test_active_dropout_is_refused() -> None:
     _, (site,) = run(lambda q, k, v: F.dropout((q @ k.mT / 6).softmax(-1), 0.1, True) @ v, *qkv())
     assert site.reasons == ("dropout_p=0.1 (supported: 0.0)",)

@@ -74,15 +74,22 @@ def _store_output(
 
 @triton.jit
 def _add_mask(
-    x, mask, stride_mm, stride_mn, rows, cols, q_len, kv_len, MASK: tl.constexpr, KEY_MASK: tl.constexpr
-):
-    """The scores with attn_mask applied; KEY_MASK: it is the same for every query and is read as a vector."""
+    x, mask, stride_mm, stride_mn, rows, cols, q_len, mask_end,
+    MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """The scores with attn_mask applied; KEY_MASK: it is the same for every query and is read as a vector.
+
+    `mask_end` is kv_len, written so that the compiler sees what divides it: reads as wide as that allows are
+    what lets it fetch the tile ahead, asynchronously, and not a byte at a time when it is needed.
+    """
+    source = mask + cols.to(tl.int64) * stride_mn
+    exists = cols < mask_end
     if KEY_MASK:
-        values = tl.load(mask + cols.to(tl.int64) * stride_mn, mask=cols < kv_len, other=0)[None, :]
+        values = tl.load(source, mask=exists, other=0)[None, :]
     else:
         values = tl.load(
-            mask + rows.to(tl.int64)[:, None] * stride_mm + cols.to(tl.int64)[None, :] * stride_mn,
-            mask=(rows < q_len)[:, None] & (cols < kv_len)[None, :],
+            source[None, :] + rows.to(tl.int64)[:, None] * stride_mm,
+            mask=(rows < q_len)[:, None] & exists[None, :],
             other=0,
         )
     if MASK == 1:
@@ -124,6 +131,7 @@ def _attend_blocks(
     low,
     high,
     mask,
+    mask_end,
     stride_mm,
     stride_mn,
     D0: tl.constexpr,
@@ -162,7 +170,7 @@ def _attend_blocks(
             x = s.to(tl.float32) * scale[:, None]
             cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
             if MASK != 0:
-                x = _add_mask(x, mask, stride_mm, stride_mn, rows, cols, q_len, kv_len, MASK, KEY_MASK)
+                x = _add_mask(x, mask, stride_mm, stride_mn, rows, cols, q_len, mask_end, MASK, KEY_MASK)
             keep = (cols < kv_len)[None, :]
             if HAS_HIGH:
                 keep = keep & (cols[None, :] <= (rows + high)[:, None])
@@ -255,6 +263,7 @@ _UNSPECIALIZED = [
     "stride_lh",
     "stride_mb",
     "stride_mh",
+    "stride_mm",
 ]
 
 
@@ -293,6 +302,7 @@ def attention_kernel(
     stride_mm,
     stride_mn,
     OUT_ALIGN: tl.constexpr,
+    MASK_ALIGN: tl.constexpr,
     HAS_LOW: tl.constexpr,
     HAS_HIGH: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
@@ -315,8 +325,8 @@ def attention_kernel(
     """out (and lse) from the workspace that quantize.py describes: `*_tile0` and `*_tile1` give its tiles
     (`_load_tile`).
 
-    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides of out but the last
-    come in units of OUT_ALIGN elements; q_len and kv_len are the longest of a varlen call. A 1-D grid of
+    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides but the last of out come
+    in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and kv_len are the longest of a varlen call. A 1-D grid of
     batch * heads * ceil(q_len / BLOCK_M) programs: the tiles of a head follow each other, so that those that
     run at a time share K and V in L2, and the last, under a causal mask the longest, come first.
     """
@@ -376,8 +386,10 @@ def attention_kernel(
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
+    mask_end = kv_len // MASK_ALIGN * MASK_ALIGN
     if MASK != 0:
-        mask += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
+        stride_mm = stride_mm.to(tl.int64) * MASK_ALIGN
+        mask += (b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh) * MASK_ALIGN
     acc0 = tl.zeros([BLOCK_M, DV0], tl.float32)
     acc1 = acc0
     if DV1 > 0:
@@ -397,7 +409,7 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
-            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
     if MASK == 0:
@@ -405,7 +417,7 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
-            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
@@ -413,7 +425,7 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
-            mask, stride_mm, stride_mn, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
 

@@ -161,7 +161,7 @@ class Call:
 
     __slots__ = (
         "attn_mask", "batch", "cu_seqlens_k", "cu_seqlens_q", "heads", "index", "k_align", "k_strides", "key",
-        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_kind", "mask_strides", "narrow", "params", "plan",
+        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_align", "mask_kind", "mask_strides", "mask_units", "narrow", "params", "plan",
         "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks", "v_align",
         "v_strides", "value",
     )  # fmt: skip
@@ -202,12 +202,14 @@ class Call:
         self.narrow = max(*q_strides, *k_strides, *v_strides, self.q_size) < 2**31
         self.attn_mask = None
         self.mask_kind = 0
-        self.mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+        self.mask_strides = self.mask_units = (0, 0, 0, 0)
+        self.mask_align = 1
         self.key_mask = self.skip_blocks = False
         if attn_mask is not None:
             attn_mask = self.attn_mask = attn_mask.expand(batch, self.heads, self.q_len, self.kv_len)
             self.mask_kind = 1 if attn_mask.dtype == torch.bool else 2
             strides = self.mask_strides = attn_mask.stride()
+            self.mask_align, self.mask_units = _in_units(strides, self.kv_len)
             self.key_mask = strides[2] == 0 or self.q_len == 1
             self.skip_blocks = self.key_mask and (strides[1] == 0 or self.heads == 1)
             self.narrow = self.narrow and max(strides) < 2**31
@@ -286,7 +288,7 @@ class Call:
         out_align, out_strides = _in_units(out_strides)
         lse_strides = (0, 0) if lse is None else (0 if varlen else lse.stride(0), lse.stride(-2))
         has_high = params.is_causal or params.window_right >= 0
-        mask_strides = self.mask_strides
+        mask_units = self.mask_units
         self._launch(
             attention_kernel,
             -(-self.q_len // plan.config.block_m) * self.batch * heads,
@@ -295,11 +297,11 @@ class Call:
             (
                 self.q_size, self.batch, heads, heads // kv_heads, self.q_len, self.kv_len, self.q_blocks,
                 self.kv_blocks, params.window_left, 0 if params.is_causal else params.window_right,
-                *out_strides, *lse_strides, *mask_strides,
+                *out_strides, *lse_strides, *mask_units,
             ),
-            (out_strides[3], mask_strides[2], mask_strides[3]),
+            (out_strides[3], mask_units[3]),
             (
-                out_align, params.window_left >= 0, has_high, params.bottom_right, self.mask_kind, self.key_mask,
+                out_align, self.mask_align, params.window_left >= 0, has_high, params.bottom_right, self.mask_kind, self.key_mask,
                 self.skip_blocks, varlen, lse is not None,
             ),
             plan.attention,
@@ -386,13 +388,14 @@ def packed_strides(tensor: Tensor) -> Strides:
     return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
 
 
-def _in_units(strides: tuple[int, ...]) -> tuple[int, Strides]:
-    """(unit, strides): the batch, head and row strides in a power of two up to 16 elements that divides them.
+def _in_units(strides: tuple[int, ...], length: int = 0) -> tuple[int, Strides]:
+    """(unit, strides): the batch, head and row strides in a power of two up to 16 elements that divides them
+    and `length`.
 
     The kernels are not specialised on these strides, which change with the sequence length, but must know
     what divides them to make wide loads.
     """
     b, h, n, d = strides
-    unit = b | h | n | 16
+    unit = b | h | n | length | 16
     unit &= -unit
     return unit, (b // unit, h // unit, n // unit, d)

@@ -135,6 +135,20 @@ def test_additive_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(q, k, v, mask, params_of("fast", is_causal=True))
 
 
+@pytest.mark.parametrize(
+    ("kv_len", "row", "align"), [(192, 192, 16), (200, 200, 8), (200, 204, 4), (201, 208, 1), (192, 193, 1)]
+)
+def test_masks_are_read_in_units_that_divide_their_strides_and_the_keys(
+    kv_len: int, row: int, align: int
+) -> None:
+    from sage_inductor.kernels.triton.launch import Call
+
+    mask = (torch.rand(2, 2, 70, row, device=DEVICE) > 0.4)[..., :kv_len]
+    q, k, v = randn(2, 2, 70, 64), randn(2, 2, kv_len, 64), randn(2, 2, kv_len, 64)
+    assert Call(q, k, v, mask, AttentionParams(), False).mask_align == align
+    check(q, k, v, mask)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_key_padding_skips_blocks_and_gives_rows_without_keys_0(precision: str) -> None:
     mask = torch.zeros(3, 1, 1, 600, dtype=torch.bool, device=DEVICE)
@@ -398,6 +412,9 @@ def test_a_measured_configuration_overrides_the_table() -> None:
     assert tuning.launch_config((8, 7), "fast", 128, 64) != config
     tuning.override((8, 7), "fast", 128, config)
     assert tuning.launch_config((8, 7), "fast", 128, 64) == config
+    assert tuning.launch_config((8, 7), "fast", 128, 64, masked=True) != config
+    tuning.override((8, 7), "fast", 128, config, masked=True)
+    assert tuning.launch_config((8, 7), "fast", 128, 64, masked=True) == config
 
 
 def test_importing_the_kernel_does_not_import_its_device_code() -> None:
@@ -531,9 +548,10 @@ def test_measure_times_configurations() -> None:
     from sage_inductor.kernels.triton.tuning import LaunchConfig, measure
 
     candidates = [LaunchConfig(), LaunchConfig(block_n=64)]
-    results = measure(64, "fast", seq=512, heads=4, candidates=candidates)
-    assert {config for _, config in results} == set(candidates)
-    assert results[0][0] >= results[1][0] > 0
+    for masked in (False, True):
+        results = measure(64, "fast", seq=512, heads=4, candidates=candidates, masked=masked)
+        assert {config for _, config in results} == set(candidates)
+        assert results[0][0] >= results[1][0] > 0
 
 
 @pytest.mark.gpu

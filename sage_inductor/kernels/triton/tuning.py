@@ -57,13 +57,16 @@ _SM90: dict[str, list[tuple[int, LaunchConfig]]] = {
 }
 
 
-_overrides: dict[tuple[tuple[int, int], str, int], LaunchConfig] = {}
+_overrides: dict[tuple[tuple[int, int], str, int, bool], LaunchConfig] = {}
 
 
-def override(capability: tuple[int, int], precision: str, head_dim: int, config: LaunchConfig) -> None:
+def override(
+    capability: tuple[int, int], precision: str, head_dim: int, config: LaunchConfig, masked: bool = False
+) -> None:
     """Use `config`, which `measure` may have found, for a padded head dim (the larger of K's and V's) on GPUs
-    of `capability` from now on. To be called before the first attention call of that kind."""
-    _overrides[capability, precision, head_dim] = config
+    of `capability` from now on; `masked` as in `launch_config`. To be called before the first attention call
+    of that kind."""
+    _overrides[capability, precision, head_dim, masked] = config
 
 
 def launch_config(
@@ -71,13 +74,14 @@ def launch_config(
 ) -> LaunchConfig:
     """The attention kernel's configuration; d and dv are the padded head dims of K and V, `masked` stands for
     an attn_mask that differs from query to query."""
+    if (capability, precision, max(d, dv), masked) in _overrides:
+        return _overrides[capability, precision, max(d, dv), masked]
     if masked:
-        # A tile of the mask and its addresses take registers: with 4 warps threads spill up to 2.5 kB each,
-        # which was 20 times slower at head dim 64 (H200); these spill nothing at head dims 64, 96,
-        # 128 and 192 by the compiler's report, little at 160 and 256.
+        # A tile of the mask and its addresses take registers. Where kv_len or a stride is odd it is read byte by
+        # byte, and with 4 warps threads spill up to 2.5 kB each, which was 20 times slower at head dim 64
+        # (H200); these spill nothing at head dims 64, 96, 128 and 192 by the compiler's report, little at 160
+        # and 256. Where wider reads are possible 4 warps spill nothing up to 128, but were not timed.
         return LaunchConfig(block_n=128 if max(d, dv) == 128 else 64, num_warps=8)
-    if (capability, precision, max(d, dv)) in _overrides:
-        return _overrides[capability, precision, max(d, dv)]
     table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]
     config = next(config for limit, config in table if max(d, dv) <= limit)
     if capability[0] == 9:
@@ -104,6 +108,7 @@ def measure(
     precision: str,
     *,
     is_causal: bool = False,
+    masked: bool = False,
     seq: int = 8192,
     heads: int = 32,
     dtype: torch.dtype = torch.bfloat16,
@@ -112,7 +117,7 @@ def measure(
     """Time launch configurations of the attention kernel on the current GPU: (TFLOP/s, configuration), best
     first.
 
-    For a GPU, head dim or precision that the table was not made for; pass the best to `override`. Compiles
+    `masked`: with a bool attn_mask of a row per query. For a GPU, head dim or precision that the table was not made for; pass the best to `override`. Compiles
     every candidate, which takes seconds each. Candidates that the GPU has too little shared memory for are
     left out.
     """
@@ -124,19 +129,20 @@ def measure(
 
     if candidates is None:
         candidates = [
-            LaunchConfig(block_m, block_n, block_m // 16, stages, registers)
-            for block_m in (64, 128)
+            LaunchConfig(block_m, block_n, warps, stages, registers)
+            for block_m, warps in ((64, 4), (128, 8), *(((64, 8),) if masked else ()))
             for block_n in (64, 128)
             for stages in (1, 2, 3)
-            for registers in ((None, 128, 168) if block_m == 64 else (None,))
+            for registers in ((None, 128, 168) if warps == 4 else (None,))
         ]
     query, key, value = (torch.randn(1, heads, seq, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    mask = torch.rand(seq, seq, device="cuda") > 0.5 if masked else None
     out = torch.empty_like(query)
     operations = 4 * heads * seq**2 * head_dim / (2 if is_causal else 1)
     results = []
     for config in candidates:
         call = Call(
-            query, key, value, None, AttentionParams(is_causal, precision=precision), False, config=config
+            query, key, value, mask, AttentionParams(is_causal, precision=precision), False, config=config
         )
         try:
             workspace = call.quantize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import agreement
 import pytest
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sage_inductor import kernels
-from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.reference import ReferenceKernel
 
 
@@ -21,18 +21,9 @@ def kernel_with(defect: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Ref
     """The oracle, then `defect(query, key, out, lse)`."""
 
     class Defective(ReferenceKernel):
-        def run(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None,
-            params: AttentionParams,
-            out: Tensor,
-            lse: Tensor | None,
-        ) -> None:
-            super().run(query, key, value, attn_mask, params, out, lse)
-            assert lse is not None
+        def run(self, *args: Any) -> None:
+            super().run(*args)
+            query, key, _value, _mask, _params, out, lse = args
             defect(query, key, out, lse)
 
     return Defective()

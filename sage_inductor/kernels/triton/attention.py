@@ -326,9 +326,10 @@ def attention_kernel(
     (`_load_tile`).
 
     Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides but the last of out come
-    in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and kv_len are the longest of a varlen call. A 1-D grid of
-    batch * heads * ceil(q_len / BLOCK_M) programs: the tiles of a head follow each other, so that those that
-    run at a time share K and V in L2, and the last, under a causal mask the longest, come first.
+    in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and
+    kv_len are the longest of a varlen call. A 1-D grid of batch * heads * ceil(q_len / BLOCK_M) programs: the
+    tiles of a head follow each other, so that those that run at a time share K and V in L2, and the last, under
+    a causal mask the longest, come first.
     """
     tiles = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)

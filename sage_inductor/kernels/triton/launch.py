@@ -161,8 +161,8 @@ class Call:
 
     __slots__ = (
         "attn_mask", "batch", "cu_seqlens_k", "cu_seqlens_q", "heads", "index", "k_align", "k_strides", "key",
-        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_align", "mask_kind", "mask_strides", "mask_units", "narrow", "params", "plan",
-        "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks", "v_align",
+        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_align", "mask_kind", "mask_strides", "mask_units",
+        "narrow", "params", "plan", "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks", "v_align",
         "v_strides", "value",
     )  # fmt: skip
 
@@ -202,7 +202,8 @@ class Call:
         self.narrow = max(*q_strides, *k_strides, *v_strides, self.q_size) < 2**31
         self.attn_mask = None
         self.mask_kind = 0
-        self.mask_strides = self.mask_units = (0, 0, 0, 0)
+        self.mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+        self.mask_units: Strides = (0, 0, 0, 0)
         self.mask_align = 1
         self.key_mask = self.skip_blocks = False
         if attn_mask is not None:
@@ -301,8 +302,8 @@ class Call:
             ),
             (out_strides[3], mask_units[3]),
             (
-                out_align, self.mask_align, params.window_left >= 0, has_high, params.bottom_right, self.mask_kind, self.key_mask,
-                self.skip_blocks, varlen, lse is not None,
+                out_align, self.mask_align, params.window_left >= 0, has_high, params.bottom_right,
+                self.mask_kind, self.key_mask, self.skip_blocks, varlen, lse is not None,
             ),
             plan.attention,
         )  # fmt: skip

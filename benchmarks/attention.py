@@ -28,6 +28,7 @@ from timing import machine, median_ms, sets_beyond_l2
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -77,8 +78,11 @@ def sdpa(backend: SDPBackend | None) -> Provider:
     return prepare
 
 
-def ours(precision: str) -> Provider:
-    from sage_inductor.kernels.triton.launch import Call
+def ours(kernel: str, precision: str) -> Provider:
+    if kernel == "hopper":
+        from sage_inductor.kernels.hopper.launch import HopperCall as Call
+    else:
+        from sage_inductor.kernels.triton.launch import Call
 
     def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         out = torch.empty_like(q)
@@ -139,8 +143,10 @@ def providers() -> Iterator[tuple[str, str, Provider]]:
     yield "sdpa", "bf16", sdpa(None)
     yield "cudnn", "bf16", sdpa(SDPBackend.CUDNN_ATTENTION)
     yield "flash", "bf16", sdpa(SDPBackend.FLASH_ATTENTION)
-    for precision in ("fast", "balanced", "accurate"):
-        yield "sage_inductor", precision, ours(precision)
+    for name in ("hopper", "triton"):
+        if not kernels.get(name).unavailable_reasons(torch.device("cuda", 0)):
+            for precision in kernels.PRECISIONS:
+                yield name, precision, ours(name, precision)
     optional: list[tuple[str, str, Callable[[], Provider]]] = [
         ("fa3", "bf16", lambda: flash_attention_3(False)),
         ("fa3", "fp8", lambda: flash_attention_3(True)),
@@ -196,11 +202,13 @@ def problems(sizes: tuple[int, ...], head_dims: tuple[int, ...]) -> Iterator[Pro
                 yield Problem(4 if seq <= 4096 else 1, seq, head_dim, is_causal)
 
 
-def run(sizes: tuple[int, ...], head_dims: tuple[int, ...], out: Path, budget: float) -> list[dict[str, Any]]:
+def run(
+    sizes: tuple[int, ...], head_dims: tuple[int, ...], names: list[str] | None, out: Path, budget: float
+) -> list[dict[str, Any]]:
     """Measure everything, saving after each problem, until `budget` seconds are spent."""
     rows: list[dict[str, Any]] = []
     facts, deadline = machine(), time.monotonic() + budget
-    available = list(providers())
+    available = [provider for provider in providers() if names is None or provider[0] in names]
     for problem in problems(sizes, head_dims):
         for name, precision, provider in available:
             if time.monotonic() > deadline:
@@ -258,7 +266,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 series.setdefault(name, []).append((row["S"], row["tflops_e2e"] or row["tflops_kernel"]))
         for name, points in series.items():
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name,
-                      linewidth=2 if name.startswith("sage_inductor") else 1)  # fmt: skip
+                      linewidth=2 if name.startswith("hopper") else 1)  # fmt: skip
         axis.set(title=f"D={head_dim}" + (", causal" if causal else ""), xlabel="tokens", xscale="log")
         axis.set_xticks([row["S"] for row in rows if (row["D"], row["causal"]) == (head_dim, causal)])
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
@@ -278,13 +286,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--providers", nargs="+", help="only these (default: all that can run)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.source is not None:
         rows = json.loads(options.source.read_text())
     else:
-        rows = run(tuple(options.sizes), tuple(options.head_dims), options.out, options.budget)
+        rows = run(
+            tuple(options.sizes), tuple(options.head_dims), options.providers, options.out, options.budget
+        )
     sys.stdout.write(table(rows) + "\n")
     if options.plot is not None:
         plot(rows, options.plot)

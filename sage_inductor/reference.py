@@ -113,6 +113,10 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
         v_block = _scale_for(
             v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
         )
+        if precision == "fast":
+            # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only what lies beyond
+            # its range needs a factor. Kernels can add up blocks that share one.
+            v_block = v_block.clamp(min=1.0)
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(

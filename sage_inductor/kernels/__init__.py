@@ -31,12 +31,13 @@ __all__ = [
 # name -> "module:class". Modules are imported when first asked for, and import triton or sageattention later
 # still.
 KERNELS: dict[str, str] = {
+    "hopper": "sage_inductor.kernels.hopper:HopperKernel",
     "triton": "sage_inductor.kernels.triton:TritonKernel",
     "sageattention": "sage_inductor.kernels.sageattention:SageAttentionKernel",
     "reference": "sage_inductor.kernels.reference:ReferenceKernel",
 }
 # Tried in this order by "auto". The reference is left out: it is never faster than SDPA.
-AUTO_ORDER: tuple[str, ...] = ("triton", "sageattention")
+AUTO_ORDER: tuple[str, ...] = ("hopper", "triton", "sageattention")
 AUTO_DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 

@@ -346,7 +346,7 @@ def attention_kernel(
         return
 
     rows = first_row + tl.arange(0, BLOCK_M)
-    k_scale, v_scale, _k_mean, v_channel, used_blocks = sections(
+    k_scale, v_scale, _k_mean, v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D0 + D1, DV0 + DV1
     )
     k_scale += kv_h * kv_blocks + block0
@@ -378,8 +378,9 @@ def attention_kernel(
         begin = tl.maximum(first_row + low, 0) // BLOCK_N
         full_begin = tl.cdiv(tl.maximum(last_row + low, 0), BLOCK_N)
     if SKIP_BLOCKS:
-        begin = tl.maximum(begin, tl.load(used_blocks + 2 * b).to(tl.int32) * (_KEY_BLOCK // BLOCK_N))
-        end = tl.minimum(end, tl.load(used_blocks + 2 * b + 1).to(tl.int32) * (_KEY_BLOCK // BLOCK_N))
+        used_keys = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
+        begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)
+        end = tl.minimum(end, tl.cdiv(tl.load(used_keys + 1), BLOCK_N))
     if MASK != 0:
         full_begin = begin  # every block needs the mask
         full_end = begin

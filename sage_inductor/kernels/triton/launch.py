@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -96,6 +96,7 @@ def _plan(
     head_dim: int,
     v_head_dim: int,
     masked: bool,
+    v_transposed: bool,
     config: LaunchConfig | None,
 ) -> _Plan:
     d0, d1 = padded_head_dim(head_dim)
@@ -116,16 +117,24 @@ def _plan(
     quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
     quantize_options.pop("num_stages")
     ptx = not INTERPRETED
+    v_transposed = v_transposed or precision != "accurate"
     tma = arch[0] >= 9
     return _Plan(
         d=d,
         dv=dv,
         v_dtype=v_dtype,
-        v_transposed=precision != "accurate",
+        v_transposed=v_transposed,
         tma=tma,
         config=config,
         statistics={**dims, **padded, "CHUNK": _SAMPLE_CHUNK, "num_warps": quantize_options["num_warps"]},
-        quantize={**dims, **padded, "PRECISION": precision, "PTX": ptx, **quantize_options},
+        quantize={
+            **dims,
+            **padded,
+            "PRECISION": precision,
+            "V_TRANSPOSED": v_transposed,
+            "PTX": ptx,
+            **quantize_options,
+        },
         attention={
             "V_HEAD_DIM": v_head_dim,
             "D0": d0,
@@ -158,6 +167,8 @@ class Workspace(NamedTuple):
 
 class Call:
     """One attention call, dense or varlen, taken apart; `quantize` and `attend` are its two halves."""
+
+    V_TRANSPOSED: ClassVar[bool] = False  # whether 16-bit V is too
 
     __slots__ = (
         "attn_mask", "batch", "cu_seqlens_k", "cu_seqlens_q", "heads", "index", "k_align", "k_strides", "key",
@@ -216,7 +227,7 @@ class Call:
             self.narrow = self.narrow and max(strides) < 2**31
         masked = self.mask_kind != 0 and not self.key_mask
         dims = query.shape[-1], value.shape[-1]
-        self.plan = _plan(arch, params.precision, query.dtype, *dims, masked, config)
+        self.plan = _plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
 
     def quantize(self) -> Workspace:
         plan, params, batch, heads, kv_heads = self.plan, self.params, self.batch, self.heads, self.kv_heads
@@ -347,7 +358,7 @@ class Call:
             variant,
             tuple([None if tensor is None else tensor.dtype for tensor in callers]),
             tuple([None if address is None else address & 15 for address in addresses]),
-            tuple([1 if stride == 1 else stride & 15 for stride in specialized]),
+            tuple([_specialization(stride) for stride in specialized]),
         )
         known = _compiled.get(key)
         if known is None:
@@ -359,6 +370,11 @@ class Call:
             own_addresses = [part.data_ptr() if type(part) is Tensor else part for part in own]
             stream = triton.runtime.driver.active.get_current_stream(self.index)
             compiled[(programs, 1, 1)](*addresses, *own_addresses, *numbers, *variant, *tail, stream=stream)
+
+
+def _specialization(number: int) -> int:
+    """What Triton compiles an integer argument for: 1 itself, a multiple of 16, or (0) any other."""
+    return 1 if number == 1 else 16 if number % 16 == 0 else 0
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

@@ -6,7 +6,7 @@ Q, K and V once, in place through their strides, and writes
     q8      int8  [heads, q_blocks * 128, D]  one scale per row, with the softmax scale and log2(e) in it
     k8      int8  [kv_heads, kv_blocks * 128, D]  K minus a per-channel vector, one scale per 128-key block
     v8      e4m3 or int8  [kv_heads * DV, kv_blocks * 128]  V / channel scale / block scale, transposed
-            or a 16-bit float  [kv_heads, kv_blocks * 128, DV]  a copy of V ("accurate")
+            or a 16-bit float  [kv_heads, kv_blocks * 128, DV]  a copy of V ("accurate"), transposed if V_TRANSPOSED
     scales  fp32, the sections listed in `sections`
 
 D and DV are the padded head dims (`padded_head_dim`). A sequence owns whole blocks of 128 rows, so dense and
@@ -18,9 +18,7 @@ exact mean, and V's channel scale only has to be coarse because every 128-key bl
 own.
 
 Why Q passes through memory too: quantising it in the attention kernel's prologue would save this pass (4% at
-4k tokens, 1% at 16k), but it costs the registers of the prologue, and as
-tried it came out wrong on the GPU for some layouts of Q (head_dim outermost; head_dim 72) where the interpreter was
-right; the cause was not found.
+4k tokens, 1% at 16k), but it costs the registers of the prologue.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -44,6 +42,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(2.0**-100)
 # V's block scales are units of the accumulator, so their ratios must stay far from overflow.
 _V_FLOOR = tl.constexpr(2.0**-30)
+_E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # of 448.0
 _V_CHANNEL_RANGE = tl.constexpr(64.0)  # no channel scale is below 1/64 of the largest
 
 
@@ -70,19 +69,19 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
     """The parts of the fp32 workspace after the q_size elements that belong to Q (its scales [heads, q_blocks
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
     kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales and their reciprocals
-    [batch, kv_heads, 2, DV], first and last + 1 useful key block [batch, 2] (written only for key-padding
-    masks)."""
+    [batch, kv_heads, 2, DV], and, written only for masks over keys, int32 [batch, 3]: the first useful key, the
+    last + 1, and whether every key between them is useful."""
     k_scale = scales + q_size
     v_scale = k_scale + kv_heads * kv_blocks
     k_mean = v_scale + kv_heads * kv_blocks
     v_channel = k_mean + batch * kv_heads * D
-    used_blocks = v_channel + batch * kv_heads * 2 * DV
-    return k_scale, v_scale, k_mean, v_channel, used_blocks
+    used_keys = v_channel + batch * kv_heads * 2 * DV
+    return k_scale, v_scale, k_mean, v_channel, used_keys
 
 
 def scales_size(q_size: int, batch: int, kv_heads: int, kv_blocks: int, d: int, dv: int) -> int:
     """Elements of the fp32 workspace."""
-    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 2 * dv) + 2)
+    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 2 * dv) + 3)
 
 
 @triton.jit
@@ -171,7 +170,7 @@ def statistics_kernel(
     mask."""
     pid = tl.program_id(0)
     heads = batch * kv_heads
-    _k_scale, _v_scale, k_mean, v_channel, used_blocks = sections(
+    _k_scale, _v_scale, k_mean, v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
     role = pid // heads
@@ -206,14 +205,15 @@ def statistics_kernel(
         tl.store(v_channel + bh * 2 * DV + d, size, mask=d < DV)
         tl.store(v_channel + bh * 2 * DV + DV + d, 1.0 / size, mask=d < DV)
     elif MASK != 0:
-        _used_blocks(key_mask, used_blocks, bh, kv_len, stride_mb, stride_mn, MASK)
+        _used_keys(key_mask, used_keys, bh, kv_len, stride_mb, stride_mn, MASK)
 
 
 @triton.jit
-def _used_blocks(key_mask, used_blocks, b, kv_len, stride_mb, stride_mn, MASK: tl.constexpr):
-    """First and last + 1 key block of sequence b with a key that its mask does not rule out."""
+def _used_keys(key_mask, used_keys, b, kv_len, stride_mb, stride_mn, MASK: tl.constexpr):
+    """First and last + 1 key of sequence b that its mask does not rule out, and whether there are no gaps."""
     first = tl.full([1024], 0x7FFFFFFF, tl.int32)
     last = tl.full([1024], -1, tl.int32)
+    count = tl.zeros([1024], tl.int32)
     source = key_mask + b.to(tl.int64) * stride_mb
     for start in range(0, kv_len, 1024):
         n = start + tl.arange(0, 1024)
@@ -224,9 +224,13 @@ def _used_blocks(key_mask, used_blocks, b, kv_len, stride_mb, stride_mn, MASK: t
             used = (values.to(tl.float32) != float("-inf")) & (n < kv_len)
         first = tl.minimum(first, tl.where(used, n, 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(used, n, -1))
-    # Block numbers are far below 2**24, hence exact in the fp32 workspace.
-    tl.store(used_blocks + 2 * b, (tl.min(first, 0) // _KEY_BLOCK).to(tl.float32))
-    tl.store(used_blocks + 2 * b + 1, ((tl.max(last, 0) + _KEY_BLOCK) // _KEY_BLOCK).to(tl.float32))
+        count += used.to(tl.int32)
+    begin = tl.min(first, 0)
+    end = tl.max(last, 0) + 1
+    target = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
+    tl.store(target, begin)
+    tl.store(target + 1, end)
+    tl.store(target + 2, (tl.sum(count, 0) == end - begin).to(tl.int32))
 
 
 _QUANTIZE_UNSPECIALIZED = [
@@ -295,6 +299,7 @@ def quantize_kernel(
     D_POW2: tl.constexpr,
     DV_POW2: tl.constexpr,
     PRECISION: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One program per (sequence, head, block of 128 rows) of V, then of K, then of Q.
@@ -305,7 +310,7 @@ def quantize_kernel(
     pid = tl.program_id(0)
     blocks = tl.cdiv(kv_len, _KEY_BLOCK)
     programs = batch * kv_heads * blocks
-    k_scale, v_scale, k_mean, v_channel, used_blocks = sections(
+    k_scale, v_scale, k_mean, v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
     if pid < 2 * programs:
@@ -332,14 +337,17 @@ def quantize_kernel(
                 source = (
                     v + (b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh) * V_ALIGN + start * stride_n
                 )
+                # The block's columns inside [kv_heads * DV, kv_blocks * 128].
+                pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+                target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                 if PRECISION == "accurate":
+                    if not V_TRANSPOSED:
+                        target = v8 + slot.to(tl.int64) * _KEY_BLOCK * DV
                     _copy_v(
-                        source, v8, slot, block, length, stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2, PTX
-                    )
+                        source, target, pitch, block, length, stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2,
+                        V_TRANSPOSED, PTX,
+                    )  # fmt: skip
                 else:
-                    # The block's columns inside [kv_heads * DV, kv_blocks * 128].
-                    pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-                    target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                     _quantize_v(
                         source, target, pitch, v_scale + slot, v_channel + bh * 2 * DV + DV, block, length, stride_n,
                         stride_vd, V_HEAD_DIM, DV, DV_POW2, PRECISION, PTX,
@@ -430,12 +438,16 @@ def _quantize_v(
     ).to(tl.float32)
     x = x * tl.load(reciprocal + d, mask=d < D, other=1.0)[None, :]
     bits = tl.max(tl.max(magnitude(x), 1), 0)
-    # A block of zeros gets the scale of a typical one.
-    amax = scale_or_nan(tl.where(bits == 0, 0x3F800000, bits), _V_FLOOR)
     if PRECISION == "fast":
-        y = to_float8(x * (448.0 / amax), PTX)
-        tl.store(log2_scale, tl.log2(amax / 448.0))
+        # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only a block with a value
+        # beyond its range needs a scale. So nearly all blocks have the same, and their products can be
+        # summed up before they are scaled.
+        unit = tl.where(bits > _E4M3_MAX_BITS, scale_or_nan(bits, 1.0) * (1.0 / 448.0), 1.0)
+        y = to_float8(x / unit, PTX)
+        tl.store(log2_scale, tl.log2(unit))
     else:
+        # A block of zeros gets the scale of a typical one.
+        amax = scale_or_nan(tl.where(bits == 0, 0x3F800000, bits), _V_FLOOR)
         y = round_to_int8(x * (127.0 / amax))
         tl.store(log2_scale, tl.log2(amax / 127.0))
     tl.store(target + d.to(tl.int64)[:, None] * pitch + c[None, :], tl.trans(y), mask=(d < D)[:, None])
@@ -443,8 +455,8 @@ def _quantize_v(
 
 @triton.jit
 def _copy_v(
-    source, v16, slot, block, length, stride_n, stride_d,
-    DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PTX: tl.constexpr,
+    source, target, pitch, block, length, stride_n, stride_d,
+    DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, TRANSPOSED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + r
@@ -454,5 +466,8 @@ def _copy_v(
         mask=(n < length)[:, None] & (d < DIM)[None, :],
         other=0.0,
     )
-    offset = (slot.to(tl.int64) * _KEY_BLOCK + r)[:, None] * D + d[None, :]
-    tl.store(v16 + offset, to_float(x.to(tl.float32), v16.dtype.element_ty, PTX), mask=(d < D)[None, :])
+    y = to_float(x.to(tl.float32), target.dtype.element_ty, PTX)
+    if TRANSPOSED:
+        tl.store(target + d.to(tl.int64)[:, None] * pitch + r[None, :], tl.trans(y), mask=(d < D)[:, None])
+    else:
+        tl.store(target + r[:, None] * D + d[None, :], y, mask=(d < D)[None, :])

@@ -1,0 +1,95 @@
+"""SageAttention in CUDA C++ for Hopper (sm_90a): the fastest kernel family where it runs.
+
+Quantises with the Triton kernels and attends with attention.cu, which is compiled when it is first needed by
+NVRTC (it comes with torch's CUDA wheels) and kept on disk. This module is torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..base import AttentionParams, AttentionProblem, reason
+from ..triton import MAX_KEYS, TritonKernel, capability, has_gpu, interpreted
+
+CAPABILITY = (9, 0)
+
+__all__ = ["CAPABILITY", "HopperKernel"]
+
+
+class HopperKernel(TritonKernel):
+    """INT8 QK^T and FP8, INT8 or 16-bit PV with wgmma; `attention.cu` describes the algorithm."""
+
+    name: ClassVar[str] = "hopper"
+    head_dims: ClassVar[Collection[int]] = range(16, 129, 8)
+
+    def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
+        reasons = super().unavailable_reasons(device)
+        if interpreted():
+            return [*reasons, reason("TRITON_INTERPRET", "1", "a GPU")]
+        if reasons:
+            return reasons
+        indices = range(torch.cuda.device_count()) if device is None else [device.index]
+        if all(capability(index) != CAPABILITY for index in indices):
+            return [_capability_reason(capability(next(iter(indices))))]
+        return compiler_reasons()
+
+    def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
+        reasons = super().not_supported_reasons(problem)
+        device = problem.query.device
+        if device.type == "cuda" and has_gpu() and capability(device.index) != CAPABILITY:
+            reasons.append(_capability_reason(capability(device.index)))
+        mask = problem.attn_mask
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
+            if any(
+                type(size) is not int or (size != 1 and stride != 0)
+                for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
+            ):
+                reasons.append(reason("attn_mask", tuple(mask.shape), "the same for all heads and queries"))
+        queries = problem.query.shape[:3]
+        if all(type(size) is int for size in queries):
+            rows = queries[0] * queries[1] * (queries[2] + 127)
+            if rows > MAX_KEYS:
+                reasons.append(reason("batch * heads * q_len", rows, f"up to {MAX_KEYS}"))
+        return reasons
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        from .launch import attention
+
+        attention(query, key, value, attn_mask, params, out, lse)
+
+
+@cache
+def compiler_reasons() -> list[str]:
+    """Why attention.cu cannot be compiled here; empty when it can."""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return ["cuda-bindings=not installed (supported: 12.9 and newer; torch's CUDA wheels bring it)"]
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as error:
+        return [f"NVRTC=not found ({str(error).splitlines()[0]})"]
+    if major < 12:
+        return [reason("NVRTC", f"{major}.{minor}", "12.0 and newer")]
+    return []
+
+
+def _capability_reason(found: tuple[int, int]) -> str:
+    return reason("compute capability", "{}.{}".format(*found), "9.0")

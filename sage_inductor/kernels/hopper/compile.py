@@ -1,0 +1,155 @@
+"""attention.cu compiled for one variant, by NVRTC, which comes with torch's CUDA wheels; kept on disk."""
+
+# cuda-bindings has no type information.
+# mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .wgmma import header
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention.cu")
+PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
+OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
+_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a compiled kernel is specialised on; attention.cu says what each means."""
+
+    head_dim: int  # padded
+    v_head_dim: int
+    pv: str  # a key of PV
+    out: str  # a key of OUT
+    consumers: int
+    stages: int
+    has_low: bool = False
+    has_high: bool = False
+    key_mask: bool = False
+    return_lse: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of Q and K in shared memory, which is also their swizzle span."""
+        return next(size for size in (32, 64, 128) if self.head_dim <= size)
+
+    @property
+    def v_rows(self) -> int:
+        """Rows of a V^T tile: the channels, and eight with the row of ones that sums P up."""
+        return self.v_head_dim + (0 if self.pv == "int8" else 8)
+
+    @property
+    def v_element(self) -> int:
+        return 2 if self.pv in ("bf16", "fp16") else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        tiles = self.consumers * 64 * self.row_bytes
+        tiles += self.stages * 128 * (self.row_bytes + self.v_element * self.v_rows)
+        return tiles + 1024  # to align the first tile
+
+    def macros(self) -> dict[str, int]:
+        values = {
+            name.upper(): int(value) for name, value in asdict(self).items() if name not in ("pv", "out")
+        }
+        return {**values, "PV": PV[self.pv], "OUT": OUT[self.out]}
+
+    def source(self) -> str:
+        return header(self.v_rows, PV[self.pv]) + SOURCE.read_text()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: bytes
+    log: str  # what ptxas said: registers, spills, serialised wgmma
+
+
+class CompilationError(RuntimeError):
+    """NVRTC refused attention.cu; holds its log."""
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Compile, without the cache. Raises CompilationError with the compiler's log."""
+    from cuda.bindings import nvrtc
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompilationError(f"{result[0]}: {_program_log(nvrtc, program)}")
+        return result[1] if len(result) > 1 else None
+
+    program = None
+    program = checked(nvrtc.nvrtcCreateProgram(variant.source().encode(), b"attention.cu", 0, [], []))
+    options = [*_OPTIONS, *(f"-D{name}={value}" for name, value in variant.macros().items())]
+    checked(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
+    cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    text = _program_log(nvrtc, program)
+    nvrtc.nvrtcDestroyProgram(program)
+    return Compiled(cubin, text)
+
+
+def _program_log(nvrtc: Any, program: Any) -> str:
+    if program is None:
+        return ""
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    text = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, text)
+    return text.decode(errors="replace").rstrip("\0 \n")
+
+
+def cubin(variant: Variant, folder: Path | None) -> bytes:
+    """The compiled variant, from `folder` or compiled and stored there. Several processes may do so at once:
+    files appear whole. A folder that cannot be written costs a compilation per process, and a warning."""
+    if folder is None:
+        log.warning("compiled kernels are not kept: there is no home folder")
+        return compile_variant(variant).cubin
+    path = folder / f"hopper-{_digest(variant)}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    compiled = compile_variant(variant).cubin
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(compiled)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("compiled kernels are not kept: %s", error)
+    return compiled
+
+
+def _digest(variant: Variant) -> str:
+    text = repr((variant.source(), sorted(variant.macros().items()), _OPTIONS, _compiler_version()))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _compiler_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+def spilled_bytes(log_text: str) -> int:
+    """Bytes that threads spill to local memory, by ptxas's report."""
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log_text)))
+
+
+def is_serialized(log_text: str) -> bool:
+    """Whether ptxas could not keep wgmma instructions in flight side by side."""
+    return "wgmma.mma_async instructions are serialized" in log_text

@@ -1,0 +1,68 @@
+"""The CUDA driver, through cuda-bindings: loading a compiled kernel, tensor maps, the launch."""
+
+# cuda-bindings has no type information.
+# mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from cuda.bindings import driver
+
+_SWIZZLES = {
+    32: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_32B,
+    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+}
+_TYPES = {
+    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+}
+_ONES = [driver.cuuint32_t(1), driver.cuuint32_t(1)]
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a driver call returned; RuntimeError with the driver's name for what went wrong."""
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+def load(cubin: bytes, name: str, shared_bytes: int) -> Any:
+    """The kernel `name` of `cubin` in the current context, allowed `shared_bytes` of shared memory."""
+    function = checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(cubin)), name.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    return function
+
+
+@lru_cache(maxsize=4096)
+def tensor_map(
+    address: int, element: int, rows: int, columns: int, box_rows: int, box_columns: int, swizzle: int
+) -> Any:
+    """How TMA reads boxes of a row-major matrix of `element` bytes each at `address`; outside it reads zeros.
+
+    The map holds nothing but these numbers, so it may outlive the memory: torch's allocator gives the same
+    addresses again and again, and encoding takes microseconds.
+    """
+    return checked(
+        driver.cuTensorMapEncodeTiled(
+            _TYPES[element],
+            2,
+            address,
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(columns * element)],
+            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            _ONES,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            _SWIZZLES[swizzle],
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def launch(function: Any, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Any) -> None:
+    """Launch on `grid` blocks; `arguments` is an array of pointers to them."""
+    checked(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, 0))

@@ -49,7 +49,7 @@ struct Params {
     void* out;
     float* lse;
     long long out_b, out_h, out_m, lse_b, lse_h, mask_b, mask_n;
-    int batch, heads, group, q_len, kv_len, q_blocks, kv_blocks, low, high, v_dim, tiles, tiles_per_head, heads_at_once;
+    int batch, heads, group, q_len, kv_len, q_blocks, kv_blocks, low, high, v_dim, tiles, tiles_per_head;
     int zero;  // but the compiler does not know
 };
 
@@ -170,18 +170,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
 
-    // The work, in the order in which it is dealt out: some heads at once, so that their K and V stay in L2; of them the last
-    // tiles, under a causal mask the longest, first. Every other round is dealt backwards, so that all blocks get as much.
-    auto tile_index = [&](int round) {
-        return round * gridDim.x + ((round & 1) ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    };
+    // The work: a head's tiles follow each other, so that those that run at a time share K and V in L2; of them the last, under
+    // a causal mask the longest, come first.
     struct Tile { int b, h, m0, begin, end, full_begin, full_end, row, key_row, v_row, v_column; };
     auto tile_at = [&](int index) {
         Tile t;
-        const int group = index / (p.heads_at_once * p.tiles_per_head), inside = index % (p.heads_at_once * p.tiles_per_head);
-        const int heads = min(p.heads_at_once, p.batch * p.heads - group * p.heads_at_once);
-        const int bh = group * p.heads_at_once + inside % heads;
-        t.m0 = (p.tiles_per_head - 1 - inside / heads) * 64 * CONSUMERS;
+        const int bh = index / p.tiles_per_head;
+        t.m0 = (p.tiles_per_head - 1 - index % p.tiles_per_head) * 64 * CONSUMERS;
         t.b = bh / p.heads;
         t.h = bh - t.b * p.heads;
         const int kv_h = t.h / p.group;
@@ -213,8 +208,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (threadIdx.x == 0) {
             int stage = 0;
             u32 phase = 1, q_phase = 1;
-            for (int round = 0; tile_index(round) < p.tiles; round++) {
-                const Tile t = tile_at(tile_index(round));
+            for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+                const Tile t = tile_at(index);
                 barrier_wait(q_empty, q_phase);
                 q_phase ^= 1;
                 barrier_expect(q_full, CONSUMERS * Q_BYTES);
@@ -262,8 +257,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         wgmma_commit();
     };
-    for (int round = 0; tile_index(round) < p.tiles; round++) {
-        const Tile t = tile_at(tile_index(round));
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+        const Tile t = tile_at(index);
         const int kv_h = t.h / p.group;
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
         const float* const k_scale = p.k_scale + t.key_row / 128;

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cu")
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
+_SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
 
@@ -116,16 +118,17 @@ def cubin(variant: Variant, folder: Path | None) -> bytes:
         log.warning("compiled kernels are not kept: there is no home folder")
         return compile_variant(variant).cubin
     path = folder / f"hopper-{_digest(variant)}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        stored = path.read_bytes()
+        if hashlib.sha256(stored[_SHA_BYTES:]).digest() == stored[:_SHA_BYTES]:
+            return stored[_SHA_BYTES:]
+        log.warning("%s is damaged and is written again", path)
     compiled = compile_variant(variant).cubin
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.name)
         with os.fdopen(handle, "wb") as file:
-            file.write(compiled)
+            file.write(hashlib.sha256(compiled).digest() + compiled)
         os.replace(temporary, path)
     except OSError as error:
         log.warning("compiled kernels are not kept: %s", error)

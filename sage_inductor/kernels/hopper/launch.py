@@ -20,7 +20,6 @@ from .compile import Variant, cubin
 _PV = {"fast": "fp8", "balanced": "int8"}
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TILE = 64  # queries of one warpgroup
-_L2_BYTES = 16 * 2**20  # of K and V that are read at a time; a third of an H100's L2
 
 
 class _Params(ctypes.Structure):
@@ -41,7 +40,7 @@ class _Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "low", "high", "v_dim",
-                "tiles", "tiles_per_head", "heads_at_once", "zero",
+                "tiles", "tiles_per_head", "zero",
             )
         ]
     )  # fmt: skip
@@ -91,11 +90,6 @@ class HopperCall(Call):
         v_channel = v_scale + 4 * (kv_heads * self.kv_blocks + batch * kv_heads * d)
         tiles_per_head = -(-self.q_len // (_TILE * variant.consumers))
         tiles = tiles_per_head * batch * heads
-        key_bytes = self.kv_len * (d + dv * element)
-        same_length = low is None and high is None
-        heads_at_once = (
-            1 if same_length else max(1, min(batch * heads, heads // kv_heads * (_L2_BYTES // key_bytes)))
-        )
         stride_b, stride_h, stride_m = out.stride()[:3]
         numbers = _Params(
             q_scale=scales,
@@ -126,12 +120,12 @@ class HopperCall(Call):
             v_dim=out.shape[3],
             tiles=tiles,
             tiles_per_head=tiles_per_head,
-            heads_at_once=heads_at_once,
         )
         pointers = (ctypes.c_void_p * 4)(*(each.getPtr() for each in maps), ctypes.addressof(numbers))
-        # Where a mask over keys makes lengths that nobody here knows, the hardware gives each multiprocessor the
-        # next tile when it is free.
-        grid = tiles if self.skip_blocks else min(tiles, multiprocessors(self.index))
+        # Tiles of one length are dealt out once. Of different lengths, the hardware gives each multiprocessor the
+        # next when it is free.
+        one_length = low is None and high is None and not self.skip_blocks
+        grid = min(tiles, multiprocessors(self.index)) if one_length else tiles
         driver.launch(
             loaded(self.index, variant),
             grid,

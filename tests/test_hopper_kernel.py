@@ -1,0 +1,332 @@
+"""The Hopper kernel: what is compiled, kept and refused, here; what it computes, on a Hopper GPU."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import agreement
+import pytest
+import torch
+
+from sage_inductor import kernels
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons
+from sage_inductor.kernels.hopper import compile as compilation
+from sage_inductor.kernels.hopper.compile import Compiled, Variant
+
+KERNEL = HopperKernel()
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(KERNEL.unavailable_reasons()), reason="needs a Hopper GPU"),
+]
+
+# As launch.choose_variant makes them: each precision at the head dims with tiles of their own, plain and causal.
+VARIANTS = [
+    Variant(dim, dim, pv, out, 3 if dim <= 64 and pv == "fp8" and not causal else 2, 4 if dim <= 64 else 3,
+            has_high=causal, return_lse=causal)
+    for dim in (32, 64, 96, 128)
+    for pv, out in (("fp8", "bf16"), ("int8", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
+    for causal in (False, True)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Variant, Compiled]:
+    if reasons := compiler_reasons():
+        pytest.skip("; ".join(reasons))
+    return {variant: compilation.compile_variant(variant) for variant in VARIANTS}
+
+
+def test_wgmma_runs_side_by_side(compiled: dict[Variant, Compiled]) -> None:
+    assert not [variant for variant, result in compiled.items() if compilation.is_serialized(result.log)]
+
+
+def test_the_report_is_understood() -> None:
+    assert compilation.spilled_bytes("8 bytes stack frame, 4 bytes spill stores, 24 bytes spill loads") == 28
+    assert compilation.is_serialized(
+        "(C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    )
+
+
+def test_main_loop(compiled: dict[Variant, Compiled], tmp_path: Path) -> None:
+    """The loop over unmasked blocks keeps everything in registers, where there are 240 of them, and writes no operand
+    that the tensor cores may still be reading: ptxas was seen to do that where a move ends in an operand."""
+    for variant, result in compiled.items():
+        loop = main_loop(disassemble(result.cubin, tmp_path))
+        local = [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
+        assert variant.consumers == 3 or local == [], variant
+        assert early_writes(loop) == [], variant
+
+
+def test_early_writes_are_seen() -> None:
+    loop = [
+        "MUFU.EX2 R10, R3",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "QGMMA.64x136x32.F32.E4M3.E4M3 R24, R8, gdesc[UR16], R24, gsb0",
+    ]
+    assert early_writes(loop) == ["MUFU.EX2 R10, R3"]
+    assert early_writes([loop[1], loop[0], loop[2]]) == []
+
+
+def disassemble(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
+    """(address, instruction), by the disassembler that triton brings."""
+    spec = find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    # nvdisasm, which it calls, lies beside it.
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    text = subprocess.run(
+        [tool, "-sass", path], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.M)
+    return [(int(address, 16), instruction) for address, instruction in lines]
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The shortest loop with a whole QK^T and a whole PV in it."""
+    loops = []
+    for end, instruction in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < end:
+            body = [line for address, line in code if int(target[1], 16) <= address <= end]
+            kinds = [line.split("GMMA")[0][-1] for line in body if "GMMA" in line]
+            if len(kinds) >= 3 and any("gsb0" in line for line in body if "GMMA" in line):
+                loops.append(body)
+    return min(loops, key=len)
+
+
+def early_writes(loop: list[str]) -> list[str]:
+    """Instructions that write an operand register of PV after it was issued and before the loop's wait for it."""
+    waits = [i for i, line in enumerate(loop) if "DEPBAR.LE gsb0, 0x0" in line]
+    operands = set()
+    for line in loop:
+        if found := re.search(r"GMMA\S+ R\d+, R(\d+), gdesc", line):
+            operands.update(range(int(found[1]), int(found[1]) + 4))
+    issued = max(i for i, line in enumerate(loop) if "GMMA" in line)
+    between = [*loop[issued + 1 :], *loop[: waits[-1]]]
+    writes = [
+        (line, re.match(r"(?:@!?U?P\d+\s+)?(?!ST|RED|BAR|SYNCS|BRA)\S+ R(\d+)\b", line)) for line in between
+    ]
+    return [line for line, found in writes if found and int(found[1]) in operands]
+
+
+# --------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """Compilations, which cost nothing here."""
+    calls: list[Variant] = []
+
+    def compile_variant(variant: Variant) -> Compiled:
+        calls.append(variant)
+        return Compiled(b"\x7fELF" + repr(variant).encode(), "")
+
+    monkeypatch.setattr(compilation, "compile_variant", compile_variant)
+    monkeypatch.setattr(compilation, "_compiler_version", lambda: (13, 0))
+    return calls
+
+
+def test_compiled_once(counted: list[Variant], tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    first = [compilation.cubin(variant, folder) for variant in VARIANTS[:2]]
+    assert [compilation.cubin(variant, folder) for variant in VARIANTS[:2]] == first
+    assert counted == VARIANTS[:2] and first[0] != first[1]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_another_compiler_compiles_again(
+    counted: list[Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilation.cubin(VARIANTS[0], tmp_path)
+    monkeypatch.setattr(compilation, "_compiler_version", lambda: (13, 1))
+    compilation.cubin(VARIANTS[0], tmp_path)
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"x" * 200])
+def test_damaged_file(
+    counted: list[Variant], tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = compilation.cubin(VARIANTS[0], tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage)
+    with caplog.at_level(logging.WARNING):
+        assert compilation.cubin(VARIANTS[0], tmp_path) == good
+    assert "damaged" in caplog.text
+    assert compilation.cubin(VARIANTS[0], tmp_path) == good and len(counted) == 2
+
+
+def test_folder_that_cannot_be_written(
+    counted: list[Variant], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with caplog.at_level(logging.WARNING):
+        assert compilation.cubin(VARIANTS[0], blocked / "folder").startswith(b"\x7fELF")
+        assert compilation.cubin(VARIANTS[0], None).startswith(b"\x7fELF")
+    assert caplog.text.count("not kept") == 2
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+def problem(
+    head_dim: int = 128, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> AttentionProblem:
+    spec = TensorSpec(
+        (2, 4, 256, head_dim), (4 * 256 * head_dim, 256 * head_dim, head_dim, 1), dtype, torch.device("cuda")
+    )
+    return AttentionProblem(
+        spec, spec, spec, None if mask is None else TensorSpec.of(mask).as_4d(), AttentionParams()
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (problem(136), "head_dim=136 (supported: 16 to 128 in steps of 8)"),
+        (problem(mask=torch.zeros(2, 1, 1, 256)), "attn_mask dtype=float32 (supported: bool)"),
+        (
+            problem(mask=torch.ones(2, 1, 256, 256, dtype=torch.bool)),
+            "attn_mask=2, 1, 256, 256 (supported: the same for all heads and queries)",
+        ),
+        (
+            problem(mask=torch.ones(2, 4, 1, 256, dtype=torch.bool)),
+            "attn_mask=2, 4, 1, 256 (supported: the same for all heads and queries)",
+        ),
+    ],
+)
+def test_what_goes_to_the_triton_kernel(asked: AttentionProblem, expected: str) -> None:
+    assert expected in KERNEL.not_supported_reasons(asked)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 1, 1, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool).expand(256, 256)],
+)
+def test_masks_over_keys_are_served(mask: torch.Tensor) -> None:
+    assert not [text for text in KERNEL.not_supported_reasons(problem(mask=mask)) if "attn_mask" in text]
+
+
+def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sage_inductor.kernels.hopper.has_gpu", lambda: True)
+    monkeypatch.setattr("sage_inductor.kernels.triton.has_gpu", lambda: True)
+    monkeypatch.setattr("sage_inductor.kernels.triton.capability", lambda index: (8, 9))
+    monkeypatch.setattr("sage_inductor.kernels.hopper.capability", lambda index: (8, 9))
+    assert "compute capability=8.9 (supported: 9.0)" in KERNEL.not_supported_reasons(problem())
+
+
+def test_auto_asks_it_first() -> None:
+    assert kernels.AUTO_ORDER[0] == "hopper"
+
+
+# -------------------------------------------------------------------------------------------------- on the GPU
+
+
+class TestOnHopper:
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize("dim", [16, 40, 64, 72, 96, 120, 128])
+    @pytest.mark.parametrize(
+        ("q_len", "kv_len", "params"),
+        [
+            (1, 1, AttentionParams()),
+            (300, 333, AttentionParams()),
+            (257, 1000, AttentionParams(is_causal=True)),
+            (1000, 640, AttentionParams(is_causal=True, bottom_right=True)),
+            (500, 900, AttentionParams(window_left=130, window_right=20)),
+            (129, 2048, AttentionParams(scale=-0.05)),
+        ],
+    )
+    def test_agrees_with_the_oracle(
+        self, precision: str, dim: int, q_len: int, kv_len: int, params: AttentionParams
+    ) -> None:
+        import dataclasses
+
+        torch.manual_seed(dim + q_len)
+        q = torch.randn(2, 4, q_len, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(2, 2, kv_len, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        params = dataclasses.replace(params, precision=precision)
+        agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize("gaps", [False, True])
+    def test_mask_over_keys(self, precision: str, gaps: bool) -> None:
+        q, k, v = (torch.randn(3, 2, 700, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+        keys = torch.arange(700, device="cuda")
+        mask = torch.stack([keys < 700, (keys >= 130) & (keys < 400), keys < 0])
+        if gaps:
+            mask &= keys % 7 != 3
+        params = AttentionParams(precision=precision)
+        agreement.check(KERNEL, q, k, v, mask[:, None, None], params, steps_of_64=True)
+
+    def test_values_beyond_the_range_of_e4m3(self) -> None:
+        """Their block has a unit of its own, and the sums before and after it another."""
+        q, k, v = (torch.randn(1, 2, 1024, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        v[:, :, 300] *= 3000.0
+        agreement.check(KERNEL, q, k, v, None, AttentionParams(precision="fast"), steps_of_64=True)
+
+    def test_maxima_that_keep_growing(self) -> None:
+        q, k, v = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        k = k * torch.linspace(0.1, 12, 2048, device="cuda")[None, None, :, None].bfloat16()
+        for precision in agreement.PRECISIONS:
+            agreement.check(KERNEL, q, k, v, None, AttentionParams(precision=precision), steps_of_64=True)
+
+    def test_non_finite_inputs_show(self) -> None:
+        q, k, v = (torch.randn(1, 1, 512, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        for tensor in (k, v):
+            bad = tensor.clone()
+            bad[0, 0, 400, 3] = math.nan
+            inputs = (q, bad, v) if tensor is k else (q, k, bad)
+            for precision in agreement.PRECISIONS:
+                out = torch.empty_like(q)
+                KERNEL.run(*inputs, None, AttentionParams(precision=precision), out, None)
+                assert out.isnan().any(-1).all(), precision
+
+    @pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)])
+    def test_output_in_any_memory_order(self, order: tuple[int, ...]) -> None:
+        q, k, v = (torch.randn(2, 3, 130, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        inverse = [order.index(dim) for dim in range(4)]
+        out = torch.empty([q.shape[dim] for dim in order], device="cuda", dtype=q.dtype).permute(inverse)
+        agreement.check(KERNEL, q, k, v, None, AttentionParams(), out, steps_of_64=True)
+
+    def test_the_same_bits_every_time(self) -> None:
+        """An operand overwritten too early shows as outputs that change from run to run."""
+        q, k, v = (torch.randn(1, 32, 8192, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        for precision in agreement.PRECISIONS:
+            outs = [torch.empty_like(q) for _ in range(5)]
+            for out in outs:
+                KERNEL.run(q, k, v, None, AttentionParams(precision=precision), out, None)
+            assert all(torch.equal(out, outs[0]) for out in outs), precision
+
+    def test_graph_replays_beside_another_stream(self) -> None:
+        q, k, v = (torch.randn(1, 4, 1024, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        out = torch.empty_like(q)
+        params = AttentionParams(is_causal=True)
+        KERNEL.run(q, k, v, None, params, out, None)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            KERNEL.run(q, k, v, None, params, out, None)
+        other, stream = torch.empty_like(q), torch.cuda.Stream()
+        for _ in range(20):
+            for tensor in (q, k, v):
+                tensor.normal_()
+            expected = torch.empty_like(q)
+            KERNEL.run(q, k, v, None, params, expected, None)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                KERNEL.run(q, k, v, None, params, other, None)
+            out.fill_(math.nan)
+            graph.replay()
+            torch.cuda.current_stream().wait_stream(stream)
+            assert torch.equal(out, expected) and torch.equal(other, expected)

@@ -19,6 +19,11 @@ def sdpa(
     bounds = params.bounds(query.shape[2], key.shape[2])
     attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds)
     gqa = query.shape[1] != key.shape[1]
+    if gqa and attn_mask is not None:
+        # SDPA's memory-efficient kernel takes masks but no GQA; writing out all scores instead would cost far more than
+        # these copies.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+        gqa = False
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )

@@ -176,7 +176,8 @@ def _decide(
             if missing:
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
         # What stays for another reason is not worth a measurement.
-        tuning = dataclasses.replace(config, tune="table") if reasons else config
+        unmeasured = bool(reasons) and config.tune == "measure"
+        tuning = dataclasses.replace(config, tune="table") if unmeasured else config
         choice = choose(Comparison(problem, sdpa_call), tuning)
         reasons += choice.reasons
     site = Site(

@@ -133,6 +133,9 @@ def test_auto_on_the_cpu_is_exact() -> None:
     )
     assert relative_l2(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)) < 1e-6
     assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+    padding = torch.rand(2, 1, 1, 20) > 0.3
+    masked = sage_attention(q, k, v, padding, enable_gqa=True)
+    assert relative_l2(masked, F.scaled_dot_product_attention(q, k, v, padding, enable_gqa=True)) < 1e-6  # type: ignore[arg-type]
     windowed = ops.attention(q, q, q, None, True, window_left=3)
     distance = torch.arange(20) - torch.arange(20)[:, None]
     mask = (distance <= 0) & (distance >= -3)

@@ -67,6 +67,7 @@ def forget() -> None:
     """As in a new process."""
     choice._known.clear()
     choice._unmeasurable.clear()
+    choice._warned.clear()
     store._warned.clear()
 
 
@@ -239,6 +240,19 @@ def test_the_default_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setenv("HOME", "/home/somebody")
     assert store.default_folder() == Path("/home/somebody/.cache/sage_inductor")
+
+
+def test_without_a_home_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    kept = Store(None, MACHINE)
+    kept.save(KEY, RESULT)
+    assert kept.load(KEY) == [] and "no folder for measured times" in caplog.text
 
 
 def test_the_machine_changes_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +488,32 @@ def test_the_table_has_a_crossover_too(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = nhd(1000), nhd(1000), nhd(1000)
     _, text, _ = rewritten(Config(tune="table"), q, k, v, dynamic=(0, 1, 2))
     assert "min_q_len=756, min_kv_len=756" in text  # half way between 512, which loses, and the hint
+
+
+def test_lengths_without_a_hint_are_judged_at_one(measured: Any, config: Config) -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    length: Any = ShapeEnv().create_unbacked_symint()
+    tensor = TensorSpec((1, 8, length, 64), (length * 512, length * 64, 64, 1), torch.bfloat16, CPU)
+    problem = AttentionProblem(tensor, tensor, tensor, None, AttentionParams())
+    times = measured(wins_from(3000))
+    chosen = choose(Comparison(problem, SdpaCall(tensor, tensor, tensor, None, False, None, False)), config)
+    assert times.calls[0] == (4096, 4096)
+    assert (chosen.kernel, chosen.min_q_len, chosen.min_kv_len) == ("reference", 4096, 4096)
+
+
+def test_no_memory_for_longer_lengths_ends_the_search(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(comparison: Comparison, names: Any) -> Result:
+        if comparison.lengths[0] > 2048:
+            raise CannotMeasure("out of memory")
+        return Measured(wins_from(3000))(comparison, names)
+
+    monkeypatch.setattr(measure, "measure", limited)
+    q, k, v = nhd(1000), nhd(1000), nhd(1000)
+    site, _, _ = rewritten(config, q, k, v, dynamic=(0, 1, 2))
+    assert not site.rewritten and "measured" in site.reasons[0]
 
 
 # In graphs.

@@ -61,7 +61,9 @@ def choose(comparison: Comparison, config: Config) -> Choice:
             choice = _across_lengths(comparison, _by_measurement(candidates, config))
         except CannotMeasure as why:
             note = [f"tune=measure: {why} (decided by the shipped table)"]
-            log.debug(note[0])
+            if note[0] not in _warned:  # once, for as many equal layers as there are
+                _warned.add(note[0])
+                log.warning(note[0])
     if choice is None:
         choice = _across_lengths(comparison, _by_table(candidates))
     if choice.kernel is None:
@@ -152,6 +154,7 @@ def _by_measurement(candidates: Sequence[Kernel], config: Config) -> _Judge:
 # (folder, fingerprint, key) -> what this process measured or read; (..., lengths) -> why it could not.
 _known: dict[tuple[str | None, str, str], list[Result]] = {}
 _unmeasurable: dict[tuple[str | None, str, str, tuple[int, int]], str] = {}
+_warned: set[str] = set()
 
 
 def _result(comparison: Comparison, names: Sequence[str], config: Config, here: Machine) -> Result:
@@ -174,7 +177,6 @@ def _result(comparison: Comparison, names: Sequence[str], config: Config, here: 
         result = measuring.measure(comparison, names)
     except CannotMeasure as why:
         _unmeasurable[this] = str(why)
-        log.warning("tune=measure: %s; the shipped table decides about %s", why, key)
         raise
     for name, text in result.failed.items():
         log.warning("kernel %s failed while it was measured, and is not used: %s", name, text)

@@ -22,6 +22,7 @@ from sage_inductor.tuning.store import Result, Timing
 
 # Milliseconds of all calls together. A GPU that was idle raises its clocks within some 20 ms of work.
 WARM_UP_MS = 30.0
+WARM_UP_TURNS = 30  # at most: the clock itself keeps the GPU busy for half a millisecond and more
 ROUNDS_MS = 150.0
 ROUNDS = (5, 40)  # at least and at most; each times every call once
 # Beside the inputs: outputs, and workspaces of a kernel (8 bits each of query, key and value) and of SDPA.
@@ -55,6 +56,12 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
     device = comparison.problem.query.device
     inputs = _Inputs(device)
     calls: dict[str, Call] = {"sdpa": _sdpa(comparison, inputs)}
+    try:
+        calls["sdpa"]()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CannotMeasure(f"SDPA does not take the inputs: {_first_line(error)}") from None
     failed: dict[str, str] = {}
     for name in kernels:
         call = _kernel(comparison, name, inputs)
@@ -66,12 +73,6 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
         except Exception as error:
             # What it would raise when the model runs; whatever it is, the site stays SDPA and shows it.
             failed[name] = f"{type(error).__name__}: {_first_line(error)}"
-    try:
-        calls["sdpa"]()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CannotMeasure(f"SDPA does not take the inputs: {_first_line(error)}") from None
     times = interleaved(calls, clock_of(device))
     timings = {name: _against(times[name], times["sdpa"]) for name in calls if name != "sdpa"}
     return Result(*comparison.lengths, statistics.median(times["sdpa"]), timings, failed)
@@ -118,9 +119,7 @@ class _Inputs:
         )
 
     def _tensor(self, name: str, spec: TensorSpec, make: Callable[[TensorSpec], Tensor]) -> Tensor:
-        # The same tensor may have leading dims of one element for one of them, and not for the other.
-        outer = next((dim for dim, size in enumerate(spec.shape) if size != 1), 0)
-        inner = replace(spec, shape=spec.shape[outer:], stride=spec.stride[outer:])
+        inner = _without_leading_ones(spec)
         if (name, inner) not in self.known:
             self.known[name, inner] = make(inner)
         return self.known[name, inner].as_strided(spec.shape, spec.stride)
@@ -140,6 +139,12 @@ class _Inputs:
         return buffer
 
 
+def _without_leading_ones(spec: TensorSpec) -> TensorSpec:
+    """What kernels see with 4 dimensions may have fewer in the graph, and be the same tensor."""
+    outer = next((dim for dim, size in enumerate(spec.shape) if size != 1), 0)
+    return replace(spec, shape=spec.shape[outer:], stride=spec.stride[outer:])
+
+
 def _buffer(spec: TensorSpec) -> Tensor:
     return torch.empty(_extent(spec), dtype=spec.dtype, device=spec.device)
 
@@ -154,9 +159,11 @@ def _extent(spec: TensorSpec) -> int:
 def interleaved(calls: dict[str, Call], clock: Clock) -> dict[str, list[float]]:
     """Times in ms of every call, one a round: a clock that drifts, or a neighbour, concerns all alike."""
     spent, once = 0.0, dict.fromkeys(calls, 0.0)
-    while spent < WARM_UP_MS:
+    for _ in range(WARM_UP_TURNS):
         once = {name: clock(call) for name, call in calls.items()}
         spent += sum(once.values())
+        if spent >= WARM_UP_MS:
+            break
     rounds = round(ROUNDS_MS / sum(once.values()))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(min(max(rounds, ROUNDS[0]), ROUNDS[1])):
@@ -209,10 +216,13 @@ def _check_memory(comparison: Comparison) -> None:
     device = comparison.problem.query.device
     if device.type != "cuda":
         return
-    calls = (comparison.problem, comparison.sdpa)
-    specs = {(name, getattr(call, name)) for call in calls for name in ("query", "key", "value", "attn_mask")}
-    sizes = [_extent(spec) * spec.dtype.itemsize for _, spec in specs if spec is not None]
-    needed = round(sum(sizes) * (1 + WORKSPACE_SHARE))
+    tensors = {
+        (name, _without_leading_ones(spec))
+        for call in (comparison.problem, comparison.sdpa)
+        for name in ("query", "key", "value", "attn_mask")
+        if (spec := getattr(call, name)) is not None
+    }
+    needed = round(sum(_extent(spec) * spec.dtype.itemsize for _, spec in tensors) * (1 + WORKSPACE_SHARE))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     if needed > free:

@@ -1,4 +1,4 @@
-"""Where SDPA is faster than this kernel, measured: "auto" leaves those problems to SDPA.
+"""Where SDPA is faster than this kernel: the measurements that `tune="table"`, and calls outside a graph, go by.
 
 Origin: one H200 (compute capability 9.0), torch 2.11.0+cu130, triton 3.6.0, bfloat16, quantisation included,
 against torch's default SDPA (cuDNN), in the same process; benchmarks/results/attention_h200.json and, for

@@ -10,6 +10,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sage_inductor.config import Config
+from sage_inductor.tuning.choice import is_makeshift
 from sage_inductor.tuning.machine import digest, machines, source_files, version
 from sage_inductor.walk import rewrite_graph
 
@@ -21,7 +22,8 @@ class SageAttentionPass(CustomGraphPass):
 
     `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources
     of this package, the versions of what it runs on and, where choices are measured, the GPUs and their driver, so
-    that a compiled graph is cached, and never reused wrongly.
+    that a compiled graph is cached, and never reused wrongly. It is empty, which forbids caching, once something could
+    not be measured: the next process may have the memory for it.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -36,6 +38,8 @@ class SageAttentionPass(CustomGraphPass):
     def uuid(self) -> Any:
         own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config))
         if self.config.tune == "measure":
+            if is_makeshift():
+                return ""  # None would make torch 2.13 run later passes before its caches, and keep this one's graph
             # A cached graph holds a choice that was measured: it serves where the measurement would hold.
             own += tuple(machine.fingerprint() for machine in machines())
         if self.then is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -561,6 +562,45 @@ def test_sdpa_is_timed_as_the_graph_calls_it(config: Config, monkeypatch: pytest
     assert problem.attn_mask is None and problem.params.is_causal and problem.key.shape[1] == 2
     assert sdpa.attn_mask is not None and sdpa.attn_mask.shape == (64, 64)
     assert not sdpa.is_causal and sdpa.key.shape[1] == 4 and not sdpa.enable_gqa
+
+
+CACHED = """
+import sys, torch, torch.nn.functional as F
+from torch._dynamo.utils import counters
+from sage_inductor import Config, enabled, kernels
+from sage_inductor.tuning import measure
+from sage_inductor.tuning.store import Result, Timing
+kernels.AUTO_DEVICE_TYPES, kernels.AUTO_ORDER = ("cpu",), ("reference",)
+type(kernels.get("reference")).not_chosen_reasons = lambda self, problem: ["slow"]
+def measured(comparison, names):
+    if sys.argv[1] == "no memory":
+        raise measure.CannotMeasure("out of memory")
+    return Result(*comparison.lengths, 1.0, {"reference": Timing(0.5, 0.5, 0.0)})
+measure.measure = measured
+torch.manual_seed(0)
+q = torch.randn(1, 2, 16, 32)
+with torch.no_grad(), enabled(Config(cache_dir=sys.argv[2])):
+    out = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q).relu())(q)
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+print(hits, torch.allclose(out, F.scaled_dot_product_attention(q, q, q).relu(), atol=1e-5))
+"""
+
+
+def test_a_choice_for_want_of_memory_is_not_cached(tmp_path: Path) -> None:
+    """Inductor's cache would hold what the pass made of the table; the pass does not run where it hits."""
+
+    def run(how: str) -> list[str]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+        command = [sys.executable, "-c", CACHED, how, str(tmp_path / "times")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert run("no memory") == ["0", "True"]  # exact
+    assert run("memory") == ["0", "False"]  # quantised
+    assert run("memory")[0] != "0"
 
 
 def test_the_uuid_knows_where_the_choice_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,11 @@ def choose(comparison: Comparison, config: Config) -> Choice:
     return choice
 
 
+def is_makeshift() -> bool:
+    """Whether the table took the place of a measurement in this process: its choices are not to outlive it."""
+    return bool(_unmeasurable)
+
+
 @dataclass(frozen=True)
 class _Verdict:
     """What is known at one pair of lengths: the kernels that beat SDPA, best first, or why none does."""

@@ -22,8 +22,8 @@ class SageAttentionPass(CustomGraphPass):
 
     `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources
     of this package, the versions of what it runs on and, where choices are measured, the GPUs and their driver, so
-    that a compiled graph is cached, and never reused wrongly. It is empty, which forbids caching, once something could
-    not be measured: the next process may have the memory for it.
+    that a compiled graph is cached, and never reused wrongly. Once something could not be measured it forbids caching:
+    the next process may have the memory for it.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -39,7 +39,7 @@ class SageAttentionPass(CustomGraphPass):
         own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config))
         if self.config.tune == "measure":
             if is_makeshift():
-                return ""  # None would make torch 2.13 run later passes before its caches, and keep this one's graph
+                return _Uncacheable()
             # A cached graph holds a choice that was measured: it serves where the measurement would hold.
             own += tuple(machine.fingerprint() for machine in machines())
         if self.then is None:
@@ -48,6 +48,14 @@ class SageAttentionPass(CustomGraphPass):
         inner = uuid() if callable(uuid) else None
         # A pass that gives no uuid forbids caching, whatever stands before it.
         return None if inner is None else (*own, inner)
+
+
+class _Uncacheable:
+    """A uuid with which no cache key can be made, at any time and in any version of torch. None will not do: torch 2.13
+    then takes it that the pass ran before the key was made, which it did not do for the graph at hand."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("sage_inductor could not measure a choice; what it chose instead is not for a cache")
 
 
 @cache

@@ -10,17 +10,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config, Site, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.testing import RewritingBackend, graph_text, relative_l2
 from sage_inductor.tuning import Choice, Comparison, SdpaCall, choice, choose, measure, store
+from sage_inductor.tuning import machine as machine_module
 from sage_inductor.tuning.comparison import bucket
 from sage_inductor.tuning.machine import Machine, digest, machine, machines
 from sage_inductor.tuning.measure import CannotMeasure
@@ -132,7 +135,8 @@ def test_lengths_change_and_layouts_stay() -> None:
 
 def test_the_key_knows_all_but_the_length() -> None:
     base = compare(1000)
-    assert base.key() == compare(1001).key() == json.loads(json.dumps(base.key()))
+    before = base.key()
+    assert before == compare(1001).key() == json.loads(json.dumps(base.key()))
     nhd = replace(base, problem=replace(base.problem, query=spec(1, 8, 1000, 64, order="nhd")))
     masked = replace(base, sdpa=replace(base.sdpa, attn_mask=spec(1, 1, 1000, 1000, dtype=torch.bool)))
     unaligned = replace(base.problem.query, stride=(513000, 64125, 65, 1))
@@ -143,6 +147,11 @@ def test_the_key_knows_all_but_the_length() -> None:
     ]  # fmt: skip
     texts = {json.dumps(other.key(), sort_keys=True) for other in (base, *others)}
     assert len(texts) == 1 + len(others)
+    with sdpa_kernel(
+        [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    ):  # switched off elsewhere: slower, as a rule
+        assert base.key() != before
+    assert base.key() == before
 
 
 # What is kept.
@@ -262,6 +271,27 @@ def test_the_machine_changes_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -
     before = digest([file]).hexdigest()
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"changed")
     assert digest([file]).hexdigest() != before
+
+
+def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine_module, "DRIVER_FILE", driver)
+    monkeypatch.setattr(machine_module, "cuda_driver_api", lambda: 13000)
+    machine_module._machine.cache_clear()
+    try:
+        here = machine(torch.device("cuda", 0))
+        assert here.device == "NVIDIA H100 80GB HBM3, 132 SMs" and here.driver == "580.95.05, CUDA 13000"
+        assert machines() == [here]  # two GPUs of one kind
+        monkeypatch.setattr(machine_module, "DRIVER_FILE", tmp_path / "nowhere")
+        machine_module._machine.cache_clear()
+        assert machine(torch.device("cuda", 1)).driver == "?, CUDA 13000"
+    finally:
+        machine_module._machine.cache_clear()
 
 
 # What is decided.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +175,36 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch: pytest.MonkeyPatch)
     free = 30 * gib
     with pytest.raises(CannotMeasure, match="out of memory: 40.9 GiB needed, 32.0 GiB free"):
         measure._check_memory(comparison)
+
+
+def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order: an L2 cache without the inputs, a GPU kept busy, and the call between two events."""
+    steps: list[str] = []
+    gpu_ms = 5.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            steps.append("record")
+
+        def synchronize(self) -> None:
+            steps.append("synchronize")
+
+        def elapsed_time(self, end: Any) -> float:
+            return gpu_ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=64))
+    monkeypatch.setattr(measure, "occupy_gpu", lambda cycles: steps.append("busy"))
+    clock = measure._CudaClock(torch.device("cpu"))
+    clock.flush.fill_(1)
+    assert clock(lambda: steps.append("call")) == 5.0
+    assert steps == ["busy", "record", "call", "record", "synchronize"]
+    assert clock.flush.numel() == 128 and not bool(clock.flush.any())
+    gpu_ms = 0.001
+    assert clock(lambda: time.sleep(0.003)) > 2.9  # the host takes longer to queue it than the GPU to do it
 
 
 def test_calls_take_turns() -> None:

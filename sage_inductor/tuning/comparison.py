@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+
+from sage_inductor.inductor import pinned_sdpa_backends
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import size_hint
 
@@ -64,7 +67,7 @@ class Comparison:
         return Comparison(_resized(self.problem, q_len, kv_len), _resized(self.sdpa, q_len, kv_len))
 
     def key(self) -> dict[str, Any]:
-        """All that times depend on, of a hinted comparison; lengths by their bucket. JSON."""
+        """All that times depend on, of a hinted comparison and of torch's settings; lengths by their bucket. JSON."""
         problem, params = self.problem, self.problem.params
         q_len, kv_len = self.lengths
         return {
@@ -79,7 +82,12 @@ class Comparison:
                 "window": [params.window_left, params.window_right],
                 "precision": params.precision,
             },
-            "sdpa": {**_described(self.sdpa), "is_causal": self.sdpa.is_causal},
+            "sdpa": {
+                **_described(self.sdpa),
+                "is_causal": self.sdpa.is_causal,
+                "backends": sorted(pinned_sdpa_backends()),
+                "float32": _float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
+            },
         }
 
 
@@ -88,6 +96,13 @@ def bucket(length: int) -> str:
     shift = max(0, length.bit_length() - BUCKET_BITS)
     first = length >> shift << shift
     return f"{first} to {first + (1 << shift) - 1}"
+
+
+def _float32_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for single operations, by torch's newer interface
+        return "mixed"
 
 
 def _described(call: AttentionProblem | SdpaCall) -> dict[str, Any]:

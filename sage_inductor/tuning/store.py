@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,14 +136,14 @@ class Store:
 
 def _replace(file: Path, content: bytes) -> None:
     """Write `file` as a whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f"{file.stem}-", suffix=".tmp", dir=file.parent)
+    # Not by tempfile, whose files are the user's alone: a folder may serve a group.
+    temporary = file.with_name(f"{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+        temporary.write_bytes(content)
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 

@@ -83,10 +83,10 @@ def compile_once(tune: str, cache: str, layers: int, shapes: int, seq: int, devi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--shapes", type=int, default=4)
     parser.add_argument("--seq", type=int, default=16384)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
         "--device", default="cuda", help="on a CPU nothing is chosen: that only tries the script"
     )

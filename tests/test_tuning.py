@@ -133,16 +133,24 @@ def test_lengths_change_and_layouts_stay() -> None:
     assert at(1000, 500).at(2000, 300).at(1000, 500) == at(1000, 500)
 
 
+def _without_batch(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, shape=tensor.shape[1:], stride=tensor.stride[1:])
+
+
 def test_the_key_knows_all_but_the_length() -> None:
     base = compare(1000)
     before = base.key()
     assert before == compare(1001).key() == json.loads(json.dumps(base.key()))
     nhd = replace(base, problem=replace(base.problem, query=spec(1, 8, 1000, 64, order="nhd")))
+    tensors = {name: _without_batch(getattr(base.sdpa, name)) for name in ("query", "key", "value")}
+    flat = replace(base, sdpa=replace(base.sdpa, **tensors))
     masked = replace(base, sdpa=replace(base.sdpa, attn_mask=spec(1, 1, 1000, 1000, dtype=torch.bool)))
     unaligned = replace(base.problem.query, stride=(513000, 64125, 65, 1))
     others = [
         compare(1024), compare(1000, 2000), compare(heads=4), compare(is_causal=True), compare(window_left=5),
-        compare(precision="accurate"), nhd, masked, replace(base, sdpa=replace(base.sdpa, is_causal=True)),
+        compare(precision="accurate"), nhd, masked, flat,
+        replace(base, sdpa=replace(base.sdpa, enable_gqa=True)),
+        replace(base, sdpa=replace(base.sdpa, is_causal=True)),
         replace(base, problem=replace(base.problem, query=unaligned)),
     ]  # fmt: skip
     texts = {json.dumps(other.key(), sort_keys=True) for other in (base, *others)}

@@ -85,6 +85,8 @@ class Comparison:
             "sdpa": {
                 **_described(self.sdpa),
                 "is_causal": self.sdpa.is_causal,
+                "enable_gqa": self.sdpa.enable_gqa,
+                "dims": len(self.sdpa.query.shape),  # its fused kernels take 4
                 "backends": sorted(pinned_sdpa_backends()),
                 "float32": _float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
             },

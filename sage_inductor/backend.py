@@ -99,7 +99,8 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
     Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in
-    Dynamo's caches of a model that was not compiled before. Raises NotEligibleError as the backend does.
+    Dynamo's caches of a model that was not compiled before. With `tune="measure"` (the default) it measures what a
+    compile would have to measure, which then finds the results. Raises NotEligibleError as the backend does.
     """
     chosen = Config() if config is None else config
     sites: list[Site] = []

@@ -11,6 +11,7 @@ from sage_inductor.kernels import KERNELS, PRECISIONS
 
 OPTION_PREFIX = "sage."
 FALLBACKS = ("sdpa", "warn", "error")
+TUNING = ("measure", "table", "off")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Config:
     """
 
     kernel: str = "auto"
-    """"auto": the first kernel that can run the site and is expected to beat SDPA there. A name ("triton",
+    """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("triton",
     "sageattention", "reference") is used wherever it can run."""
 
     precision: str = "fast"
@@ -39,6 +40,15 @@ class Config:
     exclude: tuple[str, ...] = ()
     """fnmatch globs on the site's module path; sites that match stay SDPA. Wins over include."""
 
+    tune: str = "measure"
+    """How "auto" chooses. "measure": while compiling, every kernel that can run the site is timed against the
+    SDPA call it would replace, on this GPU, and has to win; results are kept on disk, and where nothing can be
+    measured (no GPU, no memory to spare) "table" takes over. "table": by the measurements shipped with the
+    kernels. "off": the first kernel that can run, be it slower."""
+
+    cache_dir: str | None = None
+    """Folder for the results of "measure"; None: sage_inductor in $XDG_CACHE_HOME, or in ~/.cache."""
+
     training: bool = False
     """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the
     exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
@@ -47,11 +57,14 @@ class Config:
         _one_of("kernel", self.kernel, ("auto", *KERNELS))
         _one_of("precision", self.precision, tuple(PRECISIONS))
         _one_of("fallback", self.fallback, FALLBACKS)
+        _one_of("tune", self.tune, TUNING)
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(glob, str) for glob in _as_tuple(name, value)):
                 raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.cache_dir, (str, type(None))):
+            raise TypeError(f"cache_dir={self.cache_dir!r} (valid: a path as a string, None)")
         if not isinstance(self.training, bool):
             raise TypeError(f"training={self.training!r} (valid: True, False)")
 

@@ -12,7 +12,10 @@ import torch
 __all__ = [
     "compile_with_inductor",
     "configured_pre_grad_pass",
+    "cuda_driver_api",
     "inductor_modes",
+    "occupy_gpu",
+    "outside_tracing",
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
@@ -60,6 +63,29 @@ def pinned_sdpa_backends() -> tuple[str, ...]:
     from torch.nn.attention import _cur_sdpa_kernel_backends
 
     return tuple(backend.name for backend in _cur_sdpa_kernel_backends())
+
+
+def cuda_driver_api() -> int:
+    """The newest CUDA version that the installed driver serves, 13000 for 13.0."""
+    bindings: Any = torch._C  # without CUDA they lack this one
+    return int(bindings._cuda_getDriverVersion())
+
+
+def occupy_gpu(cycles: int) -> None:
+    """Keeps the current stream busy for `cycles` of the GPU's clock, while the host queues work behind it."""
+    torch.cuda._sleep(cycles)
+
+
+@contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Operations inside are carried out, and seen by no dispatch mode, whatever is being traced or counted around
+    them; without gradients and autocast."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+        with cpu, cuda:
+            yield
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Report:
                 str(site.query or "?"),
                 "x".join(map(str, site.key.shape)) if site.key else "?",
                 site.mask,
-                f"{site.kernel} {site.precision}" if site.rewritten else "SDPA",
+                _decision(site),
                 "; ".join(site.reasons),
             )
             for site in self.sites
@@ -114,6 +114,13 @@ class Report:
             f"{self.graphs} graph(s)"
         )
         return "\n".join(lines)
+
+
+def _decision(site: Site) -> str:
+    if not site.rewritten:
+        return "SDPA"
+    measured = "" if site.speedup is None else f" {site.speedup:.2f}x"
+    return f"{site.kernel} {site.precision}{measured}"
 
 
 def layout_of(tensor: Tensor) -> str:

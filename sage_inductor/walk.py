@@ -19,8 +19,8 @@ from sage_inductor.eligibility import (
     Surroundings,
     gradient_reasons,
     ineligible_reasons,
-    kernel_reasons,
     make_problem,
+    make_sdpa_call,
 )
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.gqa import absorb_repeated_heads
@@ -28,6 +28,7 @@ from sage_inductor.inductor import pinned_sdpa_backends
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.report import Site, TensorInfo, unique_names
 from sage_inductor.rewrite import insert_expansion, rewrite
+from sage_inductor.tuning import Choice, Comparison, choose
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +116,12 @@ def _judge(
     call: AttentionCall, config: Config, around: Surroundings, constants: dict[fx.Node, Tensor | None]
 ) -> Site:
     """The decision about `call`, carried out."""
-    call = absorb_repeated_heads(call)
+    as_found, call = call, absorb_repeated_heads(call)
     mask = masks.classify(call, constants)
-    site = _decide(call, mask, config, around, module_path(call.node), source_line(call.node))
+    place = module_path(call.node), source_line(call.node)
+    site, choice = _decide(as_found, call, mask, config, around, *place)
     if site.rewritten:
-        assert site.kernel is not None
-        rewrite(call, mask, site.kernel, config.precision)
+        rewrite(call, mask, choice, config.precision)
     return site
 
 
@@ -137,21 +138,22 @@ def _judge_expansion(
     gradients = gradient_reasons(node, config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    for call in [call for call in map(_match, inlined.nodes) if call is not None]:
-        call = dataclasses.replace(absorb_repeated_heads(call), pattern=pattern)
+    for as_found in [call for call in map(_match, inlined.nodes) if call is not None]:
+        call = dataclasses.replace(absorb_repeated_heads(as_found), pattern=pattern)
         mask = masks.classify(call, constants)
-        decided.append((call, mask, _decide(call, mask, config, around, name, source, gradients)))
-    if any(site.rewritten for _, _, site in decided):
+        decided.append((call, mask, *_decide(as_found, call, mask, config, around, name, source, gradients)))
+    if any(site.rewritten for _, _, site, _ in decided):
         inlined.replace(node)
     else:
         inlined.remove()
-    for call, mask, site in decided:
-        if site.rewritten and site.kernel is not None:
-            rewrite(call, mask, site.kernel, config.precision)
+    for call, mask, site, choice in decided:
+        if site.rewritten:
+            rewrite(call, mask, choice, config.precision)
         yield site
 
 
 def _decide(
+    as_found: AttentionCall,
     call: AttentionCall,
     mask: masks.Mask,
     config: Config,
@@ -159,22 +161,26 @@ def _decide(
     name: str,
     source: str,
     reasons: Sequence[str] = (),
-) -> Site:
+) -> tuple[Site, Choice]:
+    """The decision about `call`, which is `as_found` with repeated heads seen through."""
     reasons = [
         *config.selection_reasons(name),
         *reasons,
         *ineligible_reasons(call, mask, config, around),
     ]
-    problem = make_problem(call, mask, config)
-    kernel: str | None = None
-    if problem is not None:
+    problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
+    choice = Choice(None)
+    if problem is not None and sdpa_call is not None:
         if config.kernel != "auto":
             missing = kernels.get(config.kernel).unavailable_reasons(problem.query.device)
             if missing:
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
-        kernel, against = kernel_reasons(problem, config)
-        reasons += against
-    return Site(
+        # What stays for another reason is not worth a measurement.
+        unmeasured = bool(reasons) and config.tune == "measure"
+        tuning = dataclasses.replace(config, tune="table") if unmeasured else config
+        choice = choose(Comparison(problem, sdpa_call), tuning)
+        reasons += choice.reasons
+    site = Site(
         name=name,
         source=source,
         pattern=call.pattern,
@@ -182,11 +188,13 @@ def _decide(
         key=_info(call.key),
         value=_info(call.value),
         mask=str(mask),
-        kernel=None if reasons else kernel,
+        kernel=None if reasons else choice.kernel,
         precision=config.precision,
         rewritten=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
+        speedup=choice.speedup,
     )
+    return site, choice
 
 
 def _info(node: Value) -> TensorInfo | None:

@@ -141,10 +141,12 @@ class SageAttentionKernel(Kernel):
                 reasons.append(reason(f"elements of {name}, padded", elements, "below 2**31"))
         return reasons
 
-    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
-        limits = limits_of(installed_version())
-        if limits is V2:
+    def only_by_name_reasons(self) -> list[str]:
+        if limits_of(installed_version()) is V2:
             return ["sageattention 2.x launches on the default stream, which CUDA graphs miss: only by name"]
+        return []
+
+    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if _capability(problem.query.device) == (9, 0):
             # The kernel alone on an H100, head_dim 128, 4096 tokens, torch 2.11; every size from 1k to 32k, causal
             # or not, was slower. With quantisation, on an H200 at 16384 tokens: 380 against 655.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class Site:
 @dataclass(frozen=True)
 class Report:
     """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
-    data."""
+    data, `to_html()` a page to look at."""
 
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
@@ -77,14 +79,23 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...},
-        ...]}`."""
+        ...]}`. A measurement of NaN or infinity is text, "nan" or "inf": JSON has no such numbers."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [
+                {name: _json_value(value) for name, value in asdict(site).items()} for site in self.sites
+            ],
         }
-        return json.dumps(data, indent=indent)
+        return json.dumps(data, indent=indent, allow_nan=False)
+
+    def to_html(self, title: str = "Attention report") -> str:
+        """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
+        there are measurements, bars. Needs no network, and no script to be read."""
+        from sage_inductor.html import page
+
+        return page(self, title)
 
     def __str__(self) -> str:
         if not self.sites:
@@ -114,6 +125,10 @@ class Report:
             f"{self.graphs} graph(s)"
         )
         return "\n".join(lines)
+
+
+def _json_value(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layout_of(tensor: Tensor) -> str:

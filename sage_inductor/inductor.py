@@ -12,6 +12,7 @@ import torch
 __all__ = [
     "compile_with_inductor",
     "configured_pre_grad_pass",
+    "graph_breaks",
     "inductor_modes",
     "pinned_sdpa_backends",
     "pre_grad_pass",
@@ -53,6 +54,13 @@ def pre_grad_pass(graph_pass: Any) -> Iterator[None]:
 
     with inductor_config.patch(pre_grad_custom_pass=graph_pass):
         yield
+
+
+def graph_breaks() -> int:
+    """How often Dynamo has broken a graph in this process."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
 
 
 def pinned_sdpa_backends() -> tuple[str, ...]:

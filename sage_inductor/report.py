@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,9 +99,9 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"no attention found in {self.graphs} graph(s)"
+            return self.summary()
         header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
-        rows = [header] + [
+        rows = [
             (
                 site.name,
                 site.source,
@@ -114,17 +114,27 @@ class Report:
             )
             for site in self.sites
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
+        return f"{plain_table(header, rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: how many sites, rewritten and left, in how many graphs."""
+        if not self.sites:
+            return f"no attention found in {self.graphs} graph(s)"
+        return (
             f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
             f"{self.graphs} graph(s)"
         )
-        return "\n".join(lines)
+
+
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the header underlined."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _json_value(value: Any) -> Any:

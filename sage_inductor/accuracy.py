@@ -72,6 +72,6 @@ def sampled_error(
 ) -> float:
     """Relative L2 error of `out` against float64, on a sample of the queries of the last batch and head."""
     rows = torch.randperm(query.shape[2], device=query.device)[:samples]
-    last = [tensor[-1:, -1:] for tensor in (query, key, value)]
-    expected, _ = float64_attention(*last, params=params, rows=rows)
+    query, key, value = (tensor[-1:, -1:] for tensor in (query, key, value))
+    expected, _ = float64_attention(query, key, value, None, params, rows)
     return relative_l2(out[-1:, -1:, rows], expected)

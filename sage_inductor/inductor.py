@@ -17,6 +17,7 @@ __all__ = [
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
+    "trace_artifact",
     "without_leaving_dynamo_entries",
 ]
 
@@ -89,6 +90,13 @@ def without_leaving_dynamo_entries() -> Iterator[None]:
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)
+
+
+def trace_artifact(name: str, make_json: Callable[[], str]) -> None:
+    """Add JSON to the trace that TORCH_TRACE=folder asks for, where tlparse lists it with the graph's own artifacts."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=make_json)
 
 
 def surfaced(error: Exception) -> Exception:

@@ -79,16 +79,14 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...},
-        ...]}`. A measurement of NaN or infinity is text, "nan" or "inf": JSON has no such numbers."""
+        ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
-            "sites": [
-                {name: _json_value(value) for name, value in asdict(site).items()} for site in self.sites
-            ],
+            "sites": [asdict(site) for site in self.sites],
         }
-        return json.dumps(data, indent=indent, allow_nan=False)
+        return to_json(data, indent)
 
     def to_html(self, title: str = "Attention report") -> str:
         """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
@@ -137,8 +135,17 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """JSON in which a number that is NaN or infinite is text, "nan" or "inf": JSON has none such."""
+    return json.dumps(_json_value(data), indent=indent, allow_nan=False)
+
+
 def _json_value(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def layout_of(tensor: Tensor) -> str:

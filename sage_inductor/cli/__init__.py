@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +15,7 @@ EXIT_CODES = f"""exit codes:
   0  done, and all is well
   {FAILED}  something is wrong: a self-test failed, an installation is broken, the model raised
   {USAGE}  bad usage: an unknown option or value, a file that is missing or is not what it should be
-  {NOT_AS_ASKED}  not as asked: no kernel can run here, a kernel asked for by name cannot, attention stays under --require-all,
-     no plan within the tolerance
+  {NOT_AS_ASKED}  not as asked: no kernel can run here, a kernel asked for by name cannot, attention stays under --require-all
 """
 
 
@@ -27,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))
     except CommandError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     except NotEligibleError as error:
-        sys.stderr.write(f"{error}\n")
+        # Not its text: Dynamo, which it may have come through, adds hints on debugging to that.
+        sys.stderr.write(f"{error.site}: {'; '.join(error.reasons)}\n")
         return NOT_AS_ASKED
 
 

@@ -7,6 +7,7 @@ bench FILE.py:FUNCTION              plain torch.compile against backend="sage_in
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -95,7 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, "time these (default: for a shape all but the reference on a GPU, for a model auto)", "auto"
     )
     parser.add_argument(
-        "--precision", nargs="+", choices=tuple(PRECISIONS), help="default: all for a shape, fast for a model"
+        "--precision",
+        action="append",
+        choices=tuple(PRECISIONS),
+        help="may be repeated (default: all for a shape, fast for a model)",
     )
     add_config(parser, leave_out=("kernel", "precision"))
 
@@ -188,15 +192,25 @@ def _timed(
     attend: Callable[..., Tensor],
     rows: Sequence[Row],
 ) -> Row:
-    try:
-        ms = median_ms([partial(attend, *inputs) for inputs in sets], device=problem.device)
-        query, key, value = sets[0]
-        params = AttentionParams(is_causal=problem.is_causal)
-        error = sampled_error(query, key, value, attend(query, key, value), params)
-    except RuntimeError as failure:  # a backend of SDPA that does not take the shape, or no memory
-        return Row(name, precision, problems=(str(failure).splitlines()[0],))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            ms = median_ms([partial(attend, *inputs) for inputs in sets], device=problem.device)
+            query, key, value = sets[0]
+            params = AttentionParams(is_causal=problem.is_causal)
+            error = sampled_error(query, key, value, attend(query, key, value), params)
+        except RuntimeError as failure:  # a backend of SDPA that does not take the shape, or no memory
+            # SDPA warns of what each backend lacks before it says that there is none.
+            return Row(name, precision, problems=_first_lines(failure, *caught))
     tflops = problem.operations / ms / 1e9
-    return Row(name, precision, ms, _speedup(ms, rows), rel_l2=error, tflops=tflops)
+    return Row(
+        name, precision, ms, _speedup(ms, rows), rel_l2=error, tflops=tflops, problems=_first_lines(*caught)
+    )
+
+
+def _first_lines(*messages: Exception | warnings.WarningMessage) -> tuple[str, ...]:
+    texts = (str(item.message if isinstance(item, warnings.WarningMessage) else item) for item in messages)
+    return tuple(dict.fromkeys(text.splitlines()[0].partition(" (Triggered")[0] for text in texts if text))
 
 
 def _speedup(ms: float, rows: Sequence[Row]) -> float | None:

@@ -60,6 +60,8 @@ def load(spec: str) -> Subject:
     path = Path(file)
     if not path.is_file():
         raise CommandError(f"{file}: no such file")
+    if path.suffix != ".py":
+        raise CommandError(f"{file} is no Python file")
     with failing(f"{file} cannot be imported"):
         module = _import(path)
     function = getattr(module, name, None)
@@ -98,14 +100,14 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def _import(path: Path) -> Any:
-    """As `python FILE.py` would, with the modules beside it; its name is its own, so that `__main__` guards hold."""
+    """As `python FILE.py` would, with the modules beside it, but for `__main__` guards. The module's name is one that
+    no other has: a file may be called json.py."""
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    name = path.stem
+    name = f"__{path.stem}__"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise CommandError(f"{path} is no Python file")
+    assert spec is not None and spec.loader is not None  # of every name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

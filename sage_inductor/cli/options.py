@@ -39,10 +39,14 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
 
 
 def add_kernels(parser: argparse.ArgumentParser, help_text: str, *others: str) -> None:
-    """`--kernel NAME ...`, of all kernels and `others`."""
+    """`--kernel NAME`, of all kernels and `others`; may be repeated."""
     names = (*others, *kernels.KERNELS)
     parser.add_argument(
-        "--kernel", nargs="+", choices=names, metavar="NAME", help=f"{help_text}; of {', '.join(names)}"
+        "--kernel",
+        action="append",
+        choices=names,
+        metavar="NAME",
+        help=f"{help_text}; of {', '.join(names)}; may be repeated",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sage_inductor.cli.errors import CommandError
-from sage_inductor.report import plain_table
+from sage_inductor.report import plain_table, to_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ def show_lines(*lines: str) -> None:
 
 
 def show_json(data: Any) -> None:
-    show_lines(data if isinstance(data, str) else json.dumps(data, indent=2, allow_nan=False))
+    """Print data, or JSON that is made already."""
+    show_lines(data if isinstance(data, str) else to_json(data))
 
 
 def write_file(path: str, text: str) -> None:

@@ -56,6 +56,9 @@ def without_attention():
 def that_raises():
     return Raises(), (torch.randn(2, 40, 64),)
 
+def samples():
+    return [(torch.randn(1, 20, 64),), {"x": torch.randn(3, 60, 64)}]
+
 def fails():
     raise FileNotFoundError("weights.safetensors")
 
@@ -301,7 +304,9 @@ class Plan:
         Path(path).write_text("{}")
 
 
-def test_calibrate(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for `calibrate`: the calls it was given."""
     calls: list[Any] = []
 
     def calibrate(model: Any, inputs: Any, **options: Any) -> Plan:
@@ -309,36 +314,58 @@ def test_calibrate(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return Plan()
 
     monkeypatch.setattr(sage_inductor, "calibrate", calibrate, raising=False)
-    done = run("calibrate", "net.py:make_model", "--tolerance", "0.05", "--out", "plan.json")
+    return calls
+
+
+def test_calibrate(run: Any, folder: Path, calibrated: list[Any]) -> None:
+    done = run(
+        "calibrate", "net.py:make_model", "--tolerance", "0.05", "--out", "plan.json", "--include", "a.*"
+    )
     assert done.code == 0 and (folder / "plan.json").read_text() == "{}"
     assert "1 site: balanced" in done.out and "written to plan.json" in done.out
-    (model, ((x,),), options) = calls.pop()
+    model, (x,), options = calibrated.pop()
     assert isinstance(model, torch.nn.Module) and isinstance(x, Tensor)
-    assert options == {"tolerance": 0.05, "metric": "rel_l2"}
-    done = run(
-        "calibrate",
-        "net.py:with_keywords",
-        "--tolerance",
-        "1",
-        "--metric",
-        "cosine",
-        "--out",
-        "p.json",
-        "--json",
-    )
+    assert options == {"tolerance": 0.05, "metric": "rel_l2", "config": Config(include=("a.*",))}
+    done = run("calibrate", "net.py:with_keywords", "--metric", "cosine", "--out", "plan.json", "--json")
+    assert done.json == {}
+    _, inputs, options = calibrated.pop()
+    assert inputs.keys() == {"x"} and options["metric"] == "cosine" and options["tolerance"] is None
     assert (
-        done.json == {"plan": "p.json"}
-        and calls[0][1][0].keys() == {"x"}
-        and calls[0][2]["metric"] == "cosine"
+        run("calibrate", "net.py:make_model", "--samples", "net.py:samples", "--out", "plan.json").code == 0
     )
-    done = run("calibrate", "net.py:make_model", "--tolerance", "1", "--out", "no/folder/plan.json")
-    assert done.code == 2 and done.err.startswith("cannot write no/folder/plan.json")
+    assert len(calibrated.pop()[1]) == 2
 
 
-def test_calibrate_needs_a_tolerance_and_a_file(run: Any) -> None:
+def test_calibrate_refuses(run: Any, calibrated: list[Any]) -> None:
     done = run("calibrate", "net.py:make_model")
-    assert done.code == 2 and "--tolerance, --out" in done.err
-    assert run("calibrate", "net.py:make_model", "--tolerance", "much", "--out", "x").code == 2
+    assert done.code == 2 and "--out" in done.err
+    done = run("calibrate", "net.py:make_model", "--out", "no/folder/plan.json")
+    assert done.code == 2 and done.err.startswith("cannot write no/folder/plan.json: No such file")
+    done = run("calibrate", "net.py:with_both", "--out", "plan.json")
+    assert done.code == 2 and "positional and keyword inputs together" in done.err
+    assert run("calibrate", "net.py:make_model", "--tolerance", "much", "--out", "plan.json").code == 2
+
+
+def test_errors_about_arguments_need_no_traceback(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the package raises; the same from the model are the model's."""
+    from sage_inductor.config import Config as Refuses
+
+    monkeypatch.setattr(
+        sage_inductor, "calibrate", lambda *args, **options: Refuses(precision="?"), raising=False
+    )
+    done = run("calibrate", "net.py:make_model", "--out", "plan.json")
+    assert done.code == 2 and done.err == "precision='?' (valid: fast, balanced, accurate)\n"
+
+    def calibrate(*args: Any, **options: Any) -> None:
+        raise ValueError("too few values to unpack")
+
+    monkeypatch.setattr(sage_inductor, "calibrate", calibrate)
+    done = run("calibrate", "net.py:make_model", "--out", "plan.json")
+    assert (
+        done.code == 1
+        and "calibration failed: ValueError: too few values" in done.err
+        and "Traceback" in done.err
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- bench

@@ -30,6 +30,7 @@ from sage_inductor.cli.options import (
     add_kernels,
     chosen_config,
     chosen_device,
+    config_fields,
 )
 from sage_inductor.cli.output import Cell, good, show_json, show_table, weak
 from sage_inductor.config import OPTION_PREFIX, Config
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(PRECISIONS),
         help="may be repeated (default: all for a shape, fast for a model)",
     )
-    add_config(parser, leave_out=("kernel", "precision"))
+    add_config(parser, config_fields("kernel", "precision"))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import torch
 from sage_inductor.backend import explain
 from sage_inductor.cli.errors import NOT_AS_ASKED
 from sage_inductor.cli.model import Subject, add_model, failing, load
-from sage_inductor.cli.options import add_config, chosen_config
+from sage_inductor.cli.options import add_config, chosen_config, config_fields
 from sage_inductor.cli.output import Cell, good, show_json, show_lines, show_table, weak, write_file
 from sage_inductor.config import Config
 from sage_inductor.report import Report, Site
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-all", action="store_true", help="fail where any attention stays, or none is found"
     )
-    add_config(parser)
+    add_config(parser, config_fields())
 
 
 def run(options: argparse.Namespace) -> int:

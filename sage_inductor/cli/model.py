@@ -17,6 +17,7 @@ from torch import Tensor
 from sage_inductor.cli.errors import FAILED, CommandError
 from sage_inductor.errors import NotEligibleError
 
+PACKAGE = Path(__file__).parent.parent
 VALID = "(model, args), (model, kwargs) or (model, args, kwargs), args a tuple or list, kwargs a dict"
 
 
@@ -52,8 +53,13 @@ def add_model(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
 
 
 def load(spec: str) -> Subject:
-    """Import the file, call the function. CommandError for a file, a function or a return that is not as it should
-    be; what they raise goes to stderr, and ends the command."""
+    """What FILE.py:FUNCTION makes. CommandError for a file, a function or a return that is not as it should be; what
+    they raise goes to stderr, and ends the command."""
+    return _subject(spec, make(spec))
+
+
+def make(spec: str) -> Any:
+    """What FILE.py:FUNCTION returns."""
     file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
         raise CommandError(f"{spec!r} (valid: FILE.py:FUNCTION)")
@@ -71,21 +77,28 @@ def load(spec: str) -> Subject:
         ]
         raise CommandError(f"{file} has no function {name} (it has: {', '.join(functions) or 'none'})")
     with failing(f"{spec} raised"):
-        made = function()
-    return _subject(spec, made)
+        return function()
 
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Exceptions of the user's code: its traceback, and the exit code for that. NotEligibleError, which is the
-    package's own, passes."""
+    """Exceptions of the user's code: its traceback, and the exit code for that. What the package itself raises about
+    its arguments needs no traceback; NotEligibleError passes."""
     try:
         yield
     except NotEligibleError:
         raise
     except Exception as error:
+        if isinstance(error, (ValueError, TypeError)) and _is_ours(error):
+            raise CommandError(str(error)) from None
         traceback.print_exc()
         raise CommandError(f"{what}: {type(error).__name__}: {error}", FAILED) from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether code of this package raised it, and not code that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ import ast
 import inspect
 import textwrap
 import types
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -50,20 +51,19 @@ def add_kernels(parser: argparse.ArgumentParser, help_text: str, *others: str) -
     )
 
 
-def add_config(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
-    """`--<field>` for every field of Config, with its docstring; only those that are given are set."""
+def config_fields(*but: str) -> tuple[str, ...]:
+    """The names of Config's fields, without some."""
+    return tuple(field.name for field in fields(Config) if field.name not in but)
+
+
+def add_config(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """`--<field>` for these fields of Config, with their docstrings; only those that are given are set."""
     group = parser.add_argument_group("options of sage_inductor.Config")
     hints, texts = get_type_hints(Config), _field_docs()
-    for field in fields(Config):
-        if field.name in leave_out:
-            continue
-        flag, help_text = "--" + field.name.replace("_", "-"), texts.get(field.name, "").replace("%", "%%")
-        shared: dict[str, Any] = {
-            "dest": CONFIG_PREFIX + field.name,
-            "default": argparse.SUPPRESS,
-            "help": help_text,
-        }
-        hint = hints[field.name]
+    for name in names:
+        flag, hint = "--" + name.replace("_", "-"), hints[name]
+        shared: dict[str, Any] = {"dest": CONFIG_PREFIX + name, "default": argparse.SUPPRESS}
+        shared["help"] = texts.get(name, "").replace("%", "%%")
         if hint is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
         elif get_origin(hint) is tuple:

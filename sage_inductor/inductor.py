@@ -14,6 +14,7 @@ __all__ = [
     "configured_pre_grad_pass",
     "graph_breaks",
     "inductor_modes",
+    "keep_gpu_busy",
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
@@ -90,6 +91,11 @@ def without_leaving_dynamo_entries() -> Iterator[None]:
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Occupies the current stream for so many clock cycles: a million are about half a millisecond."""
+    torch.cuda._sleep(cycles)
 
 
 def trace_artifact(name: str, make_json: Callable[[], str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,7 +26,9 @@ from sage_inductor.accuracy import (
     relative_l2,
 )
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.inductor import keep_gpu_busy
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.kernels.base import reason
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the GPU work of a call, which it need not run; what it returns repeats that work on the same memory."""
@@ -92,11 +94,18 @@ class Inputs(NamedTuple):
     value: Tensor
     attn_mask: Tensor | None
 
-    def redraw(self, case: Case, seed: int) -> None:
+    def fill(self, new: Inputs) -> None:
         """New data in the same memory, which is what a replayed graph reads."""
-        for tensor, new in zip(self, draw(case, self.query.device, seed), strict=True):
-            if tensor is not None and new is not None:
-                tensor.copy_(new)
+        for tensor, data in self._beside(new):
+            tensor.copy_(data)
+
+    def equals(self, other: Inputs) -> bool:
+        return all(torch.equal(tensor, data) for tensor, data in self._beside(other))
+
+    def _beside(self, other: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
+        for tensor, data in zip(self, other, strict=True):
+            if tensor is not None and data is not None:
+                yield tensor, data
 
 
 def check(
@@ -128,11 +137,10 @@ def _examine(
     kernel: Kernel, precision: str, case: Case, device: torch.device, capture: Capture | None
 ) -> Finding:
     finding = Finding(kernel.name, precision, case.name, "skipped")
-    if case.when == "captured" and capture is None:
-        return dataclasses.replace(finding, problems=(f"device={device.type} (supported: cuda)",))
-    if case.when == "side stream" and device.type != "cuda":
-        return dataclasses.replace(finding, problems=(f"device={device.type} (supported: cuda)",))
-    inputs = draw(case, device, seed=0)
+    emulated = case.when == "captured" and capture is not None
+    if case.when != "eager" and device.type != "cuda" and not emulated:
+        return dataclasses.replace(finding, problems=(reason("device", device.type, "cuda"),))
+    inputs, new = draw(case, device, seed=0), draw(case, device, seed=1)
     params = AttentionParams(is_causal=case.is_causal, precision=precision)
     unsupported = kernel.not_supported_reasons(_problem(inputs, params, case.lse))
     if unsupported:
@@ -144,18 +152,15 @@ def _examine(
     def run() -> None:
         kernel.run(*inputs, params, out, lse)
 
-    kept = [tensor.clone() for tensor in inputs if tensor is not None]
     _erase(out, lse)
     try:
         if case.when == "captured" and capture is not None:
             replay = capture(run)
-            inputs.redraw(case, seed=1)
-            kept = [tensor.clone() for tensor in inputs if tensor is not None]
+            inputs.fill(new)
             _erase(out, lse)
             replay()
         elif case.when == "side stream":
-            _run_behind_other_work(run, inputs, case)
-            kept = [tensor.clone() for tensor in inputs if tensor is not None]
+            _run_behind_other_work(run, inputs, new)
         else:
             run()
         if device.type == "cuda":
@@ -165,24 +170,22 @@ def _examine(
     except Exception as error:  # whatever a broken build does
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         return dataclasses.replace(finding, status="failed", problems=(f"raises {text}",))
-    return _judge(finding, kernel, inputs, kept, params, out, lse)
+    # Drawn again: what the kernel was given, whatever it did to it.
+    given = draw(case, device, seed=0 if case.when == "eager" else 1)
+    judged = _judge(finding, kernel, given, params, out, lse)
+    if inputs.equals(given):
+        return judged
+    return dataclasses.replace(
+        judged, status="failed", problems=("the inputs were modified", *judged.problems)
+    )
 
 
 def _judge(
-    finding: Finding,
-    kernel: Kernel,
-    inputs: Inputs,
-    kept: list[Tensor],
-    params: AttentionParams,
-    out: Tensor,
-    lse: Tensor | None,
+    finding: Finding, kernel: Kernel, inputs: Inputs, params: AttentionParams, out: Tensor, lse: Tensor | None
 ) -> Finding:
-    """Compare output, LSE and inputs with what they must be."""
+    """Compare output and LSE with what they must be."""
     query, key, value, attn_mask = inputs
     problems = []
-    now = [tensor for tensor in inputs if tensor is not None]
-    if not all(torch.equal(tensor, before) for tensor, before in zip(now, kept, strict=True)):
-        problems.append("the inputs were modified")
     exact, exact_lse = float64_attention(query, key, value, attn_mask, params)
     oracle, _ = reference.attention(
         query, key, value, attn_mask,
@@ -263,18 +266,15 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _run_behind_other_work(run: Callable[[], None], inputs: Inputs, case: Case) -> None:
-    """`run` on a side stream that makes its inputs late: work on another stream overtakes it and reads others."""
+def _run_behind_other_work(run: Callable[[], None], inputs: Inputs, late: Inputs) -> None:
+    """`run` on a side stream that gives its inputs late: work on another stream overtakes it and reads the old."""
     run()  # compiles: later that would give the side stream time to finish
     device = inputs.query.device
-    late = draw(case, device, seed=2)
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
-        for tensor, new in zip(inputs, late, strict=True):
-            if tensor is not None and new is not None:
-                tensor.copy_(new)
+        keep_gpu_busy(20_000_000)  # about 10 ms
+        inputs.fill(late)
         run()
     stream.synchronize()
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sage_inductor.inductor import keep_gpu_busy
+
 
 def median_ms(
     calls: Sequence[Callable[[], Any]],
@@ -32,7 +34,7 @@ def median_ms(
 
 def _gpu_ms(call: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
+    keep_gpu_busy(1_000_000)
     start.record()
     call()
     end.record()

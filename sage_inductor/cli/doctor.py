@@ -8,6 +8,7 @@ the oracle and against float64.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -165,9 +166,14 @@ def _rows(diagnosis: Diagnosis) -> Iterable[tuple[Cell, ...]]:
         text = ", ".join(f"{len(found)} {status}" for status, found in by_status.items() if found)
         style = bad if by_status["failed"] else good if by_status["passed"] else weak
         errors = [f.rel_l2 for f in by_status["passed"] + by_status["failed"] if f.rel_l2 is not None]
-        error = f"{max(errors):.4f}" if errors else ""
+        error = f"{max(errors, key=_size):.4f}" if errors else ""
         limits = dict.fromkeys(problem for finding in by_status["skipped"] for problem in finding.problems)
         yield diagnosis.kernel, precision, style(text), error, "; ".join(limits)
+
+
+def _size(error: float) -> float:
+    """What errors are ordered by: NaN is the largest."""
+    return math.inf if math.isnan(error) else error
 
 
 def _case_row(finding: selftest.Finding) -> tuple[Cell, ...]:

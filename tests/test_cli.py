@@ -257,6 +257,22 @@ def test_every_field_of_config_is_an_option(run: Any) -> None:
     assert done.code == 0 and "fnmatch globs on the site's module path" in " ".join(done.out.split())
 
 
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (str, "7", "7"),
+        (str | None, "a", "a"),
+        (int, "7", 7),
+        (float | None, "0.5", 0.5),
+        (Path | str | None, "p", "p"),
+    ],
+)
+def test_options_have_the_types_of_their_fields(hint: Any, text: str, value: Any) -> None:
+    from sage_inductor.cli.options import _parser_of
+
+    assert _parser_of(hint)(text) == value
+
+
 @pytest.mark.skipif(HAS_GPU, reason="a machine that can run it")
 def test_a_kernel_that_cannot_run_here(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")

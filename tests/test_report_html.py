@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sage_inductor import Report, Site
-from sage_inductor.html import module_tree, reason_kind
+from sage_inductor.html import module_tree, reason_kinds
 from sage_inductor.report import TensorInfo
 
 FLAGS = (
@@ -123,6 +123,8 @@ def test_filters_by_reason_decision_and_words(show: Any) -> None:
     def tick(name: str, value: str) -> None:
         next(box for box in find(page, f"[name={name}]") if box.get_attribute("value") == value).click()
 
+    offered = [box.get_attribute("value") for box in find(page, "[name=reason]")]
+    assert offered == ["triton: kv_len", "requires_grad", "head_dim", HOSTILE.partition("=")[0]]
     tick("reason", "triton: kv_len")
     assert visible(page) == ["blocks.0.attn2", "blocks.1.attn2"]
     groups = [e.text for e in find(page, ".group > summary .name") if e.is_displayed()]
@@ -238,8 +240,12 @@ def test_a_model_without_attention(show: Any) -> None:
 
 
 def test_reasons_are_grouped_by_what_they_are_about() -> None:
-    assert reason_kind("triton: head_dim=80 (supported: 64, 128)") == "triton: head_dim"
-    assert reason_kind("is slower than SDPA") == "is slower than SDPA"
+    reasons = (
+        "triton: head_dim=80 (supported: 64, 128)",
+        "is slower than SDPA",
+        "triton: head_dim=7 (supported: 8)",
+    )
+    assert reason_kinds(site("a", reasons)) == ["triton: head_dim", "is slower than SDPA"]
 
 
 def test_the_tree_follows_the_dotted_names() -> None:

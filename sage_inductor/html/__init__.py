@@ -85,9 +85,9 @@ def decision(site: Site) -> str:
     return f"{site.kernel} {site.precision}" if site.rewritten else LEFT
 
 
-def reason_kind(reason: str) -> str:
-    """What a reason is about, without the value: "head_dim" of "head_dim=80 (supported: 64, 128)"."""
-    return reason.partition("=")[0].strip()
+def reason_kinds(site: Site) -> list[str]:
+    """What its reasons are about, without the values: "head_dim" for "head_dim=80 (supported: 64, 128)"."""
+    return list(dict.fromkeys(reason.partition("=")[0].strip() for reason in site.reasons))
 
 
 def module_tree(sites: Sequence[Site]) -> Module:
@@ -157,7 +157,7 @@ def _summary(report: Report, look: Look) -> str:
 
 
 def _filters(sites: Sequence[Site], look: Look) -> str:
-    kinds = _counts(kind for site in sites for kind in {reason_kind(text) for text in site.reasons})
+    kinds = _counts(kind for site in sites for kind in reason_kinds(site))
     decisions = _counts(map(decision, sites))
     boxes = _boxes(
         "decision", "Decision", {name: decisions[name] for name in look.classes if name in decisions}
@@ -210,7 +210,7 @@ def _group(module: Module, depth: int, look: Look) -> str:
 
 def _site(index: int, name: str, site: Site, depth: int, look: Look) -> str:
     decided = decision(site)
-    kinds = json.dumps(sorted({reason_kind(text) for text in site.reasons}))
+    kinds = json.dumps(reason_kinds(site))
     query = str(site.query) if site.query is not None else "?"
     bars = _error_bar(site, look) + _speedup_bar(site, look) if look.measured else ""
     facts = {

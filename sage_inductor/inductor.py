@@ -18,6 +18,7 @@ __all__ = [
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
+    "tensors_of",
     "trace_artifact",
     "without_leaving_dynamo_entries",
 ]
@@ -96,6 +97,13 @@ def without_leaving_dynamo_entries() -> Iterator[None]:
 def keep_gpu_busy(cycles: int) -> None:
     """Occupies the current stream for so many clock cycles: a million are about half a millisecond."""
     torch.cuda._sleep(cycles)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a structure of tuples, dicts and what else is registered with pytree, in order."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def trace_artifact(name: str, make_json: Callable[[], str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sage_inductor.cli.errors import FAILED, CommandError
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.inductor import tensors_of
 
 PACKAGE = Path(__file__).parent.parent
 VALID = "(model, args), (model, kwargs) or (model, args, kwargs), args a tuple or list, kwargs a dict"
@@ -42,7 +43,7 @@ class Subject:
         return dict(self.kwargs) if self.kwargs else self.args
 
     def tensors(self) -> list[Tensor]:
-        return tensors_of([self.args, dict(self.kwargs)])
+        return tensors_of((self.args, dict(self.kwargs)))
 
 
 def add_model(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -99,17 +100,6 @@ def _is_ours(error: Exception) -> bool:
     """Whether code of this package raised it, and not code that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts (outputs of transformers and diffusers are dicts)."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return (
-        [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, (tuple, list)) else []
-    )
 
 
 def _import(path: Path) -> Any:

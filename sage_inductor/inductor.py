@@ -13,12 +13,15 @@ __all__ = [
     "compile_with_inductor",
     "configured_pre_grad_pass",
     "cuda_driver_api",
+    "graph_breaks",
     "inductor_modes",
-    "occupy_gpu",
+    "keep_gpu_busy",
     "outside_tracing",
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
+    "tensors_of",
+    "trace_artifact",
     "without_leaving_dynamo_entries",
 ]
 
@@ -58,6 +61,13 @@ def pre_grad_pass(graph_pass: Any) -> Iterator[None]:
         yield
 
 
+def graph_breaks() -> int:
+    """How often Dynamo has broken a graph in this process."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
 def pinned_sdpa_backends() -> tuple[str, ...]:
     """Names of the SDPA backends that are enabled now, e.g. ("CUDNN_ATTENTION", "FLASH_ATTENTION", ...)."""
     from torch.nn.attention import _cur_sdpa_kernel_backends
@@ -69,11 +79,6 @@ def cuda_driver_api() -> int:
     """The newest CUDA version that the installed driver serves, 13000 for 13.0."""
     bindings: Any = torch._C  # without CUDA they lack this one
     return int(bindings._cuda_getDriverVersion())
-
-
-def occupy_gpu(cycles: int) -> None:
-    """Keeps the current stream busy for `cycles` of the GPU's clock, while the host queues work behind it."""
-    torch.cuda._sleep(cycles)
 
 
 @contextmanager
@@ -107,6 +112,26 @@ def without_leaving_dynamo_entries() -> Iterator[None]:
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Occupies the current stream for so many clock cycles, while the host queues work behind it: a million are about
+    half a millisecond."""
+    torch.cuda._sleep(cycles)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a structure of tuples, dicts and what else is registered with pytree, in order."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def trace_artifact(name: str, make_json: Callable[[], str]) -> None:
+    """Add JSON to the trace that TORCH_TRACE=folder asks for, where tlparse lists it with the graph's own artifacts."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=make_json)
 
 
 def surfaced(error: Exception) -> Exception:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class Site:
 @dataclass(frozen=True)
 class Report:
     """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
-    data."""
+    data, `to_html()` a page to look at."""
 
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
@@ -84,13 +86,20 @@ class Report:
             "refused": len(self.refused),
             "sites": [asdict(site) for site in self.sites],
         }
-        return json.dumps(data, indent=indent)
+        return to_json(data, indent)
+
+    def to_html(self, title: str = "Attention report") -> str:
+        """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
+        there are measurements, bars. Needs no network, and no script to be read."""
+        from sage_inductor.html import page
+
+        return page(self, title)
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"no attention found in {self.graphs} graph(s)"
+            return self.summary()
         header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
-        rows = [header] + [
+        rows = [
             (
                 site.name,
                 site.source,
@@ -103,17 +112,40 @@ class Report:
             )
             for site in self.sites
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
+        return f"{plain_table(header, rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: how many sites, rewritten and left, in how many graphs."""
+        if not self.sites:
+            return f"no attention found in {self.graphs} graph(s)"
+        return (
             f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
             f"{self.graphs} graph(s)"
         )
-        return "\n".join(lines)
+
+
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the header underlined."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """JSON in which a number that is NaN or infinite is text, "nan" or "inf": JSON has none such."""
+    return json.dumps(_json_value(data), indent=indent, allow_nan=False)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _decision(site: Site) -> str:

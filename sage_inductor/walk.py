@@ -24,9 +24,9 @@ from sage_inductor.eligibility import (
 )
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.gqa import absorb_repeated_heads
-from sage_inductor.inductor import pinned_sdpa_backends
+from sage_inductor.inductor import pinned_sdpa_backends, trace_artifact
 from sage_inductor.patterns import ALL, OPAQUE
-from sage_inductor.report import Site, TensorInfo, unique_names
+from sage_inductor.report import Report, Site, TensorInfo, unique_names
 from sage_inductor.rewrite import insert_expansion, rewrite
 from sage_inductor.tuning import Choice, Comparison, choose
 
@@ -45,6 +45,7 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     rewritten = sum(site.rewritten for site in sites)
     if sites:
         log.info("%d of %d attention(s) rewritten (kernel=%s)", rewritten, len(sites), config.kernel)
+        trace_artifact("sage_inductor_report", lambda: Report(sites).to_json())
     _fall_back([site for site in sites if not site.rewritten], config)
     return sites
 

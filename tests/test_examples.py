@@ -56,6 +56,14 @@ def test_quickstart(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]
         assert text in printed
 
 
+def test_quickstart_is_one_for_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from sage_inductor.cli import main as command
+
+    spec = f"{EXAMPLES / 'quickstart.py'}:make_model"
+    assert command(["explain", spec, "--kernel", "reference"]) == 0
+    assert "3 attention(s): 2 rewritten, 1 left; 1 graph(s)" in capsys.readouterr().out
+
+
 def test_wan_video(tmp_path: Path) -> None:
     """A kernel that runs, and two that cannot on a CPU, outside Triton's interpreter: in a new process."""
     pytest.importorskip("diffusers")

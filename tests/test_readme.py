@@ -23,3 +23,11 @@ def test_every_option_and_kernel_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for name in [field.name for field in fields(Config)] + list(kernels.KERNELS) + list(kernels.PRECISIONS):
         assert f"`{name}`" in text, name
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from sage_inductor.cli import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"python -m sage_inductor {name} " in text, name

@@ -197,7 +197,7 @@ def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=64))
-    monkeypatch.setattr(measure, "occupy_gpu", lambda cycles: steps.append("busy"))
+    monkeypatch.setattr(measure, "keep_gpu_busy", lambda cycles: steps.append("busy"))
     clock = measure._CudaClock(torch.device("cpu"))
     clock.flush.fill_(1)
     assert clock(lambda: steps.append("call")) == 5.0

@@ -93,10 +93,18 @@ class Kernel(ABC):
     dtypes: ClassVar[Collection[torch.dtype]]
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
+    oracle_distance: ClassVar[float] = 1.0
+    """How far an output may lie from the oracle's, in units of the precision's documented error. 1: the kernel takes
+    the oracle's steps, and rounding P against other maxima, in narrower tiles, is a rounding of its own within that
+    error. 2: another algorithm; both outputs lie within that error of the exact one."""
 
     @abstractmethod
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         """Why the kernel cannot run on `device` (None: on any device of this machine); empty when it can."""
+
+    def broken_reasons(self, device: torch.device | None = None) -> list[str]:
+        """Those of `unavailable_reasons` that a fault of the installation gives, and not a limit of the machine."""
+        return []
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Every reason why the kernel cannot serve `problem`; empty when it can. Touches no device."""

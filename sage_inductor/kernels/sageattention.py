@@ -86,6 +86,7 @@ class SageAttentionKernel(Kernel):
     dtypes = V1.dtypes
     device_types = ("cuda",)  # and "cpu" when Triton interprets (TRITON_INTERPRET=1), for 1.0.x
     head_dims = (64, 96, 128)
+    oracle_distance = 2.0  # scales per 64 keys and per tile of queries, not the oracle's
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         version = installed_version()
@@ -105,6 +106,16 @@ class SageAttentionKernel(Kernel):
         indices = range(torch.cuda.device_count()) if device is None else [_index(device)]
         reasons = [_device_reasons(limits, index) for index in indices]
         return [] if any(not found for found in reasons) else list(dict.fromkeys(sum(reasons, [])))
+
+    def broken_reasons(self, device: torch.device | None = None) -> list[str]:
+        """What is wrong with the installed 2.x on GPUs that it has kernels for: all that `_device_reasons` finds
+        there."""
+        limits = limits_of(installed_version())
+        if limits is not V2 or not torch.cuda.is_available() or (device and device.type != "cuda"):
+            return []
+        indices = range(torch.cuda.device_count()) if device is None else [_index(device)]
+        served = [index for index in indices if torch.cuda.get_device_capability(index) in V2_FUNCTIONS]
+        return list(dict.fromkeys(sum((_device_reasons(limits, index) for index in served), [])))
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         limits = limits_of(installed_version())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import ops
-from sage_inductor.inductor import occupy_gpu, outside_tracing
+from sage_inductor.inductor import keep_gpu_busy, outside_tracing
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.tuning.comparison import Comparison, SdpaCall
 from sage_inductor.tuning.store import Result, Timing
@@ -204,7 +204,7 @@ class _CudaClock:
     def __call__(self, call: Call) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
-        occupy_gpu(self.BUSY_CYCLES)
+        keep_gpu_busy(self.BUSY_CYCLES)
         start.record()
         host_ms = _host_ms(call)
         end.record()

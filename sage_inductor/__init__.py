@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported
+from sage_inductor.calibration import calibrate
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.functional import sage_attention
+from sage_inductor.plan import Plan
 from sage_inductor.report import Report, Site
 
 if TYPE_CHECKING:
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "NotEligibleError",
+    "Plan",
     "Report",
     "SageAttentionPass",
     "Site",
     "backends",
+    "calibrate",
     "enabled",
     "explain",
     "kernels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,8 @@ __all__ = [
     "pinned_sdpa_backends",
     "pre_grad_pass",
     "surfaced",
+    "tensors_of",
+    "without_limit_of_recompiles",
     "without_leaving_dynamo_entries",
 ]
 
@@ -81,6 +84,22 @@ def without_leaving_dynamo_entries() -> Iterator[None]:
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)
+
+
+@contextmanager
+def without_limit_of_recompiles() -> Iterator[None]:
+    """Dynamo compiles code inside for as many shapes as it meets; at its limit (8) it would run it uncompiled."""
+    import torch._dynamo.config as dynamo_config
+
+    with dynamo_config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        yield
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a structure of tuples, dicts and what else is registered with pytree, in order."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def surfaced(error: Exception) -> Exception:

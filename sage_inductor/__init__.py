@@ -10,6 +10,7 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.functional import sage_attention
 from sage_inductor.plan import Plan
 from sage_inductor.report import Report, Site
+from sage_inductor.stepped import SteppedModel, compile_steps
 
 if TYPE_CHECKING:
     from sage_inductor.graph_pass import SageAttentionPass
@@ -21,8 +22,10 @@ __all__ = [
     "Report",
     "SageAttentionPass",
     "Site",
+    "SteppedModel",
     "backends",
     "calibrate",
+    "compile_steps",
     "enabled",
     "explain",
     "kernels",

@@ -56,6 +56,7 @@ def calibrate(
             and content that will be met. For a model that is run in steps (diffusion), a dict of any of these by
             step, `{0: sample, 20: sample}`, gives decisions for ranges of steps: each calibrated step speaks for
             those up to the next, the first also for those before it. Keys (first, last) name the ranges.
+            `compile_steps` runs the result; applied as it is, a plan takes the most careful decision of all steps.
         tolerance: what the worst of all samples must hold; None: the metric's default.
         metric: of the site's output, "rel_l2" and "max_error" (at most the tolerance; default .05), "cosine" (at
             least; .99875), "sqnr_db" (at least; 26); or "output_rel_l2", the relative L2 error of the model's output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,19 +69,23 @@ def pinned_sdpa_backends() -> tuple[str, ...]:
 @contextmanager
 def without_leaving_dynamo_entries() -> Iterator[None]:
     """Drops what Dynamo caches inside for code that had no entry before, so that tracing a model to look at
-    it does not count against its limit of recompiles. Code that is compiled already keeps its entries, and
-    one more."""
+    it does not count against its limit of recompiles, and forgets the sizes it met: a later call of another size
+    would be compiled for dynamic shapes at once. Code that is compiled already keeps its entries, and one more."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo import convert_frame
+    from torch._dynamo.pgo import get_code_state
 
     def compiled() -> dict[int, Any]:
         codes = (reference() for reference in list(convert_frame.input_codes.seen))
         return {id(code): code for code in codes if code is not None and _debug_get_cache_entry_list(code)}
 
     before = compiled()
+    sizes = copy.deepcopy(get_code_state())
     try:
         yield
     finally:
+        get_code_state().clear()
+        get_code_state().update(sizes)
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)

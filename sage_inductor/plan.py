@@ -192,6 +192,13 @@ class Plan:
 
         return plan_file.to_json(self)
 
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """The plan that `to_json` gave. Raises ValueError as `load` does."""
+        from sage_inductor import plan_file
+
+        return plan_file.from_json(text)
+
     def ranges(self) -> tuple[Steps, ...]:
         """The ranges of steps with decisions of their own; empty for a plan that does not depend on the step."""
         return tuple(

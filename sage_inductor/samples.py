@@ -60,7 +60,7 @@ def _phases_of_steps(inputs: Mapping[Any, Any]) -> tuple[Phase, ...]:
         else:
             steps = key
         first, last = steps
-        if first < 0 or (last is not None and last < first):
+        if firsts[index] < 0 or (last is not None and last < first):
             raise ValueError(f"step {key!r} (valid: from 0, each once, and first <= last)")
         if following is not None and (last is None or last >= following):
             raise ValueError(f"step {key!r} reaches into that of {ordered[index + 1]!r}")

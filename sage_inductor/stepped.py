@@ -17,7 +17,11 @@ class SteppedModel:
     """
 
     def __init__(
-        self, model: Callable[..., Any], plan: Plan, options: Mapping[str, Any], compile_args: Mapping[str, Any]
+        self,
+        model: Callable[..., Any],
+        plan: Plan,
+        options: Mapping[str, Any],
+        compile_args: Mapping[str, Any],
     ) -> None:
         self._model = model
         self._plan = plan

@@ -54,13 +54,16 @@ class Model(nn.Module):
 
 
 def make(bad: int | None = BAD, **sizes: int) -> Model:
-    """Layers alike, but for one channel of K that is 60 times as large in the layer `bad`: it takes the INT8 range of
-    K for itself, and no mean over tokens takes it away."""
+    """Layers alike, but for one channel in the layer `bad`: K is 200 times as large there and Q as small, as outlier
+    channels are found in trained models. Attention stays what it was; the INT8 range of K goes to that channel."""
     torch.manual_seed(0)
     model = Model(**sizes).eval()
     if bad is not None:
         with torch.no_grad():
-            model.blocks[bad].k.weight[5] *= 60  # type: ignore[union-attr,index,operator]
+            layer: Any = model.blocks[bad]
+            layer.k.weight[5] *= 200
+            layer.q.weight[5] /= 200
+            layer.q.bias[5] /= 200
     return model
 
 
@@ -97,7 +100,7 @@ def test_planted_bad_layer_is_found_and_only_it_leaves_fast(plan: Plan) -> None:
     fast = {site.name: site.measured[0].rel_l2.worst for site in plan.sites}
     bad = fast.pop(f"blocks.{BAD}")
     # Well apart, on both sides of the tolerance: the decision is no accident.
-    assert bad is not None and bad > 1.2 * plan.tolerance
+    assert bad is not None and bad > 2 * plan.tolerance
     assert all(error is not None and error < 0.8 * plan.tolerance for error in fast.values())
 
 
@@ -234,7 +237,11 @@ def test_inputs_that_the_model_writes_to_are_given_back() -> None:
 
 def test_output_picks_what_counts() -> None:
     def model(x: Tensor) -> dict[str, Any]:
-        return {"exact": 2 * x, "attention": F.scaled_dot_product_attention(x, x, x), "count": torch.tensor(3)}
+        return {
+            "exact": 2 * x,
+            "attention": F.scaled_dot_product_attention(x, x, x),
+            "count": torch.tensor(3),
+        }
 
     x = torch.randn(1, 2, 32, 32)
     (whole,) = calibrate(model, (x,)).sites
@@ -288,7 +295,7 @@ def test_progress_and_log(caplog: pytest.LogCaptureFixture) -> None:
         )
     assert [done for done, _, _ in seen] == list(range(1, 10))  # 3 sites x (2 samples + the effect)
     assert {total for _, total, _ in seen} == {9}
-    assert seen[0][2] == "blocks.0" and seen[-1][2] == "blocks.2: accurate" or "blocks.2: sdpa"
+    assert seen[0][2] == "blocks.0" and seen[-1][2].startswith("blocks.2: ")
     assert "blocks.0, steps all: fast" in caplog.text
 
 
@@ -311,11 +318,10 @@ def test_progress_and_log(caplog: pytest.LogCaptureFixture) -> None:
         ({"inputs": [torch.ones(3)]}, TypeError, "inputs[0] is a Tensor"),
         ({"inputs": 3}, TypeError, "inputs is a int"),
         ({"inputs": {"a": (1,), 3: (1,)}}, TypeError, "step 'a' (valid: an int, or (first, last)"),
-        ({"inputs": {-1: (1,)}}, ValueError, "step -1 reaches" if False else "step -1"),
+        ({"inputs": {-1: (1,)}}, ValueError, "step -1 (valid: from 0"),
         ({"inputs": {(0, 5): (1,), 5: (1,)}}, ValueError, "step (0, 5) reaches into that of 5"),
         ({"inputs": {(0, None): (1,), 5: (1,)}}, ValueError, "reaches into"),
         ({"inputs": {(4, 2): (1,)}}, ValueError, "step (4, 2)"),
-        ({"config": Config(kernel="sageattention")}, NotEligibleError, "kernel=sageattention"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -326,6 +332,28 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
         assert message in str(raised.value)
     finally:
         arguments["inputs"] = inputs
+
+
+def test_a_kernel_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot serve stays SDPA with its reasons; where it cannot run at all, that is an error."""
+    kernel = sage_inductor.kernels.get("sageattention")
+    reasons: list[str] = []
+    monkeypatch.setattr(type(kernel), "unavailable_reasons", lambda self, device=None: reasons)
+    model, inputs, config = make(None, layers=1), (make_x(),), Config(kernel="sageattention")
+    (site,) = calibrate(model, inputs, config=config).sites
+    assert site.decision == "sdpa" and not site.measured
+    assert "head_dim=32 (supported: 64, 96, 128)" in site.reasons
+    reasons.append("no moon")
+    with pytest.raises(NotEligibleError, match="kernel=sageattention: no moon"):
+        calibrate(model, inputs, config=config)
+
+
+def test_a_precision_that_the_kernel_lacks_is_not_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As "fast" on a GPU without FP8."""
+    monkeypatch.setattr(type(sage_inductor.kernels.get("reference")), "precisions", ("balanced", "accurate"))
+    (site,) = calibrate(make(None, layers=1), (make_x(),), config=Config(kernel="reference")).sites
+    assert [measured.precision for measured in site.measured] == ["balanced", "accurate"]
+    assert site.decision == "balanced"
 
 
 def test_a_plan_is_not_calibrated_under_another(plan: Plan) -> None:
@@ -343,15 +371,17 @@ def test_every_way_in_applies_the_plan(plan: Plan, tmp_path: Path, fresh_compile
     expected, backend = run(model, x, plan=plan)
     decided = {site.name: site.precision if site.rewritten else "sdpa" for site in backend.sites}
     assert decided == plan.decisions() and len(set(decided.values())) == 2
-    assert not relative_l2(run(model, x)[0], expected) < 1e-3  # fast everywhere is another result
+    # The ways differ by the float32 rounding of Inductor's matmuls; fast everywhere is another result.
+    limit = relative_l2(run(model, x)[0], expected) / 50
+    assert limit > 1e-4
     options = {"sage.kernel": "reference", "sage.plan": str(path)}
     torch._dynamo.reset()
-    assert relative_l2(torch.compile(model, backend="sage_inductor", options=options)(x), expected) < 2e-5
+    assert relative_l2(torch.compile(model, backend="sage_inductor", options=options)(x), expected) < limit
     torch._dynamo.reset()
     with sage_inductor.enabled(Config(kernel="reference", plan=plan)):
-        assert relative_l2(torch.compile(model)(x), expected) < 2e-5
+        assert relative_l2(torch.compile(model)(x), expected) < limit
     program = rewrite_exported(torch.export.export(model, (x,)), Config(kernel="reference", plan=plan))
-    assert relative_l2(program.module()(x), expected) < 2e-5
+    assert relative_l2(program.module()(x), expected) < limit
 
 
 def test_the_report_shows_decisions_and_errors(plan: Plan) -> None:
@@ -361,7 +391,7 @@ def test_the_report_shows_decisions_and_errors(plan: Plan) -> None:
     if bad.rewritten:
         assert bad.precision == plan.decisions()[bad.name]
     else:
-        assert bad.reasons[0].startswith("plan=sdpa (rel_l2: fast 0.0")
+        assert bad.reasons[0].startswith("plan=sdpa (rel_l2: fast 0.")
     assert report.missing == () and "plan has sites" not in str(report)
     assert "blocks.0" in str(plan) and "3 fast" in str(plan) and "tolerance 0.05" in str(plan)
 
@@ -423,7 +453,9 @@ def test_saved_in_one_process_applied_bit_identically_in_another(tmp_path: Path)
         return done.stdout
 
     made, first, second = process("make"), process("apply"), process("apply")
-    assert made == first == second and "('blocks.0', 'fast'" in made and f"('blocks.{BAD}', 'fast'" not in made
+    assert (
+        made == first == second and "('blocks.0', 'fast'" in made and f"('blocks.{BAD}', 'fast'" not in made
+    )
     kept = Path(path).read_bytes()
     process("make")
     assert Path(path).read_bytes() == kept  # calibrating again gives the same file, byte for byte
@@ -444,9 +476,7 @@ def test_new_and_missing_sites_are_named(plan: Plan, caplog: pytest.LogCaptureFi
     _, backend = run(more, make_x(), plan=plan)
     *known, new = backend.sites
     assert all(site.rewritten or site.name == f"blocks.{BAD}" for site in known) and not new.rewritten
-    assert new.reasons == (
-        "plan has no site 'blocks.4' (its sites: blocks.0, blocks.1, blocks.2, blocks.3)",
-    )
+    assert new.reasons == ("plan has no site 'blocks.4' (its sites: blocks.0, blocks.1, blocks.2, blocks.3)",)
     assert "plan has no site 'blocks.4'" in caplog.text and "lacks" not in caplog.text
     caplog.clear()
     run(fewer, make_x(), plan=plan)
@@ -455,7 +485,7 @@ def test_new_and_missing_sites_are_named(plan: Plan, caplog: pytest.LogCaptureFi
     assert report.missing == ("blocks.3",) and "the model lacks: blocks.3" in str(report)
     assert json.loads(report.to_json())["missing"] == ["blocks.3"]
     with pytest.raises(NotEligibleError, match="plan has no site 'blocks.4'"):
-        run(more, make_x(), plan=plan, fallback="error")
+        explain(more, make_x(), config=Config(kernel="reference", plan=plan, fallback="error"))
 
 
 def test_same_names_with_other_heads_stay_sdpa(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
@@ -488,7 +518,9 @@ def test_another_line_of_the_same_module_is_another_site() -> None:
     assert list(plan.decisions()) == ["<root>", "<root>#2"]
     _, backend = run(Twice(True), x, plan=plan)
     (site,) = backend.sites
-    assert not site.rewritten and "code=test_plan.py: return F.scaled_dot_product_attention(x" in site.reasons[0]
+    assert (
+        not site.rewritten and "code=test_plan.py: return F.scaled_dot_product_attention(x" in site.reasons[0]
+    )
 
 
 def test_calls_of_one_module_behind_a_graph_break_are_not_taken_for_one_another() -> None:
@@ -562,7 +594,7 @@ def site_of(data: dict[str, Any]) -> dict[str, Any]:
         (lambda data: data.update(version="1"), "version='1' (valid: an integer)"),
         (lambda data: data.pop("tolerance"), "tolerance is missing"),
         (lambda data: data.update(tolerance=True), "tolerance=True (valid: a finite number)"),
-        (lambda data: data.update(tolerance=math.nan), "NaN"),
+        (lambda data: data.update(tolerance=math.nan), "tolerance=nan (valid: a finite number)"),
         (lambda data: data.update(tolerance=10**400), "(valid: a finite number)"),
         (lambda data: data.update(metric="psnr"), "metric='psnr' (valid: rel_l2, "),
         (lambda data: data.update(extra=1), "extra is unknown (valid: format, "),
@@ -574,7 +606,10 @@ def site_of(data: dict[str, Any]) -> dict[str, Any]:
         (lambda data: site_of(data).update(decision="fastest"), "sites[1].decision='fastest' (valid: fast, "),
         (lambda data: site_of(data).update(decision=["fast"]), "sites[1].decision=['fast']"),
         (lambda data: site_of(data).pop("decision"), "sites[1].decision is missing"),
-        (lambda data: site_of(data).update(steps=[3, 1]), "sites[1].steps=[3, 1] (valid: null, [first, last]"),
+        (
+            lambda data: site_of(data).update(steps=[3, 1]),
+            "sites[1].steps=[3, 1] (valid: null, [first, last]",
+        ),
         (lambda data: site_of(data).update(steps=[1]), "sites[1].steps=[1]"),
         (lambda data: site_of(data).update(reasons=[1]), "sites[1].reasons=[1] (valid: a list of texts)"),
         (lambda data: site_of(data).update(name=None), "sites[1].name=None (valid: a text)"),
@@ -632,15 +667,24 @@ def test_bad_files_leave_dynamo_as_value_errors(tmp_path: Path) -> None:
 # Steps
 
 
+def make_sensitive() -> Model:
+    """Channel 5 of the input is channel 5 of K, and nothing else sees it."""
+    model = make(None, layers=2)
+    layer: Any = model.blocks[0]
+    for part in (layer.q, layer.v, layer.k):
+        part.weight.data[:, 5] = 0
+    layer.k.weight.data[5, 5] = 1
+    layer.q.weight.data[5], layer.q.bias.data[5] = 0, 0
+    return model
+
+
 @pytest.fixture(scope="module")
 def stepped_plan() -> Plan:
-    """The same model with inputs that are harmless early and full of outliers from step 10 on."""
+    """The same model with inputs that are harmless early and late, and have an outlier channel from step 10 on."""
     with torch.no_grad():
-        model, calm = make(None, layers=2), make_x()
-        wild = calm.clone()
+        calm, wild = make_x(), make_x()
         wild[..., 5] *= 300
-        wild[:, 7] *= 50
-        return calibrate(model, {2: (calm,), 10: [(wild,)], 20: (calm,)}, tolerance=0.03)
+        return calibrate(make_sensitive(), {2: (calm,), 10: [(wild,)], 20: (calm,)})
 
 
 def test_decisions_per_range_of_steps(stepped_plan: Plan) -> None:
@@ -657,8 +701,7 @@ def test_decisions_per_range_of_steps(stepped_plan: Plan) -> None:
 
 
 def test_without_a_step_the_most_careful_decision_counts(stepped_plan: Plan) -> None:
-    model, x = make(None, layers=2), make_x()
-    _, backend = run(model, x, plan=stepped_plan)
+    _, backend = run(make_sensitive(), make_x(), plan=stepped_plan)
     applied = {site.name: site.precision if site.rewritten else "sdpa" for site in backend.sites}
     assert applied == stepped_plan.decisions() == stepped_plan.at(10).decisions()
 
@@ -675,26 +718,15 @@ def test_compile_steps_dispatches_and_compiles_once_per_set_of_decisions(
         return graph_module.forward
 
     monkeypatch.setattr(backend, "compile_with_inductor", spy)
-    model, x = make(None, layers=2), make_x()
+    model, x = make_sensitive(), make_x()
+    results = {step: run(model, x, plan=stepped_plan.at(step))[0] for step in (0, 10, 20)}
+    assert torch.equal(results[0], results[20]) and not torch.equal(results[0], results[10])
+    torch._dynamo.reset()
     stepped = compile_steps(model, stepped_plan, options={"sage.kernel": "reference"}, fullgraph=True)
     assert stepped.blocks is model.blocks
     for step in (0, 1, 10, 11, 20, 5, 15):
         stepped.step = step
-        expected, _ = run_beside(model, x, stepped_plan.at(step))
-        assert torch.equal(stepped(x), expected), step
+        assert torch.equal(stepped(x), results[10 * (step // 10)]), step
     assert len(compiled) == 2
     with pytest.raises(ValueError, match="options.'sage.plan'."):
         compile_steps(model, stepped_plan, options={"sage.plan": "plan.json"})
-
-
-def run_beside(model: nn.Module, x: Tensor, plan: Plan) -> tuple[Tensor, RewritingBackend]:
-    """Without touching what Dynamo has compiled of the model."""
-    backend = RewritingBackend(Config(kernel="reference", plan=plan))
-    twin = make(None, layers=len(model.blocks))  # type: ignore[arg-type]
-    graphs: list[Any] = []
-
-    def compile_once(graph_module: Any, inputs: Any) -> Any:
-        graphs.append(graph_module)
-        return backend(graph_module, inputs)
-
-    return torch.compile(twin, backend=compile_once)(x), backend

@@ -25,9 +25,6 @@ from sage_inductor.report import Site
 from sage_inductor.walk import rewrite_sites
 
 Key: TypeAlias = "tuple[str, Fingerprint]"
-# The oracle, which runs on every device: what it can serve may be measured. The kernels judge again when a plan is
-# applied.
-MEASURABLE = {"kernel": "reference", "precision": "accurate"}
 PARAMS = ("is_causal", "bottom_right", "window_left", "window_right", "scale")
 
 
@@ -46,7 +43,9 @@ class Prober:
 
     def __init__(self, config: Config, progress: Progress) -> None:
         self.kernel = config.kernel
-        self.config = Config(include=config.include, exclude=config.exclude, **MEASURABLE)
+        # The oracle runs on every device: what it can serve may be measured. The kernels judge again when a plan is
+        # applied.
+        self.config = Config(kernel="reference", include=config.include, exclude=config.exclude)
         self.progress = progress
         self.graphs = 0
         self.measuring = False

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def shown(callback: ProgressCallback | None) -> Iterator[ProgressCallback]:
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
-def _bar():  # type: ignore[no-untyped-def]  # rich is not always installed
+def _bar() -> Any:
     try:
         from rich.console import Console
         from rich.progress import Progress as Bar

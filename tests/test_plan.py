@@ -730,3 +730,28 @@ def test_compile_steps_dispatches_and_compiles_once_per_set_of_decisions(
     assert len(compiled) == 2
     with pytest.raises(ValueError, match="options.'sage.plan'."):
         compile_steps(model, stepped_plan, options={"sage.plan": "plan.json"})
+
+
+# On a GPU, with the kernel that will run
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_plan_is_measured_with_the_kernel_that_runs() -> None:
+    """Short enough for "auto" to prefer SDPA: measured nevertheless, and applied by the kernel's name."""
+    torch.manual_seed(0)
+    model = make(dim=256, heads=2).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 512, 256, device="cuda", dtype=torch.bfloat16)
+    plan = calibrate(model, (x,))
+    assert {measured.kernel for site in plan.sites for measured in site.measured} == {"triton"}
+    assert plan.made_with["device"] == torch.cuda.get_device_name()
+    left = [name for name, decision in plan.decisions().items() if decision != "fast"]
+    assert left == [f"blocks.{BAD}"]
+    torch._dynamo.reset()
+    exact = model(x)
+    planned = torch.compile(
+        model, backend="sage_inductor", options={"sage.kernel": "triton", "sage.plan": plan}
+    )
+    fast = torch.compile(model, backend="sage_inductor", options={"sage.kernel": "triton"})
+    ((_, together),) = plan.output_rel_l2
+    error = relative_l2(planned(x), exact)
+    assert together.worst is not None and error < 2 * together.worst and error < relative_l2(fast(x), exact)

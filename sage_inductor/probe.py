@@ -45,7 +45,9 @@ class Prober:
         self.kernel = config.kernel
         # The oracle runs on every device: what it can serve may be measured. The kernels judge again when a plan is
         # applied.
-        self.config = Config(kernel="reference", include=config.include, exclude=config.exclude)
+        self.config = Config(
+            kernel="reference", precision="accurate", include=config.include, exclude=config.exclude
+        )
         self.progress = progress
         self.graphs = 0
         self.measuring = False

@@ -20,6 +20,7 @@ from sage_inductor.inductor import (
     surfaced,
     without_leaving_dynamo_entries,
 )
+from sage_inductor.plan import Plan
 from sage_inductor.report import Report, Site, unique_names
 from sage_inductor.walk import rewrite_graph
 
@@ -118,7 +119,11 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
 
     with without_leaving_dynamo_entries():
         torch.compile(model, backend=collect)(*args, **kwargs)
-    return Report(unique_names(sites), graphs)
+    missing: tuple[str, ...] = ()
+    if isinstance(chosen.plan, Plan):
+        found = {site.name for site in sites}
+        missing = tuple(name for name in chosen.plan.decisions() if name not in found)
+    return Report(unique_names(sites), graphs, missing)
 
 
 def rewrite_exported(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any
 
 from sage_inductor.kernels import KERNELS, PRECISIONS
+from sage_inductor.plan import Plan
 
 OPTION_PREFIX = "sage."
 FALLBACKS = ("sdpa", "warn", "error")
@@ -19,7 +21,7 @@ class Config:
     """What to rewrite and how. In `torch.compile(options=...)` each field is the key `"sage.<field>"`.
 
     Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what
-    is valid.
+    is valid. A plan's file that cannot be read, or is none, raises ValueError.
     """
 
     kernel: str = "auto"
@@ -53,6 +55,10 @@ class Config:
     """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the
     exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
 
+    plan: str | PathLike[str] | Plan | None = None
+    """Precisions site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
+    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules `precision`."""
+
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, ("auto", *KERNELS))
         _one_of("precision", self.precision, tuple(PRECISIONS))
@@ -67,6 +73,13 @@ class Config:
             raise TypeError(f"cache_dir={self.cache_dir!r} (valid: a path as a string, None)")
         if not isinstance(self.training, bool):
             raise TypeError(f"training={self.training!r} (valid: True, False)")
+        if isinstance(self.plan, (str, PathLike)):
+            try:
+                object.__setattr__(self, "plan", Plan.load(self.plan))
+            except OSError as error:
+                raise ValueError(f"plan={str(self.plan)!r} cannot be read: {error}") from None
+        elif self.plan is not None and not isinstance(self.plan, Plan):
+            raise TypeError(f"plan={self.plan!r} (valid: a Plan, the path of one, None)")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:

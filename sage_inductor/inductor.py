@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +24,7 @@ __all__ = [
     "surfaced",
     "tensors_of",
     "trace_artifact",
+    "without_limit_of_recompiles",
     "without_leaving_dynamo_entries",
 ]
 
@@ -96,19 +99,23 @@ def outside_tracing() -> Iterator[None]:
 @contextmanager
 def without_leaving_dynamo_entries() -> Iterator[None]:
     """Drops what Dynamo caches inside for code that had no entry before, so that tracing a model to look at
-    it does not count against its limit of recompiles. Code that is compiled already keeps its entries, and
-    one more."""
+    it does not count against its limit of recompiles, and forgets the sizes it met: a later call of another size
+    would be compiled for dynamic shapes at once. Code that is compiled already keeps its entries, and one more."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo import convert_frame
+    from torch._dynamo.pgo import get_code_state
 
     def compiled() -> dict[int, Any]:
         codes = (reference() for reference in list(convert_frame.input_codes.seen))
         return {id(code): code for code in codes if code is not None and _debug_get_cache_entry_list(code)}
 
     before = compiled()
+    sizes = copy.deepcopy(get_code_state())
     try:
         yield
     finally:
+        get_code_state().clear()
+        get_code_state().update(sizes)
         for key, code in compiled().items():
             if key not in before:
                 reset_code(code)
@@ -118,6 +125,15 @@ def keep_gpu_busy(cycles: int) -> None:
     """Occupies the current stream for so many clock cycles, while the host queues work behind it: a million are about
     half a millisecond."""
     torch.cuda._sleep(cycles)
+
+
+@contextmanager
+def without_limit_of_recompiles() -> Iterator[None]:
+    """Dynamo compiles code inside for as many shapes as it meets; at its limit (8) it would run it uncompiled."""
+    import torch._dynamo.config as dynamo_config
+
+    with dynamo_config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        yield
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

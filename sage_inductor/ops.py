@@ -33,6 +33,7 @@ PARAMS = (
     "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
     "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0"
 )
+EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
 # Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another
 # layout.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -263,9 +264,11 @@ def _resolve(
     return_lse: bool,
     name: str,
 ) -> Kernel | None:
-    """The kernel to run; None for exact attention, which "auto" falls back to."""
+    """The kernel to run; None for exact attention, asked for or fallen back to by "auto"."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    if name == EXACT:
+        return None
     problem = make_problem(query, key, value, attn_mask, params, return_lse)
     chosen, reasons = kernels.select(problem, name)
     if chosen is None and name != "auto":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,8 @@ class Site:
     precision: str
     rewritten: bool
     reasons: tuple[str, ...] = ()
+    code: str = ""
+    """The text of that line, where its file is at hand."""
     speedup: float | None = None
     """SDPA's time over the kernel's, quantisation included, as measured on this GPU while compiling."""
     rel_l2: float | None = None
@@ -68,6 +71,8 @@ class Report:
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
     """Graphs that Dynamo made of the model: 1 means that nothing broke it."""
+    missing: tuple[str, ...] = ()
+    """Sites of the plan that the model does not have."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -78,12 +83,13 @@ class Report:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...},
-        ...]}`."""
+        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "sites": [{name, source, pattern,
+        query, ...}, ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
+            "missing": list(self.missing),
             "sites": [asdict(site) for site in self.sites],
         }
         return to_json(data, indent)
@@ -115,13 +121,20 @@ class Report:
         return f"{plain_table(header, rows)}\n{self.summary()}"
 
     def summary(self) -> str:
-        """One line: how many sites, rewritten and left, in how many graphs."""
-        if not self.sites:
-            return f"no attention found in {self.graphs} graph(s)"
-        return (
-            f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
-            f"{self.graphs} graph(s)"
-        )
+        """One line: how many sites, rewritten and left, in how many graphs; one more where the plan has sites that the
+        model lacks."""
+        if self.sites:
+            found = (
+                f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
+                f"{self.graphs} graph(s)"
+            )
+        else:
+            found = f"no attention found in {self.graphs} graph(s)"
+        return f"{found}\n{self.plan_mismatch()}" if self.missing else found
+
+    def plan_mismatch(self) -> str:
+        """The sites of the plan that the model lacks; empty where it has them all."""
+        return f"the plan has sites that the model lacks: {', '.join(self.missing)}" if self.missing else ""
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -165,14 +178,19 @@ def layout_of(tensor: Tensor) -> str:
     return f"strides {tuple(tensor.stride())}"
 
 
-def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The same sites with "#2", "#3" behind names that occur again."""
-    from dataclasses import replace
+class Names:
+    """Gives sites their names, in order: "#2", "#3" behind a name that occurs again."""
 
-    seen: dict[str, int] = {}
-    result = []
-    for site in sites:
-        seen[site.name] = seen.get(site.name, 0) + 1
-        count = seen[site.name]
-        result.append(site if count == 1 else replace(site, name=f"{site.name}#{count}"))
-    return tuple(result)
+    def __init__(self) -> None:
+        self._given: Counter[str] = Counter()
+
+    def next(self, name: str) -> str:
+        self._given[name] += 1
+        count = self._given[name]
+        return name if count == 1 else f"{name}#{count}"
+
+
+def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The same sites, of several graphs, with names of their own."""
+    names = Names()
+    return tuple(replace(site, name=names.next(site.name.partition("#")[0])) for site in sites)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sage_inductor import reference
-from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE, max_error, relative_l2
+from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.metrics import max_error, relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ("fast", "balanced", "accurate")

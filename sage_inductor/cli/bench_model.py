@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor.accuracy import relative_l2
+from sage_inductor.metrics import relative_l2
 from sage_inductor.cli.explain import explained
 from sage_inductor.cli.model import Subject, failing
 from sage_inductor.cli.rows import Row, speedup

@@ -7,7 +7,6 @@ more, of the lengths and content that will be met, with --samples.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"cannot write {options.out}: {error.strerror or error}") from None
     if options.json:
-        show_json(Path(options.out).read_text(encoding="utf-8"))
+        show_json(plan.to_json())
     else:
         show_lines(str(plan), f"written to {options.out}")
     return 0

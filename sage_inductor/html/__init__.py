@@ -142,8 +142,10 @@ def _share(sites: Sequence[Site], look: Look) -> str:
 
 def _summary(report: Report, look: Look) -> str:
     graphs = f"{report.graphs} graph{'' if report.graphs == 1 else 's'}"
+    mismatch = report.plan_mismatch()
+    missing = f'<p class="about" id="missing">{escape(mismatch)}</p>' if mismatch else ""
     if not report.sites:
-        return f'<p class="about">No attention found in {graphs}.</p>'
+        return f'<p class="about">No attention found in {graphs}.</p>{missing}'
     counts = _counts(map(decision, report.sites))
     legend = "".join(
         f'<li><span class="badge {look.classes[name]}">{escape(name)}</span> {counts[name]}</li>'
@@ -152,7 +154,8 @@ def _summary(report: Report, look: Look) -> str:
     )
     about = f"{len(report.sites)} attentions, {len(report.rewritten)} rewritten, {len(report.refused)} left"
     return (
-        f'<p class="about">{about}; {graphs}</p>{_share(report.sites, look)}<ul class="legend">{legend}</ul>'
+        f'<p class="about">{about}; {graphs}</p>{missing}{_share(report.sites, look)}'
+        f'<ul class="legend">{legend}</ul>'
     )
 
 

@@ -17,18 +17,12 @@ import torch
 from torch import Tensor
 
 from sage_inductor import reference
-from sage_inductor.accuracy import (
-    DOCUMENTED,
-    EPS,
-    LARGEST_STEP,
-    LSE_TOLERANCE,
-    float64_attention,
-    relative_l2,
-)
+from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE, float64_attention
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.inductor import keep_gpu_busy
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.kernels.base import reason
+from sage_inductor.metrics import relative_l2
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the GPU work of a call, which it need not run; what it returns repeats that work on the same memory."""

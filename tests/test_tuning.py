@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sage_inductor import Config, Site, kernels
+from sage_inductor import Config, Site, calibrate, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.testing import RewritingBackend, graph_text, relative_l2
 from sage_inductor.tuning import Choice, Comparison, SdpaCall, choice, choose, measure, store
@@ -580,6 +580,25 @@ def test_what_stays_for_another_reason_is_not_measured(measured: Any, config: Co
     backend = RewritingBackend(replace(config, exclude=("*",)))
     torch.compile(attend, backend=backend)(nhd(64), nhd(64), nhd(64))
     assert not backend.sites[0].rewritten and times.calls == []
+
+
+def test_a_planned_site_is_measured_and_run_in_its_precision(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = nhd(1000), nhd(1000), nhd(1000)
+    plan = calibrate(attend, inputs, tolerance=0.03, effect="none")
+    assert plan.decisions() == {"<root>": "balanced"}
+    times, precisions = Measured(wins_from(300)), set()
+
+    def spy(comparison: Comparison, names: list[str]) -> Result:
+        precisions.add(comparison.problem.params.precision)
+        return times(comparison, names)
+
+    monkeypatch.setattr(measure, "measure", spy)
+    site, text, _ = rewritten(replace(config, plan=plan), *inputs, dynamic=(0, 1, 2))
+    assert precisions == {"balanced"} and site.precision == "balanced" and site.rel_l2 is not None
+    assert site.speedup is not None
+    assert "min_kv_len=384, kernel_name='reference', precision='balanced')" in text
 
 
 def test_sdpa_is_timed_as_the_graph_calls_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

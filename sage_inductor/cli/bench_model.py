@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor.metrics import relative_l2
 from sage_inductor.cli.explain import explained
 from sage_inductor.cli.model import Subject, failing
 from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.config import OPTION_PREFIX, Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.inductor import graph_breaks, tensors_of
+from sage_inductor.metrics import relative_l2
 from sage_inductor.timing import median_ms
 
 

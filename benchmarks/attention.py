@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import kernels
+from sage_inductor.accuracy import sampled_error
 from sage_inductor.kernels.base import AttentionParams
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -159,16 +160,6 @@ def providers() -> Iterator[tuple[str, str, Provider]]:
             sys.stderr.write(f"{name} {precision}: {error}\n")
 
 
-def relative_error(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> float:
-    rows = torch.randperm(problem.seq, device="cuda")[:128]
-    q, k, v = (t[-1, -1].double() for t in inputs)
-    scores = q[rows] @ k.T * problem.head_dim**-0.5
-    if problem.is_causal:
-        scores.masked_fill_(torch.arange(problem.seq, device="cuda") > rows[:, None], float("-inf"))
-    expected = torch.softmax(scores, -1) @ v
-    return float((out[-1, -1, rows].double() - expected).norm() / expected.norm())
-
-
 def measure(problem: Problem, provider: Provider) -> dict[str, float | None]:
     bytes_per_set = 3 * 2 * problem.batch * HEADS * problem.seq * problem.head_dim
     sets = [problem.inputs() for _ in range(sets_beyond_l2(bytes_per_set))]
@@ -191,7 +182,8 @@ def measure(problem: Problem, provider: Provider) -> dict[str, float | None]:
             row[f"tflops_{name}"] = round(problem.operations / ms / 1e9, 1)
     call = prepared[0].end_to_end or prepared[0].kernel
     assert call is not None
-    row["rel_l2"] = round(relative_error(problem, sets[0], call()), 5)
+    params = AttentionParams(is_causal=problem.is_causal)
+    row["rel_l2"] = round(sampled_error(*sets[0], call(), params), 5)
     return row
 
 

@@ -118,9 +118,9 @@ heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end t
 
 ![end-to-end speed against sequence length](benchmarks/results/attention_{GPU}.svg)
 
-So 8 bits win on long sequences and lose on short ones, where quantising costs more than it saves. `auto` knows the measured
+So 8 bits win on long sequences and lose on short ones, where quantising costs more than it saves. `auto` finds the
 crossover and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6 from PyPI is slower than cuDNN here
-at every size; `auto` never picks it.
+at every size.
 
 Whole models, random weights, bf16, under `torch.compile`, two of their layers, on the same GPU (`benchmarks/model.py`). Cells: ms (speed
 against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):

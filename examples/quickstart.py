@@ -57,6 +57,21 @@ class Block(nn.Module):
         return x + self.summary(self.query.expand(len(x), 1, -1), x)
 
 
+def make_model(
+    device: str | None = None, tokens: int | None = None, heads: int = 4
+) -> tuple[Block, tuple[Tensor, Tensor, Tensor]]:
+    """The model and its inputs; `python -m sage_inductor explain examples/quickstart.py:make_model` takes them too."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    torch.manual_seed(0)
+    dim, tokens = 64 * heads, tokens or (16384 if on_gpu else 512)
+    model = Block(dim, heads).to(device, dtype).eval()
+    x, text = (torch.randn(2, length, dim, device=device, dtype=dtype) for length in (tokens, 77))
+    is_token = torch.arange(77, device=device) < torch.tensor([[77], [20]], device=device)
+    return model, (x, text, is_token)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Returns the figures it prints: sites rewritten and refused, milliseconds, errors."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,27 +87,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     on_gpu = torch.device(args.device).type == "cuda"
     kernel = args.kernel or ("auto" if on_gpu else "reference")
-    tokens = args.tokens or (16384 if on_gpu else 512)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-
-    torch.manual_seed(0)
-    dim = 64 * args.heads
-    model = Block(dim, args.heads).to(args.device, dtype).eval()
-    x, text = (torch.randn(2, length, dim, device=args.device, dtype=dtype) for length in (tokens, 77))
-    is_token = torch.arange(77, device=args.device) < torch.tensor([[77], [20]], device=args.device)
+    model, inputs = make_model(args.device, args.tokens, args.heads)
 
     for name, reasons in sage_inductor.kernels.available(args.device).items():
         print(f"kernel {name}: {'; '.join(reasons) or 'can run'}")
     config = sage_inductor.Config(kernel=kernel, precision=args.precision)
     options = {"sage.kernel": kernel, "sage.precision": args.precision}
     with torch.no_grad():
-        report = sage_inductor.explain(model, x, text, is_token, config=config)
+        report = sage_inductor.explain(model, *inputs, config=config)
         print(f"\n{report}\n")
         plain = torch.compile(model)
         compiled = torch.compile(model, backend="sage_inductor", options=options)
-        expected, output = plain(x, text, is_token), compiled(x, text, is_token)
-        plain_ms = milliseconds(lambda: plain(x, text, is_token), args.repeat, on_gpu)
-        ms = milliseconds(lambda: compiled(x, text, is_token), args.repeat, on_gpu)
+        expected, output = plain(*inputs), compiled(*inputs)
+        plain_ms = milliseconds(lambda: plain(*inputs), args.repeat, on_gpu)
+        ms = milliseconds(lambda: compiled(*inputs), args.repeat, on_gpu)
 
     difference = output.double() - expected.double()
     error = (difference.norm() / expected.double().norm()).item()

@@ -23,9 +23,9 @@ aten = torch.ops.aten
 # A value that masked_fill or where writes into logits hides a key when nothing that was in the row can compete with
 # it: float16's most negative number and all below.
 HIDES = -6e4
-# What such a value becomes: finite in bfloat16 and in float32, and so is a sum of several, where eager overwrites one by
-# the other. Kernels take all of them for one number.
-HIDDEN = torch.finfo(torch.bfloat16).min / 16
+# What such a value becomes: finite in bfloat16 and float32, and so is the sum of two, where eager overwrites one by the
+# other (kernels take both for one number); just low enough that masks.py knows it for a key that is masked out.
+HIDDEN = torch.finfo(torch.float32).min / 2
 
 MATMUL = (
     ("matmul", "bmm", "__matmul__"),

@@ -4,10 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported
+from sage_inductor.calibration import calibrate
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.functional import sage_attention
+from sage_inductor.plan import Plan
 from sage_inductor.report import Report, Site
+from sage_inductor.stepped import SteppedModel, compile_steps
 
 if TYPE_CHECKING:
     from sage_inductor.graph_pass import SageAttentionPass
@@ -15,10 +18,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "NotEligibleError",
+    "Plan",
     "Report",
     "SageAttentionPass",
     "Site",
+    "SteppedModel",
     "backends",
+    "calibrate",
+    "compile_steps",
     "enabled",
     "explain",
     "kernels",

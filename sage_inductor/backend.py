@@ -20,6 +20,7 @@ from sage_inductor.inductor import (
     surfaced,
     without_leaving_dynamo_entries,
 )
+from sage_inductor.plan import Plan
 from sage_inductor.report import Report, Site, unique_names
 from sage_inductor.walk import rewrite_graph
 
@@ -99,7 +100,8 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
     Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in
-    Dynamo's caches of a model that was not compiled before. Raises NotEligibleError as the backend does.
+    Dynamo's caches of a model that was not compiled before. With `tune="measure"` (the default) it measures what a
+    compile would have to measure, which then finds the results. Raises NotEligibleError as the backend does.
     """
     chosen = Config() if config is None else config
     sites: list[Site] = []
@@ -117,7 +119,11 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
 
     with without_leaving_dynamo_entries():
         torch.compile(model, backend=collect)(*args, **kwargs)
-    return Report(unique_names(sites), graphs)
+    missing: tuple[str, ...] = ()
+    if isinstance(chosen.plan, Plan):
+        found = {site.name for site in sites}
+        missing = tuple(name for name in chosen.plan.decisions() if name not in found)
+    return Report(unique_names(sites), graphs, missing)
 
 
 def rewrite_exported(

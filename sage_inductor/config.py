@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any
 
 from sage_inductor.kernels import KERNELS, PRECISIONS
+from sage_inductor.plan import Plan
 
 OPTION_PREFIX = "sage."
 FALLBACKS = ("sdpa", "warn", "error")
+TUNING = ("measure", "table", "off")
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,11 @@ class Config:
     """What to rewrite and how. In `torch.compile(options=...)` each field is the key `"sage.<field>"`.
 
     Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what
-    is valid.
+    is valid. A plan's file that cannot be read, or is none, raises ValueError.
     """
 
     kernel: str = "auto"
-    """"auto": the first kernel that can run the site and is expected to beat SDPA there. A name ("triton",
+    """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("triton",
     "sageattention", "reference") is used wherever it can run."""
 
     precision: str = "fast"
@@ -39,21 +42,44 @@ class Config:
     exclude: tuple[str, ...] = ()
     """fnmatch globs on the site's module path; sites that match stay SDPA. Wins over include."""
 
+    tune: str = "measure"
+    """How "auto" chooses. "measure": while compiling, every kernel that can run the site is timed against the
+    SDPA call it would replace, on this GPU, and has to win; results are kept on disk, and where nothing can be
+    measured (no GPU, no memory to spare) "table" takes over. "table": by the measurements shipped with the
+    kernels. "off": the first kernel that can run, be it slower."""
+
+    cache_dir: str | None = None
+    """Folder for the results of "measure"; None: sage_inductor in $XDG_CACHE_HOME, or in ~/.cache."""
+
     training: bool = False
     """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the
     exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
+
+    plan: str | PathLike[str] | Plan | None = None
+    """Precisions site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
+    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules `precision`."""
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, ("auto", *KERNELS))
         _one_of("precision", self.precision, tuple(PRECISIONS))
         _one_of("fallback", self.fallback, FALLBACKS)
+        _one_of("tune", self.tune, TUNING)
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(glob, str) for glob in _as_tuple(name, value)):
                 raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.cache_dir, (str, type(None))):
+            raise TypeError(f"cache_dir={self.cache_dir!r} (valid: a path as a string, None)")
         if not isinstance(self.training, bool):
             raise TypeError(f"training={self.training!r} (valid: True, False)")
+        if isinstance(self.plan, (str, PathLike)):
+            try:
+                object.__setattr__(self, "plan", Plan.load(self.plan))
+            except OSError as error:
+                raise ValueError(f"plan={str(self.plan)!r} cannot be read: {error}") from None
+        elif self.plan is not None and not isinstance(self.plan, Plan):
+            raise TypeError(f"plan={self.plan!r} (valid: a Plan, the path of one, None)")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from sage_inductor import kernels
 from sage_inductor.call import AttentionCall, example_tensor, example_value
 from sage_inductor.config import Config
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.masks import Mask
 from sage_inductor.ops import memory_order
+from sage_inductor.tuning import SdpaCall
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,30 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     params = AttentionParams(
         mask.is_causal, mask.bottom_right, mask.window_left, mask.window_right, scale, config.precision
     )
-    specs = []
-    for tensor in tensors:
-        assert tensor is not None
-        spec = TensorSpec.of(tensor).as_4d()
-        dtype = output.dtype if tensor.is_floating_point() else tensor.dtype
-        specs.append(TensorSpec(spec.shape, spec.stride, dtype, spec.device))
-    q, k, v = specs
+    q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     return AttentionProblem(q, k, v, None if attn_mask is None else TensorSpec.of(attn_mask).as_4d(), params)
 
 
-def kernel_reasons(problem: AttentionProblem, config: Config) -> tuple[str | None, list[str]]:
-    """(kernel name, []) for the kernel that will run `problem`, or (None, every reason why none does)."""
-    kernel, reasons = kernels.select(problem, config.kernel)
-    return (None if kernel is None else kernel.name), reasons
+def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
+    """SDPA as `call`, before anything in it was seen through, stands for it; None where it has no shapes."""
+    output = call.output()
+    tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
+    mask = example_tensor(call.attn_mask)
+    if output is None or any(tensor is None for tensor in tensors):
+        return None
+    query, key, value = (_spec_as_cast(tensor, output) for tensor in tensors if tensor is not None)
+    return SdpaCall(
+        query,
+        key,
+        value,
+        None if mask is None else _spec_as_cast(mask, output),
+        is_causal=call.is_causal is True,
+        scale=call.scale if isinstance(call.scale, (int, float)) else None,
+        enable_gqa=call.enable_gqa,
+    )
+
+
+def _spec_as_cast(tensor: Tensor, output: Tensor) -> TensorSpec:
+    """`tensor` as it is when attention reads it: autocast turns floats into the dtype of the output."""
+    spec = TensorSpec.of(tensor)
+    return replace(spec, dtype=output.dtype) if tensor.is_floating_point() else spec

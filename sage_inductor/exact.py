@@ -12,25 +12,29 @@ from sage_inductor.kernels import AttentionParams
 from sage_inductor.reference import SCORES_AT_ONCE
 
 
-def exact_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    params: AttentionParams,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Write the exact attention of 4-D inputs into `out`, and its LSE into `lse` when that is given."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *params.bounds(q_len, kv_len))
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, params: AttentionParams
+) -> Tensor:
+    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses."""
+    bounds = params.bounds(query.shape[2], key.shape[2])
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds)
     gqa = query.shape[1] != key.shape[1]
-    result = F.scaled_dot_product_attention(
+    if gqa and attn_mask is not None:
+        # SDPA's memory-efficient kernel takes masks but no GQA; writing out all scores instead would cost far more than
+        # these copies.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+        gqa = False
+    return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )
-    out.copy_(result)
-    if lse is None:
-        return
+
+
+def exact_lse(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, params: AttentionParams, lse: Tensor
+) -> None:
+    """Write the LSE of the exact scores of 4-D inputs into `lse`, which SDPA does not give."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *params.bounds(q_len, kv_len))
     scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale
     keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
     step = max(1, SCORES_AT_ONCE // max(1, query.shape[0] * query.shape[1] * kv_len))

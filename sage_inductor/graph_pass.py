@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sage_inductor.config import Config
+from sage_inductor.tuning.choice import is_makeshift
+from sage_inductor.tuning.machine import digest, machines, source_files, version
 from sage_inductor.walk import rewrite_graph
 
 __all__ = ["SageAttentionPass", "rewrite_graph", "source_hash"]
@@ -20,8 +21,9 @@ class SageAttentionPass(CustomGraphPass):
     """For `options={"pre_grad_custom_pass": SageAttentionPass(config)}`.
 
     `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources
-    of this package and the versions of what it runs on, so that a compiled graph is cached, and never reused
-    wrongly.
+    of this package, the versions of what it runs on and, where choices are measured, the GPUs and their driver, so
+    that a compiled graph is cached, and never reused wrongly. Once something could not be measured it forbids caching:
+    the next process may have the memory for it.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -34,32 +36,35 @@ class SageAttentionPass(CustomGraphPass):
             self.then(graph)
 
     def uuid(self) -> Any:
+        own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config))
+        if self.config.tune == "measure":
+            if is_makeshift():
+                return _Uncacheable()
+            # A cached graph holds a choice that was measured: it serves where the measurement would hold.
+            own += tuple(machine.fingerprint() for machine in machines())
         if self.then is None:
-            return ("sage_inductor", source_hash(), repr(self.config))
+            return own
         uuid = getattr(self.then, "uuid", None)
         inner = uuid() if callable(uuid) else None
         # A pass that gives no uuid forbids caching, whatever stands before it.
-        return None if inner is None else ("sage_inductor", source_hash(), repr(self.config), inner)
+        return None if inner is None else (*own, inner)
+
+
+class _Uncacheable:
+    """A uuid with which no cache key can be made, at any time and in any version of torch. None will not do: torch 2.13
+    then takes it that the pass ran before the key was made, which it did not do for the graph at hand."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("sage_inductor could not measure a choice; what it chose instead is not for a cache")
 
 
 @cache
 def source_hash() -> str:
     """Hash of the package's sources, patterns included, and of the versions of torch, triton and
     sageattention."""
-    from importlib import metadata
-
     import sage_inductor.patterns
 
-    digest = hashlib.sha256()
-    roots = [Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]
-    files = sorted(
-        {file.resolve() for root in roots for file in root.rglob("*") if file.suffix in (".py", ".cu")}
-    )
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    result = digest(source_files([Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]))
     for package in ("torch", "triton", "sageattention"):
-        try:
-            digest.update(f"{package}={metadata.version(package)};".encode())
-        except metadata.PackageNotFoundError:
-            digest.update(f"{package}=none;".encode())
-    return digest.hexdigest()
+        result.update(f"{package}={version(package)};".encode())
+    return result.hexdigest()

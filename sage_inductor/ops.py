@@ -21,16 +21,19 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.exact import exact_attention
+from sage_inductor.exact import exact_lse, sdpa
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.kernels.base import reason
 
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
+# kernel_name: Inductor's lowering has an argument of its own called kernel. Fewer than min_q_len queries or min_kv_len
+# keys get exact attention, by which lengths that change from call to call are dispatched.
 PARAMS = (
     "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
-    "int window_right=-1, str kernel_name='auto', str precision='fast'"
-)  # kernel_name: Inductor's lowering has an argument of its own called kernel
+    "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0"
+)
+EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
 # Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another
 # layout.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -148,8 +151,7 @@ def _attention(
     **params: Any,
 ) -> Tensor:
     out = _empty_output(query, value, memory_order)
-    _run(query, key, value, attn_mask, is_causal, out, None, **params)
-    return out
+    return _run(query, key, value, attn_mask, is_causal, out, None, is_out_ours=True, **params)
 
 
 def _attention_out(
@@ -195,6 +197,7 @@ def _run(
     out: Tensor,
     lse: Tensor | None,
     *,
+    is_out_ours: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     bottom_right: bool = False,
@@ -202,7 +205,11 @@ def _run(
     window_right: int = -1,
     kernel_name: str = "auto",
     precision: str = "fast",
-) -> None:
+    min_q_len: int = 0,
+    min_kv_len: int = 0,
+) -> Tensor:
+    """Writes `out`, and `lse` when it is given. Returns `out`, or, where that is nobody else's, the tensor that SDPA
+    made in the same strides, which saves a copy."""
     if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
         raise NotEligibleError(f"kernel={kernel_name}", [wanting])
     mask_key = (
@@ -226,6 +233,7 @@ def _run(
             _resolved.clear()
         _resolved[cache_key] = resolved
     chosen, params = resolved
+    given = out
     if query.dim() != 4:
         query, key, value, out = (as_4d(tensor) for tensor in (query, key, value, out))
         lse = None if lse is None else lse.view(query.shape[:-1])
@@ -235,10 +243,16 @@ def _run(
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
-    elif chosen is None:
-        exact_attention(query, key, value, attn_mask, params, out, lse)
+    elif chosen is None or query.shape[2] < min_q_len or key.shape[2] < min_kv_len:
+        exact = sdpa(query, key, value, attn_mask, params)
+        if lse is not None:
+            exact_lse(query, key, attn_mask, params, lse)
+        if is_out_ours and out is given and exact.stride() == out.stride():
+            return exact
+        out.copy_(exact)
     else:
         chosen.run(query, key, value, attn_mask, params, out, lse)
+    return given
 
 
 def _resolve(
@@ -250,9 +264,11 @@ def _resolve(
     return_lse: bool,
     name: str,
 ) -> Kernel | None:
-    """The kernel to run; None for exact attention, which "auto" falls back to."""
+    """The kernel to run; None for exact attention, asked for or fallen back to by "auto"."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    if name == EXACT:
+        return None
     problem = make_problem(query, key, value, attn_mask, params, return_lse)
     chosen, reasons = kernels.select(problem, name)
     if chosen is None and name != "auto":

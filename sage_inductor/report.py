@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -46,6 +49,8 @@ class Site:
     precision: str
     rewritten: bool
     reasons: tuple[str, ...] = ()
+    code: str = ""
+    """The text of that line, where its file is at hand."""
     speedup: float | None = None
     """SDPA's time over the kernel's, quantisation included, as measured on this GPU while compiling."""
     rel_l2: float | None = None
@@ -61,11 +66,13 @@ class Site:
 @dataclass(frozen=True)
 class Report:
     """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
-    data."""
+    data, `to_html()` a page to look at."""
 
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
     """Graphs that Dynamo made of the model: 1 means that nothing broke it."""
+    missing: tuple[str, ...] = ()
+    """Sites of the plan that the model does not have."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -76,21 +83,29 @@ class Report:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`{"graphs": n, "rewritten": n, "refused": n, "sites": [{name, source, pattern, query, ...},
-        ...]}`."""
+        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "sites": [{name, source, pattern,
+        query, ...}, ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
+            "missing": list(self.missing),
             "sites": [asdict(site) for site in self.sites],
         }
-        return json.dumps(data, indent=indent)
+        return to_json(data, indent)
+
+    def to_html(self, title: str = "Attention report") -> str:
+        """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
+        there are measurements, bars. Needs no network, and no script to be read."""
+        from sage_inductor.html import page
+
+        return page(self, title)
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"no attention found in {self.graphs} graph(s)"
+            return self.summary()
         header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
-        rows = [header] + [
+        rows = [
             (
                 site.name,
                 site.source,
@@ -98,22 +113,59 @@ class Report:
                 str(site.query or "?"),
                 "x".join(map(str, site.key.shape)) if site.key else "?",
                 site.mask,
-                f"{site.kernel} {site.precision}" if site.rewritten else "SDPA",
+                _decision(site),
                 "; ".join(site.reasons),
             )
             for site in self.sites
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
-            f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
-            f"{self.graphs} graph(s)"
-        )
-        return "\n".join(lines)
+        return f"{plain_table(header, rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: how many sites, rewritten and left, in how many graphs; one more where the plan has sites that the
+        model lacks."""
+        if self.sites:
+            found = (
+                f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
+                f"{self.graphs} graph(s)"
+            )
+        else:
+            found = f"no attention found in {self.graphs} graph(s)"
+        return f"{found}\n{self.plan_mismatch()}" if self.missing else found
+
+    def plan_mismatch(self) -> str:
+        """The sites of the plan that the model lacks; empty where it has them all."""
+        return f"the plan has sites that the model lacks: {', '.join(self.missing)}" if self.missing else ""
+
+
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the header underlined."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """JSON in which a number that is NaN or infinite is text, "nan" or "inf": JSON has none such."""
+    return json.dumps(_json_value(data), indent=indent, allow_nan=False)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _decision(site: Site) -> str:
+    if not site.rewritten:
+        return "SDPA"
+    measured = "" if site.speedup is None else f" {site.speedup:.2f}x"
+    return f"{site.kernel} {site.precision}{measured}"
 
 
 def layout_of(tensor: Tensor) -> str:
@@ -126,14 +178,19 @@ def layout_of(tensor: Tensor) -> str:
     return f"strides {tuple(tensor.stride())}"
 
 
-def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The same sites with "#2", "#3" behind names that occur again."""
-    from dataclasses import replace
+class Names:
+    """Gives sites their names, in order: "#2", "#3" behind a name that occurs again."""
 
-    seen: dict[str, int] = {}
-    result = []
-    for site in sites:
-        seen[site.name] = seen.get(site.name, 0) + 1
-        count = seen[site.name]
-        result.append(site if count == 1 else replace(site, name=f"{site.name}#{count}"))
-    return tuple(result)
+    def __init__(self) -> None:
+        self._given: Counter[str] = Counter()
+
+    def next(self, name: str) -> str:
+        self._given[name] += 1
+        count = self._given[name]
+        return name if count == 1 else f"{name}#{count}"
+
+
+def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The same sites, of several graphs, with names of their own."""
+    names = Names()
+    return tuple(replace(site, name=names.next(site.name.partition("#")[0])) for site in sites)

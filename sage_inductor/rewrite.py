@@ -12,6 +12,8 @@ from sage_inductor import ops, training
 from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
+from sage_inductor.report import Site
+from sage_inductor.tuning import Choice
 
 DEFAULTS: dict[str, Any] = {
     "is_causal": False,
@@ -21,11 +23,14 @@ DEFAULTS: dict[str, Any] = {
     "window_left": -1,
     "window_right": -1,
     "memory_order": None,
+    "min_q_len": 0,
+    "min_kv_len": 0,
 }
 
 
-def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.Node:
-    """Replace `call` in its graph; returns the new node. Options at their defaults are not written out."""
+def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.Node:
+    """Replace `call` in its graph by the site's kernel, from the lengths of `choice` on; returns the new node. Options
+    at their defaults are not written out."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
@@ -39,15 +44,18 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
         "window_right": mask.window_right,
         # Users of the node rely on the strides SDPA would have given: name them where ours would be others.
         "memory_order": None if order == ops.memory_order(query) else order,
+        "min_q_len": choice.min_q_len,
+        "min_kv_len": choice.min_kv_len,
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
-    kwargs |= {"kernel_name": kernel, "precision": precision}
+    kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
     target = training.attention_training if output.requires_grad else ops.attention
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output} if call.restore else dict(old.meta)
+        new.meta["sage_site"] = site.name
         for method, arguments in call.restore:
             value = getattr(new.meta["example_value"], method)(*arguments)
             new = graph.call_method(method, (new, *arguments))

@@ -6,7 +6,9 @@ import dataclasses
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ from sage_inductor.eligibility import (
     Surroundings,
     gradient_reasons,
     ineligible_reasons,
-    kernel_reasons,
     make_problem,
+    make_sdpa_call,
 )
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.gqa import absorb_repeated_heads
-from sage_inductor.inductor import pinned_sdpa_backends
+from sage_inductor.inductor import pinned_sdpa_backends, trace_artifact
 from sage_inductor.patterns import ALL, OPAQUE
-from sage_inductor.report import Site, TensorInfo, unique_names
+from sage_inductor.plan import Fingerprint, Plan, calls_per_module, module_of
+from sage_inductor.report import Names, Report, Site, TensorInfo
 from sage_inductor.rewrite import insert_expansion, rewrite
+from sage_inductor.tuning import Choice, Comparison, choose
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +42,52 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     Raises NotEligibleError where a kernel that was asked for by name cannot run on this machine, and, with
     `fallback="error"`, where any site stays.
     """
-    sites = unique_names(_walk(graph, config, Surroundings(_ambient_pin()), set()))
+    sites = rewrite_sites(graph, config)
     for site in sites:
         log.debug("%s", site)
     rewritten = sum(site.rewritten for site in sites)
     if sites:
         log.info("%d of %d attention(s) rewritten (kernel=%s)", rewritten, len(sites), config.kernel)
+        trace_artifact("sage_inductor_report", lambda: Report(sites).to_json())
+        if config.plan is not None:
+            _compare_with_plan(sites, _plan_of(config))
     _fall_back([site for site in sites if not site.rewritten], config)
     return sites
+
+
+def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
+    """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
+    of our operator carry the name of their site as `meta["sage_site"]`."""
+    calls = Counter() if config.plan is None else Counter(_module_paths(graph, set()))
+    walk = _Walk(config, Names(), calls)
+    return tuple(_walk(graph, walk, Surroundings(_ambient_pin()), set()))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What holds for one graph and all below it."""
+
+    config: Config
+    names: Names
+    calls: Mapping[str, int]
+    """Attention calls per module path, counted where there is a plan."""
+
+
+def _plan_of(config: Config) -> Plan:
+    assert isinstance(config.plan, Plan)  # a path was read when the Config was made
+    return config.plan
+
+
+def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
+    """Say where a plan and a graph do not fit. What they disagree about stays SDPA."""
+    calls = calls_per_module(site.name for site in sites)
+    verdicts = [plan.verdict(site.name, Fingerprint.of(site, calls[module_of(site.name)])) for site in sites]
+    for verdict in verdicts:
+        if not verdict.known:
+            log.warning("%s; it stays SDPA", verdict.reason)
+    missing = plan.missing(site.name for site in sites)
+    if missing:
+        log.warning("plan has sites that this graph lacks: %s", ", ".join(missing))
 
 
 def _fall_back(refused: list[Site], config: Config) -> None:
@@ -61,7 +103,7 @@ def _fall_back(refused: list[Site], config: Config) -> None:
     )
 
 
-def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[int]) -> Iterator[Site]:
+def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int]) -> Iterator[Site]:
     """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
@@ -70,29 +112,49 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
         submodule = _submodule(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
-            yield from _walk(submodule.graph, config, around, visited)
+            yield from _walk(submodule.graph, walk, around, visited)
             submodule.recompile()
             continue
         for opaque in OPAQUE:
             closed = opaque.closed_reasons(node)
             if closed:
-                yield _closed_site(node, opaque.name, closed, config)
+                yield _closed_site(node, opaque.name, closed, walk)
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, config, around, constants)
+                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants)
                 break
         call = _match(node)
         if call is not None:
-            yield _judge(call, config, around, constants)
+            yield _judge(call, walk, around, constants)
     workarounds.apply(graph)
 
 
-def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config) -> Site:
-    name = module_path(node)
-    reasons = config.selection_reasons(name) + reasons
+def _module_paths(graph: fx.Graph, visited: set[int]) -> Iterator[str]:
+    """The module path of every site that `_walk` will find."""
+    for node in graph.nodes:
+        submodule = _submodule(node)
+        if submodule is not None and id(submodule) not in visited:
+            visited.add(id(submodule))
+            yield from _module_paths(submodule.graph, visited)
+            continue
+        for opaque in OPAQUE:
+            if opaque.closed_reasons(node):
+                yield module_path(node)
+                break
+            expansion = opaque.expand(node)
+            if expansion is not None:
+                yield from (module_path(node) for inner in expansion.graph.nodes if _match(inner) is not None)
+                break
+        if _match(node) is not None:
+            yield module_path(node)
+
+
+def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -> Site:
+    path, config = module_path(node), walk.config
+    reasons = config.selection_reasons(path) + reasons
     return Site(
-        name=name,
+        name=walk.names.next(path),
         source=source_line(node),
         pattern=pattern,
         query=None,
@@ -103,6 +165,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config
         precision=config.precision,
         rewritten=False,
         reasons=tuple(reasons),
+        code=source_code(node),
     )
 
 
@@ -112,15 +175,14 @@ def _match(node: fx.Node) -> AttentionCall | None:
 
 
 def _judge(
-    call: AttentionCall, config: Config, around: Surroundings, constants: dict[fx.Node, Tensor | None]
+    call: AttentionCall, walk: _Walk, around: Surroundings, constants: dict[fx.Node, Tensor | None]
 ) -> Site:
     """The decision about `call`, carried out."""
-    call = absorb_repeated_heads(call)
+    as_found, call = call, absorb_repeated_heads(call)
     mask = masks.classify(call, constants)
-    site = _decide(call, mask, config, around, module_path(call.node), source_line(call.node))
+    site, choice = _decide(as_found, call, mask, walk, around, call.node)
     if site.rewritten:
-        assert site.kernel is not None
-        rewrite(call, mask, site.kernel, config.precision)
+        rewrite(call, mask, site, choice)
     return site
 
 
@@ -128,65 +190,80 @@ def _judge_expansion(
     node: fx.Node,
     pattern: str,
     expansion: Expansion,
-    config: Config,
+    walk: _Walk,
     around: Surroundings,
     constants: dict[fx.Node, Tensor | None],
 ) -> Iterator[Site]:
     """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
-    name, source = module_path(node), source_line(node)
-    gradients = gradient_reasons(node, config)
+    gradients = gradient_reasons(node, walk.config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    for call in [call for call in map(_match, inlined.nodes) if call is not None]:
-        call = dataclasses.replace(absorb_repeated_heads(call), pattern=pattern)
+    for as_found in [call for call in map(_match, inlined.nodes) if call is not None]:
+        call = dataclasses.replace(absorb_repeated_heads(as_found), pattern=pattern)
         mask = masks.classify(call, constants)
-        decided.append((call, mask, _decide(call, mask, config, around, name, source, gradients)))
-    if any(site.rewritten for _, _, site in decided):
+        decided.append((call, mask, *_decide(as_found, call, mask, walk, around, node, gradients)))
+    if any(site.rewritten for _, _, site, _ in decided):
         inlined.replace(node)
     else:
         inlined.remove()
-    for call, mask, site in decided:
-        if site.rewritten and site.kernel is not None:
-            rewrite(call, mask, site.kernel, config.precision)
+    for call, mask, site, choice in decided:
+        if site.rewritten:
+            rewrite(call, mask, site, choice)
         yield site
 
 
 def _decide(
+    as_found: AttentionCall,
     call: AttentionCall,
     mask: masks.Mask,
-    config: Config,
+    walk: _Walk,
     around: Surroundings,
-    name: str,
-    source: str,
+    node: fx.Node,
     reasons: Sequence[str] = (),
-) -> Site:
-    reasons = [
-        *config.selection_reasons(name),
-        *reasons,
-        *ineligible_reasons(call, mask, config, around),
-    ]
-    problem = make_problem(call, mask, config)
-    kernel: str | None = None
-    if problem is not None:
-        if config.kernel != "auto":
-            missing = kernels.get(config.kernel).unavailable_reasons(problem.query.device)
-            if missing:
-                raise NotEligibleError(f"kernel={config.kernel}", missing)
-        kernel, against = kernel_reasons(problem, config)
-        reasons += against
-    return Site(
-        name=name,
-        source=source,
+) -> tuple[Site, Choice]:
+    """The decision about `call`, which the model makes at `node`, and which is `as_found` with repeated heads seen
+    through."""
+    path, config = module_path(node), walk.config
+    site = Site(
+        name=walk.names.next(path),
+        source=source_line(node),
         pattern=call.pattern,
         query=_info(call.query),
         key=_info(call.key),
         value=_info(call.value),
         mask=str(mask),
-        kernel=None if reasons else kernel,
+        kernel=None,
         precision=config.precision,
+        rewritten=False,
+        code=source_code(node),
+    )
+    reasons = [*config.selection_reasons(path), *reasons]
+    if config.plan is not None:
+        verdict = _plan_of(config).verdict(site.name, Fingerprint.of(site, walk.calls[path]))
+        config = dataclasses.replace(config, precision=verdict.precision or config.precision)
+        site = dataclasses.replace(site, precision=config.precision, rel_l2=verdict.rel_l2)
+        reasons += [] if verdict.reason is None else [verdict.reason]
+    reasons += ineligible_reasons(call, mask, config, around)
+    problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
+    choice = Choice(None)
+    if problem is not None and sdpa_call is not None:
+        if config.kernel != "auto":
+            missing = kernels.get(config.kernel).unavailable_reasons(problem.query.device)
+            if missing:
+                raise NotEligibleError(f"kernel={config.kernel}", missing)
+        # What stays for another reason is not worth a measurement.
+        unmeasured = bool(reasons) and config.tune == "measure"
+        tuning = dataclasses.replace(config, tune="table") if unmeasured else config
+        choice = choose(Comparison(problem, sdpa_call), tuning)
+        reasons += choice.reasons
+    site = dataclasses.replace(
+        site,
+        kernel=None if reasons else choice.kernel,
         rewritten=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
+        speedup=choice.speedup,
     )
+    return site, choice
 
 
 def _info(node: Value) -> TensorInfo | None:
@@ -251,8 +328,24 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """ "file.py:123", the innermost frame of user code that made the call."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
-    if not frames:
+    frame, _ = _innermost_frame(node)
+    if frame is None:
         return "?"
-    file, _, rest = frames[-1].removeprefix('File "').partition('", line ')
+    file, _, rest = frame.removeprefix('File "').partition('", line ')
     return f"{Path(file).name}:{rest.partition(',')[0]}"
+
+
+def source_code(node: fx.Node) -> str:
+    """The text of that line; empty where its file was not at hand."""
+    return _innermost_frame(node)[1]
+
+
+def _innermost_frame(node: fx.Node) -> tuple[str | None, str]:
+    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace."""
+    frame, text = None, ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        if line.strip().startswith('File "'):
+            frame, text = line.strip(), ""
+        elif frame is not None and not text:
+            text = line.strip()
+    return frame, text

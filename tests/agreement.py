@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 
 from sage_inductor import reference
+from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
-from sage_inductor.testing import max_error, relative_l2
+from sage_inductor.metrics import max_error, relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ("fast", "balanced", "accurate")
-# Relative L2 error against float64 on normal inputs, README.md.
-DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
 # Kernel and oracle take the same steps and differ where a quotient lies so near a rounding boundary that the
 # last bit of float32 decides. Rounding a value costs step / sqrt(12) on average and a flip costs a step, so
 # if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
 # of that.
 FLIPS = math.sqrt(12 / 100)
-# The largest step: of P's e4m3 at 448, 32. One flip moves an output by at most that part of the largest V.
-LARGEST_STEP = 32 / 448
-# A flip of Q or K moves a score by a 127th of its part at most.
-LSE_STEP = 0.05
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def run(
@@ -61,29 +55,6 @@ def oracle(
 ) -> tuple[Tensor, Tensor]:
     bounds = params.bounds(q.shape[2], k.shape[2])
     return reference.attention(q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision)
-
-
-def exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    params: AttentionParams = AttentionParams(),
-) -> tuple[Tensor, Tensor]:
-    """Float64 attention and LSE; rows that see no key give 0 and -inf."""
-    q, k, v = q.double(), k.double(), v.double()
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if params.scale is None else params.scale)
-    low, high = params.bounds(q.shape[2], k.shape[2])
-    distance = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
-    if low is not None:
-        scores = scores.masked_fill(distance < low, -math.inf)
-    if high is not None:
-        scores = scores.masked_fill(distance > high, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
 
 
 def disagreements(
@@ -120,8 +91,8 @@ def disagreements(
         ),
     }
     if finite.any():
-        # NaN fails every comparison below, as it should.
-        figures["LSE"] = (lse - expected_lse)[finite].abs().max().item(), LSE_STEP
+        # A flip of Q or K moves a score by a 127th of its part at most. NaN fails every comparison below, as it should.
+        figures["LSE"] = (lse - expected_lse)[finite].abs().max().item(), LSE_TOLERANCE
     return [
         f"{name} {value:.5g} (bound {bound:.5g})"
         for name, (value, bound) in figures.items()

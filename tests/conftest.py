@@ -11,6 +11,8 @@ from collections.abc import Iterator
 # day. Workers of pytest-xdist inherit the folder of the process that started them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sage_inductor-tests-")
+    # Neither are choices among kernels to be those of an earlier day.
+    os.environ["XDG_CACHE_HOME"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/xdg"
 # Inductor's pool of compile processes takes seconds to start, more than the small graphs here take to
 # compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

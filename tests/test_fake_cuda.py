@@ -35,8 +35,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def judge(
     function: Any, *shapes: tuple[int, ...], config: Config | None = None, **kwargs: Any
 ) -> RewritingBackend:
-    """`function` of fake bfloat16 CUDA tensors of these shapes."""
-    backend = RewritingBackend(Config() if config is None else config)
+    """`function` of fake bfloat16 CUDA tensors of these shapes, by the shipped table: a GPU that is there is not the
+    one that is pretended."""
+    backend = RewritingBackend(Config(tune="table") if config is None else config)
     with FakeTensorMode():
         inputs = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
         torch.compile(function, backend=backend, **kwargs)(*inputs)
@@ -129,13 +130,29 @@ def test_dynamic_lengths_are_judged_by_their_hint_without_a_guard() -> None:
     assert site_of(backend).rewritten and "s" in str(backend.sites[0].query and backend.sites[0].query.shape)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_without_a_gpu_the_table_decides_and_says_so() -> None:
+    shape = (2, 8, 512, 64)
+    site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=Config()))
+    assert site.reasons[-1] == "tune=measure: no GPU to measure on (decided by the shipped table)"
+    assert any("triton: kv_len=512 (faster than SDPA from" in reason for reason in site.reasons)
+    torch._dynamo.reset()
+    shape = (1, 16, 16384, 128)
+    site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=Config()))
+    assert site.kernel == "triton" and site.speedup is None
+    torch._dynamo.reset()
+    small = (2, 8, 512, 64)
+    site = site_of(judge(F.scaled_dot_product_attention, small, small, small, config=Config(tune="off")))
+    assert site.kernel == "triton"
+
+
 def test_older_and_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (1, 16, 16384, 128)
     monkeypatch.setattr(triton, "capability", lambda index: (8, 6))
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape))
     assert "triton: compute capability=8.6 (supported: 8.9 and newer)" in site.reasons  # no FP8 on Ampere
     torch._dynamo.reset()
-    balanced = Config(precision="balanced")
+    balanced = Config(precision="balanced", tune="table")
     assert site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=balanced)).rewritten
     torch._dynamo.reset()
     monkeypatch.setattr(triton, "capability", lambda index: (10, 0))

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sage_inductor import Config, backends, explain, kernels, ops, sage_attention
+from sage_inductor.accuracy import DOCUMENTED as BOUNDS
 from sage_inductor.testing import relative_l2
 
 pytestmark = pytest.mark.gpu
-
-BOUNDS = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,9 @@ def test_auto_on_the_cpu_is_exact() -> None:
     )
     assert relative_l2(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)) < 1e-6
     assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+    padding = torch.rand(2, 1, 1, 20) > 0.3
+    masked = sage_attention(q, k, v, padding, enable_gqa=True)
+    assert relative_l2(masked, F.scaled_dot_product_attention(q, k, v, padding, enable_gqa=True)) < 1e-6  # type: ignore[arg-type]
     windowed = ops.attention(q, q, q, None, True, window_left=3)
     distance = torch.arange(20) - torch.arange(20)[:, None]
     mask = (distance <= 0) & (distance >= -3)
@@ -220,3 +223,50 @@ def test_the_operator_refuses_inputs_that_need_gradients() -> None:
         ops.attention(q, k, v, **REFERENCE)
     with torch.no_grad():
         assert not ops.attention(q, k, v, **REFERENCE).requires_grad
+
+
+def test_few_queries_or_keys_get_exact_attention() -> None:
+    """The dispatch of symbolic lengths: below `min_q_len` or `min_kv_len` SDPA, in the strides that were promised."""
+    q, k = nhd(), nhd(seq=30)
+    exact, quantised = F.scaled_dot_product_attention(q, k, k), ops.attention(q, k, k, **REFERENCE)
+    assert not torch.equal(exact, quantised)
+    for least, expected in (
+        ({"min_q_len": 21}, exact),
+        ({"min_kv_len": 31}, exact),
+        ({"min_q_len": 20, "min_kv_len": 31}, exact),
+        ({"min_q_len": 20, "min_kv_len": 30}, quantised),
+    ):
+        out = ops.attention(q, k, k, **REFERENCE, **least)
+        assert torch.equal(out, expected) and out.stride() == quantised.stride(), least
+        buffer = torch.empty_like(q)
+        ops.attention_out(q, k, k, **REFERENCE, **least, output=buffer)
+        assert torch.equal(buffer, expected), least
+        for order in ([0, 1, 2, 3], [1, 0, 2, 3]):
+            out = ops.attention(q, k, k, **REFERENCE, **least, memory_order=order)
+            assert torch.equal(out, expected) and ops.memory_order(out) == order
+        single = ops.attention(q[0, 0], k[0, 0], k[0, 0], **REFERENCE, **least)
+        assert relative_l2(single, expected[0, 0]) < 1e-6
+    out, lse = ops.attention_lse(q, k, k, None, True, **REFERENCE, min_kv_len=31)
+    scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(20, 30).triu(1).bool(), -torch.inf)
+    assert relative_l2(out, F.scaled_dot_product_attention(q, k, k, is_causal=True)) < 1e-6
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+
+
+def test_dispatched_calls_pass_opcheck() -> None:
+    for memory_order in (None, [0, 1, 2, 3]):
+        for least in (10, 1000):
+            kwargs = REFERENCE | {"min_q_len": least, "min_kv_len": least, "memory_order": memory_order}
+            torch.library.opcheck(ops.attention, (nhd(), nhd(), nhd()), kwargs)
+    torch.library.opcheck(ops.attention_lse, (nhd(), nhd(), nhd()), REFERENCE | {"min_kv_len": 1000})
+
+
+def test_training_dispatches_too() -> None:
+    from sage_inductor.training import attention_training
+
+    q, k, v = (nhd().requires_grad_() for _ in range(3))
+    out = attention_training(q, k, v, **REFERENCE, min_kv_len=1000)
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(out, exact)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    for grad, expected in zip(grads, torch.autograd.grad(exact.sum(), (q, k, v)), strict=True):
+        assert relative_l2(grad, expected) < 1e-5

@@ -126,7 +126,8 @@ def modules() -> set[str]:
 def test_wheel_holds_every_module_and_nothing_else(distributions: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(distributions[1]).namelist()
     assert {name for name in names if name.endswith(".py")} == modules()
-    assert "sage_inductor/py.typed" in names
+    for data in ("py.typed", "html/page.css", "html/page.js"):
+        assert f"sage_inductor/{data}" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sage_inductor"}
 
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import reference
+from sage_inductor.accuracy import DOCUMENTED as BOUNDS
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.testing import max_error, relative_l2
-
-BOUNDS = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
 
 
 def normal(*shape: int) -> Tensor:

@@ -451,10 +451,11 @@ def test_availability(
 def test_auto_does_not_choose_it(version: Any) -> None:
     version("1.0.6", (9, 0))
     assert "slower than SDPA" in KERNEL.not_chosen_reasons(problem())[0]
+    assert KERNEL.only_by_name_reasons() == []
     version("1.0.6", (8, 9))
     assert "not measured against SDPA on compute capability 8.9" in KERNEL.not_chosen_reasons(problem())[0]
     version("2.2.0", (9, 0))
-    assert "default stream" in KERNEL.not_chosen_reasons(problem())[0]
+    assert KERNEL.only_by_name_reasons() and "default stream" in KERNEL.only_by_name_reasons()[0]
 
 
 def test_importing_loads_no_package() -> None:
@@ -565,14 +566,20 @@ def test_v2_refuses_a_build_that_computes_wrong(
     monkeypatch.setattr(sageattention, "_self_test_reasons", lambda device: reasons(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert KERNEL.unavailable_reasons(torch.device("cuda")) == []
+    assert KERNEL.broken_reasons(torch.device("cuda")) == []
     sageattention._device_reasons.cache_clear()
     stand.wrong = True
     (reason,) = KERNEL.unavailable_reasons(torch.device("cuda"))
     assert reason == "self-test error of sageattention 2.2.0=1.00 (supported: below 0.2)"
+    assert KERNEL.broken_reasons(torch.device("cuda")) == [reason]
     sageattention._device_reasons.cache_clear()
     stand.SM90_ENABLED = False
     (reason,) = KERNEL.unavailable_reasons(torch.device("cuda"))
     assert "built without kernels for compute capability 9.0" in reason
+    assert KERNEL.broken_reasons(torch.device("cuda")) == [reason]
+    # A GPU that no version serves is no fault of the build.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert KERNEL.broken_reasons(torch.device("cuda")) == []
 
 
 def test_v2_runs_on_the_default_stream_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

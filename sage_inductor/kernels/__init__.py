@@ -24,7 +24,9 @@ __all__ = [
     "Kernel",
     "TensorSpec",
     "available",
+    "candidates",
     "get",
+    "no_choice_reasons",
     "select",
 ]
 
@@ -65,20 +67,47 @@ def select(problem: AttentionProblem, name: str) -> tuple[Kernel | None, list[st
     """The kernel for `problem`, or None and every reason why not.
 
     A kernel asked for by name is judged alone. "auto" takes the first of `AUTO_ORDER` that is available,
-    supports the problem and expects to beat SDPA on it.
+    supports the problem and, by the measurements shipped with it, beats SDPA on it.
     """
     if name != "auto":
         kernel = get(name)
-        reasons = kernel.unavailable_reasons(problem.query.device) + kernel.not_supported_reasons(problem)
-        return (None, list(dict.fromkeys(reasons))) if reasons else (kernel, [])
-    if problem.query.device.type not in AUTO_DEVICE_TYPES:
-        return None, [reason("device", problem.query.device.type, AUTO_DEVICE_TYPES)]
-    all_reasons = []
-    for candidate in AUTO_ORDER:
-        kernel = get(candidate)
-        reasons = kernel.unavailable_reasons(problem.query.device) + kernel.not_supported_reasons(problem)
-        reasons = reasons or kernel.not_chosen_reasons(problem)
+        reasons = _cannot_run_reasons(kernel, problem)
+        return (None, reasons) if reasons else (kernel, [])
+    against = no_choice_reasons(problem)
+    if against:
+        return None, against
+    runnable, refused = candidates(problem)
+    for kernel in runnable:
+        reasons = kernel.not_chosen_reasons(problem)
         if not reasons:
             return kernel, []
-        all_reasons += [f"{candidate}: {text}" for text in dict.fromkeys(reasons)]
-    return None, all_reasons
+        refused[kernel.name] = _named(kernel.name, reasons)
+    return None, [text for name in AUTO_ORDER for text in refused[name]]
+
+
+def no_choice_reasons(problem: AttentionProblem) -> list[str]:
+    """Why "auto" leaves everything on the device of `problem` to SDPA; [] where it chooses."""
+    device = problem.query.device.type
+    return [] if device in AUTO_DEVICE_TYPES else [reason("device", device, AUTO_DEVICE_TYPES)]
+
+
+def candidates(problem: AttentionProblem) -> tuple[list[Kernel], dict[str, list[str]]]:
+    """The kernels that can run `problem` and that "auto" may take, in its order, whatever their speed; and why
+    not the others, by name."""
+    runnable, refused = [], {}
+    for kernel in (get(name) for name in AUTO_ORDER):
+        reasons = _cannot_run_reasons(kernel, problem) or kernel.only_by_name_reasons()
+        if reasons:
+            refused[kernel.name] = _named(kernel.name, reasons)
+        else:
+            runnable.append(kernel)
+    return runnable, refused
+
+
+def _cannot_run_reasons(kernel: Kernel, problem: AttentionProblem) -> list[str]:
+    reasons = kernel.unavailable_reasons(problem.query.device) + kernel.not_supported_reasons(problem)
+    return list(dict.fromkeys(reasons))
+
+
+def _named(name: str, reasons: list[str]) -> list[str]:
+    return [f"{name}: {text}" for text in dict.fromkeys(reasons)]

@@ -93,10 +93,18 @@ class Kernel(ABC):
     dtypes: ClassVar[Collection[torch.dtype]]
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
+    oracle_distance: ClassVar[float] = 1.0
+    """How far an output may lie from the oracle's, in units of the precision's documented error. 1: the kernel takes
+    the oracle's steps, and rounding P against other maxima, in narrower tiles, is a rounding of its own within that
+    error. 2: another algorithm; both outputs lie within that error of the exact one."""
 
     @abstractmethod
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         """Why the kernel cannot run on `device` (None: on any device of this machine); empty when it can."""
+
+    def broken_reasons(self, device: torch.device | None = None) -> list[str]:
+        """Those of `unavailable_reasons` that a fault of the installation gives, and not a limit of the machine."""
+        return []
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Every reason why the kernel cannot serve `problem`; empty when it can. Touches no device."""
@@ -113,9 +121,13 @@ class Kernel(ABC):
             reasons.append(reason("value_head_dim", problem.value.shape[-1], self.head_dims))
         return reasons
 
+    def only_by_name_reasons(self) -> list[str]:
+        """Why "auto" never takes this kernel, however fast it is; [] when it may."""
+        return []
+
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
-        """Why "auto" leaves `problem` to SDPA although the kernel could run it (it would be slower); [] to
-        take it."""
+        """Why "auto", going by measurements shipped with the kernel, leaves `problem` to SDPA although the
+        kernel could run it (it would be slower); [] to take it."""
         return []
 
     @abstractmethod
@@ -132,6 +144,14 @@ class Kernel(ABC):
         """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides)
         and, when asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs
         are never written; work goes to the current stream of the inputs' device."""
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """`size`, or, of a symbolic one, the value it was traced with; adds no guard. None where there is no value."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return hint if isinstance(hint, int) else None
 
 
 def reason(name: str, value: object, supported: object) -> str:

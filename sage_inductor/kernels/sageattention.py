@@ -86,6 +86,7 @@ class SageAttentionKernel(Kernel):
     dtypes = V1.dtypes
     device_types = ("cuda",)  # and "cpu" when Triton interprets (TRITON_INTERPRET=1), for 1.0.x
     head_dims = (64, 96, 128)
+    oracle_distance = 2.0  # scales per 64 keys and per tile of queries, not the oracle's
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         version = installed_version()
@@ -105,6 +106,16 @@ class SageAttentionKernel(Kernel):
         indices = range(torch.cuda.device_count()) if device is None else [_index(device)]
         reasons = [_device_reasons(limits, index) for index in indices]
         return [] if any(not found for found in reasons) else list(dict.fromkeys(sum(reasons, [])))
+
+    def broken_reasons(self, device: torch.device | None = None) -> list[str]:
+        """What is wrong with the installed 2.x on GPUs that it has kernels for: all that `_device_reasons` finds
+        there."""
+        limits = limits_of(installed_version())
+        if limits is not V2 or not torch.cuda.is_available() or (device and device.type != "cuda"):
+            return []
+        indices = range(torch.cuda.device_count()) if device is None else [_index(device)]
+        served = [index for index in indices if torch.cuda.get_device_capability(index) in V2_FUNCTIONS]
+        return list(dict.fromkeys(sum((_device_reasons(limits, index) for index in served), [])))
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         limits = limits_of(installed_version())
@@ -141,10 +152,12 @@ class SageAttentionKernel(Kernel):
                 reasons.append(reason(f"elements of {name}, padded", elements, "below 2**31"))
         return reasons
 
-    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
-        limits = limits_of(installed_version())
-        if limits is V2:
+    def only_by_name_reasons(self) -> list[str]:
+        if limits_of(installed_version()) is V2:
             return ["sageattention 2.x launches on the default stream, which CUDA graphs miss: only by name"]
+        return []
+
+    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if _capability(problem.query.device) == (9, 0):
             # The kernel alone on an H100, head_dim 128, 4096 tokens, torch 2.11; every size from 1k to 32k, causal
             # or not, was slower. With quantisation, on an H200 at 16384 tokens: 380 against 655.

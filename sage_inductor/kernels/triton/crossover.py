@@ -1,4 +1,4 @@
-"""Where SDPA is faster than this kernel, measured: "auto" leaves those problems to SDPA.
+"""Where SDPA is faster than this kernel: the measurements that `tune="table"`, and calls outside a graph, go by.
 
 Origin: one H200 (compute capability 9.0), torch 2.11.0+cu130, triton 3.6.0, bfloat16, quantisation included,
 against torch's default SDPA (cuDNN), in the same process; benchmarks/results/attention_h200.json and, for
@@ -9,9 +9,7 @@ gain is 5% with 4 x 32 heads in HND memory, but -1% with 128 heads in NHD memory
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..base import AttentionProblem
+from ..base import AttentionProblem, size_hint
 
 # (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. What is not listed is slower
 # at every size measured (512 to 32768) or was not measured.
@@ -58,10 +56,10 @@ def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> 
             f"(faster than SDPA: {dims} for {causal}{params.precision!r} on sm_90)"
         ]
     mask = problem.attn_mask
-    if mask is not None and len(mask.shape) > 1 and _size(mask.shape[-2]) != 1 and mask.stride[-2] != 0:
+    if mask is not None and len(mask.shape) > 1 and size_hint(mask.shape[-2]) != 1 and mask.stride[-2] != 0:
         return ["attn_mask=one row per query (faster than SDPA on sm_90: none, or the same row for all)"]
-    batch, heads, q_len = (_size(size) for size in problem.query.shape[:3])
-    kv_heads, kv_len = (_size(size) for size in problem.key.shape[1:3])
+    batch, heads, q_len = (size_hint(size) for size in problem.query.shape[:3])
+    kv_heads, kv_len = (size_hint(size) for size in problem.key.shape[1:3])
     if batch is None or heads is None or q_len is None or kv_heads is None or kv_len is None:
         return []
     reasons = []
@@ -74,14 +72,6 @@ def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> 
     if not reasons and pairs < MIN_PAIRS:
         reasons.append(f"batch * heads * q_len * kv_len={pairs} (faster than SDPA from {MIN_PAIRS} on sm_90)")
     return reasons
-
-
-def _size(size: Any) -> int | None:
-    """A size, or, of a symbolic one, the value it was traced with: nothing here is worth a guard."""
-    if isinstance(size, int):
-        return size
-    hint = getattr(getattr(size, "node", None), "hint", None)
-    return hint if isinstance(hint, int) else None
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -1,0 +1,129 @@
+"""One shape of attention: SDPA's backends and the kernels, end to end, with their errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sage_inductor import kernels
+from sage_inductor.accuracy import sampled_error
+from sage_inductor.cli.rows import Row, speedup
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.timing import median_ms, sets_beyond_l2
+
+SDPA: dict[str, SDPBackend | None] = {
+    "sdpa": None,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of one shape, in the memory order of models: `[batch, seq, heads, head_dim]`."""
+
+    batch: int
+    heads: int
+    seq: int
+    head_dim: int
+    is_causal: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def operations(self) -> float:
+        """Of both products; a causal mask leaves half of them."""
+        total = 4.0 * self.batch * self.heads * self.seq**2 * self.head_dim
+        return total / 2 if self.is_causal else total
+
+    def inputs(self) -> list[tuple[Tensor, ...]]:
+        """As many sets of query, key and value as must take turns so that none is found in L2."""
+        shape = self.batch, self.seq, self.heads, self.head_dim
+        size = 3 * self.dtype.itemsize * self.batch * self.heads * self.seq * self.head_dim
+        return [
+            tuple(torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(3))
+            for _ in range(sets_beyond_l2(size, self.device))
+        ]
+
+
+def shape_rows(
+    problem: Problem, names: Sequence[str] | None = None, precisions: Sequence[str] | None = None
+) -> list[Row]:
+    """SDPA's default first, then its backends, then the kernels: by default all, but on a GPU not the reference."""
+    on_gpu = problem.device.type == "cuda"
+    names = names or [name for name in kernels.KERNELS if name != "reference" or not on_gpu]
+    rows: list[Row] = []
+    with torch.no_grad():
+        sets = problem.inputs()
+        for name, backend in SDPA.items():
+            if backend is None or on_gpu:
+                attend = partial(_sdpa, problem, backend)
+                rows.append(
+                    _timed(name, str(problem.dtype).removeprefix("torch."), problem, sets, attend, rows)
+                )
+        for name in names:
+            for precision in precisions or kernels.get(name).precisions:
+                rows.append(_kernel_row(name, precision, problem, sets, rows))
+    return rows
+
+
+def _kernel_row(
+    name: str, precision: str, problem: Problem, sets: list[tuple[Tensor, ...]], rows: list[Row]
+) -> Row:
+    kernel = kernels.get(name)
+    params = AttentionParams(is_causal=problem.is_causal, precision=precision)
+    query, key, value = map(TensorSpec.of, sets[0])
+    reasons = kernel.unavailable_reasons(problem.device)
+    reasons = reasons or kernel.not_supported_reasons(AttentionProblem(query, key, value, None, params))
+    if reasons:
+        return Row(name, precision, problems=tuple(reasons))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        kernel.run(query, key, value, None, params, out, None)
+        return out
+
+    return _timed(name, precision, problem, sets, attend, rows)
+
+
+def _sdpa(problem: Problem, backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if backend is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal)
+
+
+def _timed(
+    name: str,
+    precision: str,
+    problem: Problem,
+    sets: list[tuple[Tensor, ...]],
+    attend: Callable[..., Tensor],
+    rows: Sequence[Row],
+) -> Row:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            ms = median_ms([partial(attend, *inputs) for inputs in sets], device=problem.device)
+            query, key, value = sets[0]
+            params = AttentionParams(is_causal=problem.is_causal)
+            error = sampled_error(query, key, value, attend(query, key, value), params)
+        except RuntimeError as failure:  # a backend of SDPA that does not take the shape, or no memory
+            # SDPA warns of what each backend lacks before it says that there is none.
+            return Row(name, precision, problems=_first_lines(failure, *caught))
+    tflops = problem.operations / ms / 1e9
+    return Row(
+        name, precision, ms, speedup(ms, rows), rel_l2=error, tflops=tflops, problems=_first_lines(*caught)
+    )
+
+
+def _first_lines(*messages: Exception | warnings.WarningMessage) -> tuple[str, ...]:
+    texts = (str(item.message if isinstance(item, warnings.WarningMessage) else item) for item in messages)
+    return tuple(dict.fromkeys(text.splitlines()[0].partition(" (Triggered")[0] for text in texts if text))

@@ -1,0 +1,13 @@
+"""What ends a command, and with which exit code."""
+
+from __future__ import annotations
+
+FAILED, USAGE, NOT_AS_ASKED = 1, 2, 3
+
+
+class CommandError(Exception):
+    """Its message is all that the user needs to see."""
+
+    def __init__(self, message: str, exit_code: int = USAGE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,82 @@
+"""Shows every attention of a model, whether it runs in 8 bits, and why not.
+
+Traces the model with Dynamo and runs it once as it is; compiles nothing. Under torch.no_grad(), unless --training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+import torch
+
+from sage_inductor.backend import explain
+from sage_inductor.cli.errors import NOT_AS_ASKED
+from sage_inductor.cli.model import Subject, add_model, failing, load
+from sage_inductor.cli.options import add_config, chosen_config, config_fields
+from sage_inductor.cli.output import Cell, good, show_json, show_lines, show_table, weak, write_file
+from sage_inductor.config import Config
+from sage_inductor.report import Report, Site
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write a page to look at")
+    parser.add_argument(
+        "--require-all", action="store_true", help="fail where any attention stays, or none is found"
+    )
+    add_config(parser, config_fields())
+
+
+def run(options: argparse.Namespace) -> int:
+    config = chosen_config(options)
+    report = explained(load(options.model), config)
+    if options.html is not None:
+        write_file(options.html, report.to_html(options.model))
+    if options.json:
+        show_json(report.to_json())
+    else:
+        show_report(options.model, report)
+    short = bool(report.refused) or not report.sites
+    return NOT_AS_ASKED if options.require_all and short else 0
+
+
+def explained(subject: Subject, config: Config) -> Report:
+    """NotEligibleError as from `explain`; whatever else is raised is the model's."""
+    with failing("the model raised"), contextlib.nullcontext() if config.training else torch.no_grad():
+        return explain(subject.model, *subject.args, config=config, **subject.kwargs)
+
+
+def show_report(title: str, report: Report) -> None:
+    measured = any(site.speedup is not None or site.rel_l2 is not None for site in report.sites)
+    header = [
+        "site",
+        "source",
+        "query",
+        "key",
+        "mask",
+        "decision",
+        *(("error", "speed-up") if measured else ()),
+        "reasons",
+    ]
+    if report.sites:
+        show_table(title, header, [_row(site, measured) for site in report.sites])
+    show_lines(report.summary())
+
+
+def _row(site: Site, measured: bool) -> list[Cell]:
+    key = "x".join(map(str, site.key.shape)) if site.key else "?"
+    decision = good(f"{site.kernel} {site.precision}") if site.rewritten else weak("SDPA")
+    error = "" if site.rel_l2 is None else f"{site.rel_l2:.4f}"
+    speedup = "" if site.speedup is None else f"{site.speedup:.2f}x"
+    figures = [error, speedup] if measured else []
+    return [
+        site.name,
+        site.source,
+        str(site.query or "?"),
+        key,
+        site.mask,
+        decision,
+        *figures,
+        "; ".join(site.reasons),
+    ]

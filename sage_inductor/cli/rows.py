@@ -1,0 +1,28 @@
+"""What `bench` measures of one way to compute something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute it. Without a time it was not run, for `problems`."""
+
+    name: str
+    precision: str
+    ms: float | None = None
+    speedup: float | None = None
+    """Time of the first row over this one's."""
+    rel_l2: float | None = None
+    tflops: float | None = None
+    graph_breaks: int | None = None
+    rewritten: int | None = None
+    sites: int | None = None
+    problems: tuple[str, ...] = ()
+
+
+def speedup(ms: float, rows: Sequence[Row]) -> float | None:
+    baseline = rows[0].ms if rows else ms
+    return None if baseline is None else baseline / ms

@@ -1,0 +1,54 @@
+"""How far a long run has come: to the caller's function, to a bar on a terminal, and to the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+log = logging.getLogger(__name__)
+
+ProgressCallback: TypeAlias = Callable[[int, int, str], None]  # (done, total, what was done)
+
+
+class Progress:
+    """Counts what is done of a total that grows with the sites that are found."""
+
+    def __init__(self, callback: ProgressCallback, units_per_site: int) -> None:
+        self.callback = callback
+        self.units_per_site = units_per_site
+        self.sites = 0
+        self.done = 0
+
+    def tick(self, what: str) -> None:
+        self.done += 1
+        total = max(self.done, self.sites * self.units_per_site)
+        log.debug("%d of %d: %s", self.done, total, what)
+        self.callback(self.done, total, what)
+
+
+@contextmanager
+def shown(callback: ProgressCallback | None) -> Iterator[ProgressCallback]:
+    """The caller's function; or one that draws a bar, on a terminal where `rich` is installed; or one that does
+    nothing."""
+    if callback is not None:
+        yield callback
+        return
+    bar = _bar() if sys.stderr.isatty() else None
+    if bar is None:
+        yield lambda done, total, what: None
+        return
+    with bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def _bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+    except ImportError:
+        return None
+    return Bar(console=Console(stderr=True))

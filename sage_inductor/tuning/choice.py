@@ -1,0 +1,219 @@
+"""The decision at a site: the fastest of the kernels that can run there and SDPA, which wins ties."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sage_inductor import kernels
+from sage_inductor.config import Config
+from sage_inductor.kernels import Kernel
+from sage_inductor.tuning import measure as measuring
+from sage_inductor.tuning.comparison import Comparison
+from sage_inductor.tuning.machine import Machine, machine
+from sage_inductor.tuning.measure import CannotMeasure
+from sage_inductor.tuning.store import Result, Store
+
+log = logging.getLogger(__name__)
+
+MARGIN = 0.02  # of SDPA's time that a kernel has to save at least: what two runs of the same differ by
+# Symbolic lengths: how far beyond the hint a kernel that loses there may begin to win, and the shortest length
+# worth a measurement.
+LONGER = 4
+SHORTEST = 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`kernel` is to run, from `min_q_len` queries and `min_kv_len` keys on, exact attention below; None leaves
+    SDPA, with all `reasons`. `speedup` is SDPA's time over the kernel's, where that was measured."""
+
+    kernel: str | None
+    reasons: tuple[str, ...] = ()
+    speedup: float | None = None
+    min_q_len: int = 0
+    min_kv_len: int = 0
+
+
+def choose(comparison: Comparison, config: Config) -> Choice:
+    """The kernel for the site, or SDPA and every reason. Sizes may be symbolic; none is guarded on."""
+    problem = comparison.problem
+    if config.kernel != "auto":
+        kernel, reasons = kernels.select(problem, config.kernel)
+        return Choice(None if kernel is None else kernel.name, tuple(reasons))
+    against = kernels.no_choice_reasons(problem)
+    if against:
+        return Choice(None, tuple(against))
+    candidates, refused = kernels.candidates(problem)
+    others = [text for reasons in refused.values() for text in reasons]
+    if not candidates:
+        return Choice(None, tuple(others))
+    if config.tune == "off":
+        return Choice(candidates[0].name)
+    note: list[str] = []
+    choice = None
+    if config.tune == "measure":
+        try:
+            choice = _across_lengths(comparison, _by_measurement(candidates, config))
+        except CannotMeasure as why:
+            note = [f"tune=measure: {why} (decided by the shipped table)"]
+            if note[0] not in _warned:  # once, for as many equal layers as there are
+                _warned.add(note[0])
+                log.warning(note[0])
+    if choice is None:
+        choice = _across_lengths(comparison, _by_table(candidates))
+    if choice.kernel is None:
+        return Choice(None, (*choice.reasons, *others, *note), choice.speedup)
+    return choice
+
+
+def is_makeshift() -> bool:
+    """Whether the table took the place of a measurement in this process: its choices are not to outlive it."""
+    return bool(_unmeasurable)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What is known at one pair of lengths: the kernels that beat SDPA, best first, or why none does."""
+
+    winners: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+    speedup: float | None = None  # of the best kernel, be it below 1
+
+
+_Judge = Callable[[Comparison], _Verdict]  # of hinted comparisons
+
+
+def _across_lengths(comparison: Comparison, judge: _Judge) -> Choice:
+    """The choice at the hint and, where lengths are symbolic, the lengths from which it holds.
+
+    Lengths are judged at powers of two, so that other hints find the same ones measured: below the hint while
+    the kernel wins, or above it until one does. Both lengths grow alike where both are symbolic.
+    """
+    hinted = comparison.hinted()
+    verdict = judge(hinted)
+    symbolic_q, symbolic_kv = comparison.symbolic
+    if not symbolic_q and not symbolic_kv:
+        return Choice(next(iter(verdict.winners), None), verdict.reasons, verdict.speedup)
+    q_len, kv_len = hinted.lengths
+    hint = kv_len if symbolic_kv else q_len
+
+    def lengths(length: int) -> tuple[int, int]:
+        other = max(1, round(q_len * length / hint)) if symbolic_q else q_len
+        return (other, length) if symbolic_kv else (length, kv_len)
+
+    def winners(length: int) -> tuple[str, ...]:
+        try:
+            return judge(hinted.at(*lengths(length))).winners
+        except CannotMeasure:  # for want of memory: longer than anything that runs here
+            return ()
+
+    below = 1 << (max(hint, 2) - 1).bit_length() - 1  # the last power of two below the hint
+    if verdict.winners:
+        kernel, crossover = verdict.winners[0], hint
+        while below >= SHORTEST and kernel in winners(below):
+            crossover, below = below, below // 2
+    else:
+        longer = [below * 2 * factor for factor in (1, 2, 4) if hint < below * 2 * factor <= LONGER * hint]
+        crossover = next((length for length in longer if winners(length)), 0)
+        if crossover == 0:
+            return Choice(None, verdict.reasons, verdict.speedup)
+        kernel = winners(crossover)[0]
+        below = max(hint, crossover // 2)
+    between = (below + crossover) // 2
+    if SHORTEST <= below < between < crossover and kernel in winners(between):
+        crossover = between
+    least_q, least_kv = lengths(crossover)
+    return Choice(kernel, (), verdict.speedup, least_q if symbolic_q else 0, least_kv if symbolic_kv else 0)
+
+
+def _by_table(candidates: Sequence[Kernel]) -> _Judge:
+    """The first kernel in order whose shipped measurements say that it wins."""
+
+    def judge(comparison: Comparison) -> _Verdict:
+        reasons = {kernel.name: kernel.not_chosen_reasons(comparison.problem) for kernel in candidates}
+        winners = tuple(name for name, against in reasons.items() if not against)
+        texts = [f"{name}: {text}" for name, against in reasons.items() for text in against]
+        return _Verdict(winners, () if winners else tuple(texts))
+
+    return judge
+
+
+def _by_measurement(candidates: Sequence[Kernel], config: Config) -> _Judge:
+    names = [kernel.name for kernel in candidates]
+
+    def judge(comparison: Comparison) -> _Verdict:
+        device = comparison.problem.query.device
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise CannotMeasure("no GPU to measure on")
+        here = machine(device)
+        return _verdict(_result(comparison, names, config, here), comparison, names, here)
+
+    return judge
+
+
+# (folder, fingerprint, key) -> what this process measured or read; (..., lengths) -> why it could not.
+_known: dict[tuple[str | None, str, str], list[Result]] = {}
+_unmeasurable: dict[tuple[str | None, str, str, tuple[int, int]], str] = {}
+_warned: set[str] = set()
+
+
+def _result(comparison: Comparison, names: Sequence[str], config: Config, here: Machine) -> Result:
+    """Times that hold for a hinted `comparison`: known, on disk, or measured now. Raises CannotMeasure."""
+    key, lengths = comparison.key(), comparison.lengths
+    where = (config.cache_dir, here.fingerprint(), json.dumps(key, sort_keys=True))
+    store = Store(config.cache_dir, here)
+    if where not in _known:
+        _known[where] = store.load(key)
+    for result in _known[where]:
+        if result.decides(*lengths, names):
+            return result
+    device = comparison.problem.query.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise CannotMeasure("a CUDA graph is being captured")
+    this = (*where, lengths)
+    if this in _unmeasurable:
+        raise CannotMeasure(_unmeasurable[this])
+    try:
+        result = measuring.measure(comparison, names)
+    except CannotMeasure as why:
+        _unmeasurable[this] = str(why)
+        raise
+    for name, text in result.failed.items():
+        log.warning("kernel %s failed while it was measured, and is not used: %s", name, text)
+    _known[where] = [result, *(other for other in _known[where] if (other.q_len, other.kv_len) != lengths)]
+    store.save(key, result)
+    return result
+
+
+def _verdict(result: Result, comparison: Comparison, names: Sequence[str], here: Machine) -> _Verdict:
+    timed = sorted(
+        (name for name in names if name in result.kernels), key=lambda name: result.kernels[name].ratio
+    )
+    winners = tuple(name for name in timed if result.kernels[name].ratio < 1 - _needed_gain(result, name))
+    speedup = 1 / result.kernels[timed[0]].ratio if timed else None
+    if winners:
+        return _Verdict(winners, (), speedup)
+    at = (
+        "" if comparison.lengths == (result.q_len, result.kv_len) else f" at {result.q_len} x {result.kv_len}"
+    )
+    reasons = []
+    for name in timed:
+        tie = f", wins from {_needed_gain(result, name):.1%} less" if result.kernels[name].ratio < 1 else ""
+        reasons.append(
+            f"time={result.kernels[name].ms:.3g} ms {name} {comparison.problem.params.precision} "
+            f"(SDPA: {result.sdpa_ms:.3g} ms{at} on {here.device}, measured{tie})"
+        )
+    reasons += [
+        f"{name}: failed while measured: {text}" for name, text in result.failed.items() if name in names
+    ]
+    return _Verdict((), tuple(reasons), speedup)
+
+
+def _needed_gain(result: Result, name: str) -> float:
+    """The share of SDPA's time that kernel `name` must save to be taken for faster."""
+    return max(MARGIN, result.kernels[name].noise)

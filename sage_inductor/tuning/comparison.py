@@ -1,0 +1,197 @@
+"""What is compared at a site: the problem that kernels would solve, and the SDPA call that stands there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from sage_inductor.inductor import pinned_sdpa_backends
+from sage_inductor.kernels import AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import size_hint
+
+# Lengths that are data (without a hint) are judged at this one; the crossover decides at run time.
+UNKNOWN_LENGTH = 4096
+# Lengths of one bucket share their leading bit and the two behind it, so they differ by less than 5/4.
+BUCKET_BITS = 3
+BUCKET_WIDTH = 1.25
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """`F.scaled_dot_product_attention` as the graph calls it, with the mask that analysis may have turned into
+    `is_causal`, and the repeated key heads that a kernel reads unrepeated.
+
+    Tensors of 2 to 4 dimensions. Attention that is written out is the SDPA call it stands for.
+    """
+
+    query: TensorSpec
+    key: TensorSpec
+    value: TensorSpec
+    attn_mask: TensorSpec | None
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
+Call = TypeVar("Call", AttentionProblem, SdpaCall)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One problem, as kernels see it and as SDPA does. Sizes may be symbolic, but for those of `hinted()`."""
+
+    problem: AttentionProblem
+    sdpa: SdpaCall
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(q_len, kv_len)"""
+        return self.problem.query.shape[2], self.problem.key.shape[2]
+
+    @property
+    def symbolic(self) -> tuple[bool, bool]:
+        """Whether q_len and kv_len change from call to call."""
+        q_len, kv_len = self.lengths
+        return not isinstance(q_len, int), not isinstance(kv_len, int)
+
+    def hinted(self) -> Comparison:
+        """The comparison at the sizes that it was traced with."""
+        return Comparison(_hinted(self.problem), _hinted(self.sdpa))
+
+    def at(self, q_len: int, kv_len: int) -> Comparison:
+        """A hinted comparison at other lengths; strides keep their order, and gaps their share."""
+        return Comparison(_resized(self.problem, q_len, kv_len), _resized(self.sdpa, q_len, kv_len))
+
+    def key(self) -> dict[str, Any]:
+        """All that times depend on, of a hinted comparison and of torch's settings; lengths by their bucket. JSON."""
+        problem, params = self.problem, self.problem.params
+        q_len, kv_len = self.lengths
+        return {
+            "device": problem.query.device.type,
+            "batch": problem.query.shape[0],
+            "q_len": bucket(q_len),
+            "kv_len": bucket(kv_len),
+            "kernel": {
+                **_described(problem),
+                "is_causal": params.is_causal,
+                "bottom_right": params.bottom_right,
+                "window": [params.window_left, params.window_right],
+                "precision": params.precision,
+            },
+            "sdpa": {
+                **_described(self.sdpa),
+                "is_causal": self.sdpa.is_causal,
+                "enable_gqa": self.sdpa.enable_gqa,
+                "dims": len(self.sdpa.query.shape),  # its fused kernels take 4
+                "backends": sorted(pinned_sdpa_backends()),
+                "float32": _float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
+            },
+        }
+
+
+def bucket(length: int) -> str:
+    """The lengths that are looked up together: 4096 to 5119."""
+    shift = max(0, length.bit_length() - BUCKET_BITS)
+    first = length >> shift << shift
+    return f"{first} to {first + (1 << shift) - 1}"
+
+
+def _float32_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for single operations, by torch's newer interface
+        return "mixed"
+
+
+def _described(call: AttentionProblem | SdpaCall) -> dict[str, Any]:
+    mask = call.attn_mask
+    return {
+        "query": _layout(call.query),
+        "key": _layout(call.key),
+        "value": _layout(call.value),
+        "attn_mask": None if mask is None else _layout(mask, is_mask=True),
+    }
+
+
+def _layout(spec: TensorSpec, is_mask: bool = False) -> str:
+    """`bfloat16 heads=8 dim=128 b n h d, row 3072, aligned 16`: what speed depends on beside the lengths.
+
+    The dims from outermost to innermost in memory, without those of one element; (dim) for an expanded one.
+    The distance of rows does not change with the length where head_dim is innermost, so it counts there.
+    """
+    dims = len(spec.shape)
+    names = ("b", "h", "q", "k")[-dims:] if is_mask else ("b", "h", "n", "d")[-dims:]
+    order = sorted((dim for dim in range(dims) if spec.shape[dim] != 1), key=lambda dim: -spec.stride[dim])
+    parts = [str(spec.dtype).removeprefix("torch.")]
+    if not is_mask:
+        parts += [f"heads={spec.shape[-3] if dims > 2 else 1}", f"dim={spec.shape[-1]}"]
+    parts += [f"({names[dim]})" if spec.stride[dim] == 0 else names[dim] for dim in order]
+    text = " ".join(parts)
+    if not is_mask and spec.stride[-1] == 1:
+        text += f", row {spec.stride[-2]}"
+    unit = 16  # elements: wide loads need 16 bytes, and kernels specialise on 16 elements
+    for dim in order:
+        if spec.stride[dim] != 1:
+            unit |= spec.stride[dim]
+    return f"{text}, aligned {unit & -unit}"
+
+
+def _hinted(call: Call) -> Call:
+    q_len, kv_len = (size_hint(spec.shape[-2]) or UNKNOWN_LENGTH for spec in (call.query, call.key))
+
+    def numbers(spec: TensorSpec, lengths: dict[int, int]) -> TensorSpec:
+        shape = tuple(
+            lengths.get(dim, size_hint(size) or 1)
+            for dim, size in zip(range(-len(spec.shape), 0), spec.shape, strict=True)
+        )
+        hints = [size_hint(stride) for stride in spec.stride]
+        stride = tuple(hint for hint in hints if hint is not None)
+        return replace(spec, shape=shape, stride=stride if None not in hints else _contiguous(shape))
+
+    return _with_lengths(call, q_len, kv_len, numbers)
+
+
+def _resized(call: Call, q_len: int, kv_len: int) -> Call:
+    def resized(spec: TensorSpec, lengths: dict[int, int]) -> TensorSpec:
+        dims = range(-len(spec.shape), 0)
+        shape = tuple(lengths.get(dim, spec.shape[dim]) for dim in dims)
+        stride = [0] * len(shape)
+        before = after = 1  # elements that the dims inside take, the gaps between their rows included
+        for dim in sorted(dims, key=lambda dim: spec.stride[dim]):
+            if spec.stride[dim] != 0:
+                stride[dim] = max(1, round(spec.stride[dim] / before * after))
+                before = max(before, spec.stride[dim] * spec.shape[dim])
+                after = max(after, stride[dim] * shape[dim])
+        return replace(spec, shape=shape, stride=tuple(stride))
+
+    return _with_lengths(call, q_len, kv_len, resized)
+
+
+def _with_lengths(
+    call: Call, q_len: int, kv_len: int, change: Callable[[TensorSpec, dict[int, int]], TensorSpec]
+) -> Call:
+    """`change` of every tensor and of the lengths of those of its dims (-2, -1) that are lengths."""
+    mask = call.attn_mask
+    if mask is not None:
+        lengths = {-2: q_len, -1: kv_len}
+        mask = change(mask, {dim: lengths[dim] for dim in lengths if not _is_broadcast(mask, dim)})
+    return replace(
+        call,
+        query=change(call.query, {-2: q_len}),
+        key=change(call.key, {-2: kv_len}),
+        value=change(call.value, {-2: kv_len}),
+        attn_mask=mask,
+    )
+
+
+def _is_broadcast(mask: TensorSpec, dim: int) -> bool:
+    size = mask.shape[dim] if len(mask.shape) >= -dim else 1
+    return isinstance(size, int) and size == 1
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

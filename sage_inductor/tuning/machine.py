@@ -1,0 +1,110 @@
+"""What measured times hold for: the GPU, its driver, and every piece of software that takes part."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from sage_inductor.inductor import cuda_driver_api
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and the software on it; results of one `Machine` say nothing about another."""
+
+    device: str
+    driver: str
+    torch: str
+    cudnn: str
+    triton: str
+    sageattention: str
+    kernels: str  # hash of their sources, and of those that measure
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:16]
+
+
+def machine(device: torch.device) -> Machine:
+    """The facts about `device`, which must exist."""
+    if device.type != "cuda":
+        return _machine(device.type, None)
+    return _machine("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def machines() -> list[Machine]:
+    """Those of every GPU of this process, once each; none before CUDA is in use (to ask would initialise it)."""
+    if not torch.cuda.is_initialized():
+        return []
+    found = (machine(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _machine(device_type: str, index: int | None) -> Machine:
+    package = Path(__file__).parent.parent
+    sources = [
+        *source_files([package / "kernels", package / "tuning"]),
+        package / "ops.py",
+        package / "exact.py",
+    ]
+    is_cuda = device_type == "cuda"
+    return Machine(
+        device=_gpu(index) if is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        driver=_driver() if is_cuda else "none",
+        torch=f"{torch.__version__}, CUDA {torch.version.cuda}" if is_cuda else torch.__version__,
+        cudnn=str(torch.backends.cudnn.version()) if is_cuda else "none",
+        triton=version("triton"),
+        sageattention=version("sageattention"),
+        kernels=digest(sources).hexdigest()[:16],
+    )
+
+
+def _gpu(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    # Slices of a GPU (MIG) and its variants share a name.
+    return f"{properties.name}, {properties.multi_processor_count} SMs"
+
+
+def _driver() -> str:
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", DRIVER_FILE.read_text())
+    except OSError:
+        found = None
+    kernel_module = (
+        found.group() if found else "?"
+    )  # not on WSL; there, as a rule, the API's version changes too
+    return f"{kernel_module}, CUDA {cuda_driver_api()}"
+
+
+def version(package: str) -> str:
+    """Of an installed package, "none" for one that is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def source_files(folders: Iterable[Path]) -> list[Path]:
+    """Every source file below `folders`, sorted."""
+    return sorted(
+        {file.resolve() for root in folders for file in root.rglob("*") if file.suffix in SOURCE_SUFFIXES}
+    )
+
+
+def digest(files: Iterable[Path]) -> hashlib._Hash:
+    """sha256 of the names and contents of `files`."""
+    result = hashlib.sha256()
+    for file in files:
+        result.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return result

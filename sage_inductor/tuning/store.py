@@ -1,0 +1,161 @@
+"""Results on disk, one small file for each machine and bucket of problems, read again by every later process.
+
+    <folder>/<fingerprint of the machine>/<hash of the key>.json
+    {"format": 1, "machine": {...}, "key": {...}, "results": [{"q_len", "kv_len", "sdpa_ms", "kernels", "failed"}]}
+
+Files are replaced as a whole, so a reader never sees half of one, and of two processes that write at once the
+later wins (what the other measured is measured again when it is next asked for). A file that cannot be read, or
+holds something else, counts as absent; a folder that cannot be written costs the results, not the compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sage_inductor.tuning.comparison import BUCKET_WIDTH
+from sage_inductor.tuning.machine import Machine
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel against SDPA: `ms` per call, `ratio` of its time to SDPA's, `noise` of that ratio."""
+
+    ms: float
+    ratio: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured at one pair of lengths. `failed` says which kernels raised what."""
+
+    q_len: int
+    kv_len: int
+    sdpa_ms: float
+    kernels: Mapping[str, Timing] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def decides(self, q_len: int, kv_len: int, names: Collection[str]) -> bool:
+        """Whether this settles the choice among the kernels `names` at lengths of its bucket.
+
+        Quantising takes time in proportion to q_len and kv_len, attention to their product. So where lengths
+        change by less than a factor of 5/4, the ratio of a kernel's time to SDPA's does as well: results beyond
+        5/4 either way hold for the bucket, nearer to the crossover every pair of lengths is measured.
+        """
+        if not {*self.kernels, *self.failed}.issuperset(names):
+            return False
+        if (self.q_len, self.kv_len) == (q_len, kv_len):
+            return True
+        best = min((self.kernels[name].ratio for name in names if name in self.kernels), default=math.inf)
+        return best * BUCKET_WIDTH <= 1 or best >= BUCKET_WIDTH
+
+    @classmethod
+    def of_json(cls, data: dict[str, Any]) -> Result:
+        """Raises KeyError, TypeError or ValueError for what is no result."""
+        kernels = {
+            str(name): Timing(*(float(timing[key]) for key in ("ms", "ratio", "noise")))
+            for name, timing in dict(data["kernels"]).items()
+        }
+        failed = {str(name): str(text) for name, text in dict(data["failed"]).items()}
+        result = cls(int(data["q_len"]), int(data["kv_len"]), float(data["sdpa_ms"]), kernels, failed)
+        times = [
+            result.sdpa_ms,
+            *(value for timing in kernels.values() for value in (timing.ms, timing.ratio)),
+        ]
+        if not all(math.isfinite(time) and time > 0 for time in times):
+            raise ValueError(f"times {times}")
+        return result
+
+
+def default_folder() -> Path:
+    """Raises RuntimeError where there is no home directory."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sage_inductor"
+
+
+class Store:
+    """The results of one folder (None: the default one) for one machine."""
+
+    def __init__(self, folder: str | None, machine: Machine) -> None:
+        self.machine = machine
+        self.folder: Path | None = None
+        try:
+            base = default_folder() if folder is None else Path(folder).expanduser()
+            self.folder = base / machine.fingerprint()
+        except RuntimeError as error:
+            _warn("no folder for measured times: %s", error)
+
+    def load(self, key: dict[str, Any]) -> list[Result]:
+        """The results stored under `key`; none where there is no readable file."""
+        if self.folder is None:
+            return []
+        file = self.folder / _file_name(key)
+        try:
+            data = json.loads(file.read_bytes())
+            if data["format"] != FORMAT or data["key"] != key:
+                raise ValueError("of another format or key")
+            return [Result.of_json(result) for result in data["results"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _warn("measured times in %s are not readable, and measured again: %s", file, error)
+            return []
+
+    def save(self, key: dict[str, Any], result: Result) -> None:
+        """Add `result` to those under `key`, in place of one of the same lengths."""
+        if self.folder is None:
+            return
+        lengths = result.q_len, result.kv_len
+        results = [other for other in self.load(key) if (other.q_len, other.kv_len) != lengths]
+        data = {
+            "format": FORMAT,
+            "machine": asdict(self.machine),
+            "key": key,
+            "results": [asdict(other) for other in (*results, result)],
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.folder / _file_name(key), json.dumps(data, indent=1).encode())
+        except OSError as error:
+            _warn("measured times are not kept: %s", error)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write `file` as a whole or not at all."""
+    # Not by tempfile, whose files are the user's alone: a folder may serve a group.
+    temporary = file.with_name(f"{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _file_name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json"
+
+
+_warned: set[str] = set()
+
+
+def _warn(message: str, *args: object) -> None:
+    """Once for each kind: a folder that is not writable concerns every site of every graph."""
+    if message not in _warned:
+        _warned.add(message)
+        log.warning(message, *args)

@@ -134,6 +134,13 @@ def trace(function: Callable[..., Any], inputs: tuple[fx.Node, ...]) -> Expansio
     return Expansion(traced.graph, inputs)
 
 
+def leaves(item: Any) -> list[fx.Node]:
+    """The nodes that a value is made of."""
+    if isinstance(item, fx.Node):
+        return [item]
+    return [leaf for arg in item.args for leaf in leaves(arg)] if isinstance(item, Expr) else []
+
+
 def example_value(item: Value) -> Any:
     """What tracing recorded: Dynamo's `example_value`, or `val` in an exported or AOT graph."""
     if isinstance(item, Expr):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import keyword
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
+from sage_inductor.aliasing import node_name, writes_in_place
+from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves
 
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
 # second and under a gigabyte on a CPU. A GPU holds four times that as easily.
@@ -113,12 +113,12 @@ def _conjuncts(mask: Value) -> list[fx.Node]:
     tensor = example_tensor(mask)
     if not isinstance(mask, fx.Node) or tensor is None or tensor.dtype != torch.bool:
         return [mask] if isinstance(mask, fx.Node) else []
-    if mask.op not in ("call_function", "call_method") or any(_writes_in_place(user) for user in mask.users):
+    if mask.op not in ("call_function", "call_method") or any(writes_in_place(user) for user in mask.users):
         return [mask]
     operands = [arg for arg in mask.args if isinstance(arg, fx.Node)]
-    if _name(mask) in _EXPAND:
+    if node_name(mask) in _EXPAND:
         operands = operands[:1]
-    elif _name(mask) not in _AND or len(operands) != 2:
+    elif node_name(mask) not in _AND or len(operands) != 2:
         return [mask]
     return [part for operand in operands for part in _conjuncts(operand)] if operands else [mask]
 
@@ -190,8 +190,8 @@ def constant_value(node: Value) -> Tensor | None:
     example = example_tensor(node)
     if example is None:
         return None
-    leaves = _leaves(node)
-    ancestors = _constant_ancestors(leaves) if leaves else []
+    nodes = leaves(node)
+    ancestors = _constant_ancestors(nodes) if nodes else []
     if ancestors is None:
         return None
     device = torch.device(example.device.type)
@@ -214,13 +214,6 @@ def constant_value(node: Value) -> Tensor | None:
                 values[ancestor] = ancestor.target(*args, **kwargs)
         value = _evaluated(node, values, device)
     return value if isinstance(value, Tensor) else None
-
-
-def _leaves(item: Any) -> list[fx.Node]:
-    """The nodes that an expression is made of."""
-    if isinstance(item, fx.Node):
-        return [item]
-    return [leaf for arg in item.args for leaf in _leaves(arg)] if isinstance(item, Expr) else []
 
 
 def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
@@ -256,7 +249,7 @@ def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
         found.add(current)
         pending.extend(current.all_input_nodes)
     # A node written in place by anything, ancestor or not, is more than a function of its arguments.
-    if any(_writes_in_place(user) for ancestor in found for user in ancestor.users):
+    if any(writes_in_place(user) for ancestor in found for user in ancestor.users):
         return None
     return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
 
@@ -265,35 +258,8 @@ _RANDOM = (
     "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
     "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
 )  # fmt: skip
-_IN_PLACE_OPERATORS = (
-    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
-    "ior", "ixor", "ilshift", "irshift",
-)  # fmt: skip
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
-
-
 def _is_pure(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", None) or ""
-    functorch = "functorch" in module or "batch_dim" in _name(node)
+    functorch = "functorch" in module or "batch_dim" in node_name(node)
     higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
-    return _name(node) not in _RANDOM and not _writes_in_place(node) and not functorch and not higher_order
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = _name(node)
-    if node.kwargs.get("out") is not None or name.strip("_") in _IN_PLACE_OPERATORS:
-        return True
-    # `operator.and_` ends like an in-place method, but only because `and` is a keyword.
-    return name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])
+    return node_name(node) not in _RANDOM and not writes_in_place(node) and not functorch and not higher_order

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor import ops, training
+from sage_inductor.aliasing import node_name
 from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
@@ -109,7 +110,12 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
 _PURE = (
     "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
-    "where", "float", "to", "type", "type_as", "dropout",
+    "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
+    "unflatten",
+)  # fmt: skip
+# The same in place, on a value that nothing else reads.
+_PURE_ALONE = (
+    "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
 
 
@@ -118,14 +124,20 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        name = str(name).partition(".")[0]
-        if (
-            node.op in ("call_method", "call_function")
-            and name in _PURE
-            and not node.users
-            and not node._erased
-        ):
+        if node._erased or node.users or node.op not in ("call_method", "call_function"):
+            continue
+        if node_name(node) in _PURE or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
             inputs = node.all_input_nodes
             node.graph.erase_node(node)
             pending.extend(inputs)
+
+
+def _writes_to_nothing_else(node: fx.Node) -> bool:
+    """Whether what `node` overwrites is a fresh tensor of which there is no other reader."""
+    target = node.args[0] if node.args else None
+    fresh = isinstance(target, fx.Node) and target.op in ("call_method", "call_function")
+    if not fresh or set(target.users) != {node}:  # type: ignore[union-attr]
+        return False
+    if node_name(target) in _PURE_ALONE:  # type: ignore[arg-type]
+        return _writes_to_nothing_else(target)  # type: ignore[arg-type]
+    return node_name(target) in ("matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")  # type: ignore[arg-type]

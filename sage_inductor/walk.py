@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
+from sage_inductor.aliasing import follow_in_place, is_overwritten
 from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import (
@@ -65,6 +66,7 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
     """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
+    follow_in_place(graph)
     for node in list(graph.nodes):
         around = _enter(node, around)
         submodule = _submodule(node)
@@ -108,14 +110,19 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config
 
 def _match(node: fx.Node) -> AttentionCall | None:
     matches = (pattern.match(node) for pattern in ALL)
-    return next((call for call in matches if call is not None), None)
+    found = next((call for call in matches if call is not None), None)
+    if found is None:
+        return None
+    call = absorb_repeated_heads(found)
+    if is_overwritten(call):
+        call = found
+    return None if is_overwritten(call) else call
 
 
 def _judge(
     call: AttentionCall, config: Config, around: Surroundings, constants: dict[fx.Node, Tensor | None]
 ) -> Site:
     """The decision about `call`, carried out."""
-    call = absorb_repeated_heads(call)
     mask = masks.classify(call, constants)
     site = _decide(call, mask, config, around, module_path(call.node), source_line(call.node))
     if site.rewritten:
@@ -138,7 +145,7 @@ def _judge_expansion(
     inlined = insert_expansion(node, expansion)
     decided = []
     for call in [call for call in map(_match, inlined.nodes) if call is not None]:
-        call = dataclasses.replace(absorb_repeated_heads(call), pattern=pattern)
+        call = dataclasses.replace(call, pattern=pattern)
         mask = masks.classify(call, constants)
         decided.append((call, mask, _decide(call, mask, config, around, name, source, gradients)))
     if any(site.rewritten for _, _, site in decided):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.aliasing import node_name, writes_in_place
+from sage_inductor.additive import MASKED_OUT_FRACTION, allowed_keys, seeing_rows, with_uniform_rows
+from sage_inductor.aliasing import node_name, value_name, writes_in_place
 from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves
+from sage_inductor.kernels import AttentionParams
 
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
 # second and under a gigabyte on a CPU. A GPU holds four times that as easily.
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
-# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
-# final.
-MASKED_OUT_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Mask:
     """The classified mask of one call. `kind` is one of
 
     none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
-    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time).
+    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time);
+    chunked_causal (causal within chunks of `chunk` tokens, which is no band: read like a bool mask).
     `attn_mask` is what a kernel must still read, None where the band says it all; a constant band joined with data
     (causal and padding) is a band and the data, "causal, key_padding".
     """
@@ -39,9 +40,15 @@ class Mask:
     bottom_right: bool = False
     window_left: int = -1
     window_right: int = -1
+    chunk: int = 0
+    seeing: Value | None = None
+    """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
+    finite number hid them); None where that does not happen."""
 
     def __str__(self) -> str:
         kind, _, read = self.kind.partition(", ")
+        if self.chunk:
+            return f"{kind} size={self.chunk}"
         if kind not in ("causal", "sliding_window", "band"):
             return self.kind
         right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
@@ -65,7 +72,10 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
         known = _classify_constant(constant, q_len, kv_len)
         if known is not None:
             return known
-    joined = _classify_conjunction(call.attn_mask, q_len, kv_len)
+        chunk = _chunk(constant, q_len, kv_len)
+        if chunk is not None:
+            return Mask("chunked_causal", call.attn_mask, chunk=chunk)
+    joined = _classify_conjunction(call.attn_mask, q_len, kv_len) or _classify_additive(call, q_len, kv_len)
     if joined is not None:
         return joined
     return Mask(_runtime_kind(mask, q_len), call.attn_mask)
@@ -104,23 +114,74 @@ def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any) -> Mask | None:
     )
 
 
+def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any) -> Mask | None:
+    """An additive mask that hides keys and does nothing else, as the bools it was made of, where those are a band, a
+    row of padding, or both."""
+    found = None if call.attn_mask is None else allowed_keys(call.attn_mask)
+    if found is None:
+        return None
+    allowed, lowest = found
+    tensor = example_tensor(allowed)
+    known = _classify_conjunction(allowed, q_len, kv_len)
+    if known is None and tensor is not None and _is_key_padding(tensor, q_len):
+        known = Mask("key_padding", allowed)
+    if known is None or lowest == -math.inf:
+        return known
+    padding = example_tensor(known.attn_mask)
+    if padding is None or padding.dim() < 2 or padding.shape[-2] != 1:
+        return None  # which queries see nothing would cost as much as the mask
+    if padding.shape[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
+        return None
+    assert known.attn_mask is not None
+    band = AttentionParams(known.is_causal, known.bottom_right, known.window_left, known.window_right)
+    seeing = seeing_rows(known.attn_mask, *band.bounds(q_len, kv_len), q_len)
+    output = call.output()
+    if seeing is None or output is None or _is_one(q_len):
+        return None
+    # Users rely on the strides that the call would have given.
+    filled = with_uniform_rows(Expr("output", (), value=output), seeing, call)
+    same = example_tensor(filled)
+    if same is None or same.stride() != output.stride() or same.shape != output.shape:
+        return None
+    return dataclasses.replace(known, seeing=seeing)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 _AND = ("and_", "__and__", "logical_and", "bitwise_and")
+_OR = ("or_", "__or__", "logical_or", "bitwise_or")
+_NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
 _EXPAND = ("expand", "expand_as", "broadcast_to")
 
 
-def _conjuncts(mask: Value) -> list[fx.Node]:
-    """The nodes whose logical and `mask` is, each of which broadcasts to it."""
+def _conjuncts(mask: Value) -> list[Value]:
+    """The values whose logical and `mask` is, each of which broadcasts to it."""
     tensor = example_tensor(mask)
-    if not isinstance(mask, fx.Node) or tensor is None or tensor.dtype != torch.bool:
-        return [mask] if isinstance(mask, fx.Node) else []
-    if mask.op not in ("call_function", "call_method") or any(writes_in_place(user) for user in mask.users):
+    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask):
         return [mask]
-    operands = [arg for arg in mask.args if isinstance(arg, fx.Node)]
-    if node_name(mask) in _EXPAND:
-        operands = operands[:1]
-    elif node_name(mask) not in _AND or len(operands) != 2:
-        return [mask]
-    return [part for operand in operands for part in _conjuncts(operand)] if operands else [mask]
+    operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
+    name = value_name(mask)
+    if name in _EXPAND and operands:
+        return _conjuncts(operands[0])
+    if name in _AND and len(operands) == 2:
+        return [part for operand in operands for part in _conjuncts(operand)]
+    if name in _NOT and len(operands) == 1 and _is_function(operands[0]):
+        (negated,) = operands
+        inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
+        if value_name(negated) in _NOT and len(inner) == 1:
+            return _conjuncts(inner[0])
+        if value_name(negated) in _OR and len(inner) == 2:
+            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item))]
+    return [mask]
+
+
+def _is_function(item: Value) -> bool:
+    """Whether the value of `item` is what its target gives for its arguments, and stays so."""
+    if isinstance(item, Expr):
+        return True
+    return item.op in ("call_function", "call_method") and not any(map(writes_in_place, item.users))
 
 
 def _remembered_constant(mask: Value, constants: dict[fx.Node, Tensor | None]) -> Tensor | None:
@@ -167,6 +228,20 @@ def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
     if not torch.equal((distance >= low) & (distance <= high), allowed):
         return None
     return _band(low if low > -(q_len - 1) else None, high if high < kv_len - 1 else None, kv_len - q_len)
+
+
+def _chunk(mask: Tensor, q_len: int, kv_len: int) -> int | None:
+    """The chunk size of a bool mask that is causal within chunks, as Llama 4's local layers have it."""
+    if mask.dtype != torch.bool or q_len != kv_len or mask.dim() < 2:
+        return None
+    rows = mask.expand(*mask.shape[:-2], q_len, kv_len).reshape(-1, q_len, kv_len)
+    blind = (~rows[0, :, 0]).nonzero()  # to the first key: the next chunk has begun
+    if blind.numel() == 0 or int(blind[0]) == 0:
+        return None
+    chunk = int(blind[0])
+    positions = torch.arange(q_len, device=mask.device)
+    same_chunk = positions[:, None] // chunk == positions // chunk
+    return chunk if bool((rows == (same_chunk & (positions <= positions[:, None]))).all()) else None
 
 
 def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask | None:
@@ -258,6 +333,8 @@ _RANDOM = (
     "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
     "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
 )  # fmt: skip
+
+
 def _is_pure(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", None) or ""
     functorch = "functorch" in module or "batch_dim" in node_name(node)

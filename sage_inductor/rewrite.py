@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor import ops, training
+from sage_inductor.additive import with_uniform_rows
 from sage_inductor.aliasing import node_name
 from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
 from sage_inductor.eligibility import output_order
@@ -49,6 +50,9 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output} if call.restore else dict(old.meta)
+        if mask.seeing is not None:
+            new = with_uniform_rows(new, mask.seeing, call).insert(graph)
+            new.meta = {**old.meta, "example_value": output}
         for method, arguments in call.restore:
             value = getattr(new.meta["example_value"], method)(*arguments)
             new = graph.call_method(method, (new, *arguments))
@@ -140,4 +144,15 @@ def _writes_to_nothing_else(node: fx.Node) -> bool:
         return False
     if node_name(target) in _PURE_ALONE:  # type: ignore[arg-type]
         return _writes_to_nothing_else(target)  # type: ignore[arg-type]
-    return node_name(target) in ("matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")  # type: ignore[arg-type]
+    return node_name(target) in (
+        "matmul",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "softmax",
+        "mul",
+        "truediv",
+        "div",
+        "add",
+        "sub",
+    )  # type: ignore[arg-type]

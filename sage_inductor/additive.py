@@ -7,6 +7,7 @@ rounding loses the scores, softmax gives all keys, hidden or not, the same weigh
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor, fx
 from sage_inductor.aliasing import value_name, writes_in_place
 from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
 
-# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
-# final.
-MASKED_OUT_FRACTION = 0.5
+# Additive masks write "not allowed" as -inf or as the most negative number of float32 or bfloat16; half of that is as
+# final. (Not float16's: beside -65504, in float32, scores are not lost.)
+FINAL = torch.finfo(torch.float32).min / 2
 _CALLS = ("call_function", "call_method")
 _CASTS = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone")
 _VIEWS = ("getitem", "unsqueeze")
@@ -38,12 +39,12 @@ def allowed_keys(mask: Value) -> tuple[Value, float] | None:
     if name == "where" and len(args) == 3:
         condition, chosen, other = args
         if _is_zero(chosen):
-            return _hidden_by(_scalar(other), tensor, condition)
+            return _hidden_by(_scalar(other), condition)
         if _is_zero(other):
-            return _hidden_by(_scalar(chosen), tensor, Expr.of(torch.logical_not, condition))
+            return _hidden_by(_scalar(chosen), Expr.of(torch.logical_not, condition))
         return None
     if name == "masked_fill" and len(args) == 3 and _is_zero(args[0]):
-        return _hidden_by(_scalar(args[2]), tensor, Expr.of(torch.logical_not, args[1]))
+        return _hidden_by(_scalar(args[2]), Expr.of(torch.logical_not, args[1]))
     inner = allowed_keys(args[0]) if args and isinstance(args[0], (fx.Node, Expr)) else None
     return None if inner is None else _passed_on(mask, tensor, *inner)
 
@@ -56,12 +57,10 @@ def _passed_on(mask: Value, tensor: Tensor, allowed: Value, lowest: float) -> tu
     if name == "clamp":  # from below, at a number that still hides
         floor = _scalar(mask.kwargs.get("min", args[1] if len(args) > 1 else None))
         has_ceiling = mask.kwargs.get("max") is not None or len(args) > 2
-        return None if floor is None or has_ceiling else _hidden_by(max(floor, lowest), tensor, allowed)
-    if name in _CASTS and before is not None:
-        as_cast = torch.tensor(lowest, dtype=before.dtype).to(
-            tensor.dtype
-        )  # float32's lowest: -inf in another
-        return _hidden_by(float(as_cast), tensor, allowed)
+        return None if floor is None or has_ceiling else _hidden_by(max(floor, lowest), allowed)
+    if name in _CASTS:
+        # float32's lowest number is -inf in another dtype
+        return _hidden_by(lowest if lowest >= torch.finfo(tensor.dtype).min else -math.inf, allowed)
     if name not in _VIEWS or before is None or any(isinstance(item, fx.Node) for item in _flat(args[1:])):
         return None
     if before.shape == tensor.shape:
@@ -78,12 +77,11 @@ def _flat(item: Any) -> list[Any]:
     return [inner for part in item for inner in _flat(part)] if isinstance(item, (tuple, list)) else [item]
 
 
-def _hidden_by(lowest: float | None, mask: Tensor, condition: Any) -> tuple[Value, float] | None:
+def _hidden_by(lowest: float | None, condition: Any) -> tuple[Value, float] | None:
     allowed = example_tensor(condition) if isinstance(condition, (fx.Node, Expr)) else None
     if lowest is None or allowed is None or allowed.dtype != torch.bool:
         return None
-    final = lowest <= torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
-    return (condition, lowest) if final else None
+    return (condition, lowest) if lowest <= FINAL else None
 
 
 def _scalar(item: Any) -> float | None:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.additive import MASKED_OUT_FRACTION, allowed_keys, seeing_rows, with_uniform_rows
+from sage_inductor.additive import allowed_keys, seeing_rows, with_uniform_rows
 from sage_inductor.aliasing import node_name, value_name, writes_in_place
 from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves
 from sage_inductor.kernels import AttentionParams
 
+# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
+# final.
+MASKED_OUT_FRACTION = 0.5
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
 # second and under a gigabyte on a CPU. A GPU holds four times that as easily.
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}

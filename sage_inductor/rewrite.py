@@ -15,6 +15,7 @@ from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
 
+NHD = [0, 2, 1, 3]
 DEFAULTS: dict[str, Any] = {
     "is_causal": False,
     "scale": None,
@@ -32,6 +33,9 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
     order = output_order(output)
+    if mask.seeing is None and _is_transposed_and_copied(call):
+        order = NHD
+        output = output.transpose(1, 2).contiguous().transpose(1, 2)
     options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
@@ -49,7 +53,7 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         new = graph.call_function(target, args, kwargs)
-        new.meta = {**old.meta, "example_value": output} if call.restore else dict(old.meta)
+        new.meta = {**old.meta, "example_value": output}
         if mask.seeing is not None:
             new = with_uniform_rows(new, mask.seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
@@ -58,10 +62,39 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
     old.replace_all_uses_with(new)
+    if order == NHD and not call.restore:
+        for user in new.users:
+            if _is_transposed(user):
+                user.meta = {**user.meta, "example_value": new.meta["example_value"].transpose(1, 2)}
     former_inputs = old.all_input_nodes
     graph.erase_node(old)
     _erase_unused(former_inputs)
     return new
+
+
+def _is_transposed_and_copied(call: AttentionCall) -> bool:
+    """Whether all that is done with the output is `transpose(1, 2)` and a copy of that, or a view where it needs none:
+    laid out in that order to begin with, it needs none, and nobody sees the other strides."""
+    if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
+        return False
+    users = list(call.node.users)
+    readers = [reader for user in users for reader in user.users]
+    return bool(readers) and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether `node` is `x.transpose(1, 2)` of a 4-D x."""
+    arguments = node.args[1:] if not node.kwargs else ()
+    if node_name(node) == "transpose":
+        return sorted(dim % 4 for dim in arguments if isinstance(dim, int)) == [1, 2]
+    dims = arguments[0] if len(arguments) == 1 else arguments
+    return node_name(node) == "permute" and tuple(dims) == (0, 2, 1, 3)  # type: ignore[arg-type]
+
+
+def _takes_any_strides(node: fx.Node) -> bool:
+    if node_name(node) == "contiguous":
+        return len(node.args) == 1 and not node.kwargs
+    return node_name(node) in ("reshape", "flatten")
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,8 @@ def draw_weights(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=fan_in**-0.5)
             elif name == "bias":
                 nn.init.normal_(parameter, std=0.05)
+            elif parameter.numel() > 0 and float(parameter.detach().abs().max()) < 1e-3:
+                nn.init.ones_(parameter)  # a gate that starts closed
 
 
 def run(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:

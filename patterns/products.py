@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.call import Expr, Value, example_tensor
-from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, TRANSPOSE, argument
+from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,35 @@ def _permuted(operand: fx.Node, letters: str, order: list[str]) -> Value:
     return operand if dims == list(range(len(dims))) else Expr.of("permute", operand, *dims)
 
 
+def transposed(item: Any) -> fx.Node | None:
+    """x where `item` is x with its last two dims swapped."""
+    tensor = example_tensor(item) if isinstance(item, fx.Node) else None
+    source = argument(item, 0, "input") if tensor is not None else None
+    if tensor is None or tensor.dim() < 2 or not isinstance(source, fx.Node):
+        return None
+    dims, last_two = tensor.dim(), [tensor.dim() - 2, tensor.dim() - 1]
+    if item in TRANSPOSE:
+        swapped = [argument(item, 1, "dim0"), argument(item, 2, "dim1")]
+        known = all(isinstance(dim, int) for dim in swapped)
+        return source if known and sorted(dim % dims for dim in swapped) == last_two else None
+    if item in PERMUTE:
+        order = item.args[1] if isinstance(item.args[1], (tuple, list)) else item.args[1:]
+        normal = [dim % dims for dim in order if isinstance(dim, int)]  # type: ignore[union-attr]
+        return source if normal == [*range(dims - 2), dims - 1, dims - 2] else None
+    is_property = item.target is getattr and item.args[1] in ("mT", "T")
+    return source if is_property and (item.args[1] == "mT" or dims == 2) else None
+
+
 def untransposed(item: Value) -> Value:
     """`[..., inner, columns]` as `[..., columns, inner]`: the node before a transpose where there is one."""
-    tensor = example_tensor(item)
-    if isinstance(item, fx.Node) and tensor is not None and item in TRANSPOSE and len(item.args) == 3:
-        source, *dims = item.args
-        last_two = {tensor.dim() - 1, tensor.dim() - 2}
-        if (
-            isinstance(source, fx.Node)
-            and {dim % tensor.dim() for dim in dims if isinstance(dim, int)} == last_two
-        ):
-            return source
-    return Expr.of("transpose", item, -2, -1)
+    source = transposed(item)
+    return Expr.of("transpose", item, -2, -1) if source is None else source
+
+
+def mirrored(outer: Product) -> Product | None:
+    """`left @ right^T` as `(right @ left^T)^T`: weights that stand transposed on the right."""
+    source = transposed(outer.right)
+    if source is None or outer.restore:
+        return None
+    swap = (("transpose", (-2, -1)), ("contiguous", ()))  # matmul's output is contiguous either way
+    return Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=swap, undo=swap)

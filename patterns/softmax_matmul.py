@@ -28,7 +28,7 @@ from sage_inductor.patterns.nodes import (
     only_reader,
     shape_of,
 )
-from sage_inductor.patterns.products import Product, product, untransposed
+from sage_inductor.patterns.products import Product, mirrored, product, untransposed
 
 Steps = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -42,7 +42,12 @@ class SoftmaxMatmul(Pattern):
         outer = product(node)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
-        softmax, dropout = _weights(outer.left, node)
+        reader, other = node, mirrored(outer)
+        if other is not None and isinstance(outer.right, fx.Node) and only_reader(outer.right, node):
+            softmax, dropout = _weights(other.left, outer.right)
+            if softmax is not None:
+                outer, reader = other, outer.right
+        softmax, dropout = _weights(outer.left, reader)
         logits = None if softmax is None else logits_of(softmax)
         return None if logits is None else _call(node, outer, logits, dropout)
 

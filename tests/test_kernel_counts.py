@@ -24,7 +24,9 @@ def calls(model: nn.Module, inputs: dict[str, Any], kernel: str | None) -> list[
     """What the compiled `model` calls, in order: mm (any matrix product), fused, ours by name, aten's by name."""
     torch._dynamo.reset()
     options: dict[str, Any] = {} if kernel is None else {"sage.kernel": kernel, "sage.fallback": "error"}
-    compiled = torch.compile(model, backend="inductor" if kernel is None else "sage_inductor", options=options)
+    compiled = torch.compile(
+        model, backend="inductor" if kernel is None else "sage_inductor", options=options
+    )
     with torch.no_grad():
         _, sources = run_and_get_code(lambda: compiled(**inputs))
     found = []

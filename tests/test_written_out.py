@@ -141,6 +141,16 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         qkv(),
         "none",
     ),
+    "channels first, weights on the right": (
+        lambda q, k, v: (v.mT @ ((q * 0.2) @ k.mT).softmax(-1).transpose(-2, -1)).reshape(2, 128, 24),
+        qkv(),
+        "none",
+    ),
+    "non-local block": (
+        lambda q, k, v: torch.bmm(v.mT, torch.softmax(torch.bmm(q, k.mT) / 6, -1).permute(0, 2, 1)),
+        [tensor[0] for tensor in qkv()],
+        "none",
+    ),
     "safe softmax": (
         lambda q, k, v: torch.ops.aten._safe_softmax.default(q @ k.mT / 6, -1) @ v,
         qkv(),
@@ -201,6 +211,9 @@ LEFT: dict[str, Callable[..., Any]] = {
     "a number that swallows the scores": lambda q, k, v: (q @ k.mT / 6 + 1e9).softmax(-1) @ v,
     "factor of each key": lambda q, k, v: (q @ k.mT * k[..., :1].mT).softmax(-1) @ v,
     "floor among the scores": lambda q, k, v: (q @ k.mT / 6).clamp(min=-1.0).softmax(-1) @ v,
+    "weights and values both transposed": lambda q, k, v: (
+        v.mT @ (q @ k.mT / 6).softmax(-2).mT.contiguous().mT
+    ),
     "scores of half the heads": lambda q, k, v: (
         (q @ k.mT / 6).view(2, 4, 48, 12).softmax(-1).view(2, 4, 24, 24) @ v
     ),
@@ -239,3 +252,30 @@ def test_nothing_of_the_scores_is_left_behind() -> None:
     torch.compile(in_place, backend=backend)(*qkv(), padding())
     text = graph_text(backend.graphs[0].graph)
     assert not any(word in text for word in ("matmul", "masked_fill_", "iadd", "softmax")), text
+
+
+def layout(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The `memory_order` of the one operator, and the output's numbers and strides checked."""
+    torch._dynamo.reset()
+    backend = RewritingBackend(CONFIG)
+    out = torch.compile(function, backend=backend)(*inputs)
+    expected = function(*inputs)
+    pairs = zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]
+    for actual, exact in pairs:
+        assert relative_l2(actual, exact) < BOUND and actual.stride() == exact.stride()
+    (node,) = (node for node in backend.graphs[0].graph.nodes if "sage_inductor" in str(node.target))
+    return node.kwargs.get("memory_order")
+
+
+def test_an_output_that_is_transposed_and_copied_is_laid_out_so() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 6).softmax(-1) @ v
+
+    nhd = [0, 2, 1, 3]
+    assert layout(lambda *x: attend(*x).transpose(1, 2).contiguous().view(2, 24, -1), *qkv()) == nhd
+    assert layout(lambda *x: attend(*x).permute(0, 2, 1, 3).reshape(2, 24, -1), *qkv()) == nhd
+    assert layout(lambda *x: F.scaled_dot_product_attention(*x).transpose(1, 2).flatten(2), *qkv()) == nhd
+    # Someone who sees the strides, or reads the output as it is: nothing changes.
+    assert layout(lambda *x: attend(*x).transpose(1, 2), *qkv()) is None
+    assert layout(lambda *x: ((out := attend(*x)).transpose(1, 2).flatten(2), out), *qkv()) is None
+    assert layout(lambda *x: attend(*x).transpose(1, 3).flatten(2), *qkv()) is None

@@ -117,7 +117,7 @@ def transposed(item: Any) -> fx.Node | None:
         return source if known and sorted(dim % dims for dim in swapped) == last_two else None
     if item in PERMUTE:
         order = item.args[1] if isinstance(item.args[1], (tuple, list)) else item.args[1:]
-        normal = [dim % dims for dim in order if isinstance(dim, int)]  # type: ignore[union-attr]
+        normal = [dim % dims for dim in order if isinstance(dim, int)]
         return source if normal == [*range(dims - 2), dims - 1, dims - 2] else None
     is_property = item.target is getattr and item.args[1] in ("mT", "T")
     return source if is_property and (item.args[1] == "mT" or dims == 2) else None

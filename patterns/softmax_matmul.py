@@ -42,12 +42,11 @@ class SoftmaxMatmul(Pattern):
         outer = product(node)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
-        reader, other = node, mirrored(outer)
+        softmax, dropout = _weights(outer.left, node)
+        other = mirrored(outer) if softmax is None else None
         if other is not None and isinstance(outer.right, fx.Node) and only_reader(outer.right, node):
             softmax, dropout = _weights(other.left, outer.right)
-            if softmax is not None:
-                outer, reader = other, outer.right
-        softmax, dropout = _weights(outer.left, reader)
+            outer = other
         logits = None if softmax is None else logits_of(softmax)
         return None if logits is None else _call(node, outer, logits, dropout)
 
@@ -140,15 +139,14 @@ def _regrouping(
         heads = unfolded[1]
         if not isinstance(heads, int):
             return None
-        step = ("unflatten", (0, (-1, heads)))
-        return step, (("flatten", (0, 1)),), (step,)
+        unfold = ("unflatten", (0, (-1, heads)))
+        return unfold, (("flatten", (0, 1)),), (unfold,)
     if dims <= 4:
         return None, (), ()
     if len(set(leading)) != 1 or not all(isinstance(size, int) for size in leading[0]):
         return None
-    step = ("flatten", (1, dims - 3))
-    unflatten = ("unflatten", (1, leading[0][1:]))
-    return step, (unflatten,), (step,)
+    fold = ("flatten", (1, dims - 3))
+    return fold, (("unflatten", (1, leading[0][1:])),), (fold,)
 
 
 def _cast(item: Value, dtype: torch.dtype) -> Value:

@@ -46,12 +46,14 @@ def allowed_keys(mask: Value) -> tuple[Value, float] | None:
     if name == "masked_fill" and len(args) == 3 and _is_zero(args[0]):
         return _hidden_by(_scalar(args[2]), Expr.of(torch.logical_not, args[1]))
     inner = allowed_keys(args[0]) if args and isinstance(args[0], (fx.Node, Expr)) else None
-    return None if inner is None else _passed_on(mask, tensor, *inner)
+    return None if inner is None else _passed_on(mask, args[0], tensor, *inner)
 
 
-def _passed_on(mask: Value, tensor: Tensor, allowed: Value, lowest: float) -> tuple[Value, float] | None:
-    """What `mask` makes of its first argument, a mask of `allowed` keys where `lowest` hides the others."""
-    name, args, before = value_name(mask), mask.args, example_tensor(mask.args[0])
+def _passed_on(
+    mask: Value, source: Any, tensor: Tensor, allowed: Value, lowest: float
+) -> tuple[Value, float] | None:
+    """What `mask` makes of `source`, its first argument, a mask of `allowed` keys where `lowest` hides the others."""
+    name, args, before = value_name(mask), mask.args, example_tensor(source)
     if name in ("expand", "expand_as", "broadcast_to"):
         return allowed, lowest  # it broadcasts by itself
     if name == "clamp":  # from below, at a number that still hides
@@ -68,7 +70,7 @@ def _passed_on(mask: Value, tensor: Tensor, allowed: Value, lowest: float) -> tu
     bools = example_tensor(allowed)
     if bools is None or bools.shape != before.shape:
         return None
-    return Expr.of(mask.target, allowed, *args[1:], **mask.kwargs), lowest  # type: ignore[arg-type]
+    return Expr.of(mask.target, allowed, *args[1:], **mask.kwargs), lowest
 
 
 def _flat(item: Any) -> list[Any]:
@@ -105,7 +107,8 @@ def _is_zero(item: Any) -> bool:
         return False
     if value_name(item) in _ZEROS:
         return True
-    return (value_name(item) == "full" and len(item.args) > 1 and item.args[1] == 0) or _scalar(item) == 0.0
+    is_full = value_name(item) == "full" and len(item.args) > 1
+    return bool(is_full and item.args[1] == 0) or _scalar(item) == 0.0
 
 
 def seeing_rows(padding: Value, low: int | None, high: int | None, q_len: int) -> Value | None:

@@ -88,7 +88,7 @@ def _is_transposed(node: fx.Node) -> bool:
     if node_name(node) == "transpose":
         return sorted(dim % 4 for dim in arguments if isinstance(dim, int)) == [1, 2]
     dims = arguments[0] if len(arguments) == 1 else arguments
-    return node_name(node) == "permute" and tuple(dims) == (0, 2, 1, 3)  # type: ignore[arg-type]
+    return node_name(node) == "permute" and isinstance(dims, (tuple, list)) and tuple(dims) == (0, 2, 1, 3)
 
 
 def _takes_any_strides(node: fx.Node) -> bool:
@@ -150,10 +150,11 @@ _PURE = (
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
     "unflatten",
 )  # fmt: skip
-# The same in place, on a value that nothing else reads.
+# The same in place, on one of these values where nothing else reads it.
 _PURE_ALONE = (
     "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
+_FRESH = ("matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:
@@ -172,20 +173,10 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
 def _writes_to_nothing_else(node: fx.Node) -> bool:
     """Whether what `node` overwrites is a fresh tensor of which there is no other reader."""
     target = node.args[0] if node.args else None
-    fresh = isinstance(target, fx.Node) and target.op in ("call_method", "call_function")
-    if not fresh or set(target.users) != {node}:  # type: ignore[union-attr]
+    if not isinstance(target, fx.Node) or set(target.users) != {node}:
         return False
-    if node_name(target) in _PURE_ALONE:  # type: ignore[arg-type]
-        return _writes_to_nothing_else(target)  # type: ignore[arg-type]
-    return node_name(target) in (
-        "matmul",
-        "bmm",
-        "baddbmm",
-        "einsum",
-        "softmax",
-        "mul",
-        "truediv",
-        "div",
-        "add",
-        "sub",
-    )  # type: ignore[arg-type]
+    if target.op not in ("call_method", "call_function"):
+        return False
+    return node_name(target) in _FRESH or (
+        node_name(target) in _PURE_ALONE and _writes_to_nothing_else(target)
+    )

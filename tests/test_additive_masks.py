@@ -74,7 +74,7 @@ WRITTEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("written", "layout"), itertools.product(WRITTEN, ["HND", "NHD"]))
+@pytest.mark.parametrize(("written", "layout"), list(itertools.product(WRITTEN, ["HND", "NHD"])))
 def test_causality_and_padding_are_told_apart(written: str, layout: str) -> None:
     make = WRITTEN[written]
     inputs = (*qkv(layout), padding())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Pattern
+from sage_inductor.call import AttentionCall, Expr, Pattern, example_tensor
 
 TARGETS = (
     F.scaled_dot_product_attention,
@@ -34,6 +35,25 @@ def _schema(
 SIGNATURE = inspect.signature(_schema)
 
 
+def _folded(call: AttentionCall) -> AttentionCall | None:
+    """A call of five dims and more, which no kernel takes, with all but the first and the last two as heads."""
+    inputs = [example_tensor(item) for item in (call.query, call.key, call.value)]
+    output = example_tensor(call.node)
+    if output is None or output.dim() < 5 or any(tensor is None for tensor in inputs):
+        return None
+    leading = {tuple(tensor.shape[:-2]) for tensor in inputs if tensor is not None}
+    sizes = tuple(output.shape[:-2])
+    mask = example_tensor(call.attn_mask)
+    if leading != {sizes} or not all(isinstance(size, int) for size in sizes) or call.enable_gqa:
+        return None
+    if not output.is_contiguous() or (mask is not None and mask.dim() > 2):
+        return None
+    fold = ("flatten", (1, len(sizes) - 1))
+    query, key, value = (Expr.of("flatten", item, *fold[1]) for item in (call.query, call.key, call.value))
+    unfold = (("unflatten", (1, sizes[1:])),)
+    return replace(call, query=query, key=key, value=value, restore=unfold, undo=(fold,))
+
+
 class ScaledDotProductAttention(Pattern):
     """A call of SDPA itself, its arguments bound by the operator's schema."""
 
@@ -43,7 +63,8 @@ class ScaledDotProductAttention(Pattern):
         if node.op != "call_function" or node.target not in TARGETS:
             return None
         bound = SIGNATURE.bind(*node.args, **node.kwargs)
-        return AttentionCall(node, self.name, **bound.arguments)
+        call = AttentionCall(node, self.name, **bound.arguments)
+        return _folded(call) or call
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -30,7 +31,10 @@ class Expr:
         """The expression, its value worked out from the traced values of its arguments."""
         values = [example_value(arg) if isinstance(arg, (fx.Node, Expr)) else arg for arg in args]
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        return cls(target, args, kwargs, function(*values, **kwargs))
+        # A number among the arguments becomes a tensor in some functions (where): it has to be a fake one.
+        fake_modes = (getattr(value, "fake_mode", None) for value in values)
+        with next((mode for mode in fake_modes if mode is not None), nullcontext()):
+            return cls(target, args, kwargs, function(*values, **kwargs))
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """The expression as nodes at `graph`'s insertion point."""

@@ -37,7 +37,8 @@ What `backend="sage_inductor"` finds in tiny, randomly initialised models, with 
 CPU. Written by `python tests/model_table.py`; `tests/test_model_table.py` checks a part of it.
 
 - attention: sites found; 8-bit: rewritten. Others stay for the reason given.
-- left: calls of SDPA and softmaxes of attention scores that remain in the graphs, refused sites among them.
+- left: calls of SDPA and softmaxes of rows of scores that remain in the graphs, refused sites among them (but not
+  `nn.MultiheadAttention`'s one node).
 - graph breaks: those of plain `torch.compile` are the same, always.
 - exact: relative L2 error of the model's output against eager when every rewritten attention is computed without
   quantisation: what the rewriting itself changes (scales, masks, orders of heads), which must be rounding.

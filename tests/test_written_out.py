@@ -88,6 +88,11 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         (*qkv(), padding()),
         "key_padding",
     ),
+    "added and hidden by -inf": (
+        lambda q, k, v, b, m: (q @ k.mT / 6 + b).masked_fill(~m[:, None, None], -math.inf).softmax(-1) @ v,
+        (*qkv(), torch.randn(2, 4, 24, 1), padding()),
+        "additive",
+    ),
     "minus a mask": (
         lambda q, k, v, m: (q @ k.mT / 6 - m).softmax(-1) @ v,
         (*qkv(), torch.rand(24, 24)),

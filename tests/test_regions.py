@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_ways_in import Block
 from torch import Tensor, nn
 
 from sage_inductor import Config
@@ -125,19 +126,6 @@ def test_checkpointed_training(fresh_compile: None) -> None:
         torch.compile(loss, backend="sage_inductor", options=options)(values).backward()
     assert expected is not None and weight.grad is not None
     assert relative_l2(weight.grad, expected) < BOUND
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int = 64, heads: int = 2) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, seq, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, seq, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, seq, dim))
 
 
 class Tower(nn.Module):

@@ -62,21 +62,19 @@ def follow_in_place(graph: fx.Graph) -> None:
                     user.replace_input_with(source, writer)
 
 
-def is_overwritten(call: AttentionCall) -> bool:
+def is_overwritten(call: AttentionCall, writers: list[fx.Node]) -> bool:
     """Whether an operand of `call`, read by nodes that the call takes the place of, has been written to by the time
-    that the call's own node is reached."""
-    graph = call.node.graph
-    writers = [node for node in graph.nodes if writes_in_place(node)]
+    that the call's own node is reached. `writers` are the nodes of the graph that write in place."""
     if not writers:
         return False
-    position = {node: index for index, node in enumerate(graph.nodes)}
+    position = {node: index for index, node in enumerate(call.node.graph.nodes)}
     inputs = {leaf for item in (call.query, call.key, call.value, call.attn_mask) for leaf in leaves(item)}
     replaced = _between(call.node, inputs)
     for leaf in inputs:
         root = _root(leaf)
         reads = [position[user] for user in leaf.users if user in replaced and not writes_in_place(user)]
         first = min(reads, default=position[leaf])
-        for writer in writers:
+        for writer in (writer for writer in writers if writer in position):
             if first < position[writer] < position[call.node] and _root(writer) is root:
                 return True
     return False

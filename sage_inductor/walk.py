@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
-from sage_inductor.aliasing import follow_in_place, is_overwritten
+from sage_inductor.aliasing import follow_in_place, is_overwritten, writes_in_place
 from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import (
@@ -67,6 +67,7 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
     follow_in_place(graph)
+    writers = [node for node in graph.nodes if writes_in_place(node)]
     for node in list(graph.nodes):
         around = _enter(node, around)
         submodule = _submodule(node)
@@ -82,9 +83,9 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, config, around, constants)
+                yield from _judge_expansion(node, opaque.name, expansion, config, around, constants, writers)
                 break
-        call = _match(node)
+        call = _match(node, writers)
         if call is not None:
             yield _judge(call, config, around, constants)
     workarounds.apply(graph)
@@ -108,15 +109,13 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config
     )
 
 
-def _match(node: fx.Node) -> AttentionCall | None:
+def _match(node: fx.Node, writers: list[fx.Node]) -> AttentionCall | None:
     matches = (pattern.match(node) for pattern in ALL)
     found = next((call for call in matches if call is not None), None)
     if found is None:
         return None
-    call = absorb_repeated_heads(found)
-    if is_overwritten(call):
-        call = found
-    return None if is_overwritten(call) else call
+    candidates = (absorb_repeated_heads(found), found)
+    return next((call for call in candidates if not is_overwritten(call, writers)), None)
 
 
 def _judge(
@@ -138,13 +137,15 @@ def _judge_expansion(
     config: Config,
     around: Surroundings,
     constants: dict[fx.Node, Tensor | None],
+    writers: list[fx.Node],
 ) -> Iterator[Site]:
     """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
     name, source = module_path(node), source_line(node)
     gradients = gradient_reasons(node, config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    for call in [call for call in map(_match, inlined.nodes) if call is not None]:
+    matches = [_match(inner, writers) for inner in inlined.nodes]
+    for call in [call for call in matches if call is not None]:
         call = dataclasses.replace(call, pattern=pattern)
         mask = masks.classify(call, constants)
         decided.append((call, mask, _decide(call, mask, config, around, name, source, gradients)))

@@ -35,8 +35,39 @@ def _schema(
 SIGNATURE = inspect.signature(_schema)
 
 
+class ScaledDotProductAttention(Pattern):
+    """A call of SDPA itself, its arguments bound by the operator's schema."""
+
+    name = "sdpa"
+    under_transforms = True
+
+    def match(self, node: fx.Node) -> AttentionCall | None:
+        if node.op != "call_function" or node.target not in TARGETS:
+            return None
+        bound = SIGNATURE.bind(*node.args, **node.kwargs)
+        return AttentionCall(node, self.name, **bound.arguments)
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
+        yield F.scaled_dot_product_attention, (q, k, v)
+        yield lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
+
+
+class ManyDims(ScaledDotProductAttention):
+    """A call of five dims and more, which no kernel takes."""
+
+    under_transforms = False
+
+    def match(self, node: fx.Node) -> AttentionCall | None:
+        call = super().match(node)
+        return None if call is None else _folded(call)
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        yield F.scaled_dot_product_attention, tuple(torch.randn(1, 2, 3, 16, 64) for _ in range(3))
+
+
 def _folded(call: AttentionCall) -> AttentionCall | None:
-    """A call of five dims and more, which no kernel takes, with all but the first and the last two as heads."""
+    """`call` with all dims but the first and the last two as heads."""
     inputs = [example_tensor(item) for item in (call.query, call.key, call.value)]
     output = example_tensor(call.node)
     if output is None or output.dim() < 5 or any(tensor is None for tensor in inputs):
@@ -52,21 +83,3 @@ def _folded(call: AttentionCall) -> AttentionCall | None:
     query, key, value = (Expr.of("flatten", item, *fold[1]) for item in (call.query, call.key, call.value))
     unfold = (("unflatten", (1, sizes[1:])),)
     return replace(call, query=query, key=key, value=value, restore=unfold, undo=(fold,))
-
-
-class ScaledDotProductAttention(Pattern):
-    """A call of SDPA itself, its arguments bound by the operator's schema."""
-
-    name = "sdpa"
-
-    def match(self, node: fx.Node) -> AttentionCall | None:
-        if node.op != "call_function" or node.target not in TARGETS:
-            return None
-        bound = SIGNATURE.bind(*node.args, **node.kwargs)
-        call = AttentionCall(node, self.name, **bound.arguments)
-        return _folded(call) or call
-
-    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
-        q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
-        yield F.scaled_dot_product_attention, (q, k, v)
-        yield lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)

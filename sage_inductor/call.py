@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -31,9 +31,7 @@ class Expr:
         """The expression, its value worked out from the traced values of its arguments."""
         values = [example_value(arg) if isinstance(arg, (fx.Node, Expr)) else arg for arg in args]
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        # A number among the arguments becomes a tensor in some functions (where): it has to be a fake one.
-        fake_modes = (getattr(value, "fake_mode", None) for value in values)
-        with next((mode for mode in fake_modes if mode is not None), nullcontext()):
+        with tracing(*values):
             return cls(target, args, kwargs, function(*values, **kwargs))
 
     def insert(self, graph: fx.Graph) -> fx.Node:
@@ -45,6 +43,20 @@ class Expr:
             node = graph.call_function(self.target, args, self.kwargs)
         node.meta["example_value"] = self.value
         return node
+
+
+def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tensor:
+    """What tracing would record for `value` after these methods, each with its arguments."""
+    with tracing(value):
+        for method, args in steps:
+            value = getattr(value, method)(*args)
+    return value
+
+
+def tracing(*values: Any) -> AbstractContextManager[Any]:
+    """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors."""
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode for mode in modes if mode is not None), nullcontext())
 
 
 Value: TypeAlias = "fx.Node | Expr"
@@ -77,15 +89,15 @@ class AttentionCall:
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
         value = example_tensor(self.node)
-        for method, args in self.undo:
-            value = None if value is None else getattr(value, method)(*args)
-        return value
+        return None if value is None else traced(value, self.undo)
 
 
 class Pattern(ABC):
     """One way in which attention is written."""
 
     name: ClassVar[str]
+    under_transforms: ClassVar[bool] = False
+    """Whether `match` can be asked inside vmap or grad, where traced values are not to be computed with."""
 
     @abstractmethod
     def match(self, node: fx.Node) -> AttentionCall | None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sage_inductor import ops, training
 from sage_inductor.additive import with_uniform_rows
 from sage_inductor.aliasing import node_name
-from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
+from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, traced, tracing
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
 
@@ -35,7 +36,11 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
     order = output_order(output)
     if mask.seeing is None and _is_transposed_and_copied(call):
         order = NHD
-        output = output.transpose(1, 2).contiguous().transpose(1, 2)
+        wants_gradients = output.requires_grad
+        with tracing(output):
+            output = torch.empty_permuted(
+                output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
+            )
     options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
@@ -58,7 +63,7 @@ def rewrite(call: AttentionCall, mask: Mask, kernel: str, precision: str) -> fx.
             new = with_uniform_rows(new, mask.seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
         for method, arguments in call.restore:
-            value = getattr(new.meta["example_value"], method)(*arguments)
+            value = traced(new.meta["example_value"], ((method, arguments),))
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
     old.replace_all_uses_with(new)

@@ -85,7 +85,7 @@ def _walk(graph: fx.Graph, config: Config, around: Surroundings, visited: set[in
             if expansion is not None:
                 yield from _judge_expansion(node, opaque.name, expansion, config, around, constants, writers)
                 break
-        call = _match(node, writers)
+        call = _match(node, writers, around)
         if call is not None:
             yield _judge(call, config, around, constants)
     workarounds.apply(graph)
@@ -109,8 +109,9 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], config: Config
     )
 
 
-def _match(node: fx.Node, writers: list[fx.Node]) -> AttentionCall | None:
-    matches = (pattern.match(node) for pattern in ALL)
+def _match(node: fx.Node, writers: list[fx.Node], around: Surroundings) -> AttentionCall | None:
+    patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
+    matches = (pattern.match(node) for pattern in patterns)
     found = next((call for call in matches if call is not None), None)
     if found is None:
         return None
@@ -144,7 +145,7 @@ def _judge_expansion(
     gradients = gradient_reasons(node, config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    matches = [_match(inner, writers) for inner in inlined.nodes]
+    matches = [_match(inner, writers, around) for inner in inlined.nodes]
     for call in [call for call in matches if call is not None]:
         call = dataclasses.replace(call, pattern=pattern)
         mask = masks.classify(call, constants)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_patterns import BOUND, CONFIG, padding, qkv, run
 from torch import Tensor
 
+from sage_inductor import Config
 from sage_inductor.testing import RewritingBackend, graph_text, max_error, relative_l2
 
 LOWEST = torch.finfo(torch.float32).min
@@ -284,3 +285,20 @@ def test_an_output_that_is_transposed_and_copied_is_laid_out_so() -> None:
     assert layout(lambda *x: attend(*x).transpose(1, 2), *qkv()) is None
     assert layout(lambda *x: ((out := attend(*x)).transpose(1, 2).flatten(2), out), *qkv()) is None
     assert layout(lambda *x: attend(*x).transpose(1, 3).flatten(2), *qkv()) is None
+
+
+def test_gradients_pass_an_output_that_is_laid_out_for_its_copy() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT / 6).softmax(-1) @ v).transpose(1, 2).flatten(2).square().sum()
+
+    inputs = [tensor.requires_grad_() for tensor in qkv()]
+    backend = RewritingBackend(Config(kernel="reference", precision="accurate", training=True))
+    with torch.enable_grad():
+        attend(*inputs).backward()
+        expected = [tensor.grad for tensor in inputs]
+        for tensor in inputs:
+            tensor.grad = None
+        torch.compile(attend, backend=backend)(*inputs).backward()
+    assert [site.rewritten for site in backend.sites] == [True]
+    for tensor, exact in zip(inputs, expected, strict=True):
+        assert tensor.grad is not None and exact is not None and relative_l2(tensor.grad, exact) < BOUND

@@ -8,15 +8,16 @@ if __name__ != "sage_inductor.patterns":
 
 from sage_inductor.call import OpaquePattern, Pattern
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
-from sage_inductor.patterns.sdpa import ScaledDotProductAttention
+from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 
-ALL: tuple[Pattern, ...] = (ScaledDotProductAttention(), SoftmaxMatmul())
+ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), SoftmaxMatmul())
 OPAQUE: tuple[OpaquePattern, ...] = (MultiHeadAttention(), TransformerEncoderLayer())
 
 __all__ = [
     "ALL",
     "OPAQUE",
+    "ManyDims",
     "MultiHeadAttention",
     "ScaledDotProductAttention",
     "SoftmaxMatmul",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Pattern
+from sage_inductor.call import AttentionCall, Expr, Pattern, example_tensor
 
 TARGETS = (
     F.scaled_dot_product_attention,
@@ -38,6 +39,7 @@ class ScaledDotProductAttention(Pattern):
     """A call of SDPA itself, its arguments bound by the operator's schema."""
 
     name = "sdpa"
+    under_transforms = True
 
     def match(self, node: fx.Node) -> AttentionCall | None:
         if node.op != "call_function" or node.target not in TARGETS:
@@ -49,3 +51,35 @@ class ScaledDotProductAttention(Pattern):
         q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
         yield F.scaled_dot_product_attention, (q, k, v)
         yield lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
+
+
+class ManyDims(ScaledDotProductAttention):
+    """A call of five dims and more, which no kernel takes."""
+
+    under_transforms = False
+
+    def match(self, node: fx.Node) -> AttentionCall | None:
+        call = super().match(node)
+        return None if call is None else _folded(call)
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        yield F.scaled_dot_product_attention, tuple(torch.randn(1, 2, 3, 16, 64) for _ in range(3))
+
+
+def _folded(call: AttentionCall) -> AttentionCall | None:
+    """`call` with all dims but the first and the last two as heads."""
+    inputs = [example_tensor(item) for item in (call.query, call.key, call.value)]
+    output = example_tensor(call.node)
+    if output is None or output.dim() < 5 or any(tensor is None for tensor in inputs):
+        return None
+    leading = {tuple(tensor.shape[:-2]) for tensor in inputs if tensor is not None}
+    sizes = tuple(output.shape[:-2])
+    mask = example_tensor(call.attn_mask)
+    if leading != {sizes} or not all(isinstance(size, int) for size in sizes) or call.enable_gqa:
+        return None
+    if not output.is_contiguous() or (mask is not None and mask.dim() > 2):
+        return None
+    fold = ("flatten", (1, len(sizes) - 1))
+    query, key, value = (Expr.of("flatten", item, *fold[1]) for item in (call.query, call.key, call.value))
+    unfold = (("unflatten", (1, sizes[1:])),)
+    return replace(call, query=query, key=key, value=value, restore=unfold, undo=(fold,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -30,7 +31,8 @@ class Expr:
         """The expression, its value worked out from the traced values of its arguments."""
         values = [example_value(arg) if isinstance(arg, (fx.Node, Expr)) else arg for arg in args]
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        return cls(target, args, kwargs, function(*values, **kwargs))
+        with tracing(*values):
+            return cls(target, args, kwargs, function(*values, **kwargs))
 
     def insert(self, graph: fx.Graph) -> fx.Node:
         """The expression as nodes at `graph`'s insertion point."""
@@ -41,6 +43,20 @@ class Expr:
             node = graph.call_function(self.target, args, self.kwargs)
         node.meta["example_value"] = self.value
         return node
+
+
+def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tensor:
+    """What tracing would record for `value` after these methods, each with its arguments."""
+    with tracing(value):
+        for method, args in steps:
+            value = getattr(value, method)(*args)
+    return value
+
+
+def tracing(*values: Any) -> AbstractContextManager[Any]:
+    """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors."""
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode for mode in modes if mode is not None), nullcontext())
 
 
 Value: TypeAlias = "fx.Node | Expr"
@@ -73,15 +89,15 @@ class AttentionCall:
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
         value = example_tensor(self.node)
-        for method, args in self.undo:
-            value = None if value is None else getattr(value, method)(*args)
-        return value
+        return None if value is None else traced(value, self.undo)
 
 
 class Pattern(ABC):
     """One way in which attention is written."""
 
     name: ClassVar[str]
+    under_transforms: ClassVar[bool] = False
+    """Whether `match` can be asked inside vmap or grad, where traced values are not to be computed with."""
 
     @abstractmethod
     def match(self, node: fx.Node) -> AttentionCall | None:
@@ -132,6 +148,13 @@ def trace(function: Callable[..., Any], inputs: tuple[fx.Node, ...]) -> Expansio
     with fake.fake_mode, torch.no_grad():
         traced = make_fx(function, pre_dispatch=True)(*values)
     return Expansion(traced.graph, inputs)
+
+
+def leaves(item: Any) -> list[fx.Node]:
+    """The nodes that a value is made of."""
+    if isinstance(item, fx.Node):
+        return [item]
+    return [leaf for arg in item.args for leaf in leaves(arg)] if isinstance(item, Expr) else []
 
 
 def example_value(item: Value) -> Any:

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import keyword
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from sage_inductor.additive import allowed_keys, seeing_rows, with_uniform_rows
+from sage_inductor.aliasing import value_name, writes_in_place
 from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
+from sage_inductor.constants import constant_value
+from sage_inductor.kernels import AttentionParams
 
-# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
-# second and under a gigabyte on a CPU. A GPU holds four times that as easily.
-MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
 # Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
 # final.
 MASKED_OUT_FRACTION = 0.5
@@ -28,7 +28,8 @@ class Mask:
     """The classified mask of one call. `kind` is one of
 
     none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
-    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time).
+    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time);
+    chunked_causal (causal within chunks of `chunk` tokens, which is no band: read like a bool mask).
     `attn_mask` is what a kernel must still read, None where the band says it all; a constant band joined with data
     (causal and padding) is a band and the data, "causal, key_padding".
     """
@@ -39,9 +40,15 @@ class Mask:
     bottom_right: bool = False
     window_left: int = -1
     window_right: int = -1
+    chunk: int = 0
+    seeing: Value | None = None
+    """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
+    finite number hid them); None where that does not happen."""
 
     def __str__(self) -> str:
         kind, _, read = self.kind.partition(", ")
+        if self.chunk:
+            return f"{kind} size={self.chunk}"
         if kind not in ("causal", "sliding_window", "band"):
             return self.kind
         right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
@@ -65,7 +72,10 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
         known = _classify_constant(constant, q_len, kv_len)
         if known is not None:
             return known
-    joined = _classify_conjunction(call.attn_mask, q_len, kv_len)
+        chunk = _chunk(constant, q_len, kv_len)
+        if chunk is not None:
+            return Mask("chunked_causal", call.attn_mask, chunk=chunk)
+    joined = _classify_conjunction(call.attn_mask, q_len, kv_len) or _classify_additive(call, q_len, kv_len)
     if joined is not None:
         return joined
     return Mask(_runtime_kind(mask, q_len), call.attn_mask)
@@ -104,23 +114,74 @@ def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any) -> Mask | None:
     )
 
 
+def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any) -> Mask | None:
+    """An additive mask that hides keys and does nothing else, as the bools it was made of, where those are a band, a
+    row of padding, or both."""
+    found = None if call.attn_mask is None else allowed_keys(call.attn_mask)
+    if found is None:
+        return None
+    allowed, lowest = found
+    tensor = example_tensor(allowed)
+    known = _classify_conjunction(allowed, q_len, kv_len)
+    if known is None and tensor is not None and _is_key_padding(tensor, q_len):
+        known = Mask("key_padding", allowed)
+    if known is None or lowest == -math.inf:
+        return known
+    padding = example_tensor(known.attn_mask)
+    if padding is None or padding.dim() < 2 or padding.shape[-2] != 1:
+        return None  # which queries see nothing would cost as much as the mask
+    if padding.shape[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
+        return None
+    assert known.attn_mask is not None
+    band = AttentionParams(known.is_causal, known.bottom_right, known.window_left, known.window_right)
+    seeing = seeing_rows(known.attn_mask, *band.bounds(q_len, kv_len), q_len)
+    output = call.output()
+    if seeing is None or output is None or _is_one(q_len):
+        return None
+    # Users rely on the strides that the call would have given.
+    filled = with_uniform_rows(Expr("output", (), value=output), seeing, call)
+    same = example_tensor(filled)
+    if same is None or same.stride() != output.stride() or same.shape != output.shape:
+        return None
+    return dataclasses.replace(known, seeing=seeing)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 _AND = ("and_", "__and__", "logical_and", "bitwise_and")
+_OR = ("or_", "__or__", "logical_or", "bitwise_or")
+_NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
 _EXPAND = ("expand", "expand_as", "broadcast_to")
 
 
-def _conjuncts(mask: Value) -> list[fx.Node]:
-    """The nodes whose logical and `mask` is, each of which broadcasts to it."""
+def _conjuncts(mask: Value) -> list[Value]:
+    """The values whose logical and `mask` is, each of which broadcasts to it."""
     tensor = example_tensor(mask)
-    if not isinstance(mask, fx.Node) or tensor is None or tensor.dtype != torch.bool:
-        return [mask] if isinstance(mask, fx.Node) else []
-    if mask.op not in ("call_function", "call_method") or any(_writes_in_place(user) for user in mask.users):
+    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask):
         return [mask]
-    operands = [arg for arg in mask.args if isinstance(arg, fx.Node)]
-    if _name(mask) in _EXPAND:
-        operands = operands[:1]
-    elif _name(mask) not in _AND or len(operands) != 2:
-        return [mask]
-    return [part for operand in operands for part in _conjuncts(operand)] if operands else [mask]
+    operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
+    name = value_name(mask)
+    if name in _EXPAND and operands:
+        return _conjuncts(operands[0])
+    if name in _AND and len(operands) == 2:
+        return [part for operand in operands for part in _conjuncts(operand)]
+    if name in _NOT and len(operands) == 1 and _is_function(operands[0]):
+        (negated,) = operands
+        inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
+        if value_name(negated) in _NOT and len(inner) == 1:
+            return _conjuncts(inner[0])
+        if value_name(negated) in _OR and len(inner) == 2:
+            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item))]
+    return [mask]
+
+
+def _is_function(item: Value) -> bool:
+    """Whether the value of `item` is what its target gives for its arguments, and stays so."""
+    if isinstance(item, Expr):
+        return True
+    return item.op in ("call_function", "call_method") and not any(map(writes_in_place, item.users))
 
 
 def _remembered_constant(mask: Value, constants: dict[fx.Node, Tensor | None]) -> Tensor | None:
@@ -169,6 +230,20 @@ def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
     return _band(low if low > -(q_len - 1) else None, high if high < kv_len - 1 else None, kv_len - q_len)
 
 
+def _chunk(mask: Tensor, q_len: int, kv_len: int) -> int | None:
+    """The chunk size of a bool mask that is causal within chunks, as Llama 4's local layers have it."""
+    if mask.dtype != torch.bool or q_len != kv_len or mask.dim() < 2:
+        return None
+    rows = mask.expand(*mask.shape[:-2], q_len, kv_len).reshape(-1, q_len, kv_len)
+    blind = (~rows[0, :, 0]).nonzero()  # to the first key: the next chunk has begun
+    if blind.numel() == 0 or int(blind[0]) == 0:
+        return None
+    chunk = int(blind[0])
+    positions = torch.arange(q_len, device=mask.device)
+    same_chunk = positions[:, None] // chunk == positions // chunk
+    return chunk if bool((rows == (same_chunk & (positions <= positions[:, None]))).all()) else None
+
+
 def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask | None:
     """Keys i + low .. i + high as a window around the top-left or the bottom-right diagonal."""
     offsets = [0, bottom_right_offset]
@@ -183,117 +258,3 @@ def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask |
         kind = "band" if not is_causal else "causal" if low is None else "sliding_window"
         return Mask(kind, None, is_causal, offset != 0, left, -1 if is_causal else right)
     return None
-
-
-def constant_value(node: Value) -> Tensor | None:
-    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise."""
-    example = example_tensor(node)
-    if example is None:
-        return None
-    leaves = _leaves(node)
-    ancestors = _constant_ancestors(leaves) if leaves else []
-    if ancestors is None:
-        return None
-    device = torch.device(example.device.type)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        device = torch.device("cpu")
-    limit = MAX_CONSTANT_SCORES.get(device.type)
-    sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
-    if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
-        return None
-    values: dict[fx.Node, Any] = {}
-    with unset_fake_temporarily(), torch.no_grad():
-        for ancestor in ancestors:
-            args, kwargs = fx.node.map_aggregate(
-                (ancestor.args, ancestor.kwargs), lambda item: _materialised(item, values, device)
-            )
-            if ancestor.op == "call_method":
-                values[ancestor] = getattr(args[0], str(ancestor.target))(*args[1:], **kwargs)
-            else:
-                assert callable(ancestor.target)
-                values[ancestor] = ancestor.target(*args, **kwargs)
-        value = _evaluated(node, values, device)
-    return value if isinstance(value, Tensor) else None
-
-
-def _leaves(item: Any) -> list[fx.Node]:
-    """The nodes that an expression is made of."""
-    if isinstance(item, fx.Node):
-        return [item]
-    return [leaf for arg in item.args for leaf in _leaves(arg)] if isinstance(item, Expr) else []
-
-
-def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
-    if not isinstance(item, Expr):
-        return _materialised(item, values, device)
-    args = [_evaluated(arg, values, device) for arg in item.args]
-    function = getattr(torch.Tensor, item.target) if isinstance(item.target, str) else item.target
-    return function(*args, **item.kwargs)
-
-
-def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
-    """An argument for evaluation: nodes by their values, devices by the one we evaluate on."""
-    if isinstance(item, fx.Node):
-        return values[item]
-    if isinstance(item, torch.device) or (
-        isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")
-    ):
-        return device
-    return item
-
-
-def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
-    """`nodes` and all they depend on, in graph order; None when something there is not a pure function of
-    constants."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        current = pending.pop()
-        if current in found:
-            continue
-        if current.op not in ("call_function", "call_method") or not _is_pure(current):
-            return None
-        found.add(current)
-        pending.extend(current.all_input_nodes)
-    # A node written in place by anything, ancestor or not, is more than a function of its arguments.
-    if any(_writes_in_place(user) for ancestor in found for user in ancestor.users):
-        return None
-    return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
-
-
-_RANDOM = (
-    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
-    "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
-)  # fmt: skip
-_IN_PLACE_OPERATORS = (
-    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
-    "ior", "ixor", "ilshift", "irshift",
-)  # fmt: skip
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
-
-
-def _is_pure(node: fx.Node) -> bool:
-    module = getattr(node.target, "__module__", None) or ""
-    functorch = "functorch" in module or "batch_dim" in _name(node)
-    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
-    return _name(node) not in _RANDOM and not _writes_in_place(node) and not functorch and not higher_order
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = _name(node)
-    if node.kwargs.get("out") is not None or name.strip("_") in _IN_PLACE_OPERATORS:
-        return True
-    # `operator.and_` ends like an in-place method, but only because `and` is a keyword.
-    return name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])

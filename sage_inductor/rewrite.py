@@ -6,15 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sage_inductor import ops, training
-from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor
+from sage_inductor.additive import with_uniform_rows
+from sage_inductor.aliasing import node_name
+from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, traced, tracing
 from sage_inductor.eligibility import output_order
 from sage_inductor.masks import Mask
 from sage_inductor.report import Site
 from sage_inductor.tuning import Choice
 
+NHD = [0, 2, 1, 3]
 DEFAULTS: dict[str, Any] = {
     "is_causal": False,
     "scale": None,
@@ -35,6 +39,13 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
     order = output_order(output)
+    if mask.seeing is None and _is_transposed_and_copied(call):
+        order = NHD
+        wants_gradients = output.requires_grad
+        with tracing(output):
+            output = torch.empty_permuted(
+                output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
+            )
     options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
@@ -54,17 +65,48 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         new = graph.call_function(target, args, kwargs)
-        new.meta = {**old.meta, "example_value": output} if call.restore else dict(old.meta)
-        new.meta["sage_site"] = site.name
+        new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
+        if mask.seeing is not None:
+            new = with_uniform_rows(new, mask.seeing, call).insert(graph)
+            new.meta = {**old.meta, "example_value": output}
         for method, arguments in call.restore:
-            value = getattr(new.meta["example_value"], method)(*arguments)
+            value = traced(new.meta["example_value"], ((method, arguments),))
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
     old.replace_all_uses_with(new)
+    if order == NHD and not call.restore:
+        for user in new.users:
+            if _is_transposed(user):
+                user.meta = {**user.meta, "example_value": new.meta["example_value"].transpose(1, 2)}
     former_inputs = old.all_input_nodes
     graph.erase_node(old)
     _erase_unused(former_inputs)
     return new
+
+
+def _is_transposed_and_copied(call: AttentionCall) -> bool:
+    """Whether all that is done with the output is `transpose(1, 2)` and a copy of that, or a view where it needs none:
+    laid out in that order to begin with, it needs none, and nobody sees the other strides."""
+    if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
+        return False
+    users = list(call.node.users)
+    readers = [reader for user in users for reader in user.users]
+    return bool(readers) and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether `node` is `x.transpose(1, 2)` of a 4-D x."""
+    arguments = node.args[1:] if not node.kwargs else ()
+    if node_name(node) == "transpose":
+        return sorted(dim % 4 for dim in arguments if isinstance(dim, int)) == [1, 2]
+    dims = arguments[0] if len(arguments) == 1 else arguments
+    return node_name(node) == "permute" and isinstance(dims, (tuple, list)) and tuple(dims) == (0, 2, 1, 3)
+
+
+def _takes_any_strides(node: fx.Node) -> bool:
+    if node_name(node) == "contiguous":
+        return len(node.args) == 1 and not node.kwargs
+    return node_name(node) in ("reshape", "flatten")
 
 
 @dataclass(frozen=True)
@@ -117,8 +159,14 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
 _PURE = (
     "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
-    "where", "float", "to", "type", "type_as", "dropout",
+    "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
+    "unflatten",
 )  # fmt: skip
+# The same in place, on one of these values where nothing else reads it.
+_PURE_ALONE = (
+    "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
+)  # fmt: skip
+_FRESH = ("matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:
@@ -126,14 +174,21 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        name = str(name).partition(".")[0]
-        if (
-            node.op in ("call_method", "call_function")
-            and name in _PURE
-            and not node.users
-            and not node._erased
-        ):
+        if node._erased or node.users or node.op not in ("call_method", "call_function"):
+            continue
+        if node_name(node) in _PURE or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
             inputs = node.all_input_nodes
             node.graph.erase_node(node)
             pending.extend(inputs)
+
+
+def _writes_to_nothing_else(node: fx.Node) -> bool:
+    """Whether what `node` overwrites is a fresh tensor of which there is no other reader."""
+    target = node.args[0] if node.args else None
+    if not isinstance(target, fx.Node) or set(target.users) != {node}:
+        return False
+    if target.op not in ("call_method", "call_function"):
+        return False
+    return node_name(target) in _FRESH or (
+        node_name(target) in _PURE_ALONE and _writes_to_nothing_else(target)
+    )

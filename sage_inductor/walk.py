@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
+from sage_inductor.aliasing import follow_in_place, is_overwritten, writes_in_place
 from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import (
@@ -107,6 +108,8 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
     """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
+    follow_in_place(graph)
+    writers = [node for node in graph.nodes if writes_in_place(node)]
     for node in list(graph.nodes):
         around = _enter(node, around)
         submodule = _submodule(node)
@@ -122,11 +125,11 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants)
+                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writers)
                 break
-        call = _match(node)
-        if call is not None:
-            yield _judge(call, walk, around, constants)
+        match = _match(node, writers, around)
+        if match is not None:
+            yield _judge(match, walk, around, constants)
     workarounds.apply(graph)
 
 
@@ -169,18 +172,30 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -
     )
 
 
-def _match(node: fx.Node) -> AttentionCall | None:
-    matches = (pattern.match(node) for pattern in ALL)
-    return next((call for call in matches if call is not None), None)
+@dataclass(frozen=True)
+class _Match:
+    """A call with repeated heads seen through, and as the model makes it."""
+
+    call: AttentionCall
+    as_found: AttentionCall
 
 
-def _judge(
-    call: AttentionCall, walk: _Walk, around: Surroundings, constants: dict[fx.Node, Tensor | None]
-) -> Site:
-    """The decision about `call`, carried out."""
-    as_found, call = call, absorb_repeated_heads(call)
+def _match(node: fx.Node, writers: list[fx.Node], around: Surroundings) -> _Match | None:
+    patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
+    matches = (pattern.match(node) for pattern in patterns)
+    found = next((call for call in matches if call is not None), None)
+    if found is None:
+        return None
+    candidates = (absorb_repeated_heads(found), found)
+    call = next((call for call in candidates if not is_overwritten(call, writers)), None)
+    return None if call is None else _Match(call, found)
+
+
+def _judge(match: _Match, walk: _Walk, around: Surroundings, constants: dict[fx.Node, Tensor | None]) -> Site:
+    """The decision about `match`, carried out."""
+    call = match.call
     mask = masks.classify(call, constants)
-    site, choice = _decide(as_found, call, mask, walk, around, call.node)
+    site, choice = _decide(match.as_found, call, mask, walk, around, call.node)
     if site.rewritten:
         rewrite(call, mask, site, choice)
     return site
@@ -193,15 +208,17 @@ def _judge_expansion(
     walk: _Walk,
     around: Surroundings,
     constants: dict[fx.Node, Tensor | None],
+    writers: list[fx.Node],
 ) -> Iterator[Site]:
     """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
     gradients = gradient_reasons(node, walk.config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    for as_found in [call for call in map(_match, inlined.nodes) if call is not None]:
-        call = dataclasses.replace(absorb_repeated_heads(as_found), pattern=pattern)
+    matches = [_match(inner, writers, around) for inner in inlined.nodes]
+    for match in [match for match in matches if match is not None]:
+        call = dataclasses.replace(match.call, pattern=pattern)
         mask = masks.classify(call, constants)
-        decided.append((call, mask, *_decide(as_found, call, mask, walk, around, node, gradients)))
+        decided.append((call, mask, *_decide(match.as_found, call, mask, walk, around, node, gradients)))
     if any(site.rewritten for _, _, site, _ in decided):
         inlined.replace(node)
     else:

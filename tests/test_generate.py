@@ -12,12 +12,12 @@ from sage_inductor import Config
 from sage_inductor.testing import RewritingBackend
 
 
-def llama() -> Any:
+def llama(implementation: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100, max_position_embeddings=256,
+        vocab_size=100, max_position_embeddings=256, attn_implementation=implementation,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -26,11 +26,17 @@ def llama() -> Any:
     return model
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [0, 7])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate(cache: str) -> None:
-    model = llama()
+def test_generate(cache: str, padded: int, implementation: str) -> None:
+    model = llama(implementation)
     prompt = torch.randint(3, 100, (2, 30))
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    attention_mask = torch.ones_like(prompt)
+    attention_mask[0, :padded] = 0  # generation pads on the left
+    options: dict[str, Any] = {
+        "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": attention_mask
+    }  # fmt: skip
     expected = model.generate(prompt, **options)
     if cache == "static":
         options |= {"cache_implementation": "static", "disable_compile": True}  # we compile forward ourselves
@@ -41,5 +47,9 @@ def test_generate(cache: str) -> None:
 
     prefill = [site for site in backend.sites if site.query is not None and site.query.shape[2] == 30]
     decode = [site for site in backend.sites if site not in prefill]
-    assert len(prefill) == 2 and all(site.rewritten and site.mask == "causal" for site in prefill)
+    mask = "causal, key_padding" if padded else "causal"
+    if cache == "static" and (padded or implementation == "eager"):
+        # How much of the cache is filled, which the mask starts from, is data.
+        mask = "bool" if implementation == "sdpa" else "additive"
+    assert len(prefill) == 2 and all(site.rewritten and site.mask == mask for site in prefill), prefill
     assert decode and all(site.reasons[0].startswith("q_len=1 (supported: 2 and more") for site in decode)

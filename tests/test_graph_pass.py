@@ -152,6 +152,19 @@ def test_other_repetitions_are_not_taken_for_gqa(repeat: Any) -> None:
     assert relative_l2(out, attend(*inputs)) < 0.02
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_five_dims_and_more_are_folded(masked: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 2, 4, 16, 32) for _ in range(3))
+    mask = torch.ones(16, 16, dtype=torch.bool).tril() if masked else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(2, 3)
+
+    out, backend = run(attend, q, k, v)
+    assert backend.sites[0].rewritten and out.stride() == attend(q, k, v).stride()
+    assert relative_l2(out, attend(q, k, v)) < 0.02
+
+
 def test_one_head_that_sdpa_broadcasts_is_multi_query_attention() -> None:
     inputs = nhd(), nhd(heads=1), nhd(heads=1)
     expected = F.scaled_dot_product_attention(*inputs)
@@ -272,7 +285,7 @@ def test_reasons() -> None:
     assert "dropout_p=0.1 (supported: 0.0)" in refused(lambda q: sdpa(q, q, q, dropout_p=0.1), q)
     assert "q_len=1 (supported: 2 and more" in refused(lambda q: sdpa(q[:, :, :1], q, q), q)
     assert "dtype=float64 (supported: float16, bfloat16, float32)" in refused(sdpa, *[q.double()] * 3)
-    assert "dimensions=5 (supported: 2, 3 or 4" in refused(sdpa, *[q[None]] * 3)
+    assert "dimensions=5 (supported: 2, 3 or 4" in refused(sdpa, q[None], q[None, :1], q[None, :1])
     assert "batch=2, 1, 1 (supported: alike" in refused(sdpa, q, q[:1], q[:1])
     with torch.enable_grad():
         wanting = q.clone().requires_grad_()

@@ -1,0 +1,138 @@
+"""Matrix products in every spelling, as `[..., rows, inner] @ [..., inner, columns]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument
+
+
+@dataclass(frozen=True)
+class Product:
+    """`scale * left @ right + bias`, and what it takes to get the node's value back from matmul's order."""
+
+    left: Value
+    right: Value
+    scale: float = 1.0
+    bias: Value | None = None
+    restore: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+
+def product(node: Any) -> Product | None:
+    """The product that `node` is; None when it is none."""
+    if node in MATMUL:
+        left, right = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2"))
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+            return None
+        return Product(left, right)
+    if node in BADDBMM:
+        return _baddbmm(node)
+    if node in EINSUM:
+        return _einsum(node)
+    return None
+
+
+def _baddbmm(node: fx.Node) -> Product | None:
+    named = dict(zip(("input", "batch1", "batch2"), node.args, strict=False)) | node.kwargs
+    bias, left, right = (named.get(name) for name in ("input", "batch1", "batch2"))
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
+    if not all(isinstance(item, fx.Node) for item in (bias, left, right)):
+        return None
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
+        return None
+    assert isinstance(bias, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    term: Value | None = None if beta == 0 else bias if beta == 1 else Expr.of("mul", bias, beta)
+    return Product(left, right, float(alpha), term)
+
+
+def _einsum(node: fx.Node) -> Product | None:
+    """An einsum of two operands that is a batched matrix product, its operands permuted into matmul's order."""
+    equation, *rest = node.args
+    listed = len(rest) == 1 and isinstance(rest[0], (tuple, list))
+    operands: list[Any] = list(rest[0]) if listed else rest  # type: ignore[arg-type]
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    equation = equation.replace(" ", "")
+    if "..." in equation:
+        equation = _without_ellipsis(equation, operands) or ""
+    inputs, _, output = equation.partition("->")
+    first, _, second = inputs.partition(",")
+    if any(len(set(letters)) != len(letters) for letters in (first, second, output)):
+        return None
+    batch = [letter for letter in output if letter in first and letter in second]
+    inner = [letter for letter in first if letter in second and letter not in output]
+    rows = [letter for letter in output if letter in first and letter not in second]
+    columns = [letter for letter in output if letter in second and letter not in first]
+    if not len(inner) == len(rows) == len(columns) == 1:
+        return None
+    if not len(first) == len(second) == len(output) == len(batch) + 2:
+        return None
+    if output.index(rows[0]) > output.index(columns[0]):  # "bjd,bid->bij" is the second times the first
+        operands, first, second, rows, columns = operands[::-1], second, first, columns, rows
+    left = _permuted(operands[0], first, [*batch, *rows, *inner])
+    right = _permuted(operands[1], second, [*batch, *inner, *columns])
+    produced = [*batch, *rows, *columns]
+    if list(output) == produced:
+        return Product(left, right)
+    order = [produced.index(letter) for letter in output]
+    inverse = [list(output).index(letter) for letter in produced]
+    return Product(left, right, restore=(("permute", tuple(order)),), undo=(("permute", tuple(inverse)),))
+
+
+def _without_ellipsis(equation: str, operands: list[Any]) -> str | None:
+    """`equation` with letters for `...`, where it stands for the same number of dims in every operand."""
+    inputs = equation.partition("->")[0].split(",")
+    tensors = [example_tensor(operand) if isinstance(operand, fx.Node) else None for operand in operands]
+    counts = {
+        tensor.dim() - len(letters.replace("...", ""))
+        for letters, tensor in zip(inputs, tensors, strict=False)
+        if tensor is not None and "..." in letters
+    }
+    if equation.count("...") != 3 or len(counts) != 1 or None in tensors:
+        return None
+    unused = [letter for letter in "ABCDEFGH" if letter not in equation]
+    return equation.replace("...", "".join(unused[: counts.pop()]))
+
+
+def _permuted(operand: fx.Node, letters: str, order: list[str]) -> Value:
+    dims = [letters.index(letter) for letter in order]
+    return operand if dims == list(range(len(dims))) else Expr.of("permute", operand, *dims)
+
+
+def transposed(item: Any) -> fx.Node | None:
+    """x where `item` is x with its last two dims swapped."""
+    tensor = example_tensor(item) if isinstance(item, fx.Node) else None
+    source = argument(item, 0, "input") if tensor is not None else None
+    if tensor is None or tensor.dim() < 2 or not isinstance(source, fx.Node):
+        return None
+    dims, last_two = tensor.dim(), [tensor.dim() - 2, tensor.dim() - 1]
+    if item in TRANSPOSE:
+        swapped = [argument(item, 1, "dim0"), argument(item, 2, "dim1")]
+        known = all(isinstance(dim, int) for dim in swapped)
+        return source if known and sorted(dim % dims for dim in swapped) == last_two else None
+    if item in PERMUTE:
+        order = item.args[1] if isinstance(item.args[1], (tuple, list)) else item.args[1:]
+        normal = [dim % dims for dim in order if isinstance(dim, int)]
+        return source if normal == [*range(dims - 2), dims - 1, dims - 2] else None
+    is_property = item.target is getattr and item.args[1] in ("mT", "T")
+    return source if is_property and (item.args[1] == "mT" or dims == 2) else None
+
+
+def untransposed(item: Value) -> Value:
+    """`[..., inner, columns]` as `[..., columns, inner]`: the node before a transpose where there is one."""
+    source = transposed(item)
+    return Expr.of("transpose", item, -2, -1) if source is None else source
+
+
+def mirrored(outer: Product) -> Product | None:
+    """`left @ right^T` as `(right @ left^T)^T`: weights that stand transposed on the right."""
+    source = transposed(outer.right)
+    if source is None or outer.restore:
+        return None
+    swap = (("transpose", (-2, -1)), ("contiguous", ()))  # matmul's output is contiguous either way
+    return Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=swap, undo=swap)

@@ -1,0 +1,98 @@
+"""Values of a graph that depend on nothing but constants, worked out while compiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sage_inductor.aliasing import node_name, writes_in_place
+from sage_inductor.call import Expr, Value, example_tensor, leaves
+
+# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
+# second and under a gigabyte on a CPU. A GPU holds four times that as easily.
+MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
+
+
+def constant_value(node: Value) -> Tensor | None:
+    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise."""
+    example = example_tensor(node)
+    if example is None:
+        return None
+    nodes = leaves(node)
+    ancestors = _constant_ancestors(nodes) if nodes else []
+    if ancestors is None:
+        return None
+    device = torch.device(example.device.type)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")
+    limit = MAX_CONSTANT_SCORES.get(device.type)
+    sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
+    if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
+        return None
+    values: dict[fx.Node, Any] = {}
+    with unset_fake_temporarily(), torch.no_grad():
+        for ancestor in ancestors:
+            args, kwargs = fx.node.map_aggregate(
+                (ancestor.args, ancestor.kwargs), lambda item: _materialised(item, values, device)
+            )
+            if ancestor.op == "call_method":
+                values[ancestor] = getattr(args[0], str(ancestor.target))(*args[1:], **kwargs)
+            else:
+                assert callable(ancestor.target)
+                values[ancestor] = ancestor.target(*args, **kwargs)
+        value = _evaluated(node, values, device)
+    return value if isinstance(value, Tensor) else None
+
+
+def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    if not isinstance(item, Expr):
+        return _materialised(item, values, device)
+    args = [_evaluated(arg, values, device) for arg in item.args]
+    function = getattr(torch.Tensor, item.target) if isinstance(item.target, str) else item.target
+    return function(*args, **item.kwargs)
+
+
+def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    """An argument for evaluation: nodes by their values, devices by the one we evaluate on."""
+    if isinstance(item, fx.Node):
+        return values[item]
+    if isinstance(item, torch.device) or (
+        isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")
+    ):
+        return device
+    return item
+
+
+def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
+    """`nodes` and all they depend on, in graph order; None when something there is not a pure function of
+    constants."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        current = pending.pop()
+        if current in found:
+            continue
+        if current.op not in ("call_function", "call_method") or not _is_pure(current):
+            return None
+        found.add(current)
+        pending.extend(current.all_input_nodes)
+    # A node written in place by anything, ancestor or not, is more than a function of its arguments.
+    if any(writes_in_place(user) for ancestor in found for user in ancestor.users):
+        return None
+    return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
+
+
+_RANDOM = (
+    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
+    "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
+)  # fmt: skip
+
+
+def _is_pure(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    functorch = "functorch" in module or "batch_dim" in node_name(node)
+    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return node_name(node) not in _RANDOM and not writes_in_place(node) and not functorch and not higher_order

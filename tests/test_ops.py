@@ -175,7 +175,7 @@ def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, messa
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"kernel": "magic"}, "valid: auto, triton, sageattention, reference"),
+        ({"kernel": "magic"}, "valid: auto, hopper, triton, sageattention, reference"),
         ({"precision": "best"}, "valid: fast, balanced, accurate"),
         ({"dropout_p": 2.0}, "valid: 0 to 1"),
     ],

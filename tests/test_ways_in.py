@@ -149,7 +149,7 @@ def test_fullgraph_and_dynamic(model: Block) -> None:
             ValueError,
             "unknown option 'sage.kernl' (valid: sage.kernel, sage.precision",
         ),
-        ({"sage.kernel": "magic"}, ValueError, "(valid: auto, triton, sageattention, reference)"),
+        ({"sage.kernel": "magic"}, ValueError, "(valid: auto, hopper, triton, sageattention, reference)"),
         ({"sage.precision": "best"}, ValueError, "(valid: fast, balanced, accurate)"),
         ({"sage.fallback": "cry"}, ValueError, "(valid: sdpa, warn, error)"),
         ({"sage.include": "blocks"}, TypeError, "a tuple or list of glob strings"),
@@ -170,7 +170,7 @@ def test_wrong_options_leave_dynamo_as_what_they_are(
 
 
 def test_config_raises_the_same() -> None:
-    with pytest.raises(ValueError, match="valid: auto, triton"):
+    with pytest.raises(ValueError, match="valid: auto, hopper"):
         Config(kernel="magic")
     with pytest.raises(TypeError):
         Config(include="blocks.*")  # type: ignore[arg-type]

@@ -127,19 +127,18 @@ class Prober:
             missing = kernels.get(self.kernel).unavailable_reasons(self._device)
             if missing:
                 raise NotEligibleError(f"kernel={self.kernel}", missing)
-        names = (self.kernel,) if self.kernel != "auto" else kernels.AUTO_ORDER
-        if self.kernel == "auto" and self._device.type not in kernels.AUTO_DEVICE_TYPES:
-            names = ()
         able: dict[str, str] = {}
         against: list[str] = []
         for precision in PRECISIONS:
             wanted = replace(problem, params=replace(problem.params, precision=precision))
-            for name in names:
-                kernel, reasons = kernels.select(wanted, name)
-                if kernel is not None:
-                    able[precision] = name
-                    break
+            if self.kernel != "auto":
+                kernel, reasons = kernels.select(wanted, self.kernel)
                 against += reasons
+            else:  # whatever its speed
+                runnable = [] if kernels.no_choice_reasons(wanted) else kernels.candidates(wanted)[0]
+                kernel = next(iter(runnable), None)
+            if kernel is not None:
+                able[precision] = kernel.name
         if not able and self.kernel == "auto":
             able = dict.fromkeys(PRECISIONS, "reference")
         if not able:

@@ -1,6 +1,7 @@
 """Shows every attention of a model, whether it runs in 8 bits, and why not.
 
-Traces the model with Dynamo and runs it once as it is; compiles nothing. Under torch.no_grad(), unless --training.
+Traces the model with Dynamo and runs it once as it is; compiles nothing, but measures what a compile would (--tune).
+Under torch.no_grad(), unless --training.
 """
 
 from __future__ import annotations

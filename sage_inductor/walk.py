@@ -59,7 +59,7 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
 def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
     of our operator carry the name of their site as `meta["sage_site"]`."""
-    calls = Counter() if config.plan is None else Counter(_module_paths(graph, set()))
+    calls = Counter() if config.plan is None else Counter(_module_paths(graph, Surroundings(_ambient_pin()), set()))
     walk = _Walk(config, Names(), calls)
     return tuple(_walk(graph, walk, Surroundings(_ambient_pin()), set()))
 
@@ -133,24 +133,28 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
     workarounds.apply(graph)
 
 
-def _module_paths(graph: fx.Graph, visited: set[int]) -> Iterator[str]:
+def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> Iterator[str]:
     """The module path of every site that `_walk` will find."""
+    writers = [node for node in graph.nodes if writes_in_place(node)]
     for node in graph.nodes:
+        around = _enter(node, around)
         submodule = _submodule(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
-            yield from _module_paths(submodule.graph, visited)
+            yield from _module_paths(submodule.graph, around, visited)
             continue
+        inner: list[fx.Node] = []
         for opaque in OPAQUE:
             if opaque.closed_reasons(node):
                 yield module_path(node)
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from (module_path(node) for inner in expansion.graph.nodes if _match(inner) is not None)
+                inner = list(expansion.graph.nodes)
                 break
-        if _match(node) is not None:
-            yield module_path(node)
+        for candidate in (*inner, node):
+            if _match(candidate, writers, around) is not None:
+                yield module_path(node)
 
 
 def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -> Site:

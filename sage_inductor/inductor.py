@@ -78,12 +78,6 @@ def pinned_sdpa_backends() -> tuple[str, ...]:
     return tuple(backend.name for backend in _cur_sdpa_kernel_backends())
 
 
-def cuda_driver_api() -> int:
-    """The newest CUDA version that the installed driver serves, 13000 for 13.0."""
-    bindings: Any = torch._C  # without CUDA they lack this one
-    return int(bindings._cuda_getDriverVersion())
-
-
 @contextmanager
 def outside_tracing() -> Iterator[None]:
     """Operations inside are carried out, and seen by no dispatch mode, whatever is being traced or counted around

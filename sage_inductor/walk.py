@@ -59,7 +59,11 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
 def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
     of our operator carry the name of their site as `meta["sage_site"]`."""
-    calls = Counter() if config.plan is None else Counter(_module_paths(graph, Surroundings(_ambient_pin()), set()))
+    calls = (
+        Counter()
+        if config.plan is None
+        else Counter(_module_paths(graph, Surroundings(_ambient_pin()), set()))
+    )
     walk = _Walk(config, Names(), calls)
     return tuple(_walk(graph, walk, Surroundings(_ambient_pin()), set()))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import platform
 import re
@@ -12,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-
-from sage_inductor.inductor import cuda_driver_api
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
@@ -74,6 +74,14 @@ def _gpu(index: int | None) -> str:
     properties = torch.cuda.get_device_properties(index)
     # Slices of a GPU (MIG) and its variants share a name.
     return f"{properties.name}, {properties.multi_processor_count} SMs"
+
+
+def cuda_driver_api() -> int:
+    """The newest CUDA version that the installed driver serves, 13000 for 13.0; 0 where it does not say."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):  # no driver; not NVIDIA's
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _driver() -> str:

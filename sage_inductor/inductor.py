@@ -14,7 +14,6 @@ import torch
 __all__ = [
     "compile_with_inductor",
     "configured_pre_grad_pass",
-    "cuda_driver_api",
     "graph_breaks",
     "inductor_modes",
     "keep_gpu_busy",

@@ -155,9 +155,9 @@ def test_symbolic_lengths_are_dispatched_without_recompiling(config: Config) -> 
 def test_cuda_graph_modes_work_with_it(config: Config) -> None:
     options = {"sage.cache_dir": config.cache_dir, "mode": "reduce-overhead"}
     compiled = torch.compile(
-        lambda q: F.scaled_dot_product_attention(q, q, q) * 2, backend="sage_inductor", options=options
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 2, backend="sage_inductor", options=options
     )
     for _ in range(4):
-        q = nhd(8192)
+        inputs = nhd(8192), nhd(8192), nhd(8192)
         torch.compiler.cudagraph_mark_step_begin()
-        assert relative_l2(compiled(q).clone(), F.scaled_dot_product_attention(q, q, q) * 2) < 0.045
+        assert relative_l2(compiled(*inputs).clone(), F.scaled_dot_product_attention(*inputs) * 2) < 0.045

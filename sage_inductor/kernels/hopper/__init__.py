@@ -4,6 +4,9 @@ Quantises with the Triton kernels and attends with attention.cu, which is compil
 NVRTC (it comes with torch's CUDA wheels) and kept on disk. This module is torch only.
 """
 
+# cuda-bindings has no type information.
+# mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from ..base import AttentionParams, AttentionProblem, reason
 from ..triton import MAX_KEYS, TritonKernel, capability, has_gpu, interpreted
+from ..triton.crossover import slower_than_sdpa
+from .crossover import MIN_KV_LEN
 
 CAPABILITY = (9, 0)
 
@@ -59,6 +64,12 @@ class HopperKernel(TritonKernel):
             if rows > MAX_KEYS:
                 reasons.append(reason("batch * heads * q_len", rows, f"up to {MAX_KEYS}"))
         return reasons
+
+    def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
+        device = problem.query.device
+        if device.type != "cuda" or not has_gpu():
+            return []
+        return slower_than_sdpa(problem, capability(device.index), MIN_KV_LEN)
 
     def run(
         self,

@@ -106,9 +106,11 @@ def _program_log(nvrtc: Any, program: Any) -> str:
     if program is None:
         return ""
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    if size <= 1:  # empty; NVRTC writes into the bytes below, and Python shares those of one character
+        return ""
     text = b" " * size
     nvrtc.nvrtcGetProgramLog(program, text)
-    return text.decode(errors="replace").rstrip("\0 \n")
+    return str(text.decode(errors="replace").rstrip("\0 \n"))
 
 
 def cubin(variant: Variant, folder: Path | None) -> bytes:

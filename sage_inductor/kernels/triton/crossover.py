@@ -9,6 +9,8 @@ gain is 5% with 4 x 32 heads in HND memory, but -1% with 128 heads in NHD memory
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..base import AttentionProblem, size_hint
 
 # (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. What is not listed is slower
@@ -37,7 +39,11 @@ MIN_PAIRS = 10**9
 MEASURED_CAPABILITY = (9, 0)
 
 
-def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> list[str]:
+def slower_than_sdpa(
+    problem: AttentionProblem,
+    capability: tuple[int, int],
+    min_kv_len: Mapping[tuple[str, int, bool], int] = MIN_KV_LEN,
+) -> list[str]:
     """Reasons, with the measured limits. GPUs before sm_90 go by its limits; newer ones, whose SDPA is faster
     and on which nothing was measured, are left to SDPA."""
     if capability > MEASURED_CAPABILITY:
@@ -46,7 +52,7 @@ def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> 
     is_causal = params.is_causal or params.window_right == 0
     head_dim = problem.query.shape[-1]
     measured_dims = sorted(
-        {dim for precision, dim, causal in MIN_KV_LEN if (precision, causal) == (params.precision, is_causal)}
+        {dim for precision, dim, causal in min_kv_len if (precision, causal) == (params.precision, is_causal)}
     )
     if head_dim not in measured_dims or problem.value.shape[-1] != head_dim:
         dims = ", ".join(map(str, measured_dims))
@@ -63,7 +69,7 @@ def slower_than_sdpa(problem: AttentionProblem, capability: tuple[int, int]) -> 
     if batch is None or heads is None or q_len is None or kv_heads is None or kv_len is None:
         return []
     reasons = []
-    limit = MIN_KV_LEN[params.precision, head_dim, is_causal]
+    limit = min_kv_len[params.precision, head_dim, is_causal]
     if kv_len < limit:
         reasons.append(f"kv_len={kv_len} (faster than SDPA from {limit} on sm_90)")
     if q_len * (heads // max(kv_heads, 1)) < MIN_Q_LEN:

@@ -10,7 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-GPU = "h200"  # whose results the README shows
+GPU = "h100"  # whose results the README shows
+MODEL_GPU = "h200"  # whole models were timed there
 START, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 LENGTHS = (1024, 4096, 16384, 32768)
 # Column -> (provider, precision, which figure)
@@ -18,10 +19,13 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "cuDNN bf16 (torch's default)": ("cudnn", "bf16", "tflops_e2e"),
     "FA3 bf16": ("fa3", "bf16", "tflops_e2e"),
     "FA3 FP8, kernel": ("fa3", "fp8", "tflops_kernel"),
-    "fast, kernel": ("sage_inductor", "fast", "tflops_kernel"),
-    "fast": ("sage_inductor", "fast", "tflops_e2e"),
-    "balanced": ("sage_inductor", "balanced", "tflops_e2e"),
-    "accurate": ("sage_inductor", "accurate", "tflops_e2e"),
+    "`hopper` fast, kernel": ("hopper", "fast", "tflops_kernel"),
+    "`hopper` fast": ("hopper", "fast", "tflops_e2e"),
+    "`hopper` balanced": ("hopper", "balanced", "tflops_e2e"),
+    "`hopper` accurate": ("hopper", "accurate", "tflops_e2e"),
+    "`triton` fast": ("triton", "fast", "tflops_e2e"),
+    "`triton` balanced": ("triton", "balanced", "tflops_e2e"),
+    "`triton` accurate": ("triton", "accurate", "tflops_e2e"),
 }
 
 
@@ -55,7 +59,11 @@ def error_sentence(rows: list[dict[str, Any]]) -> str:
         ]
         return f"{max(errors):.3f}".lstrip("0")
 
-    ours = ", ".join(f"{name} {largest('sage_inductor', name)}" for name in ("fast", "balanced", "accurate"))
+    ours = ", ".join(
+        f"`{kernel}` {name} {largest(kernel, name)}"
+        for kernel in ("hopper", "triton")
+        for name in ("fast", "balanced", "accurate")
+    )
     return (
         f"Largest relative L2 error over these sizes against float64 (rows of a sample): {ours}; FA3 FP8 "
         f"{largest('fa3', 'fp8')}, cuDNN bf16 {largest('cudnn', 'bf16')}."
@@ -104,7 +112,7 @@ def figures() -> str:
     rows = json.loads((RESULTS / f"attention_{GPU}.json").read_text())
     first = rows[0]
     machine = f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}"
-    models = json.loads((RESULTS / f"model_{GPU}.json").read_text())
+    models = json.loads((RESULTS / f"model_{MODEL_GPU}.json").read_text())
     return f"""{START}
 
 ## Measured
@@ -119,10 +127,11 @@ heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end t
 ![end-to-end speed against sequence length](benchmarks/results/attention_{GPU}.svg)
 
 So 8 bits win on long sequences and lose on short ones, where quantising costs more than it saves. `auto` finds the
-crossover and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6 from PyPI is slower than cuDNN here
-at every size.
+crossover, and the fastest kernel beyond it, and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6
+from PyPI is slower than cuDNN here at every size. What was tried for `hopper`, and what it brought: [notes](benchmarks/notes.md).
 
-Whole models, random weights, bf16, under `torch.compile`, two of their layers, on the same GPU (`benchmarks/model.py`). Cells: ms (speed
+Whole models, random weights, bf16, under `torch.compile`, two of their layers (`benchmarks/model.py`), on one
+{models[0]["gpu"]}, before there was `hopper`. Cells: ms (speed
 against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):
 
 {model_table(models)}

@@ -25,8 +25,8 @@ class Config:
     """
 
     kernel: str = "auto"
-    """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("triton",
-    "sageattention", "reference") is used wherever it can run."""
+    """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("hopper",
+    "triton", "sageattention", "reference") is used wherever it can run."""
 
     precision: str = "fast"
     """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV)."""

@@ -39,7 +39,7 @@ def sage_attention(
         is_causal: query i sees keys 0 .. i (top-left alignment); excludes attn_mask.
         scale: factor of the scores, `head_dim ** -0.5` when None.
         kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
-            there is none; a name ("triton", "sageattention", "reference") runs that kernel.
+            there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
         precision: "fast", "balanced" or "accurate".
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any

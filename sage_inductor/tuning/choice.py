@@ -186,7 +186,8 @@ def _result(comparison: Comparison, names: Sequence[str], config: Config, here: 
     for name, text in result.failed.items():
         log.warning("kernel %s failed while it was measured, and is not used: %s", name, text)
     _known[where] = [result, *(other for other in _known[where] if (other.q_len, other.kv_len) != lengths)]
-    store.save(key, result)
+    if not result.failed:  # what failed may have done so for a passing reason: later processes try again
+        store.save(key, result)
     return result
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sage_inductor.kernels.folder import default_folder
 from sage_inductor.tuning.comparison import BUCKET_WIDTH
 from sage_inductor.tuning.machine import Machine
 
@@ -79,12 +80,6 @@ class Result:
         if not all(math.isfinite(time) and time > 0 for time in times):
             raise ValueError(f"times {times}")
         return result
-
-
-def default_folder() -> Path:
-    """Raises RuntimeError where there is no home directory."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sage_inductor"
 
 
 class Store:

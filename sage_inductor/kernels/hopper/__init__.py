@@ -81,9 +81,10 @@ class HopperKernel(TritonKernel):
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        from .launch import attention
+        from ..triton.launch import attention
+        from .launch import HopperCall
 
-        attention(query, key, value, attn_mask, params, out, lse)
+        attention(query, key, value, attn_mask, params, out, lse, HopperCall)
 
 
 @cache

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams
 from ..folder import default_folder
 from ..triton.launch import Call, Workspace
 from ..triton.quantize import KEY_BLOCK
@@ -185,23 +184,3 @@ def writable_in_place(out: Tensor) -> bool:
         and all(stride % 2 == 0 for stride in out.stride()[:3])
         and out.data_ptr() % (2 * out.element_size()) == 0
     )
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    params: AttentionParams,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """`HopperKernel.run`."""
-    if out.numel() == 0:
-        return
-    if key.shape[2] == 0:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(float("-inf"))
-        return
-    HopperCall(query, key, value, attn_mask, params, lse is not None).run(out, lse)

@@ -388,8 +388,9 @@ def attention(
     params: AttentionParams,
     out: Tensor,
     lse: Tensor | None,
+    call: type[Call] = Call,
 ) -> None:
-    """`TritonKernel.run`."""
+    """`TritonKernel.run`, and that of the family whose `call` is given."""
     if out.numel() == 0:
         return
     if key.shape[2] == 0:
@@ -397,7 +398,7 @@ def attention(
         if lse is not None:
             lse.fill_(float("-inf"))
         return
-    Call(query, key, value, attn_mask, params, lse is not None).run(out, lse)
+    call(query, key, value, attn_mask, params, lse is not None).run(out, lse)
 
 
 def packed_strides(tensor: Tensor) -> Strides:

@@ -313,7 +313,9 @@ def case_faults(kernel: Kernel, case: Case) -> list[str]:
     mask_tensor = None if mask is None else mask.tensor
     lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
     kernel.run(q, k, v, mask_tensor, case.params, out, lse)
-    faults = disagreements(out, lse, q, k, v, mask_tensor, case.params, steps_of_64=kernel.name == "hopper")
+    faults = disagreements(
+        out, lse, q, k, v, mask_tensor, case.params, steps_of_64=kernel.oracle_distance > 1
+    )
     return faults + _side_effects(guarded | ({} if mask is None else {"attn_mask": mask}))
 
 

@@ -247,7 +247,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             wgmma_qk(s, q_matrix + 2 * k, matrix<ROW_BYTES>(k_tiles + k_stage * K_BYTES) + 2 * k, k > 0);
         wgmma_commit();
     };
-    // product (+)= P V once every warp has written its rows of P.
+    // product (+)= P V, with P in registers. The caller has fenced.
     u32 weights[NW];
     auto multiply_pv = [&](int v_stage, bool accumulate) {
 #pragma unroll
@@ -320,7 +320,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         };
-        // P of the block in the registers that store_weights takes. PV == 1 rounds it against the block's own maximum.
+        // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
         auto weigh = [&](const int (&s)[NS], u32 (&w0)[RAW], u32 (&w1)[RAW], int x0, int x1, float scale0, float scale1,
                          float unit, bool masked) {
             float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;

@@ -4,7 +4,8 @@ with.
 SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8
 PV): K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is
 INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
-128-key block; "accurate" P and V in 16 bits. V has one factor per channel and one per 128-key block.
+128-key block; "accurate" P and V in 16 bits. V in 8 bits is smoothed too (rows of softmax add up to one, so the
+vector is added to the output) and has one factor per channel and one per 128-key block.
 
 Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel
 that follows the same steps differs only by the rounding of exp2 and of the float32 sums.
@@ -24,6 +25,7 @@ SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
 V_CHANNEL_FLOOR = (
     1 / 64
 )  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
+OUTLIER = 8.0  # times a channel's size: no value of V counts for more in its mean
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LOG2E = math.log2(math.e)
@@ -43,6 +45,7 @@ class QuantizedKV:
     v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
     v_block: Tensor  # [batch, kv_heads, blocks]
     v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
+    v_mean: Tensor  # the same shape; zeros for "accurate"
 
 
 def attention(
@@ -66,9 +69,9 @@ def attention(
     batch, heads, q_len, head_dim = query.shape
     kv_len = key.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
-    kv = quantize_kv(key, value, precision)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
+    kv = quantize_kv(key, value, precision, used_keys(attn_mask))
     out = query.new_empty(batch, heads, q_len, value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
@@ -89,27 +92,54 @@ def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return torch.nan_to_num((scaled / q_scale).round()), q_scale
 
 
-def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
-    """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros."""
-    kv_len = key.shape[2]
-    sampled = min(kv_len, SAMPLED_KEYS)
-    rows = torch.arange(sampled, device=key.device) * kv_len // sampled
-    k_mean = _finite(key[:, :, rows].float()).mean(2, keepdim=True)
+def is_key_mask(attn_mask: Tensor) -> bool:
+    """Whether a mask that was expanded to `[batch, heads, q_len, kv_len]` is one over keys: the same for every
+    head and query, by its strides. All kernels go by this."""
+    heads, q_len = attn_mask.shape[1:3]
+    _, head_stride, row_stride, _ = attn_mask.stride()
+    return (head_stride == 0 or heads == 1) and (row_stride == 0 or q_len == 1)
+
+
+def used_keys(attn_mask: Tensor | None) -> Tensor | None:
+    """What a mask over keys does not rule out, bool `[batch, kv_len]`; None for other (expanded) masks, where that
+    differs from query to query."""
+    if attn_mask is None or attn_mask.numel() == 0 or not is_key_mask(attn_mask):
+        return None
+    row = attn_mask[:, 0, 0]
+    return row if row.dtype == torch.bool else row != -math.inf
+
+
+def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None = None) -> QuantizedKV:
+    """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros.
+
+    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count.
+    """
+    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
+    k_mean = (_sampled(key, rows) * weight).sum(2, keepdim=True)
     k_blocks = _blocked(key.float() - k_mean)
     k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
     k = torch.nan_to_num((k_blocks / k_scale).round())
 
     if precision == "accurate":
         v_channel = value.new_ones(*value.shape[:2], 1, value.shape[-1], dtype=torch.float32)
+        v_mean = torch.zeros_like(v_channel)
         v = _blocked(value.to(_pv_dtype(value.dtype)).float())
         v_block = torch.ones_like(k_scale)
     else:
-        # The square of the mean root: an outlier among the sampled tokens hardly moves it, where a maximum would
-        # cost every other block of its channel its bits. The blocks' own factors keep the range exact.
-        v_size = _finite(value[:, :, rows].float()).abs().sqrt().mean(2, keepdim=True).square()
+        sample = _sampled(value, rows)
+        # The square of the mean root, of values and of their magnitudes: one outlier among the sampled tokens hardly
+        # moves it, where it would carry the mean off for all others. From there the mean, outliers limited, and the
+        # size of what is left. The blocks' own factors keep the range exact.
+        root = sample.abs().sqrt()
+        centre = (root.copysign(sample) * weight).sum(2, keepdim=True)
+        centre = centre * centre.abs()
+        limit = OUTLIER * (root * weight).sum(2, keepdim=True).square()
+        deviation = sample - centre
+        v_mean = centre + (deviation.clamp(-limit, limit) * weight).sum(2, keepdim=True)
+        v_size = (deviation.abs().sqrt() * weight).sum(2, keepdim=True).square()
         v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
         v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
-        v = _blocked(value.float() / v_channel)
+        v = _blocked((value.float() - v_mean) / v_channel)
         v_block = _scale_for(
             v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
         )
@@ -120,8 +150,32 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str) -> QuantizedKV:
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(
-        k.flatten(2, 3), k_scale[..., 0, 0], k_mean, v.flatten(2, 3), v_block[..., 0, 0], v_channel
+        k.flatten(2, 3), k_scale[..., 0, 0], k_mean, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
     )
+
+
+def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Up to SAMPLED_KEYS keys, evenly spaced between the first and the last one that is used: their numbers,
+    `[batch, samples]`, and what each counts for, `[batch, 1, samples, 1]`, which adds up to 1, or to 0 where no key
+    is used."""
+    if used is None:
+        used = torch.ones(batch, kv_len, dtype=torch.bool, device=device)
+    keys = torch.arange(kv_len, device=device)
+    first = torch.where(used, keys, kv_len).amin(-1, keepdim=True)
+    end = torch.where(used, keys + 1, 0).amax(-1, keepdim=True)
+    length = (end - first).clamp(min=0)
+    count = length.clamp(max=SAMPLED_KEYS)
+    i = torch.arange(min(kv_len, SAMPLED_KEYS), device=device)
+    rows = torch.where(i < count, first + i * length // count.clamp(min=1), 0)
+    counted = used.gather(1, rows) & (i < count)
+    weight = counted / counted.sum(-1, keepdim=True).clamp(min=1)
+    return rows, weight[:, None, :, None]
+
+
+def _sampled(x: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of `[batch, heads, keys, dim]`, 0 for what is not finite."""
+    index = rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.nan_to_num(x.gather(2, index).float(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _attend(
@@ -165,7 +219,7 @@ def _attend(
 
     weighted = (p * weight[..., None]).view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK)
     out = (weighted @ kv.v).view(batch, heads, rows, -1)
-    out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1)
+    out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1) + kv.v_mean.repeat_interleave(groups, 1)
     masked_out = row_sum == 0
     out = torch.where(masked_out, 0.0, out)
 
@@ -225,10 +279,6 @@ def _blocked(x: Tensor) -> Tensor:
     batch, heads, keys, dim = x.shape
     padded = F.pad(x, (0, 0, 0, -keys % KEY_BLOCK))
     return padded.reshape(batch, heads, -1, KEY_BLOCK, dim)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _e4m3(x: Tensor) -> Tensor:

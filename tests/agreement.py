@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor import reference
-from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE
+from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE, float64_attention
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.metrics import relative_l2
 
@@ -74,19 +74,22 @@ def disagreements(
     each other, each within the documented error, differ by sqrt(2) of it.
     """
     expected, expected_lse = oracle(q, k, v, mask, params)
+    scatter, largest = _rounded(q, k, v, mask, params)
     steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
     eps = EPS[q.dtype]
     if got.isnan().any():
         return [f"{int(got.isnan().sum())} of {got.numel()} outputs are NaN"]
+    norm = max(float(expected.double().norm()), torch.finfo(torch.float64).tiny)
     finite = ~expected_lse.isinf()
     figures = {
         "relative L2": (
             relative_l2(got, expected),
-            (math.sqrt(2) if steps_of_64 else FLIPS) * DOCUMENTED[params.precision] + eps,
+            (math.sqrt(2) if steps_of_64 else FLIPS) * DOCUMENTED[params.precision] * scatter / norm + eps,
         ),
         "largest error": (
             (got.double() - expected.double()).abs().max().item(),
-            (LARGEST_STEP + eps) * v.abs().max().item(),
+            # and each of the two is rounded to its dtype
+            LARGEST_STEP * largest + 2 * eps * expected.double().abs().max().item(),
         ),
         "rows whose LSE is infinite in one only": (
             int((lse.isinf() != expected_lse.isinf()).sum()),
@@ -101,6 +104,29 @@ def disagreements(
         for name, (value, bound) in figures.items()
         if not value <= bound
     ]
+
+
+def _rounded(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+) -> tuple[float, float]:
+    """What rounding P and V is relative to: the root of the sum of P^2 (V - m)^2, and the largest |V - m| that some
+    query sees, where m is what the oracle subtracts from V, which no rounding touches.
+
+    The roundings at different keys know nothing of each other, so what they make of an output adds up in squares:
+    the documented error times sqrt(sum P^2 (V - m)^2). For normal V, to which the documented error refers, that is
+    what the output itself adds up to; with a mean in V, or with one subtracted, it is not.
+    """
+    batch, heads, _, _ = q.shape
+    kv_heads, keys = k.shape[1:3]
+    full = None if mask is None else mask.expand(*q.shape[:3], keys)
+    mean = reference.quantize_kv(k, v, params.precision, reference.used_keys(full)).v_mean
+    identity = torch.eye(keys, device=q.device).expand(batch, kv_heads, keys, keys)
+    weights, _ = float64_attention(q, k, identity, mask, params)
+    weights = weights.view(batch, kv_heads, -1, keys)
+    seen = weights.amax(2)[..., None] > 0
+    deviation = torch.where(seen, v.double() - mean, 0.0)
+    scatter = (weights.square() @ deviation.square()).sum().sqrt()
+    return scatter.item(), deviation.abs().max().item()
 
 
 def check(

@@ -149,6 +149,31 @@ def test_outlier_tokens_and_a_mean_in_v(precision: str) -> None:
     assert relative_l2(out, exact(q, k, v)[0]) <= BOUNDS[precision]
 
 
+@pytest.mark.parametrize("precision", ["fast", "balanced"])
+@pytest.mark.parametrize("outlier", [1.0, 10000.0])
+def test_a_mean_in_v_costs_no_accuracy(precision: str, outlier: float) -> None:
+    """The error is as documented relative to what V's deviation from it adds up to. That holds for the queries before
+    an outlier token, too: it does not carry the mean off."""
+    q, k, v = (normal(1, 2, 512, 64) for _ in range(3))
+    mean = 2 * normal(1, 2, 1, 64)
+    bounds = (None, 0)
+    v[:, :, 500] *= outlier
+    out, _ = reference.attention(q, k, v + mean, bounds=bounds, precision=precision)
+    expected, _ = exact(q, k, v, band(512, 512, *bounds))
+    out, expected = ((x - y)[:, :, :384] for x, y in ((out.double(), mean), (expected, 0.0)))
+    assert relative_l2(out, expected) <= BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_rows_without_keys_stay_0_beside_a_mean_in_v(precision: str) -> None:
+    q, k, v = (normal(2, 2, 150, 64) for _ in range(3))
+    keys = torch.tensor([[True], [False]]).expand(2, 150)[:, None, None]
+    for v_mean in (0.0, 3.0, -1e30):
+        out, _ = reference.attention(q, k, v + v_mean, keys, bounds=(20, None), precision=precision)
+        assert out[1].count_nonzero() == 0 and out[0, :, 130:].count_nonzero() == 0
+        assert out[0, :, :130].count_nonzero() > 0
+
+
 def test_large_bfloat16_values_do_not_overflow() -> None:
     q, k, v = (normal(1, 1, 64, 64).bfloat16() for _ in range(3))
     for precision, bound in BOUNDS.items():
@@ -183,6 +208,15 @@ def test_non_finite_inputs_show(bad: float) -> None:
         rows = out[0, 0, 5] if which == 0 else out[0, 0]
         assert bool(rows.isnan().all())
         assert bool(out[0, 1].isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_in_v_does_not_enter_the_mean(bad: float) -> None:
+    value = normal(1, 2, 300, 64) + 2
+    zeroed = value.clone()
+    value[0, 0, 5, 3], zeroed[0, 0, 5, 3] = bad, 0.0
+    means = [reference.quantize_kv(v, v, "fast").v_mean for v in (value, zeroed)]
+    assert torch.equal(*means)
 
 
 @pytest.mark.parametrize("precision", BOUNDS)

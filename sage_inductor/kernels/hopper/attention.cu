@@ -535,7 +535,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
         }
         const float inverse0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0, inverse1 = rows.sum1 == 0.f ? 0.f : 1.f / rows.sum1;
-        const float* const channel = p.v_channel + (long long)(t.b * (p.heads / p.group) + kv_h) * 2 * V_HEAD_DIM;
+        const float* const channel = p.v_channel + (long long)(t.b * (p.heads / p.group) + kv_h) * 3 * V_HEAD_DIM;
         const long long at = t.b * p.out_b + t.h * p.out_h;
         const long long at0 = at + row0 * p.out_m, at1 = at + row1 * p.out_m;
 #pragma unroll

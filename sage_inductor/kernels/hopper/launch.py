@@ -96,7 +96,7 @@ class HopperCall(Call):
             k_scale=k_scale,
             v_scale=v_scale,
             v_channel=v_channel,
-            used_keys=v_channel + 8 * batch * kv_heads * dv,
+            used_keys=v_channel + 12 * batch * kv_heads * dv,
             key_mask=None if self.attn_mask is None else self.attn_mask.data_ptr(),
             out=out.data_ptr(),
             lse=None if lse is None else lse.data_ptr(),

@@ -59,12 +59,14 @@ def _load_tile(source, row, col, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 @triton.jit
 def _store_output(
-    out, tile, channel, stride_m, stride_d, rows, q_len,
+    out, tile, channel, mean, seen, stride_m, stride_d, rows, q_len,
     DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     d = FIRST + tl.arange(0, SIZE)
     if channel is not None:
+        # What was subtracted from V, for the rows that see a key: the others stay 0.
         tile = tile * tl.load(channel + tl.arange(0, SIZE))[None, :]
+        tile += seen[:, None] * tl.load(mean + tl.arange(0, SIZE))[None, :]
     tl.store(
         out + rows.to(tl.int64)[:, None] * stride_m + d[None, :] * stride_d,
         to_float(tile, out.dtype.element_ty, PTX),
@@ -351,7 +353,7 @@ def attention_kernel(
     )
     k_scale += kv_h * kv_blocks + block0
     v_scale += kv_h * kv_blocks + block0
-    v_channel += (b * kv_heads + kv_h) * 2 * (DV0 + DV1)
+    v_channel += (b * kv_heads + kv_h) * 3 * (DV0 + DV1)
 
     q_row = (h * q_blocks + q_block0) * _KEY_BLOCK + first_row
     q_scale = tl.load(scales + q_row + tl.arange(0, BLOCK_M))
@@ -431,34 +433,29 @@ def attention_kernel(
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
 
-    inverse = tl.where(
-        total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total)
-    )  # a row that attends to nothing is 0
+    seen = tl.where(total == 0, 0.0, 1.0)  # a row that attends to nothing is 0
+    inverse = seen * (1.0 / tl.where(total == 0, 1.0, total))
     channel0 = None
     channel1 = None
+    mean0 = None
+    mean1 = None
     if PRECISION != "accurate":
         inverse = inverse * exp2(unit, PTX)
         channel0 = v_channel
         channel1 = v_channel + DV0
+        mean0 = v_channel + 2 * (DV0 + DV1)
+        mean1 = mean0 + DV0
     stride_om = stride_om.to(tl.int64) * OUT_ALIGN
     out += (b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh) * OUT_ALIGN + q_start * stride_om
     _store_output(
-        out, acc0 * inverse[:, None], channel0, stride_om, stride_od, rows, q_len, V_HEAD_DIM, 0, DV0, PTX
-    )
+        out, acc0 * inverse[:, None], channel0, mean0, seen, stride_om, stride_od, rows, q_len,
+        V_HEAD_DIM, 0, DV0, PTX,
+    )  # fmt: skip
     if DV1 > 0:
         _store_output(
-            out,
-            acc1 * inverse[:, None],
-            channel1,
-            stride_om,
-            stride_od,
-            rows,
-            q_len,
-            V_HEAD_DIM,
-            DV0,
-            DV1,
-            PTX,
-        )
+            out, acc1 * inverse[:, None], channel1, mean1, seen, stride_om, stride_od, rows, q_len,
+            V_HEAD_DIM, DV0, DV1, PTX,
+        )  # fmt: skip
     if RETURN_LSE:
         log2_sum = tl.where(total == 0, float("-inf"), reference + tl.log2(tl.where(total == 0, 1.0, total)))
         if PRECISION == "fast":

@@ -15,6 +15,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sage_inductor.reference import is_key_mask
+
 from ..base import AttentionParams
 from . import capability
 from .attention import attention_kernel
@@ -24,7 +26,10 @@ from .tuning import LaunchConfig, launch_config, quantize_config
 INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 
-_SAMPLE_CHUNK = 128  # rows per step of the statistics kernel
+# The statistics kernel: rows per step, and registers that let two programs of 8 warps on an SM, which spills nothing
+# up to head dim 128.
+_SAMPLE_CHUNK = 64
+_SAMPLE_REGISTERS = 128
 
 Strides = tuple[int, int, int, int]
 
@@ -116,6 +121,9 @@ def _plan(
     padded = {"D": d, "DV": dv, "D_POW2": triton.next_power_of_2(d), "DV_POW2": triton.next_power_of_2(dv)}
     quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
     quantize_options.pop("num_stages")
+    statistics_options = {"CHUNK": _SAMPLE_CHUNK, "num_warps": 8}
+    if max(padded["D_POW2"], padded["DV_POW2"]) <= 128:
+        statistics_options["maxnreg"] = _SAMPLE_REGISTERS
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"
     tma = arch[0] >= 9
@@ -126,7 +134,7 @@ def _plan(
         v_transposed=v_transposed,
         tma=tma,
         config=config,
-        statistics={**dims, **padded, "CHUNK": _SAMPLE_CHUNK, "num_warps": quantize_options["num_warps"]},
+        statistics={**dims, **padded, **statistics_options},
         quantize={
             **dims,
             **padded,
@@ -223,7 +231,7 @@ class Call:
             strides = self.mask_strides = attn_mask.stride()
             self.mask_align, self.mask_units = _in_units(strides, self.kv_len)
             self.key_mask = strides[2] == 0 or self.q_len == 1
-            self.skip_blocks = self.key_mask and (strides[1] == 0 or self.heads == 1)
+            self.skip_blocks = is_key_mask(attn_mask)
             self.narrow = self.narrow and max(strides) < 2**31
         masked = self.mask_kind != 0 and not self.key_mask
         dims = query.shape[-1], value.shape[-1]

@@ -5,7 +5,8 @@ Q, K and V once, in place through their strides, and writes
 
     q8      int8  [heads, q_blocks * 128, D]  one scale per row, with the softmax scale and log2(e) in it
     k8      int8  [kv_heads, kv_blocks * 128, D]  K minus a per-channel vector, one scale per 128-key block
-    v8      e4m3 or int8  [kv_heads * DV, kv_blocks * 128]  V / channel scale / block scale, transposed
+    v8      e4m3 or int8  [kv_heads * DV, kv_blocks * 128]  (V minus a per-channel vector) / channel scale
+            / block scale, transposed
             or a 16-bit float  [kv_heads, kv_blocks * 128, DV]  a copy of V ("accurate"), transposed if V_TRANSPOSED
     scales  fp32, the sections listed in `sections`
 
@@ -13,9 +14,12 @@ D and DV are the padded head dims (`padded_head_dim`). A sequence owns whole blo
 varlen inputs share one layout: sequence b starts at block b * ceil(length / 128), or at cu_seqlens[b] // 128
 + b, which never overlaps and needs no look at the lengths from the host.
 
-Why a sample is enough: softmax is invariant to *any* vector subtracted from K, so the vector need not be the
-exact mean, and V's channel scale only has to be coarse because every 128-key block has an exact scale of its
-own.
+Why a sample is enough: softmax is invariant to *any* vector subtracted from K, and its rows add up to one, so
+that any vector subtracted from V is added back to the output: neither need be the exact mean. V's channel scale
+only has to be coarse because every 128-key block has an exact scale of its own.
+
+A mask over keys, the same for every head and query, limits the sample to the keys that it leaves: padding may
+hold anything.
 
 Why Q passes through memory too: quantising it in the attention kernel's prologue would save this pass (4% at
 4k tokens, 1% at 16k), but it costs the registers of the prologue.
@@ -44,6 +48,9 @@ _TINY = tl.constexpr(2.0**-100)
 _V_FLOOR = tl.constexpr(2.0**-30)
 _E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # of 448.0
 _V_CHANNEL_RANGE = tl.constexpr(64.0)  # no channel scale is below 1/64 of the largest
+# A value of V further from the centre than this many times its channel's size weighs as one at that distance in the
+# mean. 5.4 standard deviations of normal values without a mean: one such token of 512 moves it by a hundredth of one.
+_OUTLIER = tl.constexpr(8.0)
 
 
 def padded_head_dim(head_dim: int) -> tuple[int, int]:
@@ -68,20 +75,20 @@ def padded_head_dim(head_dim: int) -> tuple[int, int]:
 def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl.constexpr):
     """The parts of the fp32 workspace after the q_size elements that belong to Q (its scales [heads, q_blocks
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
-    kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales and their reciprocals
-    [batch, kv_heads, 2, DV], and, written only for masks over keys, int32 [batch, 3]: the first useful key, the
+    kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, their reciprocals and the
+    vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys, int32 [batch, 3]: the first useful key, the
     last + 1, and whether every key between them is useful."""
     k_scale = scales + q_size
     v_scale = k_scale + kv_heads * kv_blocks
     k_mean = v_scale + kv_heads * kv_blocks
     v_channel = k_mean + batch * kv_heads * D
-    used_keys = v_channel + batch * kv_heads * 2 * DV
+    used_keys = v_channel + batch * kv_heads * 3 * DV
     return k_scale, v_scale, k_mean, v_channel, used_keys
 
 
 def scales_size(q_size: int, batch: int, kv_heads: int, kv_blocks: int, d: int, dv: int) -> int:
     """Elements of the fp32 workspace."""
-    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 2 * dv) + 3)
+    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + 3)
 
 
 @triton.jit
@@ -96,23 +103,41 @@ def sequence(b, length, cu_seqlens, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _sampled_rows(chunk, kv_len, CHUNK: tl.constexpr):
-    """Evenly spaced keys number chunk * CHUNK onwards: (rows, which of them exist, how many there are in
-    all)."""
-    count = tl.minimum(kv_len, _SAMPLES)
-    i = chunk * CHUNK + tl.arange(0, CHUNK)
-    return i.to(tl.int64) * kv_len // tl.maximum(count, 1), i < count, count
+def _sampled_rows(i, length, mask, stride_mn, MASK: tl.constexpr):
+    """Number i of the evenly spaced keys of a sequence, and whether it counts."""
+    count = tl.minimum(length, _SAMPLES)
+    rows = i.to(tl.int64) * length // tl.maximum(count, 1)
+    counted = i < count
+    if MASK != 0:
+        counted = counted & _used(tl.load(mask + rows * stride_mn, mask=counted, other=0), MASK)
+    return rows, counted
 
 
 @triton.jit
-def _load_sample(x, stride_n, stride_d, rows, exists, DIM: tl.constexpr, D: tl.constexpr):
+def _sample_weight(length, mask, stride_mn, MASK: tl.constexpr):
+    """One over the number of sampled keys that count."""
+    count = tl.minimum(length, _SAMPLES)
+    if MASK != 0:
+        _rows, counted = _sampled_rows(tl.arange(0, _SAMPLES), length, mask, stride_mn, MASK)
+        count = tl.sum(counted.to(tl.int32), 0)
+    return 1.0 / tl.maximum(count, 1)
+
+
+@triton.jit
+def _load_sample(
+    x, stride_n, stride_d, chunk, length, mask, stride_mn,
+    CHUNK: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Sampled keys number chunk * CHUNK onwards [CHUNK, D], 0 where they are not finite, and which of them
+    count."""
+    rows, counted = _sampled_rows(chunk * CHUNK + tl.arange(0, CHUNK), length, mask, stride_mn, MASK)
     d = tl.arange(0, D)
     tile = tl.load(
         x + rows[:, None] * stride_n + d[None, :] * stride_d,
-        mask=exists[:, None] & (d < DIM)[None, :],
+        mask=counted[:, None] & (d < DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    return finite_or_zero(tile)
+    return finite_or_zero(tile), counted
 
 
 _STATISTICS_UNSPECIALIZED = [
@@ -175,62 +200,97 @@ def statistics_kernel(
     )
     role = pid // heads
     bh = pid % heads
-    b = bh // kv_heads
-    h = (bh % kv_heads).to(tl.int64)
-    if role == 0:
-        start, length, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
-        stride_n = stride_kn.to(tl.int64) * K_ALIGN
-        source = k + (b.to(tl.int64) * stride_kb + h * stride_kh) * K_ALIGN + start * stride_n
-        mean = tl.zeros([D_POW2], tl.float32)
-        for chunk in range(tl.cdiv(tl.minimum(length, _SAMPLES), CHUNK)):
-            rows, exists, count = _sampled_rows(chunk, length, CHUNK)
-            tile = _load_sample(source, stride_n, stride_kd, rows, exists, HEAD_DIM, D_POW2)
-            mean += tl.sum(tile * (1.0 / count), 0)  # scaled first: a sum of large values would overflow
-        d = tl.arange(0, D_POW2)
-        tl.store(k_mean + bh * D + d, mean, mask=d < D)
-    elif V_STATISTICS and role == 1:
+    if role < (2 if V_STATISTICS else 1):
+        b = bh // kv_heads
+        h = (bh % kv_heads).to(tl.int64)
         start, length, _block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
-        stride_n = stride_vn.to(tl.int64) * V_ALIGN
-        source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN + start * stride_n
-        size = tl.zeros([DV_POW2], tl.float32)
-        for chunk in range(tl.cdiv(tl.minimum(length, _SAMPLES), CHUNK)):
-            rows, exists, count = _sampled_rows(chunk, length, CHUNK)
-            tile = _load_sample(source, stride_n, stride_vd, rows, exists, V_HEAD_DIM, DV_POW2)
-            size += tl.sum(tl.sqrt(tl.abs(tile)), 0) * (1.0 / count)
-        # The 1/2-mean: a maximum would make the channels as uneven as one outlier token in the sample is.
-        size = size * size
-        largest = tl.max(size, 0)
-        size = tl.where(largest < _TINY, 1.0, tl.maximum(size, largest / _V_CHANNEL_RANGE))
-        d = tl.arange(0, DV_POW2)
-        tl.store(v_channel + bh * 2 * DV + d, size, mask=d < DV)
-        tl.store(v_channel + bh * 2 * DV + DV + d, 1.0 / size, mask=d < DV)
+        mask = key_mask
+        if MASK != 0:
+            mask += b.to(tl.int64) * stride_mb
+            first, end, _count = _used_range(mask, length, stride_mn, MASK)
+            length = tl.maximum(end - first, 0)
+            start = first.to(tl.int64)
+            mask += start * stride_mn
+        weight = _sample_weight(length, mask, stride_mn, MASK)
+        chunks = tl.cdiv(tl.minimum(length, _SAMPLES), CHUNK)
+        if role == 0:
+            stride_n = stride_kn.to(tl.int64) * K_ALIGN
+            source = k + (b.to(tl.int64) * stride_kb + h * stride_kh) * K_ALIGN + start * stride_n
+            mean = tl.zeros([D_POW2], tl.float32)
+            for chunk in range(chunks):
+                tile, _counted = _load_sample(
+                    source, stride_n, stride_kd, chunk, length, mask, stride_mn, CHUNK, HEAD_DIM, D_POW2, MASK
+                )
+                mean += tl.sum(tile * weight, 0)  # scaled first: a sum of large values would overflow
+            d = tl.arange(0, D_POW2)
+            tl.store(k_mean + bh * D + d, mean, mask=d < D)
+        else:
+            stride_n = stride_vn.to(tl.int64) * V_ALIGN
+            source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN + start * stride_n
+            # The 1/2-mean, of values and of their magnitudes: one outlier token in the sample would carry the
+            # mean off for all others, and a maximum would make the channels as uneven as that token is.
+            centre = tl.zeros([DV_POW2], tl.float32)
+            size = tl.zeros([DV_POW2], tl.float32)
+            for chunk in range(chunks):
+                tile, _counted = _load_sample(
+                    source, stride_n, stride_vd, chunk, length, mask, stride_mn, CHUNK, V_HEAD_DIM, DV_POW2, MASK
+                )  # fmt: skip
+                root = tl.sqrt(tl.abs(tile))
+                size += tl.sum(root, 0) * weight
+                centre += tl.sum(tl.where(tile < 0, -root, root), 0) * weight
+            centre = centre * tl.abs(centre)
+            limit = size * size * _OUTLIER
+            # From there the mean, outliers limited, and the size of what is left.
+            shift = tl.zeros([DV_POW2], tl.float32)
+            size = tl.zeros([DV_POW2], tl.float32)
+            for chunk in range(chunks):
+                tile, counted = _load_sample(
+                    source, stride_n, stride_vd, chunk, length, mask, stride_mn, CHUNK, V_HEAD_DIM, DV_POW2, MASK
+                )  # fmt: skip
+                tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
+                size += tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
+                tile = tl.minimum(tl.maximum(tile, -limit[None, :]), limit[None, :])
+                shift += tl.sum(tile * weight, 0)
+            size = size * size
+            largest = tl.max(size, 0)
+            size = tl.where(largest < _TINY, 1.0, tl.maximum(size, largest / _V_CHANNEL_RANGE))
+            d = tl.arange(0, DV_POW2)
+            channel = v_channel + bh * 3 * DV + d
+            tl.store(channel, size, mask=d < DV)
+            tl.store(channel + DV, 1.0 / size, mask=d < DV)
+            tl.store(channel + 2 * DV, centre + shift, mask=d < DV)
     elif MASK != 0:
-        _used_keys(key_mask, used_keys, bh, kv_len, stride_mb, stride_mn, MASK)
+        first, end, count = _used_range(key_mask + bh.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK)
+        target = (used_keys + 3 * bh).to(tl.pointer_type(tl.int32))
+        tl.store(target, first)
+        tl.store(target + 1, end)
+        tl.store(target + 2, (count == end - first).to(tl.int32))
 
 
 @triton.jit
-def _used_keys(key_mask, used_keys, b, kv_len, stride_mb, stride_mn, MASK: tl.constexpr):
-    """First and last + 1 key of sequence b that its mask does not rule out, and whether there are no gaps."""
+def _used(values, MASK: tl.constexpr):
+    """Which keys a mask does not rule out, from its values."""
+    if MASK == 1:
+        return values != 0
+    else:
+        return values.to(tl.float32) != float("-inf")
+
+
+@triton.jit
+def _used_range(mask, kv_len, stride_mn, MASK: tl.constexpr):
+    """First and last + 1 key of a sequence that its mask does not rule out (the largest integer and 0 where it
+    rules out all), and how many there are."""
     first = tl.full([1024], 0x7FFFFFFF, tl.int32)
     last = tl.full([1024], -1, tl.int32)
     count = tl.zeros([1024], tl.int32)
-    source = key_mask + b.to(tl.int64) * stride_mb
     for start in range(0, kv_len, 1024):
         n = start + tl.arange(0, 1024)
-        values = tl.load(source + n.to(tl.int64) * stride_mn, mask=n < kv_len, other=0)
-        if MASK == 1:
-            used = (values != 0) & (n < kv_len)
-        else:
-            used = (values.to(tl.float32) != float("-inf")) & (n < kv_len)
+        exists = n < kv_len
+        used = exists & _used(tl.load(mask + n.to(tl.int64) * stride_mn, mask=exists, other=0), MASK)
         first = tl.minimum(first, tl.where(used, n, 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(used, n, -1))
         count += used.to(tl.int32)
-    begin = tl.min(first, 0)
-    end = tl.max(last, 0) + 1
-    target = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
-    tl.store(target, begin)
-    tl.store(target + 1, end)
-    tl.store(target + 2, (tl.sum(count, 0) == end - begin).to(tl.int32))
+    return tl.min(first, 0), tl.max(last, 0) + 1, tl.sum(count, 0)
 
 
 _QUANTIZE_UNSPECIALIZED = [
@@ -349,7 +409,7 @@ def quantize_kernel(
                     )  # fmt: skip
                 else:
                     _quantize_v(
-                        source, target, pitch, v_scale + slot, v_channel + bh * 2 * DV + DV, block, length, stride_n,
+                        source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
                         stride_vd, V_HEAD_DIM, DV, DV_POW2, PRECISION, PTX,
                     )  # fmt: skip
     else:
@@ -422,7 +482,7 @@ def _quantize_k(
 
 @triton.jit
 def _quantize_v(
-    source, target, pitch, log2_scale, reciprocal, block, length, stride_n, stride_d,
+    source, target, pitch, log2_scale, channel, block, length, stride_n, stride_d,
     DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # Column c of the transposed block holds key [0,1,8,9,2,3,10,11,4,5,12,13,6,7,14,15][c] of its group of
@@ -431,12 +491,14 @@ def _quantize_v(
     c = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + ((c & -16) | (c & 1) | ((c & 2) << 2) | ((c & 12) >> 1))
     d = tl.arange(0, D_POW2)
+    exists = n < length
     x = tl.load(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
-        mask=(n < length)[:, None] & (d < DIM)[None, :],
+        mask=exists[:, None] & (d < DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    x = x * tl.load(reciprocal + d, mask=d < D, other=1.0)[None, :]
+    x = x - exists.to(tl.float32)[:, None] * tl.load(channel + 2 * D + d, mask=d < D, other=0.0)[None, :]
+    x = x * tl.load(channel + D + d, mask=d < D, other=1.0)[None, :]
     bits = tl.max(tl.max(magnitude(x), 1), 0)
     if PRECISION == "fast":
         # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only a block with a value

@@ -112,11 +112,13 @@ def used_keys(attn_mask: Tensor | None) -> Tensor | None:
 def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None = None) -> QuantizedKV:
     """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros.
 
-    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count.
+    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count, and are 0 in 8
+    bits.
     """
+    unused = None if used is None else ~used[:, None, :, None]
     rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
     k_mean = (_sampled(key, rows) * weight).sum(2, keepdim=True)
-    k_blocks = _blocked(key.float() - k_mean)
+    k_blocks = _blocked(_without(unused, key.float() - k_mean))
     k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
     k = torch.nan_to_num((k_blocks / k_scale).round())
 
@@ -139,7 +141,7 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None 
         v_size = (deviation.abs().sqrt() * weight).sum(2, keepdim=True).square()
         v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
         v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
-        v = _blocked((value.float() - v_mean) / v_channel)
+        v = _blocked(_without(unused, (value.float() - v_mean) / v_channel))
         v_block = _scale_for(
             v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
         )
@@ -272,6 +274,10 @@ def _scale_for(amax: Tensor, largest: float) -> Tensor:
     that a quantised inf or NaN still shows in the output."""
     scale = torch.where(amax > 0, amax / largest, 1.0)
     return torch.where(amax.isfinite(), scale, math.nan)
+
+
+def _without(unused: Tensor | None, x: Tensor) -> Tensor:
+    return x if unused is None else x.masked_fill(unused, 0.0)
 
 
 def _blocked(x: Tensor) -> Tensor:

@@ -174,6 +174,38 @@ def test_rows_without_keys_stay_0_beside_a_mean_in_v(precision: str) -> None:
         assert out[0, :, :130].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("garbage", [1e4, 1e30])
+def test_what_padding_holds_does_not_matter(precision: str, garbage: float) -> None:
+    """Behind the keys of a sequence it changes no number that is quantised, so that the output is the same but for the
+    order of sums. Before them it moves the blocks, which have the documented error wherever they begin."""
+    q, k, v = (
+        normal(2, 2, 70, 64),
+        normal(2, 2, 300, 64) + 2 * normal(64),
+        normal(2, 2, 300, 64) + 2 * normal(64),
+    )
+    alone, alone_lse = reference.attention(q, k, v, precision=precision)
+    for before, after in ((0, 400), (400, 0), (37, 200)):
+        mask = F.pad(torch.ones(2, 1, 1, 300, dtype=torch.bool), (before, after))
+        padded = [F.pad(x, (0, 0, before, after), value=garbage) for x in (k, v)]
+        for attn_mask in (mask, torch.where(mask, 0.0, -math.inf)):
+            out, lse = reference.attention(q, *padded, attn_mask, precision=precision)
+            if before == 0:
+                assert relative_l2(out, alone) < 1e-6 and (lse - alone_lse).abs().max() < 1e-5
+            assert relative_l2(out, exact(q, k, v)[0]) <= BOUNDS[precision]
+
+
+def test_keys_count_if_a_mask_over_keys_leaves_them() -> None:
+    keys = torch.rand(2, 1, 1, 90) > 0.5
+    full = (2, 3, 20, 90)
+    for mask in (keys.expand(full), torch.where(keys, 0.0, -math.inf).expand(full)):
+        used = reference.used_keys(mask)
+        assert used is not None and torch.equal(used, keys[:, 0, 0])
+    assert reference.used_keys(keys.expand(full).contiguous()) is None  # it could differ from query to query
+    assert reference.used_keys(keys[:, :, :, :0].expand(2, 3, 20, 0)) is None
+    assert reference.used_keys(keys.expand(2, 1, 1, 90)) is not None
+
+
 def test_large_bfloat16_values_do_not_overflow() -> None:
     q, k, v = (normal(1, 1, 64, 64).bfloat16() for _ in range(3))
     for precision, bound in BOUNDS.items():

@@ -163,6 +163,42 @@ def test_key_padding_skips_blocks_and_gives_rows_without_keys_0(precision: str) 
     assert (lse[2] == -math.inf).all()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_padding_holds_does_not_matter(precision: str) -> None:
+    """Behind the keys of a sequence it changes no number that is quantised, so that the output is the same but for the
+    rounding of sums: a bit of the output's dtype. Before them it moves the blocks, which have the documented error
+    wherever they begin."""
+    q, k, v = (randn(1, 2, size, 64) for size in (70, 300, 300))
+    k, v = k + 2 * randn(64), v + 2 * randn(64)
+    params, eps = params_of(precision), agreement.EPS[q.dtype]
+    alone, alone_lse = run(q, k, v, params=params)
+    expected, _ = exact(q, k, v)
+    for before, after in ((0, 300), (300, 0)):
+        pad = (0, 0, before, after)
+        mask = torch.nn.functional.pad(torch.ones_like(k[:, :1, :, 0], dtype=torch.bool), (before, after))
+        padded = [torch.nn.functional.pad(x, pad, value=1e4) for x in (k, v)]
+        check(q, *padded, mask[:, :, None], params)
+        out, lse = run(q, *padded, mask[:, :, None], params)
+        if before == 0:
+            assert relative_l2(out, alone) <= eps and max_error(lse, alone_lse) <= 1e-5
+        assert relative_l2(out, expected) <= DOCUMENTED[precision] + eps
+
+
+@pytest.mark.parametrize("precision", ["fast", "balanced"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_what_keys_between_others_hold_does_not_matter(precision: str, additive: bool) -> None:
+    """Not even if it is not finite: no query attends to them."""
+    q, k, v = randn(2, 2, 70, 64), randn(2, 2, 700, 64), randn(2, 2, 700, 64) + 2
+    mask = torch.rand(2, 1, 1, 700, device=DEVICE) > 0.3
+    hidden = ~mask[:, 0, 0]
+    for bad in (1e4, math.nan):
+        k.masked_fill_(hidden[:, None, :, None], bad)
+        v.masked_fill_(hidden[:, None, :, None], bad)
+        out, _ = run(q, k, v, torch.where(mask, 0.0, -math.inf) if additive else mask, params_of(precision))
+        expected, _ = exact(q, k.nan_to_num(), v.nan_to_num(), mask)
+        assert relative_l2(out, expected) <= DOCUMENTED[precision] + agreement.EPS[q.dtype]
+
+
 def test_rows_of_the_most_negative_number_attend_to_all_keys_alike() -> None:
     q, k, v = randn(1, 1, 64, 64), randn(1, 1, 200, 64), randn(1, 1, 200, 64)
     mask = torch.zeros(64, 200, device=DEVICE)

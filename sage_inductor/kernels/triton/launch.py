@@ -288,14 +288,14 @@ class Call:
         self._launch(
             quantize_kernel,
             programs,
-            (query, key, value, self.cu_seqlens_q, self.cu_seqlens_k),
+            (query, key, value, self.cu_seqlens_q, self.cu_seqlens_k, mask),
             workspace,
             (
                 scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks, kv_blocks,
-                *q_strides, *k_strides, *v_strides,
+                *q_strides, *k_strides, *v_strides, *mask_strides,
             ),
-            (q_strides[3], k_strides[3], v_strides[3]),
-            (self.q_align, self.k_align, self.v_align, varlen, self.return_lse),
+            (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
+            (self.q_align, self.k_align, self.v_align, varlen, self.return_lse, mask_kind),
             plan.quantize,
         )  # fmt: skip
         return workspace

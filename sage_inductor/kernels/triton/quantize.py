@@ -18,8 +18,8 @@ Why a sample is enough: softmax is invariant to *any* vector subtracted from K, 
 that any vector subtracted from V is added back to the output: neither need be the exact mean. V's channel scale
 only has to be coarse because every 128-key block has an exact scale of its own.
 
-A mask over keys, the same for every head and query, limits the sample to the keys that it leaves: padding may
-hold anything.
+Keys that a mask over keys, the same for every head and query, rules out are not sampled, and 0 in 8 bits: padding
+may hold anything.
 
 Why Q passes through memory too: quantising it in the attention kernel's prologue would save this pass (4% at
 4k tokens, 1% at 16k), but it costs the registers of the prologue.
@@ -107,10 +107,7 @@ def _sampled_rows(i, length, mask, stride_mn, MASK: tl.constexpr):
     """Number i of the evenly spaced keys of a sequence, and whether it counts."""
     count = tl.minimum(length, _SAMPLES)
     rows = i.to(tl.int64) * length // tl.maximum(count, 1)
-    counted = i < count
-    if MASK != 0:
-        counted = counted & _used(tl.load(mask + rows * stride_mn, mask=counted, other=0), MASK)
-    return rows, counted
+    return rows, _counts(rows, i < count, mask, stride_mn, MASK)
 
 
 @triton.jit
@@ -277,6 +274,14 @@ def _used(values, MASK: tl.constexpr):
 
 
 @triton.jit
+def _counts(n, exists, mask, stride_mn, MASK: tl.constexpr):
+    """Which of the keys n exist and are not ruled out by a mask over keys."""
+    if MASK != 0:
+        exists = exists & _used(tl.load(mask + n.to(tl.int64) * stride_mn, mask=exists, other=0), MASK)
+    return exists
+
+
+@triton.jit
 def _used_range(mask, kv_len, stride_mn, MASK: tl.constexpr):
     """First and last + 1 key of a sequence that its mask does not rule out (the largest integer and 0 where it
     rules out all), and how many there are."""
@@ -285,8 +290,7 @@ def _used_range(mask, kv_len, stride_mn, MASK: tl.constexpr):
     count = tl.zeros([1024], tl.int32)
     for start in range(0, kv_len, 1024):
         n = start + tl.arange(0, 1024)
-        exists = n < kv_len
-        used = exists & _used(tl.load(mask + n.to(tl.int64) * stride_mn, mask=exists, other=0), MASK)
+        used = _counts(n, n < kv_len, mask, stride_mn, MASK)
         first = tl.minimum(first, tl.where(used, n, 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(used, n, -1))
         count += used.to(tl.int32)
@@ -312,6 +316,7 @@ _QUANTIZE_UNSPECIALIZED = [
     "stride_vb",
     "stride_vh",
     "stride_vn",
+    "stride_mb",
 ]
 
 
@@ -322,6 +327,7 @@ def quantize_kernel(
     v,
     cu_seqlens_q,
     cu_seqlens_k,
+    key_mask,
     q8,
     k8,
     v8,
@@ -347,11 +353,14 @@ def quantize_kernel(
     stride_vh,
     stride_vn,
     stride_vd,
+    stride_mb,
+    stride_mn,
     Q_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
     V_ALIGN: tl.constexpr,
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -382,6 +391,9 @@ def quantize_kernel(
         h = bh % kv_heads
         start, length, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
         slot = h * kv_blocks + block0 + block
+        mask = key_mask
+        if MASK != 0:
+            mask += b.to(tl.int64) * stride_mb
         if block * _KEY_BLOCK < length:
             if is_k:
                 stride_n = stride_kn.to(tl.int64) * K_ALIGN
@@ -390,7 +402,7 @@ def quantize_kernel(
                 )
                 _quantize_k(
                     source, k8, k_scale + slot, k_mean + bh * D, slot, block, length, stride_n, stride_kd,
-                    HEAD_DIM, D, D_POW2,
+                    mask, stride_mn, HEAD_DIM, D, D_POW2, MASK,
                 )  # fmt: skip
             else:
                 stride_n = stride_vn.to(tl.int64) * V_ALIGN
@@ -410,7 +422,7 @@ def quantize_kernel(
                 else:
                     _quantize_v(
                         source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
-                        stride_vd, V_HEAD_DIM, DV, DV_POW2, PRECISION, PTX,
+                        stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX,
                     )  # fmt: skip
     else:
         blocks = tl.cdiv(q_len, _KEY_BLOCK)
@@ -460,19 +472,19 @@ def _quantize_q(
 
 @triton.jit
 def _quantize_k(
-    source, k8, scale, mean, slot, block, length, stride_n, stride_d,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr,
+    source, k8, scale, mean, slot, block, length, stride_n, stride_d, mask, stride_mn,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + r
     d = tl.arange(0, D_POW2)
-    exists = n < length
+    exists = _counts(n, n < length, mask, stride_mn, MASK)
     x = tl.load(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
         mask=exists[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    # One fused multiply-add: rows that do not exist stay 0.
+    # One fused multiply-add: rows that do not exist or count stay 0.
     x = x - exists.to(tl.float32)[:, None] * tl.load(mean + d, mask=d < D, other=0.0)[None, :]
     amax = scale_or_nan(tl.max(tl.max(magnitude(x), 1), 0), _TINY)
     tl.store(scale, amax / 127.0)
@@ -482,8 +494,9 @@ def _quantize_k(
 
 @triton.jit
 def _quantize_v(
-    source, target, pitch, log2_scale, channel, block, length, stride_n, stride_d,
-    DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    source, target, pitch, log2_scale, channel, block, length, stride_n, stride_d, mask, stride_mn,
+    DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     # Column c of the transposed block holds key [0,1,8,9,2,3,10,11,4,5,12,13,6,7,14,15][c] of its group of
     # 16: the order in which a thread's accumulator elements of QK^T become its 8-bit A operand of PV without
@@ -491,7 +504,7 @@ def _quantize_v(
     c = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + ((c & -16) | (c & 1) | ((c & 2) << 2) | ((c & 12) >> 1))
     d = tl.arange(0, D_POW2)
-    exists = n < length
+    exists = _counts(n, n < length, mask, stride_mn, MASK)
     x = tl.load(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
         mask=exists[:, None] & (d < DIM)[None, :],

@@ -3,12 +3,15 @@ interpreter."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -549,6 +552,38 @@ def test_a_kept_binary_gets_the_arguments_of_the_first_launch(
                 assert value == expected, name
             else:
                 assert type(value) is type(expected)
+
+
+# ------------------------------------------------------------------------------------------------ compilation
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "head_dim", "mask"),
+    [
+        (90, "fast", 64, "keys"),
+        (90, "fast", 128, "none"),
+        (90, "balanced", 128, "bias"),
+        (80, "balanced", 64, "none"),
+        (80, "accurate", 64, "keys"),
+    ],
+)
+def test_compiles_without_spills_where_there_is_no_gpu(
+    capability: int, precision: str, head_dim: int, mask: str, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("compile_offline.py")
+    done = subprocess.run(
+        [sys.executable, script, str(capability), precision, str(head_dim), mask],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [kernel["kernel"] for kernel in kernels] == [
+        "statistics_kernel",
+        "quantize_kernel",
+        "attention_kernel",
+    ]
+    assert [kernel for kernel in kernels if kernel["stack"]] == []
 
 
 # --------------------------------------------------------------------------------------------------- random

@@ -1,0 +1,90 @@
+"""Compiles the Triton kernels for a GPU that is not there: registers and stack, one JSON object a kernel.
+
+    python tests/compile_offline.py 90 fast 128 none
+
+Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys) or bias (float32, over
+keys). A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sage_inductor.kernels.base import AttentionParams
+from sage_inductor.kernels.triton import launch
+
+KERNELS = ("statistics_kernel", "quantize_kernel", "attention_kernel")
+
+
+class Driver:
+    """As much of a driver as compiling needs."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """Stands for a kernel: what it is launched with is compiled, and nothing is launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> SimpleNamespace:
+            cubin = self.kernel.warmup(*args, grid=grid, **kwargs).asm["cubin"]
+            print(json.dumps({"kernel": self.kernel.__name__, **usage(cubin)}))
+            return SimpleNamespace()
+
+        return launch
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """By the tool that triton brings. A kernel without local arrays has a stack only if it spills."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None:
+    triton.runtime.driver.set_active(Driver(capability))
+    launch.capability = lambda index: divmod(capability, 10)
+    torch.cuda.current_device = lambda: None
+    for name in KERNELS:
+        setattr(launch, name, Compiled(getattr(launch, name)))
+    q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    mask = None
+    if mask_kind != "none":
+        mask = torch.empty(2, 1, 1, 256, dtype=torch.bool if mask_kind == "keys" else torch.float32)
+    launch.Call(q, k, v, mask, AttentionParams(precision=precision), False).run(torch.empty_like(q), None)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

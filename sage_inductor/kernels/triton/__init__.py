@@ -114,8 +114,8 @@ def attention_varlen(
     query `[total_q, heads, head_dim]`, key `[total_k, kv_heads, head_dim]`, value `[total_k, kv_heads,
     value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
     and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
-    `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K is smoothed and quantised per
-    sequence. `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
+    `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K and V are smoothed and quantised
+    per sequence. `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
     `AttentionParams`.
 
     Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with

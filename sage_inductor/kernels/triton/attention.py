@@ -5,6 +5,7 @@ running maximum and LSE are kept in units of log2. How the accumulator takes a V
 free: its unit is that of the latest block, so the per-row factor of the online softmax, which is applied
 anyway, also converts units. "balanced" extends this to P: each block's P is rounded to INT8 against the
 block's own maximum (rather than the running one, which would waste bits), and the accumulator's unit follows.
+What was subtracted from V before it became 8 bits is added to the output.
 
 Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958) for the quantisation of Q, K and P;
 FlashAttention-2 (arXiv:2307.08691) for the loop.

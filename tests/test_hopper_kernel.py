@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
-import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import agreement
 import pytest
+import sass
 import torch
 
 from sage_inductor import kernels
@@ -19,6 +17,7 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons
 from sage_inductor.kernels.hopper import compile as compilation
 from sage_inductor.kernels.hopper.compile import Compiled, Variant
+from sage_inductor.kernels.hopper.share import share
 
 KERNEL = HopperKernel()
 on_hopper = [
@@ -28,8 +27,7 @@ on_hopper = [
 
 # As launch.choose_variant makes them: each precision at the head dims with tiles of their own, plain and causal.
 VARIANTS = [
-    Variant(dim, dim, pv, out, 3 if dim <= 64 and pv == "fp8" and not causal else 2, 4 if dim <= 64 else 3,
-            has_high=causal, return_lse=causal)
+    Variant(dim, dim, pv, out, 4 if dim <= 64 else 3, has_high=causal, return_lse=causal, split=not causal)
     for dim in (32, 64, 96, 128)
     for pv, out in (("fp8", "bf16"), ("int8", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
     for causal in (False, True)
@@ -55,67 +53,24 @@ def test_the_report_is_understood() -> None:
 
 
 def test_main_loop(compiled: dict[Variant, Compiled], tmp_path: Path) -> None:
-    """The loop over unmasked blocks keeps everything in registers, where there are 240 of them, and writes no operand
-    that the tensor cores may still be reading: ptxas was seen to do that where a move ends in an operand."""
+    """The iteration over an unmasked block keeps everything in registers, and no operand is written while the tensor
+    cores may still be reading it: ptxas was seen to do that where a move ends in an operand."""
     for variant, result in compiled.items():
-        loop = main_loop(disassemble(result.cubin, tmp_path))
-        local = [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
-        assert variant.consumers == 3 or local == [], variant
-        assert early_writes(loop) == [], variant
+        code = sass.disassemble(result.cubin, tmp_path)
+        loop = code.main_loop()
+        assert sum("MUFU.EX2" in line for line in loop) >= 64, variant  # it is the one that was meant
+        assert [line for line in loop if re.search(r"\b(LDL|STL)\b", line)] == [], variant
+        assert code.early_writes() == set(), variant
 
 
 def test_early_writes_are_seen() -> None:
-    loop = [
-        "MUFU.EX2 R10, R3",
-        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
-        "QGMMA.64x136x32.F32.E4M3.E4M3 R24, R8, gdesc[UR16], R24, gsb0",
-    ]
-    assert early_writes(loop) == ["MUFU.EX2 R10, R3"]
-    assert early_writes([loop[1], loop[0], loop[2]]) == []
-
-
-def disassemble(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
-    """(address, instruction), by the disassembler that triton brings."""
-    spec = find_spec("triton")
-    assert spec is not None and spec.origin is not None
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    # nvdisasm, which it calls, lies beside it.
-    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
-    text = subprocess.run(
-        [tool, "-sass", path], capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.M)
-    return [(int(address, 16), instruction) for address, instruction in lines]
-
-
-def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The shortest loop with a whole QK^T and a whole PV in it."""
-    loops = []
-    for end, instruction in code:
-        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)
-        if target and int(target[1], 16) < end:
-            body = [line for address, line in code if int(target[1], 16) <= address <= end]
-            kinds = [line.split("GMMA")[0][-1] for line in body if "GMMA" in line]
-            if len(kinds) >= 3 and any("gsb0" in line for line in body if "GMMA" in line):
-                loops.append(body)
-    return min(loops, key=len)
-
-
-def early_writes(loop: list[str]) -> list[str]:
-    """Instructions that write an operand register of PV after it was issued and before the loop's wait for it."""
-    waits = [i for i, line in enumerate(loop) if "DEPBAR.LE gsb0, 0x0" in line]
-    operands = set()
-    for line in loop:
-        if found := re.search(r"GMMA\S+ R\d+, R(\d+), gdesc", line):
-            operands.update(range(int(found[1]), int(found[1]) + 4))
-    issued = max(i for i, line in enumerate(loop) if "GMMA" in line)
-    between = [*loop[issued + 1 :], *loop[: waits[-1]]]
-    writes = [
-        (line, re.match(r"(?:@!?U?P\d+\s+)?(?!ST|RED|BAR|SYNCS|BRA)\S+ R(\d+)\b", line)) for line in between
-    ]
-    return [line for line, found in writes if found and int(found[1]) in operands]
+    product = "QGMMA.64x136x32.F32.E4M3.E4M3 R24, R8, gdesc[UR16], R24, gsb0"
+    wait, write = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R10, R3"
+    back = "BRA 0x0"
+    early = sass.Code(list(enumerate([write, wait, product, back])))
+    assert early.early_writes() == {write}
+    assert sass.Code(list(enumerate([wait, write, product, back]))).early_writes() == set()
+    assert sass.Code(list(enumerate([wait, "@P0 BRA 0x3", product, write, back]))).early_writes() == {write}
 
 
 # --------------------------------------------------------------------------------------------------- the cache
@@ -229,6 +184,30 @@ def test_auto_asks_it_first() -> None:
     assert kernels.AUTO_ORDER[0] == "hopper"
 
 
+# ------------------------------------------------------------------------------------------------ dealing out
+
+
+@pytest.mark.parametrize("processors", [1, 78, 132])
+@pytest.mark.parametrize("blocks", [0, 1, 8, 33, 128, 5000])
+def test_tiles_are_dealt_out(blocks: int, processors: int) -> None:
+    for tiles in (1, 2, 16, 77, 131, 132, 133, 200, 264, 500, 4096):
+        grid, whole, units = share(tiles, blocks, processors)
+        assert 0 < grid <= processors and 0 <= whole <= tiles
+        assert units == (tiles - whole) * blocks
+        if units:
+            # Everybody has something to do and no more than two parts, which is what `parts` has room for.
+            assert grid <= units < 2 * blocks * grid and whole % grid == 0
+            assert units // grid < blocks or whole or tiles > processors
+
+
+def test_what_does_not_divide_is_split() -> None:
+    assert share(4096, 128, 132) == (132, 3960, 136 * 128)  # 31 rounds and 4 tiles
+    assert share(16, 64, 132) == (132, 0, 16 * 64)
+    assert share(16, 8, 132) == (16, 16, 0)  # too short
+    assert share(264, 128, 132) == (132, 264, 0)
+    assert share(263, 128, 132) == (132, 263, 0)  # one program idles
+
+
 # -------------------------------------------------------------------------------------------------- on the GPU
 
 
@@ -258,6 +237,27 @@ class TestOnHopper:
         k, v = (torch.randn(2, 2, kv_len, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         params = dataclasses.replace(params, precision=precision)
         agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "q_len", "kv_len", "dim"),
+        [
+            (2, 1, 64, 8192, 128),  # two tiles for all programs
+            (1, 1, 1, 5000, 40),
+            (6, 3, 200, 3001, 64),
+            (70, 70, 256, 2048, 128),  # the last full round with what is left over
+        ],
+    )
+    def test_tiles_in_parts(
+        self, precision: str, heads: int, kv_heads: int, q_len: int, kv_len: int, dim: int
+    ) -> None:
+        tiles = heads * -(-q_len // 128)
+        assert share(
+            tiles, -(-kv_len // 128), torch.cuda.get_device_properties(0).multi_processor_count
+        ).units
+        q = torch.randn(1, heads, q_len, dim, device="cuda", dtype=torch.float16)
+        k, v = (torch.randn(1, kv_heads, kv_len, dim, device="cuda", dtype=torch.float16) for _ in range(2))
+        agreement.check(KERNEL, q, k, v, None, AttentionParams(precision=precision), steps_of_64=True)
 
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
     @pytest.mark.parametrize("gaps", [False, True])

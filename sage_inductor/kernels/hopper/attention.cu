@@ -1,14 +1,15 @@
-// INT8 QK^T attention for Hopper (sm_90a): one warp brings Q, K and V by TMA; CONSUMERS warpgroups of 64 queries each
+// INT8 QK^T attention for Hopper (sm_90a): one thread brings Q, K and V by TMA; two warpgroups of 64 queries each
 // multiply with wgmma and do the softmax. compile.py defines the macros and puts the wgmma wrappers (wgmma.py) in front.
 // The workspace it reads is described in ../triton/quantize.py.
 //
 //   HEAD_DIM, V_HEAD_DIM   multiples of 32, up to 128
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
-//   CONSUMERS, STAGES      warpgroups that compute; tiles of K and of V in flight
+//   STAGES                 tiles of K and of V in flight
 //   HAS_LOW, HAS_HIGH      query i sees keys from i + low, to i + high
 //   KEY_MASK               a mask over keys, the same for every query
 //   RETURN_LSE
+//   SPLIT                  some tiles are computed in parts, which `combine` joins
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -18,6 +19,7 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int BLOCK_N = 128;
+constexpr int CONSUMERS = 2;               // warpgroups that compute
 constexpr int ROW_BYTES = HEAD_DIM <= 32 ? 32 : HEAD_DIM <= 64 ? 64 : 128;  // of Q and K in shared memory: one swizzle span
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
@@ -27,12 +29,15 @@ constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
 constexpr int Q_BYTES = 64 * ROW_BYTES, K_BYTES = BLOCK_N * ROW_BYTES;
 constexpr int V_SPANS = V_ELEMENT;         // spans of 128 bytes that hold 128 keys
 constexpr int V_SPAN_BYTES = V_ROWS * 128, V_BYTES = V_SPANS * V_SPAN_BYTES;
+constexpr int BLOCK_M = 64 * CONSUMERS;
+constexpr int OUT_PITCH = 2 * V_HEAD_DIM + 16;  // of a row in shared memory: no two threads of a warp meet in a bank
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
 constexpr float HEADROOM = PV == 0 ? 4.f : PV == 1 ? 24.f : 8.f;
 constexpr float P_EXPONENT = PV == 0 ? 8.f - HEADROOM : 0.f;  // of P at the reference maximum
 constexpr float LOG2_255 = 7.99435344f;
+constexpr float LN_2 = 0.69314718f;
 constexpr float LOWEST = -1.0e30f;
 constexpr int MASKED_SCORE = -2147483647 - 1;
 
@@ -43,14 +48,20 @@ struct Params {
     const float* q_shift;    // the same shape: what smoothing K took from the LSE
     const float* k_scale;    // [kv_heads, kv_blocks]
     const float* v_scale;    // [kv_heads, kv_blocks], log2
-    const float* v_channel;  // [batch, kv_heads, 2, V_HEAD_DIM]
+    const float* v_channel;  // [batch, kv_heads, 3, V_HEAD_DIM] scale, its reciprocal, what was subtracted
     const int* used_keys;    // [batch, 3] first and last + 1 key that the mask leaves, whether all between are left
+    u32* ticket;             // zero; the next tile that nobody has taken
+    float* parts;            // [grid, 2, BLOCK_M, V_HEAD_DIM], normalised
+    float* part_lse;         // [grid, 2, BLOCK_M], log2
     const bool* key_mask;    // by batch and key
     void* out;
     float* lse;
     long long out_b, out_h, out_m, lse_b, lse_h, mask_b, mask_n;
-    int batch, heads, group, q_len, kv_len, q_blocks, kv_blocks, low, high, v_dim, tiles, tiles_per_head;
-    int zero;  // but the compiler does not know
+    int batch, heads, group, q_len, kv_len, q_blocks, kv_blocks, low, high, v_dim, tiles_per_head;
+    int whole;               // tiles that are computed in one go; those after them are dealt out by blocks
+    int grid, units;         // programs, and blocks that are dealt out
+    int wide;                // rows of the output start at multiples of 16 bytes
+    int zero;                // but the compiler does not know
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -71,6 +82,7 @@ __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row) : "memory");
 }
+__device__ __forceinline__ void prefetch(const float* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -115,6 +127,25 @@ __device__ __forceinline__ u32 to_f16(float a, float b) {
     return r;
 }
 
+// Two elements of the output, where they are of 16 bits.
+__device__ __forceinline__ u32 to_output(float a, float b) { return OUT == 1 ? to_f16(a, b) : to_bf16(a, b); }
+// A warp's 16 rows from shared memory, a Word at a time.
+template <class Word> __device__ __forceinline__ void write_rows(unsigned short* out, long long pitch, u32 source, int lane,
+                                                                int rows, int columns) {
+    constexpr int WORDS = 2 * V_HEAD_DIM / sizeof(Word);
+#pragma unroll
+    for (int k = lane; k < 16 * WORDS; k += 32) {
+        const int row = k / WORDS, word = k % WORDS, column = word * (sizeof(Word) / 2);
+        Word x;
+        const u32 at = source + row * OUT_PITCH + word * sizeof(Word);
+        if (sizeof(Word) == 16)
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(((u32*)&x)[0]), "=r"(((u32*)&x)[1]), "=r"(((u32*)&x)[2]), "=r"(((u32*)&x)[3]) : "r"(at) : "memory");
+        else
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(((u32*)&x)[0]) : "r"(at) : "memory");
+        if (row < rows && column < columns) *(Word*)(out + row * pitch + column) = x;
+    }
+}
+
 #if PV == 1
 typedef int Product;
 #else
@@ -125,8 +156,6 @@ constexpr int RAW = PV < 2 ? 8 : 32;        // what weigh gives per thread and r
 
 constexpr int NOUT = PV == 0 ? NT : PV == 1 ? NO : 1;  // sums outside of the tensor core
 
-template <int n> struct Constant { static constexpr int value = n; };
-
 // What a thread knows of its two rows, g and g + 8 of the warp's 16.
 struct Rows {
     float scale0, scale1;          // of Q
@@ -134,25 +163,105 @@ struct Rows {
     float sum0, sum1;              // PV == 1 only: else a column of the product
 };
 
+// A tile of queries, or some of its blocks of keys, as the producer hands it to the consumers.
+struct Item {
+    int tile;          // -1: there are no more
+    int first, count;  // of the tile's blocks; a count of 0 means all
+    int part;          // where in `parts` the result goes, -1: to the output
+};
+
+// Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked.
+struct Tile {
+    int b, h, m0, begin, end, full_begin, full_end, row, key_row;
+
+    __device__ __forceinline__ Tile(const Params& p, const Item& item) {
+        // A head's tiles follow each other, so that those that run at a time share K and V in L2; of them the last,
+        // under a causal mask the longest, come first.
+        const int bh = item.tile / p.tiles_per_head;
+        m0 = (p.tiles_per_head - 1 - (item.tile - bh * p.tiles_per_head)) * BLOCK_M;
+        b = bh / p.heads;
+        h = bh - b * p.heads;
+        row = (h * p.q_blocks + b * ((p.q_len + 127) / 128)) * 128 + m0;
+        key_row = (h / p.group * p.kv_blocks + b * ((p.kv_len + 127) / 128)) * 128;
+        int first = 0, last = p.kv_len;  // keys that anybody may attend to
+        bool gaps = false;
+        if (KEY_MASK) {
+            first = min(p.used_keys[3 * b], p.kv_len);
+            last = p.used_keys[3 * b + 1];
+            gaps = p.used_keys[3 * b + 2] == 0;
+        }
+        int full_first = first, full_last = gaps ? first : last;  // keys that every query of the tile attends to
+        const int last_row = min(m0 + BLOCK_M, p.q_len) - 1;
+        if (HAS_HIGH) {
+            last = min(last, max(last_row + p.high + 1, 0));
+            full_last = min(full_last, max(m0 + p.high + 1, 0));
+        }
+        if (HAS_LOW) { first = max(first, m0 + p.low); full_first = max(full_first, last_row + p.low); }
+        begin = min(first, p.kv_len - 1) / BLOCK_N;
+        end = max((last + BLOCK_N - 1) / BLOCK_N, begin + 1);
+        full_begin = min(max((full_first + BLOCK_N - 1) / BLOCK_N, begin), end);
+        full_end = min(max(full_last / BLOCK_N, full_begin), end);
+        if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
+    }
+};
+
+// The items of one program, in order: the whole tile of its number, then the next that nobody has taken while there are
+// any, then its share of the blocks of the other tiles.
+struct Schedule {
+    int next, unit, last_unit;
+    bool shared;  // what comes next is not the first of its share
+
+    __device__ __forceinline__ Schedule(const Params& p)
+        : next(blockIdx.x), unit(0), last_unit(0), shared(false) {
+        if (SPLIT) {
+            unit = (int)((long long)p.units * blockIdx.x / p.grid);
+            last_unit = (int)((long long)p.units * (blockIdx.x + 1) / p.grid);
+        }
+    }
+    __device__ __forceinline__ Item take(const Params& p) {
+        if (next < p.whole) {
+            const Item item = {next, 0, 0, -1};
+            // Each program fails once, so that `whole` tickets in all are drawn and the last wraps around to zero.
+            next = p.grid + (int)atomicInc(p.ticket, p.whole - 1);
+            return item;
+        }
+        if (SPLIT && unit < last_unit) {
+            const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N, tile = unit / blocks, first = unit - tile * blocks;
+            const int count = min(blocks - first, last_unit - unit);
+            const Item item = {p.whole + tile, first, count, count == blocks ? -1 : 2 * (int)blockIdx.x + shared};
+            unit += count;
+            shared = true;
+            return item;
+        }
+        return {-1, 0, 0, -1};
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[2 + 4 * STAGES];
-    // P before K: every tile starts at a multiple of 1024 bytes, which swizzling asks for.
-    constexpr int K_START = CONSUMERS * Q_BYTES, V_START = K_START + STAGES * K_BYTES;
-    const u32 q_tile = shared_address(shared), k_tiles = q_tile + K_START, v_tiles = q_tile + V_START;
+    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES];
+    __shared__ Item items[2];
+    __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
+    // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
+    constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
+    const u32 q_tiles = shared_address(shared), k_tiles = q_tiles + K_START, v_tiles = q_tiles + V_START;
+    const u32 out_tiles = v_tiles + STAGES * V_BYTES;
     const u32 bars = shared_address(barriers);
-    const u32 q_full = bars, q_empty = bars + 8;
-    auto k_full = [&](int s) { return bars + 16 + 8 * s; };
-    auto k_empty = [&](int s) { return bars + 16 + 8 * (STAGES + s); };
-    auto v_full = [&](int s) { return bars + 16 + 8 * (2 * STAGES + s); };
-    auto v_empty = [&](int s) { return bars + 16 + 8 * (3 * STAGES + s); };
+    auto q_full = [&](int s) { return bars + 8 * s; };  // of Q and the item it belongs to
+    auto q_empty = [&](int s) { return bars + 16 + 8 * s; };
+    auto k_full = [&](int s) { return bars + 32 + 8 * s; };
+    auto k_empty = [&](int s) { return bars + 32 + 8 * (STAGES + s); };
+    auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
+    auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
 
     const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);  // uniform, which the compiler then knows
     if (threadIdx.x == 0) {
-        barrier_init(q_full, 1);
-        barrier_init(q_empty, CONSUMERS);
+        for (int s = 0; s < 2; s++) {
+            barrier_init(q_full(s), 1);
+            barrier_init(q_empty(s), CONSUMERS);
+        }
         for (int s = 0; s < STAGES; s++) {
             barrier_init(k_full(s), 1);
             barrier_init(v_full(s), 1);
@@ -170,50 +279,27 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
 
-    // The work: a head's tiles follow each other, so that those that run at a time share K and V in L2; of them the last, under
-    // a causal mask the longest, come first.
-    struct Tile { int b, h, m0, begin, end, full_begin, full_end, row, key_row, v_row, v_column; };
-    auto tile_at = [&](int index) {
-        Tile t;
-        const int bh = index / p.tiles_per_head;
-        t.m0 = (p.tiles_per_head - 1 - index % p.tiles_per_head) * 64 * CONSUMERS;
-        t.b = bh / p.heads;
-        t.h = bh - t.b * p.heads;
-        const int kv_h = t.h / p.group;
-        const int q_block0 = t.b * ((p.q_len + 127) / 128), k_block0 = t.b * ((p.kv_len + 127) / 128);
-        t.row = (t.h * p.q_blocks + q_block0) * 128 + t.m0;
-        t.key_row = (kv_h * p.kv_blocks + k_block0) * 128;
-        t.v_row = kv_h * V_HEAD_DIM;
-        t.v_column = k_block0 * 128;
-        int first = 0, last = p.kv_len;  // keys that anybody may attend to
-        bool gaps = false;
-        if (KEY_MASK) {
-            first = p.used_keys[3 * t.b];
-            last = p.used_keys[3 * t.b + 1];
-            gaps = p.used_keys[3 * t.b + 2] == 0;
-        }
-        int full_first = first, full_last = gaps ? first : last;  // keys that every query of the tile attends to
-        const int last_row = min(t.m0 + 64 * CONSUMERS, p.q_len) - 1;
-        if (HAS_HIGH) { last = min(last, max(last_row + p.high + 1, 0)); full_last = min(full_last, max(t.m0 + p.high + 1, 0)); }
-        if (HAS_LOW) { first = max(first, t.m0 + p.low); full_first = max(full_first, last_row + p.low); }
-        t.begin = first / BLOCK_N;
-        t.end = max((last + BLOCK_N - 1) / BLOCK_N, t.begin);
-        t.full_begin = min(max((full_first + BLOCK_N - 1) / BLOCK_N, t.begin), t.end);
-        t.full_end = min(max(full_last / BLOCK_N, t.full_begin), t.end);
-        return t;
-    };
-
     if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all, 3 * 168, what the launch has
         if (threadIdx.x == 0) {
-            int stage = 0;
+            Schedule schedule(p);
+            int stage = 0, q_stage = 0;
             u32 phase = 1, q_phase = 1;
-            for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-                const Tile t = tile_at(index);
-                barrier_wait(q_empty, q_phase);
-                q_phase ^= 1;
-                barrier_expect(q_full, CONSUMERS * Q_BYTES);
-                for (int w = 0; w < CONSUMERS; w++) load_tile(q_tile + w * Q_BYTES, &q_map, q_full, 0, t.row + 64 * w);
+            while (true) {
+                const Item item = schedule.take(p);
+                barrier_wait(q_empty(q_stage), q_phase);
+                items[q_stage] = item;
+                if (item.tile < 0) {
+                    barrier_arrive(q_full(q_stage));
+                    break;
+                }
+                const Tile t(p, item);
+                barrier_expect(q_full(q_stage), Q_TILE_BYTES);
+                for (int w = 0; w < CONSUMERS; w++)
+                    load_tile(q_tiles + q_stage * Q_TILE_BYTES + w * Q_BYTES, &q_map, q_full(q_stage), 0, t.row + 64 * w);
+                q_stage ^= 1;
+                if (q_stage == 0) q_phase ^= 1;
+                const int v_row = t.h / p.group * V_HEAD_DIM, v_column = t.b * ((p.kv_len + 127) / 128) * 128;
                 for (int i = t.begin; i < t.end; i++) {
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
@@ -222,95 +308,301 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                     barrier_expect(v_full(stage), V_SPANS * V_HEAD_DIM * 128);
                     for (int w = 0; w < V_SPANS; w++)
                         load_tile(v_tiles + stage * V_BYTES + w * V_SPAN_BYTES, &v_map, v_full(stage),
-                                  t.v_column + i * BLOCK_N + w * 64, t.v_row);
+                                  v_column + i * BLOCK_N + w * 64, v_row);
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
             }
         }
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 240 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int consumer = warpgroup - 1, thread = threadIdx.x & 127, lane = thread & 31, quad = lane & 3;
+    const bool leader = __shfl_sync(~0u, thread == 0, lane);  // in a register: the compiler would look at threadIdx each time
     const int row_in_tile = consumer * 64 + (thread >> 5) * 16 + (lane >> 2);
-    const u64 q_matrix = matrix<ROW_BYTES>(q_tile + consumer * Q_BYTES);
 
     int scores[NS];
     Product product[NT];
     float output[NOUT];
+    u32 weights[NW];
     Rows rows;
-    int stage = 0;          // of the K tile that is next to be multiplied
-    u32 phase = 0, q_phase = 0;
+    float factor0 = 0.f, factor1 = 0.f;  // PV == 1: of the product in flight
+    float next_factor0 = 0.f, next_factor1 = 0.f;
+    float v_unit = 0.f;                  // log2 of the unit of `product`
+    int summed = 0;                      // blocks in `product`
+    int stage = 0, k_stage = 0;          // of the block at hand, and of the K tile that is next to be multiplied
+    u32 phase = 0, k_phase = 0;
+    int q_stage = 0;
+    u32 q_phase = 0;
+    u64 q_matrix;
 
-    auto multiply_qk = [&](int (&s)[NS], int k_stage) {
+    auto advance = [&](int& s, u32& ph) {
+        if (++s == STAGES) { s = 0; ph ^= 1; }
+    };
+    auto multiply_qk = [&]() {
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 32; k++)
-            wgmma_qk(s, q_matrix + 2 * k, matrix<ROW_BYTES>(k_tiles + k_stage * K_BYTES) + 2 * k, k > 0);
+            wgmma_qk(scores, q_matrix + 2 * k, matrix<ROW_BYTES>(k_tiles + k_stage * K_BYTES) + 2 * k, k > 0);
         wgmma_commit();
     };
-    // product (+)= P V, with P in registers. The caller has fenced.
-    u32 weights[NW];
-    auto multiply_pv = [&](int v_stage, bool accumulate) {
+    // product (+)= P V, with P in registers.
+    auto multiply_pv = [&](bool accumulate) {
 #pragma unroll
         for (int k = 0; k < NW / 4; k++) {
-            const u64 v = matrix<128>(v_tiles + v_stage * V_BYTES + (k / 4) * V_SPAN_BYTES) + 2 * (k % 4);
+            const u64 v = matrix<128>(v_tiles + stage * V_BYTES + (k / 4) * V_SPAN_BYTES) + 2 * (k % 4);
             wgmma_pv(product, weights + 4 * k, v, k > 0 || accumulate);
         }
         wgmma_commit();
     };
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const Tile t = tile_at(index);
-        const int kv_h = t.h / p.group;
-        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
-        const float* const k_scale = p.k_scale + t.key_row / 128;
-        const float* const v_scale = p.v_scale + t.key_row / 128;
-        {
-            const float* const q_scale = p.q_scale + t.row - t.m0;
-            rows.scale0 = q_scale[min(row0, p.q_len - 1)];
-            rows.scale1 = q_scale[min(row1, p.q_len - 1)];
+    auto row_maximum = [&](int& x) {
+        x = max(x, __shfl_xor_sync(~0u, x, 1));
+        x = max(x, __shfl_xor_sync(~0u, x, 2));
+    };
+    // A larger reference maximum for some row of the warp; no product is in flight.
+    auto rescale = [&](float alpha0, float alpha1) {
+        if (PV != 1) {
+#pragma unroll
+            for (int j = 0; j < NT; j++) product[j] *= (j & 2) ? alpha1 : alpha0;
         }
-        rows.maximum0 = rows.maximum1 = LOWEST;
-        rows.sum0 = rows.sum1 = 0.f;
-        float v_unit = 0.f;  // log2 of the unit of `product`
-        int summed = 0;      // blocks in `product`
+        if (PV < 2) {
 #pragma unroll
-        for (int j = 0; j < NT; j++) product[j] = 0;
+            for (int j = 0; j < NOUT; j++) output[j] *= (j & 2) ? alpha1 : alpha0;
+        }
+        rows.sum0 *= alpha0;
+        rows.sum1 *= alpha1;
+    };
+    // The largest score of each row among this thread's; masked ones are the least integer.
+    auto thread_maximum = [&](int& x0, int& x1) {
+        x0 = max(scores[0], scores[1]);
+        x1 = max(scores[2], scores[3]);
 #pragma unroll
-        for (int j = 0; j < NOUT; j++) output[j] = 0.f;
-        barrier_wait(q_full, q_phase);
-        q_phase ^= 1;
-
-        float factor0 = 0.f, factor1 = 0.f;  // PV == 1: of the product in flight
-        float next_factor0 = 0.f, next_factor1 = 0.f;
-        auto row_maximum = [&](int& x) {
-            x = max(x, __shfl_xor_sync(~0u, x, 1));
-            x = max(x, __shfl_xor_sync(~0u, x, 2));
-        };
-        // A larger reference maximum for some row of the warp; no product is in flight.
-        auto rescale = [&](float alpha0, float alpha1) {
-            if (PV != 1) {
+        for (int j = 4; j < NS; j += 4) {
+            x0 = max(max(x0, scores[j]), scores[j + 1]);
+            x1 = max(max(x1, scores[j + 2]), scores[j + 3]);
+        }
+        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
+    };
+    // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
+    auto weigh = [&](u32 (&w0)[RAW], u32 (&w1)[RAW], int x0, int x1, float scale0, float scale1, float unit, bool masked) {
+        float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;
+        float e0 = 0.f, e1 = 0.f;
+        if (PV == 1) {
+            e0 = x0 == MASKED_SCORE ? LOWEST : (float)x0 * scale0;
+            e1 = x1 == MASKED_SCORE ? LOWEST : (float)x1 * scale1;
+            // An ulp less, so that no weight rounds to 256, which would wrap around.
+            shift0 = LOG2_255 - e0 - fminf(fabsf(e0), 1.0e6f) * 1.2e-7f;
+            shift1 = LOG2_255 - e1 - fminf(fabsf(e1), 1.0e6f) * 1.2e-7f;
+        }
 #pragma unroll
-                for (int j = 0; j < NT; j++) product[j] *= (j & 2) ? alpha1 : alpha0;
+        for (int g = 0; g < 8; g++) {
+            float x[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int score = scores[8 * g + j];
+                x[j] = exp2_approx(fmaf((float)score, (j & 2) ? scale1 : scale0, (j & 2) ? shift1 : shift0));
+                // Where the scales are tiny, the least integer alone does not make a weight zero.
+                if (masked && score == MASKED_SCORE) x[j] = 0.f;
             }
             if (PV < 2) {
+                w0[g] = PV == 0 ? to_e4m3(x[0], x[1], x[4], x[5]) : to_u8(x[0], x[1], x[4], x[5]);
+                w1[g] = PV == 0 ? to_e4m3(x[2], x[3], x[6], x[7]) : to_u8(x[2], x[3], x[6], x[7]);
+            } else {
 #pragma unroll
-                for (int j = 0; j < NOUT; j++) output[j] *= (j & 2) ? alpha1 : alpha0;
+                for (int j = 0; j < 8; j++)
+                    ((j & 2) ? w1 : w0)[(4 * g + (j & 1) + (j >> 2) * 2) % RAW] = __float_as_uint(x[j]);
             }
-            rows.sum0 *= alpha0;
-            rows.sum1 *= alpha1;
-        };
-        // The largest score of each row among this thread's; masked ones are the least integer.
-        auto thread_maximum = [&](const int (&s)[NS], int& x0, int& x1) {
-            x0 = max(s[0], s[1]);
-            x1 = max(s[2], s[3]);
+        }
+        if (PV == 1) {
+            int n0 = 0, n1 = 0;
 #pragma unroll
-            for (int j = 4; j < NS; j += 4) {
-                x0 = max(max(x0, s[j]), s[j + 1]);
-                x1 = max(max(x1, s[j + 2]), s[j + 3]);
+            for (int g = 0; g < RAW; g++) {
+                n0 = __dp4a(w0[g], 0x01010101u, (u32)n0);
+                n1 = __dp4a(w1[g], 0x01010101u, (u32)n1);
             }
-            if (PV == 1) { row_maximum(x0); row_maximum(x1); }
-        };
-        // The reference maximum follows the block's; what was summed is rescaled. No product may be in flight.
-        auto raise = [&](int x0, int x1, float scale0, float scale1) {
+            next_factor0 = exp2_approx(e0 - rows.maximum0);
+            next_factor1 = exp2_approx(e1 - rows.maximum1);
+            rows.sum0 = fmaf((float)n0, next_factor0, rows.sum0);
+            rows.sum1 = fmaf((float)n1, next_factor1, rows.sum1);
+            unit = exp2_approx(unit);
+            next_factor0 *= unit;
+            next_factor1 *= unit;
+        }
+    };
+    // The product in flight, of the block whose V tile is in `v_stage`, is complete; `unit` is that of the next block.
+    auto complete = [&](int v_stage, float unit) {
+        if (leader) barrier_arrive(v_empty(v_stage));
+        summed++;
+        if (PV == 1 || (TWO_LEVELS && (summed == PROMOTE || unit != v_unit))) {
+            const float f = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
+            const float f0 = TWO_LEVELS ? f : factor0, f1 = TWO_LEVELS ? f : factor1;
+#pragma unroll
+            for (int j = 0; j < NOUT; j++)  // the row sum has no unit
+                output[j] = fmaf((float)product[j], j >= NO ? 1.f : (j & 2) ? f1 : f0, output[j]);
+            summed = 0;
+        }
+        v_unit = unit;
+    };
+    auto take_weights = [&](const u32 (&w0)[RAW], const u32 (&w1)[RAW]) {
+        factor0 = next_factor0;
+        factor1 = next_factor1;
+        // Not before the last product is complete, whose operand this is. It must be more than a move: ptxas merges
+        // the source of a move with its target, which is then written while the tensor cores read it.
+#pragma unroll
+        for (int j = 0; j < NW / 2; j++) {
+            // Operand registers come in fours: keys 0-15 of row 0, of row 1, keys 16-31 of both (of half as many in 16 bits).
+            const int at = 4 * (j / 2) + 2 * (j % 2);
+            if (PV < 2) {
+                asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at]) : "r"(w0[j]), "r"(p.zero) : "memory");
+                asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at + 1]) : "r"(w1[j]), "r"(p.zero) : "memory");
+            } else if (PV == 2) {
+                asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(weights[at]) : "f"(__uint_as_float(w0[2 * j + 1])), "f"(__uint_as_float(w0[2 * j])) : "memory");
+                asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(weights[at + 1]) : "f"(__uint_as_float(w1[2 * j + 1])), "f"(__uint_as_float(w1[2 * j])) : "memory");
+            } else {
+                asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(weights[at]) : "f"(__uint_as_float(w0[2 * j + 1])), "f"(__uint_as_float(w0[2 * j])) : "memory");
+                asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(weights[at + 1]) : "f"(__uint_as_float(w1[2 * j + 1])), "f"(__uint_as_float(w1[2 * j])) : "memory");
+            }
+        }
+    };
+
+    barrier_wait(q_full(0), 0);
+    Item item = items[0];
+    if (item.tile < 0) return;
+    Tile t(p, item);
+    int part = item.part;
+    const float *k_scale, *v_scale;
+    float k_next, v_next;  // scales of the block whose scores come next
+    auto load_block_scales = [&](int i) {
+        k_next = k_scale[i];
+        v_next = v_scale[i];
+    };
+    auto load_scales = [&]() {
+        const float* const q_scale = p.q_scale + t.row;
+        rows.scale0 = q_scale[min(row_in_tile, p.q_len - 1 - t.m0)];
+        rows.scale1 = q_scale[min(row_in_tile + 8, p.q_len - 1 - t.m0)];
+        k_scale = p.k_scale + t.key_row / 128;
+        v_scale = p.v_scale + t.key_row / 128;
+        load_block_scales(t.begin);
+    };
+    q_matrix = matrix<ROW_BYTES>(q_tiles + consumer * Q_BYTES);
+#pragma unroll
+    for (int j = 0; j < NT; j++) product[j] = 0;
+    load_scales();
+    barrier_wait(k_full(0), 0);
+    wgmma_fence();
+    multiply_qk();
+    wgmma_wait<0>();
+    if (leader) barrier_arrive(k_empty(0));
+    advance(k_stage, k_phase);
+    int previous = -1;  // the stage of the V tile that the product in flight reads
+
+    // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean.
+    auto write = [&](float2 channel) {
+        if (PV < 2) {
+            if (thread < V_HEAD_DIM) channels[consumer][q_stage][thread] = channel;
+            asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
+        }
+        float sums[NT];
+        if (PV == 1) {
+            rows.sum0 += __shfl_xor_sync(~0u, rows.sum0, 1);
+            rows.sum0 += __shfl_xor_sync(~0u, rows.sum0, 2);
+            rows.sum1 += __shfl_xor_sync(~0u, rows.sum1, 1);
+            rows.sum1 += __shfl_xor_sync(~0u, rows.sum1, 2);
+#pragma unroll
+            for (int j = 0; j < NO; j++) sums[j] = output[j % NOUT];
+        } else {
+            const float unit = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+                sums[j] = TWO_LEVELS ? fmaf(summed > 0 ? (float)product[j] : 0.f, j >= NO ? 1.f : unit, output[j % NOUT]) : (float)product[j];
+            rows.sum0 = __shfl_sync(~0u, sums[NT - 4], lane & ~3);
+            rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
+        }
+        const bool empty0 = rows.sum0 == 0.f, empty1 = rows.sum1 == 0.f;
+        const float inverse0 = empty0 ? 0.f : __frcp_rn(rows.sum0), inverse1 = empty1 ? 0.f : __frcp_rn(rows.sum1);
+#pragma unroll
+        for (int j = 0; j < V_HEAD_DIM / 8; j++) {
+            float4 c = make_float4(1.f, 0.f, 1.f, 0.f);
+            if (PV < 2) c = *(const float4*)&channels[consumer][q_stage][8 * j + 2 * quad];
+            sums[4 * j] = fmaf(sums[4 * j] * inverse0, c.x, empty0 ? 0.f : c.y);
+            sums[4 * j + 1] = fmaf(sums[4 * j + 1] * inverse0, c.z, empty0 ? 0.f : c.w);
+            sums[4 * j + 2] = fmaf(sums[4 * j + 2] * inverse1, c.x, empty1 ? 0.f : c.y);
+            sums[4 * j + 3] = fmaf(sums[4 * j + 3] * inverse1, c.z, empty1 ? 0.f : c.w);
+        }
+        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
+        const long long at = t.b * p.out_b + t.h * p.out_h;
+        if (SPLIT && part >= 0) {
+            float* const target = p.parts + (long long)(part * BLOCK_M + row_in_tile) * V_HEAD_DIM + 2 * quad;
+#pragma unroll
+            for (int j = 0; j < V_HEAD_DIM / 8; j++) {
+                *(float2*)(target + 8 * j) = make_float2(sums[4 * j], sums[4 * j + 1]);
+                *(float2*)(target + 8 * V_HEAD_DIM + 8 * j) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
+            }
+        } else if (OUT == 2) {
+            float* const target = (float*)p.out + at + row0 * p.out_m + 2 * quad;
+#pragma unroll
+            for (int j = 0; j < V_HEAD_DIM / 8; j++)
+                if (8 * j < p.v_dim) {
+                    if (row0 < p.q_len) *(float2*)(target + 8 * j) = make_float2(sums[4 * j], sums[4 * j + 1]);
+                    if (row1 < p.q_len) *(float2*)(target + 8 * p.out_m + 8 * j) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
+                }
+        } else {
+            // Through shared memory, where each warp has its 16 rows, so that it writes rows and not pieces of eight.
+            const int first = row_in_tile - (lane >> 2);
+            const u32 staged = out_tiles + first * OUT_PITCH;
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < V_HEAD_DIM / 8; j++) {
+                const u32 to = staged + (lane >> 2) * OUT_PITCH + 16 * j + 4 * quad;
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(to_output(sums[4 * j], sums[4 * j + 1])) : "memory");
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * OUT_PITCH), "r"(to_output(sums[4 * j + 2], sums[4 * j + 3])) : "memory");
+            }
+            __syncwarp();
+            unsigned short* const out = (unsigned short*)p.out + at + (t.m0 + first) * p.out_m;
+            const int rows_left = p.q_len - t.m0 - first;
+            if (p.wide) write_rows<uint4>(out, p.out_m, staged, lane, rows_left, p.v_dim);
+            else write_rows<u32>(out, p.out_m, staged, lane, rows_left, p.v_dim);
+        }
+        if ((RETURN_LSE || SPLIT) && quad == 0) {
+            const float exponent = PV == 1 ? LOG2_255 : P_EXPONENT, none = __int_as_float(0xff800000);
+            const float lse0 = empty0 ? none : rows.maximum0 + log2f(rows.sum0) - exponent;
+            const float lse1 = empty1 ? none : rows.maximum1 + log2f(rows.sum1) - exponent;
+            if (SPLIT && part >= 0) {
+                p.part_lse[part * BLOCK_M + row_in_tile] = lse0;
+                p.part_lse[part * BLOCK_M + row_in_tile + 8] = lse1;
+            } else if (RETURN_LSE) {
+                float* const lse = p.lse + t.b * p.lse_b + t.h * p.lse_h;
+                const float* const shift = p.q_shift + t.row - t.m0;
+                if (row0 < p.q_len) lse[row0] = lse0 * LN_2 + shift[row0];
+                if (row1 < p.q_len) lse[row1] = lse1 * LN_2 + shift[row1];
+            }
+        }
+    };
+    // The scores of block i that their query may not see become the least integer.
+    auto hide = [&](int i) {
+        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
+        int first0 = 0, first1 = 0, last0 = p.kv_len, last1 = p.kv_len;
+        if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
+        if (HAS_HIGH) { last0 = min(p.kv_len, row0 + p.high + 1); last1 = min(p.kv_len, row1 + p.high + 1); }
+#pragma unroll
+        for (int j = 0; j < NS; j++) {
+            const int column = i * BLOCK_N + (j >> 2) * 8 + 2 * quad + (j & 1);
+            bool hidden = column < ((j & 2) ? first1 : first0) || column >= ((j & 2) ? last1 : last0);
+            if (KEY_MASK) hidden |= column >= p.kv_len || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
+            if (hidden) scores[j] = MASKED_SCORE;
+        }
+    };
+    // From the scores of block i to P; the product of the block before is complete afterwards.
+    u32 w0[RAW], w1[RAW];
+    auto attend = [&](int i, bool masked) {
+        const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
+        if (masked && (i < t.full_begin || i >= t.full_end)) hide(i);
+        int x0, x1;
+        thread_maximum(x0, x1);
+        bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
+        slow = __any_sync(~0u, slow);
+        if (slow) {  // the reference maximum follows the block's, what was summed is rescaled
+            wgmma_wait<0>();
+            if (previous >= 0) complete(previous, unit);
+            previous = -1;
             if (PV != 1) { row_maximum(x0); row_maximum(x1); }
             float n0 = rows.maximum0, n1 = rows.maximum1;
             if (x0 != MASKED_SCORE) n0 = fmaxf(n0, (float)x0 * scale0);
@@ -319,249 +611,130 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 rescale(exp2_approx(rows.maximum0 - n0), exp2_approx(rows.maximum1 - n1));
             rows.maximum0 = n0;
             rows.maximum1 = n1;
-        };
-        // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
-        auto weigh = [&](const int (&s)[NS], u32 (&w0)[RAW], u32 (&w1)[RAW], int x0, int x1, float scale0, float scale1,
-                         float unit, bool masked) {
-            float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;
-            float e0 = 0.f, e1 = 0.f;
-            if (PV == 1) {
-                e0 = x0 == MASKED_SCORE ? LOWEST : (float)x0 * scale0;
-                e1 = x1 == MASKED_SCORE ? LOWEST : (float)x1 * scale1;
-                // An ulp less, so that no weight rounds to 256, which would wrap around.
-                shift0 = LOG2_255 - e0 - fminf(fabsf(e0), 1.0e6f) * 1.2e-7f;
-                shift1 = LOG2_255 - e1 - fminf(fabsf(e1), 1.0e6f) * 1.2e-7f;
-            }
+        }
+        weigh(w0, w1, x0, x1, scale0, scale1, unit, masked);
+        // Keeps the arithmetic above before the wait, beside the product in flight.
 #pragma unroll
-            for (int g = 0; g < 8; g++) {
-                float x[8];
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    const int score = s[8 * g + j];
-                    x[j] = exp2_approx(fmaf((float)score, (j & 2) ? scale1 : scale0, (j & 2) ? shift1 : shift0));
-                    if (masked && score == MASKED_SCORE) x[j] = 0.f;
-                }
-                if (PV < 2) {
-                    w0[g] = PV == 0 ? to_e4m3(x[0], x[1], x[4], x[5]) : to_u8(x[0], x[1], x[4], x[5]);
-                    w1[g] = PV == 0 ? to_e4m3(x[2], x[3], x[6], x[7]) : to_u8(x[2], x[3], x[6], x[7]);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        ((j & 2) ? w1 : w0)[(4 * g + (j & 1) + (j >> 2) * 2) % RAW] = __float_as_uint(x[j]);
-                }
-            }
-            if (PV == 1) {
-                int n0 = 0, n1 = 0;
-#pragma unroll
-                for (int g = 0; g < RAW; g++) {
-                    n0 = __dp4a(w0[g], 0x01010101u, (u32)n0);
-                    n1 = __dp4a(w1[g], 0x01010101u, (u32)n1);
-                }
-                next_factor0 = exp2_approx(e0 - rows.maximum0);
-                next_factor1 = exp2_approx(e1 - rows.maximum1);
-                rows.sum0 = fmaf((float)n0, next_factor0, rows.sum0);
-                rows.sum1 = fmaf((float)n1, next_factor1, rows.sum1);
-                unit = exp2_approx(unit);
-                next_factor0 *= unit;
-                next_factor1 *= unit;
-            }
-        };
-        // The product in flight, of the block whose V tile is in `v_stage`, is complete; `unit` is that of the next block.
-        auto complete = [&](int v_stage, float unit) {
-            if (thread == 0) barrier_arrive(v_empty(v_stage));
-            summed++;
-            if (PV == 1 || (TWO_LEVELS && (summed == PROMOTE || unit != v_unit))) {
-                const float f = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
-                const float f0 = TWO_LEVELS ? f : factor0, f1 = TWO_LEVELS ? f : factor1;
-#pragma unroll
-                for (int j = 0; j < NOUT; j++)  // the row sum has no unit
-                    output[j] = fmaf((float)product[j], j >= NO ? 1.f : (j & 2) ? f1 : f0, output[j]);
-                summed = 0;
-            }
-            v_unit = unit;
-        };
-        auto take_weights = [&](const u32 (&w0)[RAW], const u32 (&w1)[RAW]) {
-            factor0 = next_factor0;
-            factor1 = next_factor1;
-            // Not before the last product is complete, whose operand this is. It must be more than a move: ptxas merges
-            // the source of a move with its target, which is then written while the tensor cores read it.
-#pragma unroll
-            for (int j = 0; j < NW / 2; j++) {
-                // Operand registers come in fours: keys 0-15 of row 0, of row 1, keys 16-31 of both (of half as many in 16 bits).
-                const int at = 4 * (j / 2) + 2 * (j % 2);
-                if (PV < 2) {
-                    asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at]) : "r"(w0[j]), "r"(p.zero) : "memory");
-                    asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at + 1]) : "r"(w1[j]), "r"(p.zero) : "memory");
-                } else if (PV == 2) {
-                    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(weights[at]) : "f"(__uint_as_float(w0[2 * j + 1])), "f"(__uint_as_float(w0[2 * j])) : "memory");
-                    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(weights[at + 1]) : "f"(__uint_as_float(w1[2 * j + 1])), "f"(__uint_as_float(w1[2 * j])) : "memory");
-                } else {
-                    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(weights[at]) : "f"(__uint_as_float(w0[2 * j + 1])), "f"(__uint_as_float(w0[2 * j])) : "memory");
-                    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(weights[at + 1]) : "f"(__uint_as_float(w1[2 * j + 1])), "f"(__uint_as_float(w1[2 * j])) : "memory");
-                }
-            }
-        };
-        auto advance = [&](int& s, u32& ph) {
-            if (++s == STAGES) { s = 0; ph ^= 1; }
-        };
-        auto first_scores = [&]() {  // with nothing in flight
-            barrier_wait(k_full(stage), phase);
-            wgmma_fence();
-            multiply_qk(scores, stage);
-            wgmma_wait<0>();
-            if (thread == 0) barrier_arrive(k_empty(stage));
-        };
-        auto last_product = [&](float unit) {
-            barrier_wait(v_full(stage), phase);
-            wgmma_fence();
-            multiply_pv(stage, summed > 0);
-            wgmma_wait<0>();
-            complete(stage, unit);
-            advance(stage, phase);
-        };
-        // The scores of block i that their query may not see become the least integer.
-        auto hide = [&](int i) {
-            int first0 = 0, first1 = 0, last0 = p.kv_len, last1 = p.kv_len;
-            if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
-            if (HAS_HIGH) { last0 = min(p.kv_len, row0 + p.high + 1); last1 = min(p.kv_len, row1 + p.high + 1); }
-#pragma unroll
-            for (int j = 0; j < NS; j++) {
-                const int column = i * BLOCK_N + (j >> 2) * 8 + 2 * quad + (j & 1);
-                bool hidden = column < ((j & 2) ? first1 : first0) || column >= ((j & 2) ? last1 : last0);
-                if (KEY_MASK) hidden |= column >= p.kv_len || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
-                if (hidden) scores[j] = MASKED_SCORE;
-            }
-        };
-        // One masked block, with nothing else in flight.
-        auto masked_block = [&](int i) {
-            const float scale0 = rows.scale0 * k_scale[i], scale1 = rows.scale1 * k_scale[i], unit = v_scale[i];
-            first_scores();
-            hide(i);
-            int x0, x1;
-            thread_maximum(scores, x0, x1);
-            raise(x0, x1, scale0, scale1);
-            u32 w0[RAW], w1[RAW];
-            if (summed == 0) v_unit = unit;
-            weigh(scores, w0, w1, x0, x1, scale0, scale1, unit, true);
-            take_weights(w0, w1);
-            last_product(i + 1 < t.end ? v_scale[i + 1] : unit);
-        };
+        for (int j = 0; j < RAW; j++) asm volatile("" : "+r"(w0[j]), "+r"(w1[j]) :: "memory");
+        if (p.zero) barrier_wait(q_empty(0), 0);  // never: but the branch keeps ptxas from moving the wait up
+        wgmma_wait<0>();
+        if (previous >= 0) complete(previous, unit);
+        take_weights(w0, w1);
+    };
 
+    while (true) {
+        rows.maximum0 = rows.maximum1 = LOWEST;
+        rows.sum0 = rows.sum1 = 0.f;
+#pragma unroll
+        for (int j = 0; j < NOUT; j++) output[j] = 0.f;
+        summed = 0;
+        v_unit = v_next;
+        previous = -1;
         int i = t.begin;
-        v_unit = i < t.end ? v_scale[i] : 0.f;
+        barrier_wait(v_full(stage), phase);
+        if (i + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
+        // The next scores are computed, then this block's product, which goes on during the next softmax.
+        auto go_on = [&]() {
+            wgmma_fence();
+            multiply_qk();
+            multiply_pv(PV != 1 && summed > 0);
+            // Meanwhile, what the next round needs.
+            previous = stage;
+            const int done = k_stage;
+            advance(stage, phase);
+            advance(k_stage, k_phase);
+            load_block_scales(i + 1);
+            barrier_wait(v_full(stage), phase);
+            if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
+            wgmma_wait<1>();
+            if (leader) barrier_arrive(k_empty(done));
+        };
         if (HAS_LOW || KEY_MASK)
-            for (; i < t.full_begin; i++) masked_block(i);
-        // A single masked block at the end, as causality makes it, is the last of the others' pipeline.
-        const int end = t.end - t.full_end <= 1 ? t.end : t.full_end;
-        if (i < end) {
-            int previous = -1;  // the stage of the V tile that the product in flight reads
-            float k_next = k_scale[i], v_next = v_scale[i];
-            // From the scores of block i to P; the product of block i - 1 is complete afterwards.
-            auto attend = [&](bool masked) {
-                const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
-                if (masked) hide(i);
-                int x0, x1;
-                thread_maximum(scores, x0, x1);
-                bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
-                slow = __any_sync(~0u, slow);
-                u32 w0[RAW], w1[RAW];
-                if (slow) {
-                    wgmma_wait<0>();
-                    if (previous >= 0) complete(previous, unit);
-                    previous = -1;
-                    raise(x0, x1, scale0, scale1);
-                }
-                weigh(scores, w0, w1, x0, x1, scale0, scale1, unit, masked);
-                // Keeps the arithmetic above before the wait, beside the product in flight.
-#pragma unroll
-                for (int j = 0; j < RAW; j++) asm volatile("" : "+r"(w0[j]), "+r"(w1[j]) :: "memory");
-                if (p.zero) barrier_wait(q_empty, 0);  // never: but the branch keeps ptxas from moving the wait up
-                wgmma_wait<0>();
-                if (previous >= 0) complete(previous, unit);
-                take_weights(w0, w1);
-            };
-            first_scores();
-            if (i + 1 < end) {
-                // The next scores are computed, then this block's product, which goes on during the next softmax.
-                int k_stage = stage;
-                u32 k_phase = phase;
-                advance(k_stage, k_phase);
-                barrier_wait(k_full(k_stage), k_phase);
-                barrier_wait(v_full(stage), phase);
-                for (; i + 1 < end; i++) {
-                    attend(false);
-                    wgmma_fence();
-                    multiply_qk(scores, k_stage);
-                    multiply_pv(stage, PV != 1 && summed > 0);
-                    // Meanwhile, what the next round needs.
-                    previous = stage;
-                    const int done = k_stage;
-                    stage = k_stage;
-                    phase = k_phase;
-                    advance(k_stage, k_phase);
-                    k_next = k_scale[i + 1];
-                    v_next = v_scale[i + 1];
-                    barrier_wait(v_full(stage), phase);
-                    if (i + 2 < end) barrier_wait(k_full(k_stage), k_phase);
-                    wgmma_wait<1>();
-                    if (thread == 0) barrier_arrive(k_empty(done));
-                }
-            }
-            attend(i >= t.full_end);
-            last_product(i + 1 < t.end ? v_scale[i + 1] : v_next);
-            i++;
-        }
-        for (; i < t.end; i++) masked_block(i);
-        if (thread == 0) barrier_arrive(q_empty);
+            for (; i < t.full_begin && i + 1 < t.end; i++) { attend(i, true); go_on(); }
+        for (; i < t.full_end && i + 1 < t.end; i++) { attend(i, false); go_on(); }
+        for (; i + 1 < t.end; i++) { attend(i, true); go_on(); }
+        attend(i, true);
 
-        // Normalise and write.
-        float result[NO];
-        if (PV == 1) {
-            rows.sum0 += __shfl_xor_sync(~0u, rows.sum0, 1);
-            rows.sum0 += __shfl_xor_sync(~0u, rows.sum0, 2);
-            rows.sum1 += __shfl_xor_sync(~0u, rows.sum1, 1);
-            rows.sum1 += __shfl_xor_sync(~0u, rows.sum1, 2);
-#pragma unroll
-            for (int j = 0; j < NO; j++) result[j] = output[j % NOUT];
-        } else {
-            const float unit = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
-            float sums[NT];
-#pragma unroll
-            for (int j = 0; j < NT; j++)
-                sums[j] = TWO_LEVELS ? fmaf(summed > 0 ? (float)product[j] : 0.f, j >= NO ? 1.f : unit, output[j % NOUT]) : (float)product[j];
-#pragma unroll
-            for (int j = 0; j < NO; j++) result[j] = sums[j];
-            rows.sum0 = __shfl_sync(~0u, sums[NT - 4], lane & ~3);
-            rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
+        // The last product, and the first scores of the next tile; if there is none, scores of old tiles, which do no harm.
+        q_stage ^= 1;
+        if (q_stage == 0) q_phase ^= 1;
+        barrier_wait(q_full(q_stage), q_phase);
+        item = items[q_stage];
+        const bool more = item.tile >= 0;
+        q_matrix = matrix<ROW_BYTES>(q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES);
+        if (more) barrier_wait(k_full(k_stage), k_phase);
+        wgmma_fence();
+        multiply_qk();
+        multiply_pv(PV != 1 && summed > 0);
+        // What the end of this tile and the start of the next need is on its way meanwhile.
+        float2 channel = make_float2(1.f, 0.f);
+        if (PV < 2 && thread < V_HEAD_DIM) {
+            const float* const of_head = p.v_channel + (long long)(t.b * (p.heads / p.group) + t.h / p.group) * 3 * V_HEAD_DIM;
+            channel = make_float2(of_head[thread], of_head[2 * V_HEAD_DIM + thread]);
         }
-        const float inverse0 = rows.sum0 == 0.f ? 0.f : 1.f / rows.sum0, inverse1 = rows.sum1 == 0.f ? 0.f : 1.f / rows.sum1;
-        const float* const channel = p.v_channel + (long long)(t.b * (p.heads / p.group) + kv_h) * 3 * V_HEAD_DIM;
-        const long long at = t.b * p.out_b + t.h * p.out_h;
-        const long long at0 = at + row0 * p.out_m, at1 = at + row1 * p.out_m;
-#pragma unroll
-        for (int j = 0; j < V_HEAD_DIM / 8; j++) {
-            const int d = 8 * j + 2 * quad;
-            const float c0 = PV < 2 ? channel[d] : 1.f, c1 = PV < 2 ? channel[d + 1] : 1.f;
-            const float a0 = result[4 * j] * inverse0 * c0, a1 = result[4 * j + 1] * inverse0 * c1;
-            const float b0 = result[4 * j + 2] * inverse1 * c0, b1 = result[4 * j + 3] * inverse1 * c1;
-            if (d < p.v_dim) {  // a multiple of 8
-                if (OUT == 2) {
-                    if (row0 < p.q_len) *(float2*)((float*)p.out + at0 + d) = make_float2(a0, a1);
-                    if (row1 < p.q_len) *(float2*)((float*)p.out + at1 + d) = make_float2(b0, b1);
-                } else {
-                    if (row0 < p.q_len) *(u32*)((unsigned short*)p.out + at0 + d) = OUT == 0 ? to_bf16(a0, a1) : to_f16(a0, a1);
-                    if (row1 < p.q_len) *(u32*)((unsigned short*)p.out + at1 + d) = OUT == 0 ? to_bf16(b0, b1) : to_f16(b0, b1);
-                }
-            }
+        const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
+        prefetch(p.q_scale + next.row + row_in_tile);
+        prefetch(p.k_scale + next.key_row / 128 + next.begin);
+        prefetch(p.v_scale + next.key_row / 128 + next.begin);
+        wgmma_wait<0>();
+        if (leader) {
+            barrier_arrive(k_empty(k_stage));
+            barrier_arrive(q_empty(q_stage ^ 1));
         }
-        if (RETURN_LSE && quad == 0) {
-            float* const lse = p.lse + t.b * p.lse_b + t.h * p.lse_h;
-            const float* const shift = p.q_shift + t.row - t.m0;
-            const float exponent = PV == 1 ? LOG2_255 : P_EXPONENT;
-            if (row0 < p.q_len)
-                lse[row0] = (rows.sum0 == 0.f ? __int_as_float(0xff800000) : rows.maximum0 + log2f(rows.sum0) - exponent) * 0.69314718f + shift[row0];
-            if (row1 < p.q_len)
-                lse[row1] = (rows.sum1 == 0.f ? __int_as_float(0xff800000) : rows.maximum1 + log2f(rows.sum1) - exponent) * 0.69314718f + shift[row1];
-        }
+        complete(stage, v_unit);
+        advance(stage, phase);
+        advance(k_stage, k_phase);
+        write(channel);
+        t = next;
+        part = item.part;
+        if (!more) break;
+        load_scales();
     }
 }
+
+#if SPLIT
+constexpr int COMBINE_ROWS = 16, COMBINE_THREADS = 128;
+
+// Joins the parts of tile `whole` + blockIdx.x: their mean, weighted with exp(LSE). Rows go by blockIdx.y.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(const __grid_constant__ Params p) {
+    const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N, unit = blockIdx.x * blocks;
+    auto program = [&](int u) { return (int)(((long long)(u + 1) * p.grid - 1) / p.units); };
+    const int first = program(unit), last = program(unit + blocks - 1);
+    if (first == last) return;  // computed in one go
+    auto part = [&](int c) { return 2 * c + ((long long)p.units * c / p.grid < unit); };
+    const Tile t(p, {p.whole + (int)blockIdx.x, 0, 0, -1});
+    constexpr int LANES = V_HEAD_DIM / 4;
+    for (int k = threadIdx.x; k < COMBINE_ROWS * LANES; k += COMBINE_THREADS) {
+        const int row_in_tile = blockIdx.y * COMBINE_ROWS + k / LANES, d = 4 * (k % LANES), row = t.m0 + row_in_tile;
+        if (row >= p.q_len) return;
+        float maximum = __int_as_float(0xff800000);
+        for (int c = first; c <= last; c++) maximum = fmaxf(maximum, p.part_lse[part(c) * BLOCK_M + row_in_tile]);
+        float weight = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int c = first; c <= last; c++) {
+            const int at = part(c) * BLOCK_M + row_in_tile;
+            const float lse = p.part_lse[at];
+            const float w = lse == __int_as_float(0xff800000) ? 0.f : exp2f(lse - maximum);
+            const float4 x = *(const float4*)(p.parts + (long long)at * V_HEAD_DIM + d);
+            weight += w;
+            sum.x = fmaf(w, x.x, sum.x);
+            sum.y = fmaf(w, x.y, sum.y);
+            sum.z = fmaf(w, x.z, sum.z);
+            sum.w = fmaf(w, x.w, sum.w);
+        }
+        const float inverse = weight == 0.f ? 0.f : 1.f / weight;
+        const long long at = t.b * p.out_b + t.h * p.out_h + row * p.out_m + d;
+        if (d < p.v_dim) {  // multiples of 4
+            if (OUT == 2) {
+                *(float2*)((float*)p.out + at) = make_float2(sum.x * inverse, sum.y * inverse);
+                *(float2*)((float*)p.out + at + 2) = make_float2(sum.z * inverse, sum.w * inverse);
+            } else {
+                *(u32*)((unsigned short*)p.out + at) = to_output(sum.x * inverse, sum.y * inverse);
+                *(u32*)((unsigned short*)p.out + at + 2) = to_output(sum.z * inverse, sum.w * inverse);
+            }
+        }
+        if (RETURN_LSE && d == 0)
+            p.lse[t.b * p.lse_b + t.h * p.lse_h + row] = (maximum + log2f(weight)) * LN_2 + p.q_shift[t.row - t.m0 + row];
+    }
+}
+#endif

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.cu")
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
 _SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
+CONSUMERS = 2  # warpgroups that compute, 64 queries each
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
 
@@ -35,12 +36,12 @@ class Variant:
     v_head_dim: int
     pv: str  # a key of PV
     out: str  # a key of OUT
-    consumers: int
     stages: int
     has_low: bool = False
     has_high: bool = False
     key_mask: bool = False
     return_lse: bool = False
+    split: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -58,8 +59,10 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        tiles = self.consumers * 64 * self.row_bytes
+        tiles = 2 * CONSUMERS * 64 * self.row_bytes
         tiles += self.stages * 128 * (self.row_bytes + self.v_element * self.v_rows)
+        if self.out != "fp32":
+            tiles += CONSUMERS * 64 * (2 * self.v_head_dim + 16)
         return tiles + 1024  # to align the first tile
 
     def macros(self) -> dict[str, int]:

@@ -29,12 +29,16 @@ def checked(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def load(cubin: bytes, name: str, shared_bytes: int) -> Any:
-    """The kernel `name` of `cubin` in the current context, allowed `shared_bytes` of shared memory."""
-    function = checked(driver.cuModuleGetFunction(checked(driver.cuModuleLoadData(cubin)), name.encode()))
+def load(cubin: bytes, shared_bytes: dict[str, int]) -> tuple[Any, ...]:
+    """The kernels of `cubin` that are named, in the current context, each allowed so much shared memory."""
+    module = checked(driver.cuModuleLoadData(cubin))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-    return function
+    functions = []
+    for name, size in shared_bytes.items():
+        function = checked(driver.cuModuleGetFunction(module, name.encode()))
+        checked(driver.cuFuncSetAttribute(function, attribute, size))
+        functions.append(function)
+    return tuple(functions)
 
 
 @lru_cache(maxsize=4096)
@@ -63,6 +67,8 @@ def tensor_map(
     )
 
 
-def launch(function: Any, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Any) -> None:
+def launch(
+    function: Any, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, arguments: Any
+) -> None:
     """Launch on `grid` blocks; `arguments` is an array of pointers to them."""
-    checked(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, 0))
+    checked(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared_bytes, stream, arguments, 0))

@@ -14,11 +14,14 @@ from ..folder import default_folder
 from ..triton.launch import Call, Workspace
 from ..triton.quantize import KEY_BLOCK
 from . import driver
-from .compile import Variant, cubin
+from .compile import CONSUMERS, Variant, cubin
+from .share import share
 
 _PV = {"fast": "fp8", "balanced": "int8"}
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TILE = 64  # queries of one warpgroup
+_COMBINED_ROWS = 16  # of one program of `combine`, which has so many threads:
+_COMBINE_THREADS = 128
 
 
 class _Params(ctypes.Structure):
@@ -28,7 +31,8 @@ class _Params(ctypes.Structure):
         [
             (name, ctypes.c_void_p)
             for name in (
-                "q_scale", "q_shift", "k_scale", "v_scale", "v_channel", "used_keys", "key_mask", "out", "lse",
+                "q_scale", "q_shift", "k_scale", "v_scale", "v_channel", "used_keys", "ticket", "parts", "part_lse",
+                "key_mask", "out", "lse",
             )
         ]
         + [
@@ -39,7 +43,7 @@ class _Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "low", "high", "v_dim",
-                "tiles", "tiles_per_head", "zero",
+                "tiles_per_head", "whole", "grid", "units", "wide", "zero",
             )
         ]
     )  # fmt: skip
@@ -64,6 +68,12 @@ class HopperCall(Call):
         plan, params, heads, kv_heads, batch = self.plan, self.params, self.heads, self.kv_heads, self.batch
         d, dv = plan.d, plan.dv
         low, high = params.bounds(self.q_len, self.kv_len)
+        tiles_per_head = -(-self.q_len // (_TILE * CONSUMERS))
+        tiles = tiles_per_head * batch * heads
+        # Tiles of one length can be split so that all programs have as much to do. Those of different lengths come
+        # longest first, and nobody waits long.
+        one_length = low is None and high is None and not self.skip_blocks
+        work = share(tiles, -(-self.kv_len // KEY_BLOCK) if one_length else 0, multiprocessors(self.index))
         variant = choose_variant(
             params.precision,
             out.dtype,
@@ -73,6 +83,7 @@ class HopperCall(Call):
             high is not None,
             self.skip_blocks,
             lse is not None,
+            work.units > 0,
         )
         q_rows = heads * self.q_blocks * KEY_BLOCK
         keys = self.kv_blocks * KEY_BLOCK
@@ -87,8 +98,14 @@ class HopperCall(Call):
         k_scale = scales + 4 * self.q_size
         v_scale = k_scale + 4 * kv_heads * self.kv_blocks
         v_channel = v_scale + 4 * (kv_heads * self.kv_blocks + batch * kv_heads * d)
-        tiles_per_head = -(-self.q_len // (_TILE * variant.consumers))
-        tiles = tiles_per_head * batch * heads
+        used_keys = v_channel + 12 * batch * kv_heads * dv
+        # Two parts of each program: the end of one tile and the beginning of another.
+        parts = torch.empty(
+            2 * work.grid * _TILE * CONSUMERS * (dv + 1) if work.units else 0,
+            dtype=torch.float32,
+            device=out.device,
+        )
+        part_lse = parts.data_ptr() + 4 * 2 * work.grid * _TILE * CONSUMERS * dv
         stride_b, stride_h, stride_m = out.stride()[:3]
         numbers = _Params(
             q_scale=scales,
@@ -96,7 +113,10 @@ class HopperCall(Call):
             k_scale=k_scale,
             v_scale=v_scale,
             v_channel=v_channel,
-            used_keys=v_channel + 12 * batch * kv_heads * dv,
+            used_keys=used_keys,
+            ticket=used_keys + 12 * batch,
+            parts=parts.data_ptr(),
+            part_lse=part_lse,
             key_mask=None if self.attn_mask is None else self.attn_mask.data_ptr(),
             out=out.data_ptr(),
             lse=None if lse is None else lse.data_ptr(),
@@ -117,22 +137,33 @@ class HopperCall(Call):
             low=low or 0,
             high=high or 0,
             v_dim=out.shape[3],
-            tiles=tiles,
             tiles_per_head=tiles_per_head,
+            whole=work.whole,
+            grid=work.grid,
+            units=work.units,
+            wide=in_whole_rows(out),
         )
         pointers = (ctypes.c_void_p * 4)(*(each.getPtr() for each in maps), ctypes.addressof(numbers))
-        # Tiles of one length are dealt out once. Of different lengths, the hardware gives each multiprocessor the
-        # next when it is free.
-        one_length = low is None and high is None and not self.skip_blocks
-        grid = min(tiles, multiprocessors(self.index)) if one_length else tiles
+        functions = loaded(self.index, variant)
+        stream = torch.cuda.current_stream(self.index).cuda_stream
         driver.launch(
-            loaded(self.index, variant),
-            grid,
-            128 * (variant.consumers + 1),
+            functions[0],
+            (work.grid, 1),
+            128 * (CONSUMERS + 1),
             variant.shared_bytes,
-            torch.cuda.current_stream(self.index).cuda_stream,
+            stream,
             ctypes.addressof(pointers),
         )
+        if work.units:
+            # Its only argument is the last of `pointers`.
+            driver.launch(
+                functions[1],
+                (tiles - work.whole, _TILE * CONSUMERS // _COMBINED_ROWS),
+                _COMBINE_THREADS,
+                0,
+                stream,
+                ctypes.addressof(pointers) + 3 * ctypes.sizeof(ctypes.c_void_p),
+            )
 
 
 @cache
@@ -145,24 +176,21 @@ def choose_variant(
     has_high: bool,
     key_mask: bool,
     return_lse: bool,
+    split: bool,
 ) -> Variant:
     """The compiled form for padded head dims d and dv. How many warpgroups and tiles fit is a matter of registers
     and shared memory; the choices were measured (benchmarks/notes.md)."""
     pv = _PV.get(precision) or ("fp16" if dtype == torch.float16 else "bf16")
-    small = max(d, dv) <= 64
-    # Three warpgroups have 160 registers a thread: enough for FP8 at head dim 64, if nothing else is kept. Under a
-    # causal mask their tiles of 192 queries would end in two masked blocks.
-    consumers = 3 if small and pv == "fp8" and not (has_low or has_high or key_mask) else 2
-    return Variant(
-        d, dv, pv, _OUT[dtype], consumers, 4 if small else 3, has_low, has_high, key_mask, return_lse
-    )
+    stages = 4 if max(d, dv) <= 64 else 3
+    return Variant(d, dv, pv, _OUT[dtype], stages, has_low, has_high, key_mask, return_lse, split)
 
 
 @cache
-def loaded(index: int, variant: Variant) -> Any:
-    """The kernel on device `index`, which is current."""
+def loaded(index: int, variant: Variant) -> tuple[Any, ...]:
+    """The kernels `attention` and, where it is needed, `combine` on device `index`, which is current."""
     torch.cuda.current_stream(index)  # torch makes the context that the driver loads into
-    return driver.load(cubin(variant, _folder()), "attention", variant.shared_bytes)
+    names = {"attention": variant.shared_bytes, **({"combine": 0} if variant.split else {})}
+    return driver.load(cubin(variant, _folder()), names)
 
 
 @cache
@@ -175,6 +203,13 @@ def _folder() -> Path | None:
         return default_folder() / "kernels"
     except RuntimeError:  # no home
         return None
+
+
+def in_whole_rows(out: Tensor) -> bool:
+    """Whether each row of `out` lies at a multiple of 16 bytes, as bulk copies ask for."""
+    return (
+        all(stride * out.element_size() % 16 == 0 for stride in out.stride()[:3]) and out.data_ptr() % 16 == 0
+    )
 
 
 def writable_in_place(out: Tensor) -> bool:

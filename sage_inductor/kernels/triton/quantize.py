@@ -76,8 +76,9 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
     """The parts of the fp32 workspace after the q_size elements that belong to Q (its scales [heads, q_blocks
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
     kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, their reciprocals and the
-    vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys, int32 [batch, 3]: the first useful key, the
-    last + 1, and whether every key between them is useful."""
+    vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys,
+    int32 [batch, 3]: the first useful key, the last + 1, and whether every key between them is useful; last an
+    int32 zero, for a kernel that counts what it has done."""
     k_scale = scales + q_size
     v_scale = k_scale + kv_heads * kv_blocks
     k_mean = v_scale + kv_heads * kv_blocks
@@ -88,7 +89,7 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
 
 def scales_size(q_size: int, batch: int, kv_heads: int, kv_blocks: int, d: int, dv: int) -> int:
     """Elements of the fp32 workspace."""
-    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + 3)
+    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + 3) + 1
 
 
 @triton.jit
@@ -195,6 +196,8 @@ def statistics_kernel(
     _k_scale, _v_scale, k_mean, v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
+    if pid == 0:
+        tl.store((used_keys + 3 * batch).to(tl.pointer_type(tl.int32)), 0)
     role = pid // heads
     bh = pid % heads
     if role < (2 if V_STATISTICS else 1):

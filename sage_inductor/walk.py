@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
-from sage_inductor.aliasing import follow_in_place, is_overwritten, writes_in_place
+from sage_inductor.aliasing import Writes, follow_in_place, submodule_of
 from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import (
@@ -113,10 +112,10 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
     follow_in_place(graph)
-    writers = [node for node in graph.nodes if writes_in_place(node)]
+    writes = Writes(graph)
     for node in list(graph.nodes):
         around = _enter(node, around)
-        submodule = _submodule(node)
+        submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
             yield from _walk(submodule.graph, walk, around, visited)
@@ -129,20 +128,20 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writers)
+                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writes)
                 break
-        match = _match(node, writers, around)
+        match = _match(node, writes, around)
         if match is not None:
-            yield _judge(match, walk, around, constants)
+            yield _judge(match, walk, around, constants, writes)
     workarounds.apply(graph)
 
 
 def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> Iterator[str]:
     """The module path of every site that `_walk` will find."""
-    writers = [node for node in graph.nodes if writes_in_place(node)]
+    writes = Writes(graph)
     for node in graph.nodes:
         around = _enter(node, around)
-        submodule = _submodule(node)
+        submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
             yield from _module_paths(submodule.graph, around, visited)
@@ -157,7 +156,7 @@ def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> I
                 inner = list(expansion.graph.nodes)
                 break
         for candidate in (*inner, node):
-            if _match(candidate, writers, around) is not None:
+            if _match(candidate, writes, around) is not None:
                 yield module_path(node)
 
 
@@ -188,21 +187,27 @@ class _Match:
     as_found: AttentionCall
 
 
-def _match(node: fx.Node, writers: list[fx.Node], around: Surroundings) -> _Match | None:
+def _match(node: fx.Node, writes: Writes, around: Surroundings) -> _Match | None:
     patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
     matches = (pattern.match(node) for pattern in patterns)
     found = next((call for call in matches if call is not None), None)
     if found is None:
         return None
     candidates = (absorb_repeated_heads(found), found)
-    call = next((call for call in candidates if not is_overwritten(call, writers)), None)
+    call = next((call for call in candidates if not writes.overwrite(call)), None)
     return None if call is None else _Match(call, found)
 
 
-def _judge(match: _Match, walk: _Walk, around: Surroundings, constants: dict[fx.Node, Tensor | None]) -> Site:
+def _judge(
+    match: _Match,
+    walk: _Walk,
+    around: Surroundings,
+    constants: dict[fx.Node, Tensor | None],
+    writes: Writes,
+) -> Site:
     """The decision about `match`, carried out."""
     call = match.call
-    mask = masks.classify(call, constants)
+    mask = masks.classify(call, constants, writes)
     site, choice = _decide(match.as_found, call, mask, walk, around, call.node)
     if site.rewritten:
         rewrite(call, mask, site, choice)
@@ -216,16 +221,16 @@ def _judge_expansion(
     walk: _Walk,
     around: Surroundings,
     constants: dict[fx.Node, Tensor | None],
-    writers: list[fx.Node],
+    writes: Writes,
 ) -> Iterator[Site]:
     """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
     gradients = gradient_reasons(node, walk.config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    matches = [_match(inner, writers, around) for inner in inlined.nodes]
+    matches = [_match(inner, writes, around) for inner in inlined.nodes]
     for match in [match for match in matches if match is not None]:
         call = dataclasses.replace(match.call, pattern=pattern)
-        mask = masks.classify(call, constants)
+        mask = masks.classify(call, constants, writes)
         decided.append((call, mask, *_decide(match.as_found, call, mask, walk, around, node, gradients)))
     if any(site.rewritten for _, _, site, _ in decided):
         inlined.replace(node)
@@ -294,17 +299,6 @@ def _decide(
 def _info(node: Value) -> TensorInfo | None:
     tensor = example_tensor(node)
     return None if tensor is None else TensorInfo.of(tensor)
-
-
-def _submodule(node: fx.Node) -> fx.GraphModule | None:
-    if node.op not in ("get_attr", "call_module"):
-        return None
-    owner = node.graph.owning_module
-    try:
-        target = None if owner is None else operator.attrgetter(str(node.target))(owner)
-    except AttributeError:
-        return None
-    return target if isinstance(target, fx.GraphModule) else None
 
 
 def _ambient_pin() -> tuple[str, ...] | None:

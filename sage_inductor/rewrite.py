@@ -12,8 +12,9 @@ from torch import fx
 from sage_inductor import ops, training
 from sage_inductor.additive import with_uniform_rows
 from sage_inductor.aliasing import node_name
-from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, traced, tracing
+from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, example_value, traced, tracing
 from sage_inductor.eligibility import output_order
+from sage_inductor.inductor import tensors_of
 from sage_inductor.masks import Mask
 from sage_inductor.report import Site
 from sage_inductor.tuning import Choice
@@ -138,6 +139,7 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
     graph = node.graph
     placeholders = [inner for inner in expansion.graph.nodes if inner.op == "placeholder"]
     mapping: dict[fx.Node, Any] = dict(zip(placeholders, expansion.inputs, strict=True))
+    wants_gradients = any(tensor.requires_grad for tensor in tensors_of(example_value(node)))
     inherited = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
     copied = []
     output: Any = None
@@ -150,9 +152,25 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
                 continue
             assert inner.op == "call_function", f"an expansion holds {inner.op} {inner.target}"
             mapping[inner] = graph.node_copy(inner, lambda argument: mapping[argument])
-            mapping[inner].meta = {**inherited, "example_value": inner.meta["val"]}
+            value = (
+                _with_gradients(inner.meta["val"], mapping[inner]) if wants_gradients else inner.meta["val"]
+            )
+            mapping[inner].meta = {**inherited, "example_value": value}
             copied.append(mapping[inner])
     return Inlined(copied, output)
+
+
+def _with_gradients(value: Any, node: fx.Node) -> Any:
+    """`value`, which tracing kept without gradients, wanting them where an input of its `node` does."""
+    inputs = map(example_tensor, node.all_input_nodes)
+    if not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return value
+    with tracing(value), torch.enable_grad():
+        return fx.node.map_aggregate(value, lambda t: t.detach().requires_grad_() if _is_float(t) else t)
+
+
+def _is_float(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.is_floating_point()
 
 
 # What a pattern looks through: nodes without side effects, of no use once nothing reads them.

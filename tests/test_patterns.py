@@ -482,6 +482,20 @@ def test_opaque_nodes_train(through: str, fresh_compile: None) -> None:
         assert exact is not None and own is not None and relative_l2(own, exact) < 2 * BOUND
 
 
+def test_opaque_nodes_are_judged_in_the_dtype_of_autocast() -> None:
+    layer = mha()
+
+    def model(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):  # the second gets bfloat16 and has weights in float32
+                x = layer(x, x, x, key_padding_mask=PADDED, need_weights=False)[0]
+        return x
+
+    out, sites = run(model, X)
+    assert [site.query.dtype for site in sites if site.query] == ["bfloat16"] * 2
+    assert out.dtype == torch.bfloat16 and relative_l2(out, model(X)) < 2 * BOUND
+
+
 def test_a_mask_of_an_opaque_node_that_needs_gradients_is_refused() -> None:
     layer, bias = mha(), torch.randn(24, 24, requires_grad=True)
     backend = RewritingBackend(Config(kernel="reference", training=True))

@@ -76,7 +76,7 @@ def calibrate(
         RuntimeError: Dynamo made no graph of the model.
     """
     goal = _Goal.of(metric, tolerance, effect)
-    chosen = Config() if config is None else config
+    chosen = Config.of(config)
     if chosen.plan is not None:
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
     phases = phases_of(inputs)

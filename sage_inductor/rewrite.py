@@ -86,13 +86,14 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
 
 
 def _is_transposed_and_copied(call: AttentionCall) -> bool:
-    """Whether all that is done with the output is `transpose(1, 2)` and a copy of that, or a view where it needs none:
-    laid out in that order to begin with, it needs none, and nobody sees the other strides."""
+    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that, or a view where it needs none:
+    laid out in that order to begin with, it needs none, and nobody sees the other strides. (Of two copies, each may be
+    written to; two views would be written to at once.)"""
     if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
         return False
     users = list(call.node.users)
     readers = [reader for user in users for reader in user.users]
-    return bool(readers) and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+    return len(readers) == 1 and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
 
 
 def _is_transposed(node: fx.Node) -> bool:

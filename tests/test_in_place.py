@@ -135,6 +135,25 @@ def test_additive_padding() -> None:
     assert agrees(model, *inputs(), torch.rand(2, 1, 1, 16) > 0.3).sites[0].mask == "additive"
 
 
+@pytest.mark.parametrize("copy", ["reshape", "contiguous", "flatten"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_copies_of_one_output_stay_apart(copy: str, shared: bool) -> None:
+    """An output laid out as its copy would be makes that copy a view."""
+    copies: dict[str, Callable[[Tensor], Tensor]] = {
+        "reshape": lambda x: x.reshape(2, 16, -1), "contiguous": lambda x: x.contiguous(), "flatten": lambda x: x.flatten(2)
+    }  # fmt: skip
+
+    def model(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(query, key, value)
+        transposed = out.transpose(1, 2)
+        first = copies[copy](transposed)
+        second = copies[copy](transposed if shared else out.transpose(1, 2))
+        first.mul_(3)
+        return second + 0
+
+    agrees(model, *inputs())
+
+
 def test_writing_to_something_else_costs_nothing() -> None:
     """A KV cache that is filled, and a checkpointed body that writes to a tensor of its own."""
 

@@ -103,7 +103,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """One precision at one site, on the site's own exact inputs, against SDPA's output there."""
+    """One precision at one site, on the site's own exact inputs, against SDPA's output there. `kernel` names all that may
+    run it ("hopper, triton"); figures are those of the worst."""
 
     precision: str
     kernel: str

@@ -84,13 +84,9 @@ def _mask_class(mask: str) -> str:
     return "window" if mask.startswith(("sliding_window", "band")) else "none"
 
 
-def calls_per_module(names: Iterable[str]) -> Counter[str]:
-    """How many sites of one graph have each module path, which is their name without "#2"."""
-    return Counter(map(module_of, names))
-
-
-def module_of(name: str) -> str:
-    return name.partition("#")[0]
+def calls_per_module(sites: Iterable[Site]) -> Counter[str]:
+    """How many sites of one graph have each module path."""
+    return Counter(site.module for site in sites)
 
 
 @dataclass(frozen=True)

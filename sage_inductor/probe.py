@@ -19,7 +19,7 @@ from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
 from sage_inductor.metrics import METRICS, Errors, compare, worst_of
-from sage_inductor.plan import Figure, Fingerprint, Measured, PlannedSite, calls_per_module, module_of
+from sage_inductor.plan import Figure, Fingerprint, Measured, PlannedSite, calls_per_module
 from sage_inductor.progress import Progress
 from sage_inductor.report import Site
 from sage_inductor.walk import rewrite_sites
@@ -63,8 +63,8 @@ class Prober:
     def backend(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo backend: runs the graph eagerly, with a probe in the place of each eligible attention."""
         sites = rewrite_sites(graph_module.graph, self.config)
-        calls = calls_per_module(site.name for site in sites)
-        keys = {site.name: (site.name, Fingerprint.of(site, calls[module_of(site.name)])) for site in sites}
+        calls = calls_per_module(sites)
+        keys = {site.name: (site.name, Fingerprint.of(site, calls[site.module])) for site in sites}
         for site in sites:
             key = keys[site.name]
             self._sites.setdefault(key, (site, self.graphs))

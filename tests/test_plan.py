@@ -590,6 +590,30 @@ def test_calls_of_one_module_behind_a_graph_break_are_not_taken_for_one_another(
     ]
 
 
+def test_modules_named_like_numbered_calls_keep_their_decisions() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x) + F.scaled_dot_product_attention(x, x, x)
+
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleDict({name: Twice() for name in ("a", "a#2", "#")})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum((branch(x) for branch in self.branches.values()), x)
+
+    model, x = Keyed().eval(), torch.randn(1, 2, 40, 32)
+    plan = calibrate(model, (x,), effect="none")
+    names = [site.name for site in plan.sites]
+    assert len(set(names)) == 6 and all(site.decision == "fast" for site in plan.sites)
+    _, backend = run(model, x, plan=Plan.from_json(plan.to_json()))
+    assert [site.name for site in backend.sites] == names
+    assert all(site.rewritten for site in backend.sites)
+    report = explain(model, x, config=Config(kernel="reference", plan=plan))
+    assert [site.name for site in report.sites] == names and not report.missing
+
+
 def test_masks_read_at_run_time_agree_with_any() -> None:
     def of(mask: str) -> Fingerprint:
         return Fingerprint("sdpa", "m.py: x", 1, 2, 2, 32, 32, mask)

@@ -167,11 +167,12 @@ def _with_gradients(value: Any, node: fx.Node) -> Any:
     if not any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return value
     with tracing(value), torch.enable_grad():
-        return fx.node.map_aggregate(value, lambda t: t.detach().requires_grad_() if _is_float(t) else t)
+        return fx.node.map_aggregate(value, _wanting_gradients)
 
 
-def _is_float(item: Any) -> bool:
-    return isinstance(item, torch.Tensor) and item.is_floating_point()
+def _wanting_gradients(item: Any) -> Any:
+    is_float = isinstance(item, torch.Tensor) and item.is_floating_point()
+    return item.detach().requires_grad_() if is_float else item
 
 
 # What a pattern looks through: nodes without side effects, of no use once nothing reads them.

@@ -138,16 +138,11 @@ class Writes:
         writers = [node for node in graph.nodes if writes_in_place(node)]
         # With the nodes written to: while these are held, no other value can get their storage.
         self.writers = [(writer, (targets := _written(writer)), _memory_of(targets)) for writer in writers]
-
-    def __bool__(self) -> bool:
-        return bool(self.writers)
+        self.written: Memory = frozenset().union(*(written for _, _, written in self.writers))
 
     def touch(self, node: fx.Node) -> bool:
         """Whether something writes, at any time, to memory in which the value of `node` may lie."""
-        if not self.writers:
-            return False
-        memory = _memory_of([node])
-        return any(not memory.isdisjoint(written) for _, _, written in self.writers)
+        return bool(self.written) and not _memory_of([node]).isdisjoint(self.written)
 
     def overwrite(self, call: AttentionCall) -> bool:
         """Whether an operand of `call`, or a value on the way from there, which the call takes the place of, has been
@@ -160,6 +155,9 @@ class Writes:
         }
         replaced = _between(call.node, inputs)
         for value in inputs | (replaced - {call.node}):
+            memory = _memory_of([value])
+            if memory.isdisjoint(self.written):
+                continue
             if value in inputs:
                 reads = [
                     position[user] for user in value.users if user in replaced and not writes_in_place(user)
@@ -167,7 +165,6 @@ class Writes:
                 first = min(reads, default=position[value])
             else:
                 first = position[value]
-            memory = _memory_of([value])
             for writer, _, written in self.writers:
                 if writer not in position or (writer in replaced and value not in inputs):
                     continue  # rewritten by now, or understood by the pattern

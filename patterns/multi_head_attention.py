@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sage_inductor.call import Expansion, OpaquePattern, example_tensor, trace
+from sage_inductor.call import Expansion, OpaquePattern, example_tensor, example_value, trace
 
 FORWARD = F.multi_head_attention_forward
 ENCODER_LAYER = (torch._transformer_encoder_layer_fwd, torch.ops.aten._transformer_encoder_layer_fwd.default)
@@ -28,7 +28,7 @@ class MultiHeadAttention(OpaquePattern):
     def expand(self, node: fx.Node) -> Expansion | None:
         if not self._holds(node) or self.closed_reasons(node):
             return None
-        return _traced(FORWARD, {**_arguments(node), "need_weights": False})
+        return _traced(FORWARD, {**_arguments(node), "need_weights": False}, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
         if not self._holds(node) or not _arguments(node)["need_weights"]:
@@ -81,7 +81,19 @@ def _reads_output_only(user: fx.Node) -> bool:
     return bool(user.args[1] == 0) or not user.users
 
 
-def _traced(function: Any, arguments: dict[str, Any]) -> Expansion | None:
+def _autocast_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype that autocast casts to around `node`; None where nothing is cast."""
+    value = example_value(node)
+    output = value[0] if isinstance(value, (tuple, list)) else value
+    inputs = {
+        t.dtype for t in map(example_tensor, node.all_input_nodes) if t is not None and t.is_floating_point()
+    }
+    return output.dtype if isinstance(output, Tensor) and inputs != {output.dtype} else None
+
+
+def _traced(
+    function: Any, arguments: dict[str, Any], autocast: torch.dtype | None = None
+) -> Expansion | None:
     """`function` traced as a function of the nodes among its arguments; the others are constants."""
     names = [name for name, value in arguments.items() if isinstance(value, fx.Node)]
     constants = {name: value for name, value in arguments.items() if name not in names}
@@ -89,7 +101,7 @@ def _traced(function: Any, arguments: dict[str, Any]) -> Expansion | None:
     def of_nodes(*values: Tensor) -> Any:
         return function(**constants, **dict(zip(names, values, strict=True)))
 
-    return trace(of_nodes, tuple(arguments[name] for name in names))
+    return trace(of_nodes, tuple(arguments[name] for name in names), autocast)
 
 
 def _encoder_layer(

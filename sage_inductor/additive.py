@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.aliasing import value_name, writes_in_place
+from sage_inductor.aliasing import Writes, value_name
 from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
 
 # Additive masks write "not allowed" as -inf or as the most negative number of float32 or bfloat16; half of that is as
@@ -27,25 +27,25 @@ _VIEWS = ("getitem", "unsqueeze")
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
-def allowed_keys(mask: Value) -> tuple[Value, float] | None:
+def allowed_keys(mask: Value, writes: Writes) -> tuple[Value, float] | None:
     """(a bool mask of the allowed keys, the number that hides the others), None where `mask` is, or may be, anything
     else than such a mask."""
     tensor = example_tensor(mask)
     if tensor is None or not tensor.is_floating_point():
         return None
-    if isinstance(mask, fx.Node) and (mask.op not in _CALLS or any(map(writes_in_place, mask.users))):
+    if isinstance(mask, fx.Node) and (mask.op not in _CALLS or writes.touch(mask)):
         return None
     name, args = value_name(mask), mask.args
     if name == "where" and len(args) == 3:
         condition, chosen, other = args
-        if _is_zero(chosen):
+        if _is_zero(chosen, writes):
             return _hidden_by(_scalar(other), condition)
-        if _is_zero(other):
+        if _is_zero(other, writes):
             return _hidden_by(_scalar(chosen), Expr.of(torch.logical_not, condition))
         return None
-    if name == "masked_fill" and len(args) == 3 and _is_zero(args[0]):
+    if name == "masked_fill" and len(args) == 3 and _is_zero(args[0], writes):
         return _hidden_by(_scalar(args[2]), Expr.of(torch.logical_not, args[1]))
-    inner = allowed_keys(args[0]) if args and isinstance(args[0], (fx.Node, Expr)) else None
+    inner = allowed_keys(args[0], writes) if args and isinstance(args[0], (fx.Node, Expr)) else None
     return None if inner is None else _passed_on(mask, args[0], tensor, *inner)
 
 
@@ -99,11 +99,11 @@ def _scalar(item: Any) -> float | None:
     return float(made_of) if isinstance(made_of, (int, float)) else None
 
 
-def _is_zero(item: Any) -> bool:
+def _is_zero(item: Any, writes: Writes) -> bool:
     """A zero, or a tensor of zeros."""
     if not isinstance(item, (fx.Node, Expr)):
         return _scalar(item) == 0.0
-    if isinstance(item, fx.Node) and any(map(writes_in_place, item.users)):
+    if isinstance(item, fx.Node) and writes.touch(item):
         return False
     if value_name(item) in _ZEROS:
         return True

@@ -103,7 +103,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     Dynamo's caches of a model that was not compiled before. With `tune="measure"` (the default) it measures what a
     compile would have to measure, which then finds the results. Raises NotEligibleError as the backend does.
     """
-    chosen = Config() if config is None else config
+    chosen = Config.of(config)
     sites: list[Site] = []
     graphs = 0
 
@@ -135,7 +135,12 @@ def rewrite_exported(
     operators in the Python process; elsewhere torch says that it finds no schema of `sage_inductor::attention`.
     Raises NotEligibleError as the backend does.
     """
+    chosen = Config.of(config)
+    if not isinstance(exported_program, torch.export.ExportedProgram):
+        raise TypeError(
+            f"exported_program is a {type(exported_program).__name__} (valid: what torch.export.export returns)"
+        )
     result = copy.deepcopy(exported_program)
-    rewrite_graph(result.graph_module.graph, Config() if config is None else config)
+    rewrite_graph(result.graph_module.graph, chosen)
     result.graph_module.recompile()
     return result

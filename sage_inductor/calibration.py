@@ -65,8 +65,9 @@ def calibrate(
             model per site and sample), "all" of them (three), or "none".
         output: the tensors of the model's output that count, from what it returns. By default all floating-point
             ones; the error is that of the worst. Those of all samples are kept while calibrating.
-        config: `kernel`, `include` and `exclude` are used. "auto" measures with the kernel that can run the site,
-            also where it would not choose it for its speed, and with the reference elsewhere, as on a CPU.
+        config: `kernel`, `include` and `exclude` are used. "auto" measures with every kernel that can run the site,
+            also where it would not choose it for its speed, and keeps the worst: which one runs depends on the lengths,
+            the machine and `tune`. Where there is none, as on a CPU, it measures with the reference.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
 
@@ -76,7 +77,7 @@ def calibrate(
         RuntimeError: Dynamo made no graph of the model.
     """
     goal = _Goal.of(metric, tolerance, effect)
-    chosen = Config() if config is None else config
+    chosen = Config.of(config)
     if chosen.plan is not None:
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
     phases = phases_of(inputs)

@@ -136,8 +136,11 @@ class Expansion:
     inputs: tuple[fx.Node, ...]
 
 
-def trace(function: Callable[..., Any], inputs: tuple[fx.Node, ...]) -> Expansion | None:
-    """`function` of the values of `inputs`, traced before dispatch (an SDPA call stays one node)."""
+def trace(
+    function: Callable[..., Any], inputs: tuple[fx.Node, ...], autocast: torch.dtype | None = None
+) -> Expansion | None:
+    """`function` of the values of `inputs`, traced before dispatch (an SDPA call stays one node), as under autocast to a
+    dtype where one is given."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -145,7 +148,8 @@ def trace(function: Callable[..., Any], inputs: tuple[fx.Node, ...]) -> Expansio
     fake = next((value for value in values if isinstance(value, FakeTensor)), None)
     if fake is None or any(not isinstance(value, torch.Tensor) for value in values):
         return None
-    with fake.fake_mode, torch.no_grad():
+    casting = torch.autocast(fake.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
+    with fake.fake_mode, torch.no_grad(), casting:
         traced = make_fx(function, pre_dispatch=True)(*values)
     return Expansion(traced.graph, inputs)
 

@@ -88,7 +88,7 @@ class Config:
         own: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in (options or {}).items():
-            if not key.startswith(OPTION_PREFIX):
+            if not isinstance(key, str) or not key.startswith(OPTION_PREFIX):
                 rest[key] = value
                 continue
             name = key.removeprefix(OPTION_PREFIX)
@@ -97,6 +97,13 @@ class Config:
                 raise ValueError(f"unknown option {key!r} (valid: {valid})")
             own[name] = value
         return cls(**own), rest
+
+    @classmethod
+    def of(cls, config: Config | None) -> Config:
+        """`config`, or the defaults for None; TypeError for anything else, such as a dict of options."""
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config={config!r} (valid: a sage_inductor.Config, None)")
+        return cls() if config is None else config
 
     def selection_reasons(self, name: str) -> list[str]:
         """Why include and exclude leave out the site with this module path; empty when they do not."""

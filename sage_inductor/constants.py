@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.aliasing import node_name, writes_in_place
+from sage_inductor.aliasing import Writes, node_name, writes_in_place
 from sage_inductor.call import Expr, Value, example_tensor, leaves
 
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
@@ -16,13 +16,14 @@ from sage_inductor.call import Expr, Value, example_tensor, leaves
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
 
 
-def constant_value(node: Value) -> Tensor | None:
-    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise."""
+def constant_value(node: Value, writes: Writes) -> Tensor | None:
+    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise. `writes` are those
+    of its graph."""
     example = example_tensor(node)
     if example is None:
         return None
     nodes = leaves(node)
-    ancestors = _constant_ancestors(nodes) if nodes else []
+    ancestors = _constant_ancestors(nodes, writes) if nodes else []
     if ancestors is None:
         return None
     device = torch.device(example.device.type)
@@ -66,7 +67,7 @@ def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -
     return item
 
 
-def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
+def _constant_ancestors(nodes: list[fx.Node], writes: Writes) -> list[fx.Node] | None:
     """`nodes` and all they depend on, in graph order; None when something there is not a pure function of
     constants."""
     found: set[fx.Node] = set()
@@ -79,8 +80,8 @@ def _constant_ancestors(nodes: list[fx.Node]) -> list[fx.Node] | None:
             return None
         found.add(current)
         pending.extend(current.all_input_nodes)
-    # A node written in place by anything, ancestor or not, is more than a function of its arguments.
-    if any(writes_in_place(user) for ancestor in found for user in ancestor.users):
+    # What anything writes to, through whatever view, is more than a function of its arguments.
+    if any(map(writes.touch, found)):
         return None
     return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
 

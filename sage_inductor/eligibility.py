@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -13,16 +13,8 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.masks import Mask
 from sage_inductor.ops import memory_order
+from sage_inductor.surroundings import Surroundings
 from sage_inductor.tuning import SdpaCall
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What holds at a point of the graph: the SDPA backends pinned there, and the functorch transforms
-    entered."""
-
-    pinned: tuple[str, ...] | None = None
-    transforms: tuple[str, ...] = ()
 
 
 def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: Surroundings) -> list[str]:

@@ -27,7 +27,7 @@ class SageAttentionPass(CustomGraphPass):
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
-        self.config = Config() if config is None else config
+        self.config = Config.of(config)
         self.then = then
 
     def __call__(self, graph: fx.Graph) -> None:

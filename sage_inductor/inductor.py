@@ -20,6 +20,7 @@ __all__ = [
     "outside_tracing",
     "pinned_sdpa_backends",
     "pre_grad_pass",
+    "storage_id",
     "surfaced",
     "tensors_of",
     "trace_artifact",
@@ -134,6 +135,15 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     from torch.utils._pytree import tree_leaves
 
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_id(tensor: torch.Tensor) -> int | None:
+    """The same for all tensors, fake ones too, that lie in one storage, while one of them exists; None where there is
+    none to be had (a nested or sparse tensor)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def trace_artifact(name: str, make_json: Callable[[], str]) -> None:

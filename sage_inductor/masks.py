@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.additive import allowed_keys, seeing_rows, with_uniform_rows
-from sage_inductor.aliasing import value_name, writes_in_place
-from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
+from sage_inductor.aliasing import Writes, value_name
+from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves
 from sage_inductor.constants import constant_value
 from sage_inductor.kernels import AttentionParams
 
@@ -57,9 +57,9 @@ class Mask:
         return kind + window + (" bottom-right" if self.bottom_right else "") + (f", {read}" if read else "")
 
 
-def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None = None) -> Mask:
+def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
     """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
-    graph."""
+    graph, `writes` are those of the graph."""
     if call.attn_mask is None:
         return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
     mask = example_tensor(call.attn_mask)
@@ -67,7 +67,7 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
     if mask is None or query is None or key is None:
         return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    constant = _remembered_constant(call.attn_mask, {} if constants is None else constants)
+    constant = _remembered_constant(call.attn_mask, constants, writes)
     if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
         known = _classify_constant(constant, q_len, kv_len)
         if known is not None:
@@ -75,8 +75,11 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None] | None
         chunk = _chunk(constant, q_len, kv_len)
         if chunk is not None:
             return Mask("chunked_causal", call.attn_mask, chunk=chunk)
-    joined = _classify_conjunction(call.attn_mask, q_len, kv_len) or _classify_additive(call, q_len, kv_len)
-    if joined is not None:
+    joined = _classify_conjunction(call.attn_mask, q_len, kv_len, writes) or _classify_additive(
+        call, q_len, kv_len, writes
+    )
+    # What the mask was made of is read later than the mask was made.
+    if joined is not None and not any(map(writes.touch, leaves(joined.attn_mask) + leaves(joined.seeing))):
         return joined
     return Mask(_runtime_kind(mask, q_len), call.attn_mask)
 
@@ -87,11 +90,11 @@ def _runtime_kind(mask: Tensor, q_len: int) -> str:
     return "bool" if mask.dtype == torch.bool else "additive"
 
 
-def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any) -> Mask | None:
+def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
     """A bool mask that is a constant band and something else, as transformers joins causality and padding: the
     band, and the rest for the kernel to read."""
-    parts = _conjuncts(mask)
-    constants = {id(part): constant_value(part) for part in parts}
+    parts = _conjuncts(mask, writes)
+    constants = {id(part): constant_value(part, writes) for part in parts}
     fixed = [constant for constant in constants.values() if constant is not None]
     rest: list[Value] = [part for part in parts if constants[id(part)] is None]
     if not rest or (len(rest) == 1 and rest[0] is mask):
@@ -114,15 +117,15 @@ def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any) -> Mask | None:
     )
 
 
-def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any) -> Mask | None:
+def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
     """An additive mask that hides keys and does nothing else, as the bools it was made of, where those are a band, a
     row of padding, or both."""
-    found = None if call.attn_mask is None else allowed_keys(call.attn_mask)
+    found = None if call.attn_mask is None else allowed_keys(call.attn_mask, writes)
     if found is None:
         return None
     allowed, lowest = found
     tensor = example_tensor(allowed)
-    known = _classify_conjunction(allowed, q_len, kv_len)
+    known = _classify_conjunction(allowed, q_len, kv_len, writes)
     if known is None and tensor is not None and _is_key_padding(tensor, q_len):
         known = Mask("key_padding", allowed)
     if known is None or lowest == -math.inf:
@@ -156,39 +159,41 @@ _NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
 _EXPAND = ("expand", "expand_as", "broadcast_to")
 
 
-def _conjuncts(mask: Value) -> list[Value]:
+def _conjuncts(mask: Value, writes: Writes) -> list[Value]:
     """The values whose logical and `mask` is, each of which broadcasts to it."""
     tensor = example_tensor(mask)
-    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask):
+    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask, writes):
         return [mask]
     operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
     name = value_name(mask)
     if name in _EXPAND and operands:
-        return _conjuncts(operands[0])
+        return _conjuncts(operands[0], writes)
     if name in _AND and len(operands) == 2:
-        return [part for operand in operands for part in _conjuncts(operand)]
-    if name in _NOT and len(operands) == 1 and _is_function(operands[0]):
+        return [part for operand in operands for part in _conjuncts(operand, writes)]
+    if name in _NOT and len(operands) == 1 and _is_function(operands[0], writes):
         (negated,) = operands
         inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
         if value_name(negated) in _NOT and len(inner) == 1:
-            return _conjuncts(inner[0])
+            return _conjuncts(inner[0], writes)
         if value_name(negated) in _OR and len(inner) == 2:
-            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item))]
+            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item), writes)]
     return [mask]
 
 
-def _is_function(item: Value) -> bool:
+def _is_function(item: Value, writes: Writes) -> bool:
     """Whether the value of `item` is what its target gives for its arguments, and stays so."""
     if isinstance(item, Expr):
         return True
-    return item.op in ("call_function", "call_method") and not any(map(writes_in_place, item.users))
+    return item.op in ("call_function", "call_method") and not writes.touch(item)
 
 
-def _remembered_constant(mask: Value, constants: dict[fx.Node, Tensor | None]) -> Tensor | None:
+def _remembered_constant(
+    mask: Value, constants: dict[fx.Node, Tensor | None], writes: Writes
+) -> Tensor | None:
     if not isinstance(mask, fx.Node):
-        return constant_value(mask)
+        return constant_value(mask, writes)
     if mask not in constants:
-        constants[mask] = constant_value(mask)
+        constants[mask] = constant_value(mask, writes)
     return constants[mask]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,6 +58,16 @@ class Errors:
     """actual . expected / (||actual|| ||expected||)"""
     sqnr_db: float
     """10 log10(||expected||^2 / ||actual - expected||^2), at most 300"""
+
+
+def worst_of(errors: Sequence[Errors]) -> Errors:
+    """The worst of each metric."""
+    return Errors(
+        **{
+            part.name: METRICS[part.name].worst([getattr(error, part.name) for error in errors])
+            for part in fields(Errors)
+        }
+    )
 
 
 @torch.no_grad()

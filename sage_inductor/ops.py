@@ -67,6 +67,8 @@ def validate(
             raise _misfit(f"{name} is on {tensor.device}, query on {query.device}")
         if query.dim() == 4 and tensor.shape[0] != query.shape[0]:
             raise _misfit(f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}")
+    if not query.is_floating_point():
+        raise _misfit(f"query, key and value are {query.dtype} (valid: a floating-point dtype)")
     if query.shape[-1] != key.shape[-1]:
         raise _misfit(f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:
@@ -75,7 +77,7 @@ def validate(
         heads, kv_heads = query.shape[-3], key.shape[-3]
         if value.shape[-3] != kv_heads:
             raise _misfit(f"value has {value.shape[-3]} heads, key has {kv_heads}")
-        if enable_gqa and heads % kv_heads != 0:
+        if enable_gqa and (kv_heads == 0 or heads % kv_heads != 0):
             raise _misfit(f"{heads} query heads are not a multiple of {kv_heads} key heads")
         if not enable_gqa and heads != kv_heads:
             raise _misfit(f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
@@ -95,7 +97,8 @@ def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     if attn_mask.device != query.device:
         raise _misfit(f"attn_mask is on {attn_mask.device}, query on {query.device}")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise _misfit(f"attn_mask is {attn_mask.dtype} (valid: bool, float32, {query.dtype})")
+        valid = dict.fromkeys(map(str, (torch.bool, torch.float32, query.dtype)))
+        raise _misfit(f"attn_mask is {attn_mask.dtype} (valid: {', '.join(valid)})")
     scores = (*query.shape[:-1], key.shape[-2])
     if attn_mask.dim() > len(scores):
         raise _misfit(f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")

@@ -84,13 +84,9 @@ def _mask_class(mask: str) -> str:
     return "window" if mask.startswith(("sliding_window", "band")) else "none"
 
 
-def calls_per_module(names: Iterable[str]) -> Counter[str]:
-    """How many sites of one graph have each module path, which is their name without "#2"."""
-    return Counter(map(module_of, names))
-
-
-def module_of(name: str) -> str:
-    return name.partition("#")[0]
+def calls_per_module(sites: Iterable[Site]) -> Counter[str]:
+    """How many sites of one graph have each module path."""
+    return Counter(site.module for site in sites)
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """One precision at one site, on the site's own exact inputs, against SDPA's output there."""
+    """One precision at one site, on the site's own exact inputs, against SDPA's output there. `kernel` names all that may
+    run it ("hopper, triton"); figures are those of the worst."""
 
     precision: str
     kernel: str

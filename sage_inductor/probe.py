@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from sage_inductor import kernels, ops
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem
-from sage_inductor.metrics import METRICS, Errors, compare
-from sage_inductor.plan import Figure, Fingerprint, Measured, PlannedSite, calls_per_module, module_of
+from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.metrics import METRICS, Errors, compare, worst_of
+from sage_inductor.plan import Figure, Fingerprint, Measured, PlannedSite, calls_per_module
 from sage_inductor.progress import Progress
 from sage_inductor.report import Site
 from sage_inductor.walk import rewrite_sites
@@ -56,14 +56,15 @@ class Prober:
         """Why sites are not measured."""
         self._sites: dict[Key, tuple[Site, int]] = {}
         self._errors: dict[Key, dict[str, list[Errors]]] = {}
-        self._kernels: dict[tuple[Key, str], str] = {}
+        self._kernels: dict[tuple[Key, str], dict[str, float]] = {}
+        """The largest relative L2 error of each kernel that was measured."""
         self._device: torch.device | None = None
 
     def backend(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo backend: runs the graph eagerly, with a probe in the place of each eligible attention."""
         sites = rewrite_sites(graph_module.graph, self.config)
-        calls = calls_per_module(site.name for site in sites)
-        keys = {site.name: (site.name, Fingerprint.of(site, calls[module_of(site.name)])) for site in sites}
+        calls = calls_per_module(sites)
+        keys = {site.name: (site.name, Fingerprint.of(site, calls[site.module])) for site in sites}
         for site in sites:
             key = keys[site.name]
             self._sites.setdefault(key, (site, self.graphs))
@@ -90,7 +91,9 @@ class Prober:
             self.measuring = False
         for key, by_precision in self._errors.items():
             measured[key] = {
-                precision: _measured(precision, self._kernels[key, precision], by_precision[precision])
+                precision: _measured(
+                    precision, ", ".join(self._kernels[key, precision]), by_precision[precision]
+                )
                 for precision in PRECISIONS
                 if precision in by_precision
             }
@@ -120,34 +123,43 @@ class Prober:
             reasons=() if measured else self.reasons.get(key, ()),
         )
 
-    def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, str]:
-        """`{precision: kernel}` of what is measured: what would run the site where it is chosen."""
+    def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, tuple[str, ...]]:
+        """`{precision: kernels}` of what is measured: everything that may run the site where it is chosen. "auto" takes
+        one kernel at one length and another at the next, so that its figures are those of the worst."""
         self._device = problem.query.device
         if self.kernel != "auto":
             missing = kernels.get(self.kernel).unavailable_reasons(self._device)
             if missing:
                 raise NotEligibleError(f"kernel={self.kernel}", missing)
-        able: dict[str, str] = {}
+        able: dict[str, tuple[str, ...]] = {}
         against: list[str] = []
         for precision in PRECISIONS:
             wanted = replace(problem, params=replace(problem.params, precision=precision))
+            runnable: list[Kernel] = []
             if self.kernel != "auto":
                 kernel, reasons = kernels.select(wanted, self.kernel)
-                against += reasons
-            else:  # whatever its speed
-                runnable = [] if kernels.no_choice_reasons(wanted) else kernels.candidates(wanted)[0]
-                kernel = next(iter(runnable), None)
-            if kernel is not None:
-                able[precision] = kernel.name
+                runnable, against = [] if kernel is None else [kernel], against + reasons
+            elif not kernels.no_choice_reasons(wanted):  # whatever their speed
+                runnable, _ = kernels.candidates(wanted)
+            if runnable:
+                able[precision] = tuple(kernel.name for kernel in runnable)
         if not able and self.kernel == "auto":
-            able = dict.fromkeys(PRECISIONS, "reference")
+            able = dict.fromkeys(PRECISIONS, ("reference",))
         if not able:
             self.reasons[key] = tuple(dict.fromkeys(against))
         return able
 
-    def record(self, key: Key, precision: str, kernel: str, errors: Errors) -> None:
-        self._errors.setdefault(key, defaultdict(list))[precision].append(errors)
-        self._kernels[key, precision] = kernel
+    def record(self, key: Key, precision: str, errors: Mapping[str, Errors]) -> None:
+        """Keep the worst of the `errors` of one call, by kernel."""
+        self._errors.setdefault(key, defaultdict(list))[precision].append(worst_of(list(errors.values())))
+        known = self._kernels.setdefault((key, precision), {})
+        for kernel, error in errors.items():
+            known[kernel] = METRICS["rel_l2"].worst([error.rel_l2, known.get(kernel, error.rel_l2)])
+
+    def worst_kernel(self, key: Key, precision: str, able: Sequence[str]) -> str:
+        """That of `able` with the largest error in what was recorded."""
+        known = self._kernels.get((key, precision), {})
+        return max(able, key=lambda kernel: _by_size(known.get(kernel, -math.inf)))
 
     def made_with(self) -> dict[str, str]:
         """What the measurements depend on beside the model."""
@@ -174,10 +186,14 @@ class _Probe(nn.Module):
             return exact
         able = self.prober.kernels_for(self.key, _problem(args, kwargs, exact))
         if wanted is not None:
-            return self._attention(args, kwargs, able[wanted], wanted) if wanted in able else exact
-        for precision, kernel in able.items():
-            quantised = self._attention(args, kwargs, kernel, precision)
-            self.prober.record(self.key, precision, kernel, compare(quantised, exact))
+            if wanted not in able:
+                return exact
+            return self._attention(
+                args, kwargs, self.prober.worst_kernel(self.key, wanted, able[wanted]), wanted
+            )
+        for precision, names in able.items():
+            errors = {name: compare(self._attention(args, kwargs, name, precision), exact) for name in names}
+            self.prober.record(self.key, precision, errors)
         self.prober.progress.tick(self.key[0])
         return exact
 
@@ -185,6 +201,11 @@ class _Probe(nn.Module):
     def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Tensor:
         out: Tensor = ops.attention(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
         return out
+
+
+def _by_size(error: float) -> float:
+    """What errors are ordered by: NaN is the largest."""
+    return math.inf if math.isnan(error) else error
 
 
 def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> AttentionProblem:

@@ -30,19 +30,31 @@ class Progress:
 
 
 @contextmanager
-def shown(callback: ProgressCallback | None) -> Iterator[ProgressCallback]:
-    """The caller's function; or one that draws a bar, on a terminal where `rich` is installed; or one that does
-    nothing."""
+def shown(callback: ProgressCallback | None, what: str = "calibrating") -> Iterator[ProgressCallback]:
+    """The caller's function; or one that draws on a terminal, a bar where `rich` is installed and a line elsewhere; or
+    one that does nothing. `what` is under way until there is something to say."""
     if callback is not None:
         yield callback
         return
-    bar = _bar() if sys.stderr.isatty() else None
-    if bar is None:
+    if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
+    bar = _bar()
+    if bar is None:
+        yield _draw_line
+        sys.stderr.write(_CLEAR_LINE)
+        return
     with bar:
-        task = bar.add_task("calibrating", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+_CLEAR_LINE = "\r\x1b[K"
+
+
+def _draw_line(done: int, total: int, what: str) -> None:
+    sys.stderr.write(f"{_CLEAR_LINE}{done}/{total} {what}")
+    sys.stderr.flush()
 
 
 def _bar() -> Any:
@@ -51,4 +63,4 @@ def _bar() -> Any:
         from rich.progress import Progress as Bar
     except ImportError:
         return None
-    return Bar(console=Console(stderr=True))
+    return Bar(console=Console(stderr=True), transient=True)

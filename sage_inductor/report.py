@@ -55,6 +55,8 @@ class Site:
     """SDPA's time over the kernel's, quantisation included, as measured on this GPU while compiling."""
     rel_l2: float | None = None
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
+    module: str = ""
+    """The module path alone, which several calls may share."""
 
     def __str__(self) -> str:
         decision = (
@@ -182,15 +184,19 @@ class Names:
     """Gives sites their names, in order: "#2", "#3" behind a name that occurs again."""
 
     def __init__(self) -> None:
-        self._given: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._given: set[str] = set()
 
     def next(self, name: str) -> str:
-        self._given[name] += 1
-        count = self._given[name]
-        return name if count == 1 else f"{name}#{count}"
+        while True:
+            self._calls[name] += 1
+            numbered = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+            if numbered not in self._given:  # by a module that is called "attn#2"
+                self._given.add(numbered)
+                return numbered
 
 
 def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
     """The same sites, of several graphs, with names of their own."""
     names = Names()
-    return tuple(replace(site, name=names.next(site.name.partition("#")[0])) for site in sites)
+    return tuple(replace(site, name=names.next(site.module or site.name)) for site in sites)

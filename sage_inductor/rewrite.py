@@ -12,8 +12,9 @@ from torch import fx
 from sage_inductor import ops, training
 from sage_inductor.additive import with_uniform_rows
 from sage_inductor.aliasing import node_name
-from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, traced, tracing
+from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, example_value, traced, tracing
 from sage_inductor.eligibility import output_order
+from sage_inductor.inductor import tensors_of
 from sage_inductor.masks import Mask
 from sage_inductor.report import Site
 from sage_inductor.tuning import Choice
@@ -85,13 +86,14 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
 
 
 def _is_transposed_and_copied(call: AttentionCall) -> bool:
-    """Whether all that is done with the output is `transpose(1, 2)` and a copy of that, or a view where it needs none:
-    laid out in that order to begin with, it needs none, and nobody sees the other strides."""
+    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that, or a view where it needs none:
+    laid out in that order to begin with, it needs none, and nobody sees the other strides. (Of two copies, each may be
+    written to; two views would be written to at once.)"""
     if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
         return False
     users = list(call.node.users)
     readers = [reader for user in users for reader in user.users]
-    return bool(readers) and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+    return len(readers) == 1 and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
 
 
 def _is_transposed(node: fx.Node) -> bool:
@@ -138,6 +140,7 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
     graph = node.graph
     placeholders = [inner for inner in expansion.graph.nodes if inner.op == "placeholder"]
     mapping: dict[fx.Node, Any] = dict(zip(placeholders, expansion.inputs, strict=True))
+    wants_gradients = any(tensor.requires_grad for tensor in tensors_of(example_value(node)))
     inherited = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
     copied = []
     output: Any = None
@@ -150,9 +153,26 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
                 continue
             assert inner.op == "call_function", f"an expansion holds {inner.op} {inner.target}"
             mapping[inner] = graph.node_copy(inner, lambda argument: mapping[argument])
-            mapping[inner].meta = {**inherited, "example_value": inner.meta["val"]}
+            value = (
+                _with_gradients(inner.meta["val"], mapping[inner]) if wants_gradients else inner.meta["val"]
+            )
+            mapping[inner].meta = {**inherited, "example_value": value}
             copied.append(mapping[inner])
     return Inlined(copied, output)
+
+
+def _with_gradients(value: Any, node: fx.Node) -> Any:
+    """`value`, which tracing kept without gradients, wanting them where an input of its `node` does."""
+    inputs = map(example_tensor, node.all_input_nodes)
+    if not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return value
+    with tracing(value), torch.enable_grad():
+        return fx.node.map_aggregate(value, _wanting_gradients)
+
+
+def _wanting_gradients(item: Any) -> Any:
+    is_float = isinstance(item, torch.Tensor) and item.is_floating_point()
+    return item.detach().requires_grad_() if is_float else item
 
 
 # What a pattern looks through: nodes without side effects, of no use once nothing reads them.

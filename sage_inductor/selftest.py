@@ -23,6 +23,7 @@ from sage_inductor.inductor import keep_gpu_busy
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.metrics import relative_l2
+from sage_inductor.progress import ProgressCallback
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the GPU work of a call, which it need not run; what it returns repeats that work on the same memory."""
@@ -32,7 +33,8 @@ NORMAL = torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One small problem; `mask` is a kind of mask, `layout` how all tensors lie in memory."""
+    """One small problem; `mask` is a kind of mask, `layout` how all tensors lie in memory. Run in each precision of a
+    kernel where `every_precision`, else in its first."""
 
     name: str
     q_len: int = 130
@@ -46,21 +48,23 @@ class Case:
     k_bias: float = 0.0
     lse: bool = False
     when: Literal["eager", "captured", "side stream"] = "eager"
+    every_precision: bool = True
 
 
-# Lengths that fill no tile, so that padded keys and queries show; two batches, so that strides do.
+# Lengths that fill no tile, so that padded keys and queries show; two batches, so that strides do. On a GPU each
+# precision, head_dim, kind of mask and LSE is a form of the kernels that has to be compiled, which takes seconds: there
+# are three forms a precision, and the rest, which has nothing to do with how P and V are quantised, is tested once.
 CASES = (
     Case("whole tiles", q_len=128, kv_len=256),
     Case("ragged lengths"),
-    Case("head_dim 128", head_dim=128),
-    Case("causal", q_len=200, is_causal=True),
+    Case("causal, head_dim 128", q_len=200, head_dim=128, is_causal=True),
     Case("key-padding mask", mask="key padding"),
-    Case("bool mask", mask="bool"),
-    Case("additive mask", mask="additive"),
+    Case("bool mask", mask="bool", every_precision=False),
+    Case("additive mask", mask="additive", every_precision=False),
     Case("grouped heads", heads=4),
     Case("NHD strides", layout="NHD"),
     Case("biased keys", k_bias=4.0),
-    Case("log-sum-exp", lse=True),
+    Case("log-sum-exp", lse=True, every_precision=False),
     Case("side stream", q_len=1024, kv_len=1024, when="side stream"),
     Case("CUDA graph capture", when="captured"),  # last: a capture that fails can leave CUDA in a bad state
 )
@@ -107,23 +111,35 @@ def check(
     device: torch.device | str,
     precisions: Sequence[str] | None = None,
     capture: Capture | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Finding]:
-    """Run every case in every precision of `kernel` on `device`; a kernel that is not available there gives one
+    """Run the cases in every precision of `kernel` on `device`; a kernel that is not available there gives one
     finding for each precision, with the reasons.
 
-    `capture` records and replays GPU work (default: a CUDA graph, on a CUDA device).
+    `precisions` limits them to these. `capture` records and replays GPU work (default: a CUDA graph, on a CUDA device).
+    `progress` is called as (done, total, what is next) before each case, and after the last.
     """
     device = torch.device(device)
     if capture is None and device.type == "cuda":
         capture = cuda_graph
+    precisions = tuple(kernel.precisions if precisions is None else precisions)
+    unavailable = tuple(kernel.unavailable_reasons(device))
+    if unavailable:
+        return [Finding(kernel.name, precision, "all", "skipped", unavailable) for precision in precisions]
+    tasks = [
+        (precision, case)
+        for precision in precisions
+        for case in CASES
+        if case.every_precision or precision == precisions[0]
+    ]
     findings = []
     with _on(device), torch.no_grad():
-        for precision in kernel.precisions if precisions is None else precisions:
-            unavailable = kernel.unavailable_reasons(device)
-            if unavailable:
-                findings.append(Finding(kernel.name, precision, "all", "skipped", tuple(unavailable)))
-                continue
-            findings += [_examine(kernel, precision, case, device, capture) for case in CASES]
+        for done, (precision, case) in enumerate(tasks):
+            if progress is not None:
+                progress(done, len(tasks), f"{kernel.name} {precision}: {case.name}")
+            findings.append(_examine(kernel, precision, case, device, capture))
+    if progress is not None:
+        progress(len(tasks), len(tasks), kernel.name)
     return findings
 
 

@@ -1,4 +1,4 @@
-"""The timer that the command line and the benchmarks share."""
+"""The timers: of one call, which choosing a kernel builds on too, and the one of the command line and the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from sage_inductor.inductor import keep_gpu_busy
+
+BUSY_CYCLES = 1_000_000  # about half a millisecond
 
 
 def median_ms(
@@ -24,7 +26,7 @@ def median_ms(
     A GPU is kept busy before each call while the host queues it, so that launch latency, which a model hides,
     is not measured; what the GPU waits for between the kernels of one call is.
     """
-    timed = _gpu_ms if torch.device(device).type == "cuda" else _host_ms
+    timed = gpu_ms if torch.device(device).type == "cuda" else host_ms
     for call in calls:
         call()
     once = timed(calls[0])
@@ -32,9 +34,10 @@ def median_ms(
     return statistics.median(timed(calls[i % len(calls)]) for i in range(repeats))
 
 
-def _gpu_ms(call: Callable[[], Any]) -> float:
+def gpu_ms(call: Callable[[], Any]) -> float:
+    """The time of one call on the current GPU, which is busy while the host queues it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    keep_gpu_busy(1_000_000)
+    keep_gpu_busy(BUSY_CYCLES)
     start.record()
     call()
     end.record()
@@ -42,7 +45,8 @@ def _gpu_ms(call: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _host_ms(call: Callable[[], Any]) -> float:
+def host_ms(call: Callable[[], Any]) -> float:
+    """The time until one call returns, which on a GPU has been queued by then."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx
 
 from sage_inductor import kernels, masks, workarounds
-from sage_inductor.aliasing import follow_in_place, is_overwritten, writes_in_place
+from sage_inductor.aliasing import Writes, follow_in_place, submodule_of
 from sage_inductor.call import AttentionCall, Expansion, Value, example_tensor
 from sage_inductor.config import Config
 from sage_inductor.eligibility import (
-    Surroundings,
     gradient_reasons,
     ineligible_reasons,
     make_problem,
@@ -27,11 +23,13 @@ from sage_inductor.eligibility import (
 )
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.gqa import absorb_repeated_heads
-from sage_inductor.inductor import pinned_sdpa_backends, trace_artifact
+from sage_inductor.inductor import trace_artifact
+from sage_inductor.origin import module_path, source_code, source_line
 from sage_inductor.patterns import ALL, OPAQUE
-from sage_inductor.plan import Fingerprint, Plan, calls_per_module, module_of
+from sage_inductor.plan import Fingerprint, Plan, calls_per_module
 from sage_inductor.report import Names, Report, Site, TensorInfo
 from sage_inductor.rewrite import insert_expansion, rewrite
+from sage_inductor.surroundings import Surroundings, ambient_pin, enter
 from sage_inductor.tuning import Choice, Comparison, choose
 
 log = logging.getLogger(__name__)
@@ -62,10 +60,10 @@ def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     calls = (
         Counter()
         if config.plan is None
-        else Counter(_module_paths(graph, Surroundings(_ambient_pin()), set()))
+        else Counter(_module_paths(graph, Surroundings(ambient_pin()), set()))
     )
     walk = _Walk(config, Names(), calls)
-    return tuple(_walk(graph, walk, Surroundings(_ambient_pin()), set()))
+    return tuple(_walk(graph, walk, Surroundings(ambient_pin()), set()))
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def _plan_of(config: Config) -> Plan:
 
 def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
     """Say where a plan and a graph do not fit. What they disagree about stays SDPA."""
-    calls = calls_per_module(site.name for site in sites)
-    verdicts = [plan.verdict(site.name, Fingerprint.of(site, calls[module_of(site.name)])) for site in sites]
+    calls = calls_per_module(sites)
+    verdicts = [plan.verdict(site.name, Fingerprint.of(site, calls[site.module])) for site in sites]
     for verdict in verdicts:
         if not verdict.known:
             log.warning("%s; it stays SDPA", verdict.reason)
@@ -113,10 +111,10 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
     there."""
     constants: dict[fx.Node, Tensor | None] = {}
     follow_in_place(graph)
-    writers = [node for node in graph.nodes if writes_in_place(node)]
+    writes = Writes(graph)
     for node in list(graph.nodes):
-        around = _enter(node, around)
-        submodule = _submodule(node)
+        around = enter(node, around)
+        submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
             yield from _walk(submodule.graph, walk, around, visited)
@@ -129,20 +127,20 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
                 break
             expansion = opaque.expand(node)
             if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writers)
+                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writes)
                 break
-        match = _match(node, writers, around)
+        match = _match(node, writes, around)
         if match is not None:
-            yield _judge(match, walk, around, constants)
+            yield _judge(match, walk, around, constants, writes)
     workarounds.apply(graph)
 
 
 def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> Iterator[str]:
     """The module path of every site that `_walk` will find."""
-    writers = [node for node in graph.nodes if writes_in_place(node)]
+    writes = Writes(graph)
     for node in graph.nodes:
-        around = _enter(node, around)
-        submodule = _submodule(node)
+        around = enter(node, around)
+        submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
             yield from _module_paths(submodule.graph, around, visited)
@@ -157,7 +155,7 @@ def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> I
                 inner = list(expansion.graph.nodes)
                 break
         for candidate in (*inner, node):
-            if _match(candidate, writers, around) is not None:
+            if _match(candidate, writes, around) is not None:
                 yield module_path(node)
 
 
@@ -166,6 +164,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -
     reasons = config.selection_reasons(path) + reasons
     return Site(
         name=walk.names.next(path),
+        module=path,
         source=source_line(node),
         pattern=pattern,
         query=None,
@@ -188,21 +187,27 @@ class _Match:
     as_found: AttentionCall
 
 
-def _match(node: fx.Node, writers: list[fx.Node], around: Surroundings) -> _Match | None:
+def _match(node: fx.Node, writes: Writes, around: Surroundings) -> _Match | None:
     patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
     matches = (pattern.match(node) for pattern in patterns)
     found = next((call for call in matches if call is not None), None)
     if found is None:
         return None
     candidates = (absorb_repeated_heads(found), found)
-    call = next((call for call in candidates if not is_overwritten(call, writers)), None)
+    call = next((call for call in candidates if not writes.overwrite(call)), None)
     return None if call is None else _Match(call, found)
 
 
-def _judge(match: _Match, walk: _Walk, around: Surroundings, constants: dict[fx.Node, Tensor | None]) -> Site:
+def _judge(
+    match: _Match,
+    walk: _Walk,
+    around: Surroundings,
+    constants: dict[fx.Node, Tensor | None],
+    writes: Writes,
+) -> Site:
     """The decision about `match`, carried out."""
     call = match.call
-    mask = masks.classify(call, constants)
+    mask = masks.classify(call, constants, writes)
     site, choice = _decide(match.as_found, call, mask, walk, around, call.node)
     if site.rewritten:
         rewrite(call, mask, site, choice)
@@ -216,16 +221,16 @@ def _judge_expansion(
     walk: _Walk,
     around: Surroundings,
     constants: dict[fx.Node, Tensor | None],
-    writers: list[fx.Node],
+    writes: Writes,
 ) -> Iterator[Site]:
     """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
     gradients = gradient_reasons(node, walk.config)
     inlined = insert_expansion(node, expansion)
     decided = []
-    matches = [_match(inner, writers, around) for inner in inlined.nodes]
+    matches = [_match(inner, writes, around) for inner in inlined.nodes]
     for match in [match for match in matches if match is not None]:
         call = dataclasses.replace(match.call, pattern=pattern)
-        mask = masks.classify(call, constants)
+        mask = masks.classify(call, constants, writes)
         decided.append((call, mask, *_decide(match.as_found, call, mask, walk, around, node, gradients)))
     if any(site.rewritten for _, _, site, _ in decided):
         inlined.replace(node)
@@ -251,6 +256,7 @@ def _decide(
     path, config = module_path(node), walk.config
     site = Site(
         name=walk.names.next(path),
+        module=path,
         source=source_line(node),
         pattern=call.pattern,
         query=_info(call.query),
@@ -294,83 +300,3 @@ def _decide(
 def _info(node: Value) -> TensorInfo | None:
     tensor = example_tensor(node)
     return None if tensor is None else TensorInfo.of(tensor)
-
-
-def _submodule(node: fx.Node) -> fx.GraphModule | None:
-    if node.op not in ("get_attr", "call_module"):
-        return None
-    owner = node.graph.owning_module
-    try:
-        target = None if owner is None else operator.attrgetter(str(node.target))(owner)
-    except AttributeError:
-        return None
-    return target if isinstance(target, fx.GraphModule) else None
-
-
-def _ambient_pin() -> tuple[str, ...] | None:
-    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned. The math
-    backend serves everything, so only an explicit choice ever excludes it, or leaves it alone."""
-    enabled = pinned_sdpa_backends()
-    return None if "MATH" in enabled and len(enabled) > 1 else enabled
-
-
-def _enter(node: fx.Node, around: Surroundings) -> Surroundings:
-    """The surroundings behind `node`, which may open or close a transform or an `sdpa_kernel` region."""
-    if node.op != "call_function":
-        return around
-    name = getattr(node.target, "__name__", "")
-    if name.endswith("_increment_nesting"):
-        transform = name.removeprefix("_").removesuffix("_increment_nesting")
-        return Surroundings(around.pinned, (*around.transforms, transform))
-    if name.endswith("_decrement_nesting"):
-        return Surroundings(around.pinned, around.transforms[:-1])
-    if name == "_sdpa_kernel":
-        backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
-        everything = set(backends) >= set(pinned_sdpa_backends())
-        return Surroundings(_ambient_pin() if everything else backends, around.transforms)
-    return around
-
-
-def _backend_name(item: Any) -> str:
-    """Dynamo writes a backend as a node that makes it from its name."""
-    return str(item.args[0]) if isinstance(item, fx.Node) else str(getattr(item, "name", item))
-
-
-def module_path(node: fx.Node) -> str:
-    """ "blocks.0.attn1" from the metadata of Dynamo or export; "<root>" outside any submodule."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "<root>"
-    path = str(list(stack.values())[-1][0])
-    # Dynamo reaches the children of a module that has a __getattr__ of its own through its __dict__.
-    path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
-    if path.startswith(("L[", "G[")):  # the local or global variable that holds the model
-        path = path.partition("]")[2]
-    return (
-        path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") or "<root>"
-    )
-
-
-def source_line(node: fx.Node) -> str:
-    """ "file.py:123", the innermost frame of user code that made the call."""
-    frame, _ = _innermost_frame(node)
-    if frame is None:
-        return "?"
-    file, _, rest = frame.removeprefix('File "').partition('", line ')
-    return f"{Path(file).name}:{rest.partition(',')[0]}"
-
-
-def source_code(node: fx.Node) -> str:
-    """The text of that line; empty where its file was not at hand."""
-    return _innermost_frame(node)[1]
-
-
-def _innermost_frame(node: fx.Node) -> tuple[str | None, str]:
-    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace."""
-    frame, text = None, ""
-    for line in (node.meta.get("stack_trace") or "").splitlines():
-        if line.strip().startswith('File "'):
-            frame, text = line.strip(), ""
-        elif frame is not None and not text:
-            text = line.strip()
-    return frame, text

@@ -229,6 +229,22 @@ def test_masks_that_do_not_fit(impl: str, shape: tuple[int, ...], message: str) 
 
 
 @every_impl
+def test_what_would_be_taken_for_something_else_is_refused(impl: str) -> None:
+    query, key, value = inputs()
+    attention = MAKE[impl](4, 64, False, None, 2)
+    with pytest.raises(
+        RuntimeError, match=r"query has 3 dimensions \(valid: 4, \[batch, seq, heads, head_size"
+    ):
+        attention.forward(query[0], key[0], value[0], output=torch.empty_like(query[0]))
+    with pytest.raises(RuntimeError, match=r"query has head_size 32 \(valid: 64\)"):
+        attention.forward(query[..., :32], key[..., :32], value)
+    with pytest.raises(TypeError, match="attn_metadata is a dict"):
+        attention.forward(query, key, value, {"attn_mask": torch.zeros(2, 33)})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="attn_mask is a list"):
+        attention.forward(query, key, value, AttentionMetadata(0, [[1] * 33] * 2))  # type: ignore[arg-type]
+
+
+@every_impl
 def test_output_buffer_is_written_and_returned(impl: str) -> None:
     query, key, value = inputs()
     attention = MAKE[impl](4, 64, False, None, 2)
@@ -275,6 +291,8 @@ def test_listed_head_sizes_are_those_of_the_gpu_kernels() -> None:
     families = [kernels.get(name) for name in kernels.AUTO_ORDER]
     assert all(any(size in family.head_dims for family in families) for size in sizes)
     assert SDPABackend.get_supported_head_sizes() is None
+    dtypes = {dtype for family in families for dtype in family.dtypes}
+    assert dtypes == set(SageAttentionBackend.get_supported_dtypes())
 
 
 @pytest.mark.parametrize(

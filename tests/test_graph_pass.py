@@ -254,6 +254,28 @@ def test_sites_are_named_and_located() -> None:
     assert {site.source.partition(":")[2] for site in sites} == {str(line)}
 
 
+@pytest.mark.parametrize("key", ["a#2", "#", "it's", 'a"b', "b[0]", "c]", "d['e']", "_modules_", "a b", "*"])
+def test_names_of_modules_with_special_characters(key: str) -> None:
+    """As `named_modules()` gives them, from Dynamo and from an exported program."""
+
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleDict({key: Inner(), "a": Inner()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branches["a"](self.branches[key](x))
+
+    model = Keyed()
+    paths = [f"branches.{key}"] * 2 + ["branches.a"] * 2
+    assert set(paths) < {name for name, _ in model.named_modules()}
+    sites = judge(model, nhd())
+    assert [site.module for site in sites] == paths and len({site.name for site in sites}) == 4
+    assert sites[0].name == paths[0] and sites[2].name == "branches.a"
+    exported = torch.export.export(model, (nhd(),))
+    assert [site.module for site in rewrite_graph(exported.graph_module.graph, Config())] == paths
+
+
 def test_include_and_exclude_select_by_module_path() -> None:
     model, x = Model(), nhd()
     sites = judge(model, x, config=Config(kernel="reference", include=("blocks.0",)))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from sage_inductor import NotEligibleError, ops, sage_attention
 from sage_inductor.testing import relative_l2
@@ -148,6 +149,10 @@ def test_empty_inputs(q_len: int, kv_len: int) -> None:
     assert out.shape == (2, 4, q_len, 32) and bool((out == 0).all()) and bool((lse == -torch.inf).all())
 
 
+def jagged() -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(n, 4, 32) for n in (10, 20)], layout=torch.jagged).mT
+
+
 @pytest.mark.parametrize(
     ("tensors", "kwargs", "message"),
     [
@@ -161,7 +166,15 @@ def test_empty_inputs(q_len: int, kv_len: int) -> None:
         ((hnd(), hnd(), hnd()[0]), {}, "value has 3 dimensions, query has 4"),
         ((hnd()[None], hnd()[None], hnd()[None]), {}, "5 dimensions"),
         ((hnd(), hnd(), hnd(), torch.ones(20, 7).bool()), {}, "does not broadcast"),
-        ((hnd(), hnd(), hnd(), torch.ones(20, 20).long()), {}, "attn_mask is torch.int64"),
+        (
+            (hnd(), hnd(), hnd(), torch.ones(20, 20).long()),
+            {},
+            "attn_mask is torch.int64 (valid: torch.bool, torch.float32)",
+        ),
+        ((hnd(), hnd()[:, :0], hnd()[:, :0]), {"enable_gqa": True}, "not a multiple of 0"),
+        ((hnd().int(), hnd().int(), hnd().int()), {}, "are torch.int32 (valid: a floating-point dtype)"),
+        ((hnd().to_sparse(), hnd(), hnd()), {}, "query is nested or sparse (valid: a strided tensor"),
+        ((hnd(), jagged(), jagged()), {}, "key is nested or sparse"),
         ((hnd(), hnd(), hnd()), {"out": torch.empty(2, 4, 20, 31)}, "out is (2, 4, 20, 31)"),
         ((hnd(), hnd(), hnd(), torch.ones(20, 20).bool()), {"is_causal": True}, "exclude each other"),
     ],
@@ -178,11 +191,38 @@ def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, messa
         ({"kernel": "magic"}, "valid: auto, hopper, triton, sageattention, reference"),
         ({"precision": "best"}, "valid: fast, balanced, accurate"),
         ({"dropout_p": 2.0}, "valid: 0 to 1"),
+        ({"dropout_p": "none"}, r"dropout_p='none' \(valid: 0 to 1\)"),
+        ({"kernel": ["auto"]}, r"kernel=\['auto'\] \(valid: auto, "),
+        ({"precision": ["fast"]}, "valid: fast, balanced, accurate"),
     ],
 )
 def test_unknown_values_list_the_valid_ones(kwargs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sage_attention(hnd(), hnd(), hnd(), **kwargs)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_what_is_no_tensor_is_named(kernel: str) -> None:
+    for arguments, message in (
+        ((None, hnd(), hnd()), "query is a NoneType"),
+        ((hnd(), hnd().numpy(), hnd()), "key is a ndarray"),
+        ((hnd(), hnd(), hnd(), [[True]]), "attn_mask is a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            sage_attention(*arguments, kernel=kernel)  # type: ignore[arg-type]
+
+
+def test_causal_biases_are_seen_through() -> None:
+    query, key, value = hnd(seq=12), hnd(), hnd()
+    for make in (causal_lower_right, causal_upper_left):
+        bias = make(12, 20)
+        expected = F.scaled_dot_product_attention(query, key, value, bias)
+        out = sage_attention(query, key, value, bias, kernel="reference", precision="accurate")
+        assert isinstance(out, Tensor) and relative_l2(out, expected) < 0.02
+        exact = sage_attention(query.clone().requires_grad_(), key, value, bias)
+        assert isinstance(exact, Tensor) and relative_l2(exact, expected) < 1e-6
+        with pytest.raises(RuntimeError, match=r"for lengths \(12, 20\), not \(20, 20\)"):
+            sage_attention(hnd(), key, value, bias)
 
 
 def test_the_operator_itself_refuses_unknown_values() -> None:

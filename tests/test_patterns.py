@@ -462,6 +462,51 @@ def test_opaque_nodes_under_inductor() -> None:
     ] * 2
 
 
+@pytest.mark.parametrize("through", ["the pass", "inductor"])
+def test_opaque_nodes_train(through: str, fresh_compile: None) -> None:
+    options: dict[str, Any] = {
+        "sage.kernel": "reference", "sage.precision": "accurate", "sage.training": True, "sage.fallback": "error"
+    }  # fmt: skip
+    backend: Any = RewritingBackend(Config.from_options(options)[0])
+    layer = mha()
+    compiled = torch.compile(
+        layer, **{"backend": backend} if through == "the pass" else {"backend": "sage_inductor", "options": options}
+    )  # fmt: skip
+    gradients = []
+    with torch.enable_grad():
+        for function in (layer, compiled):
+            function(X, X, X, need_weights=False)[0].square().sum().backward()
+            gradients.append([parameter.grad for parameter in layer.parameters()])
+            layer.zero_grad()
+    for exact, own in zip(*gradients, strict=True):
+        assert exact is not None and own is not None and relative_l2(own, exact) < 2 * BOUND
+
+
+def test_opaque_nodes_are_judged_in_the_dtype_of_autocast() -> None:
+    layer = mha()
+
+    def model(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):  # the second gets bfloat16 and has weights in float32
+                x = layer(x, x, x, key_padding_mask=PADDED, need_weights=False)[0]
+        return x
+
+    out, sites = run(model, X)
+    assert [site.query.dtype for site in sites if site.query] == ["bfloat16"] * 2
+    assert out.dtype == torch.bfloat16 and relative_l2(out, model(X)) < 2 * BOUND
+
+
+def test_a_mask_of_an_opaque_node_that_needs_gradients_is_refused() -> None:
+    layer, bias = mha(), torch.randn(24, 24, requires_grad=True)
+    backend = RewritingBackend(Config(kernel="reference", training=True))
+    with torch.enable_grad():
+        torch.compile(layer, backend=backend)(X, X, X, attn_mask=bias, need_weights=False)[0].sum().backward()
+    assert bias.grad is not None
+    assert backend.sites[0].reasons == (
+        "requires_grad=attn_mask (supported: query, key and value, with training=True)",
+    )
+
+
 def random_attention(rng: random.Random) -> Callable[[Tensor, Tensor, Tensor, Tensor], Any]:
     """Something between attention and not: each choice may turn one into the other."""
     dim = rng.choice([-1, -1, -1, -1, 3, 3, 2, 1, -2])

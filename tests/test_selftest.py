@@ -181,6 +181,54 @@ def test_every_kernel_that_can_run_passes(name: str) -> None:
     assert sum(finding.status == "passed" for finding in found) >= 5
 
 
+@pytest.mark.parametrize(
+    ("kernel", "cases"),
+    [
+        (Zeros, {"whole tiles", "ragged lengths", "CUDA graph capture"}),
+        (IgnoresMask, {"key-padding mask"}),
+        (IgnoresCausal, {"causal, head_dim 128"}),
+        (WrongStream, {"CUDA graph capture"}),
+        (LeavesTheLastTile, {"ragged lengths", "grouped heads", "NHD strides"}),
+    ],
+)
+def test_faults_of_one_precision_are_found(kernel: type[ReferenceKernel], cases: set[str]) -> None:
+    """Be it the last, in which the fewest cases run."""
+
+    class InTheLast(kernel):  # type: ignore[misc, valid-type]
+        def run(self, *args: Any) -> None:
+            (super() if args[4].precision == "accurate" else kernels.get("reference")).run(*args)
+
+    precisions = ("fast", "accurate")
+    found = [f for f in check(InTheLast(), "cpu", precisions, recorded) if f.status == "failed"]
+    assert {finding.precision for finding in found} == {"accurate"}
+    assert {finding.case for finding in found} >= cases
+
+
+def test_few_forms_of_a_kernel_are_compiled() -> None:
+    """What the kernels are specialised on: of the 21 that all cases have in all precisions, 12."""
+    forms = set()
+
+    class Compiled(ReferenceKernel):
+        name = "compiled"
+
+        def run(
+            self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Any, lse: Any
+        ) -> None:
+            kind = None if mask is None else (mask.dtype, mask.stride(2) == 0 or mask.shape[2] == 1)
+            forms.add((params.precision, query.shape[-1], params.is_causal, kind, lse is None))
+
+    check(Compiled(), "cpu", capture=recorded)
+    assert len(forms) == 12
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int, str]] = []
+    found = check(Zeros(), "cpu", capture=recorded, progress=lambda *step: told.append(step))
+    assert [done for done, _, _ in told] == list(range(len(found) + 1))
+    assert {total for _, total, _ in told} == {len(found)}
+    assert told[0][2] == "zeros fast: whole tiles" and told[-1][2] == "zeros"
+
+
 def test_zeros() -> None:
     found = failures(Zeros)
     assert set(found) == {case.name for case in CASES} - {"side stream"}
@@ -194,7 +242,7 @@ def test_an_ignored_mask() -> None:
 
 
 def test_an_ignored_causal_mask() -> None:
-    assert set(failures(IgnoresCausal)) == {"causal"}
+    assert set(failures(IgnoresCausal)) == {"causal, head_dim 128"}
 
 
 def test_work_that_a_capture_misses() -> None:
@@ -236,7 +284,7 @@ def test_a_stated_limit_is_not_a_fault() -> None:
     found = {f.case: f for f in check(RefusesCapture(), "cpu", ["fast"], capture=recorded)}
     assert found["CUDA graph capture"].status == "skipped"
     assert found["CUDA graph capture"].problems == ("CUDA graph capture (supported: none)",)
-    assert found["causal"].status == "passed"
+    assert found["causal, head_dim 128"].status == "passed"
 
 
 def test_an_unavailable_kernel_gives_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sage_inductor import Config, kernels
+from sage_inductor import Config, kernels, timing
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.testing import RewritingBackend
 from sage_inductor.tuning import Comparison, SdpaCall, choice, measure
@@ -197,7 +197,7 @@ def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=64))
-    monkeypatch.setattr(measure, "keep_gpu_busy", lambda cycles: steps.append("busy"))
+    monkeypatch.setattr(timing, "keep_gpu_busy", lambda cycles: steps.append("busy"))
     clock = measure._CudaClock(torch.device("cpu"))
     clock.flush.fill_(1)
     assert clock(lambda: steps.append("call")) == 5.0

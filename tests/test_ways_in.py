@@ -21,6 +21,7 @@ from sage_inductor import (
     Config,
     NotEligibleError,
     SageAttentionPass,
+    calibrate,
     enabled,
     explain,
     rewrite_exported,
@@ -175,6 +176,21 @@ def test_config_raises_the_same() -> None:
     with pytest.raises(TypeError):
         Config(include="blocks.*")  # type: ignore[arg-type]
     assert Config(include=["a", "b"]).include == ("a", "b")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [{"kernel": "reference"}, "reference"])
+def test_what_is_no_config_is_refused_at_once(model: Block, x: Tensor, config: Any) -> None:
+    for way in (
+        lambda: explain(model, x, config=config),
+        lambda: enabled(config).__enter__(),
+        lambda: SageAttentionPass(config),
+        lambda: calibrate(model, [(x,)], config=config),
+        lambda: rewrite_exported(torch.export.export(model, (x,)), config),
+    ):
+        with pytest.raises(TypeError, match=r"valid: a sage_inductor\.Config, None"):
+            way()
+    with pytest.raises(TypeError, match="exported_program is a Block"):
+        rewrite_exported(model)  # type: ignore[arg-type]
 
 
 def test_a_named_kernel_that_cannot_run_here_raises(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,20 @@ class AttentionImpl(ABC):
         """Called on the output of `forward`; returns it unchanged."""
         return output
 
+    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raise RuntimeError for tensors that would be taken for others: of another layout, or with a head_size for which
+        softmax_scale was not made."""
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 4:
+                raise RuntimeError(
+                    f"{self.prefix or type(self).__name__}: {name} has {tensor.dim()} dimensions "
+                    "(valid: 4, [batch, seq, heads, head_size])"
+                )
+        if query.shape[-1] != self.head_size:
+            raise RuntimeError(
+                f"{self.prefix or type(self).__name__}: query has head_size {query.shape[-1]} (valid: {self.head_size})"
+            )
+
     @abstractmethod
     def forward(
         self,
@@ -112,7 +127,8 @@ class AttentionImpl(ABC):
             new contiguous tensor.
 
         Raises:
-            RuntimeError: tensors that do not fit together.
+            RuntimeError: tensors that do not fit together, or not to head_size.
+            TypeError: metadata in a dict, or a mask that is no tensor.
             ValueError: a mask that does not fit (see `AttentionMetadata`).
         """
 
@@ -147,6 +163,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def get_supported_head_sizes() -> list[int] | None:
         """The head sizes that its kernels run; None: any."""
+
+    @classmethod
+    def get_supported_dtypes(cls) -> tuple[torch.dtype, ...]:
+        """The dtypes that it runs."""
+        return (torch.float16, torch.bfloat16, torch.float32)
 
 
 def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()) -> float:

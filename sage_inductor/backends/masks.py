@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,16 @@ from torch import Tensor
 
 
 def of_metadata(attn_metadata: object | None) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) of any metadata object; (None, False) where it says nothing."""
-    return getattr(attn_metadata, "attn_mask", None), bool(getattr(attn_metadata, "is_causal", False))
+    """(attn_mask, is_causal) of any metadata object; (None, False) where it says nothing. TypeError for a dict, in which
+    they would be overlooked, and for a mask that is no tensor."""
+    if isinstance(attn_metadata, Mapping):
+        raise TypeError(
+            "attn_metadata is a dict (valid: an object with attributes, such as AttentionMetadata)"
+        )
+    attn_mask = getattr(attn_metadata, "attn_mask", None)
+    if not isinstance(attn_mask, (Tensor, NoneType)):
+        raise TypeError(f"attn_mask is a {type(attn_mask).__name__} (valid: a tensor, None)")
+    return attn_mask, bool(getattr(attn_metadata, "is_causal", False))
 
 
 def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

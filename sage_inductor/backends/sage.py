@@ -89,6 +89,7 @@ class SageAttentionImpl(AttentionImpl):
         """As `AttentionImpl.forward`; besides, NotEligibleError, with every reason, when a kernel asked for
         by name cannot run the call. float16, bfloat16 and float32; inference only (with "auto", inputs that
         need gradients get exact attention)."""
+        self.check_inputs(query, key, value)
         attn_mask, is_causal = masks.of_metadata(attn_metadata)
         attn_mask = masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal

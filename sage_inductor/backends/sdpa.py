@@ -53,6 +53,7 @@ class SDPAImpl(AttentionImpl):
         attn_metadata: AttentionMetadata | None = None,
         output: Tensor | None = None,
     ) -> Tensor:
+        self.check_inputs(query, key, value)
         attn_mask, is_causal = masks.of_metadata(attn_metadata)
         attn_mask = masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal

@@ -1,8 +1,8 @@
 """Says what is installed, which kernels can run here and why not, and tests each one.
 
-Every kernel that can run computes small problems in each of its precisions: ragged lengths, masks, grouped
-heads, strides, log-sum-exp, and on a GPU under CUDA graph capture and on a side stream. Each output is held against
-the oracle and against float64.
+Every kernel that can run computes small problems in each of its precisions: ragged lengths, causal and padding
+masks, grouped heads, strides, and on a GPU under CUDA graph capture and on a side stream; other masks and log-sum-exp in
+the first of them. Each output is held against the oracle and against float64.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sage_inductor import kernels, selftest
 from sage_inductor.cli.errors import FAILED, NOT_AS_ASKED
 from sage_inductor.cli.options import add_device, add_kernels, chosen_device
 from sage_inductor.cli.output import Cell, bad, good, show_json, show_lines, show_table, weak
+from sage_inductor.progress import ProgressCallback, shown
 
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -55,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     device = chosen_device(options)
     facts = machine_facts()
-    diagnoses = [diagnose(name, device) for name in options.kernel or kernels.KERNELS]
+    with shown(None, "testing kernels") as progress:
+        diagnoses = [diagnose(name, device, progress) for name in options.kernel or kernels.KERNELS]
     code = exit_code(diagnoses, asked=options.kernel or ())
     if options.json:
         data = [{**asdict(diagnosis), "is_sound": diagnosis.is_sound} for diagnosis in diagnoses]
@@ -65,12 +67,12 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def diagnose(name: str, device: torch.device) -> Diagnosis:
+def diagnose(name: str, device: torch.device, progress: ProgressCallback | None = None) -> Diagnosis:
     """Whatever a kernel family does when it is asked, imported or run becomes part of the result."""
     try:
         kernel = kernels.get(name)
         reasons, broken = kernel.unavailable_reasons(device), kernel.broken_reasons(device)
-        findings = [] if reasons else selftest.check(kernel, device)
+        findings = [] if reasons else selftest.check(kernel, device, progress=progress)
     except Exception as error:  # a build for another torch fails in many ways
         reason = f"raises {type(error).__name__}: {error}"
         return Diagnosis(name, (reason,), (reason,))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import ops
-from sage_inductor.inductor import keep_gpu_busy, outside_tracing
+from sage_inductor.inductor import outside_tracing
 from sage_inductor.kernels import AttentionProblem, TensorSpec
+from sage_inductor.timing import gpu_ms, host_ms
 from sage_inductor.tuning.comparison import Comparison, SdpaCall
 from sage_inductor.tuning.store import Result, Timing
 
@@ -182,34 +182,22 @@ def _against(times: Sequence[float], sdpa: Sequence[float]) -> Timing:
 
 def clock_of(device: torch.device) -> Clock:
     """What times one call on `device`, in ms."""
-    return _CudaClock(device) if device.type == "cuda" else _host_ms
-
-
-def _host_ms(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    return _CudaClock(device) if device.type == "cuda" else host_ms
 
 
 class _CudaClock:
     """The larger of the time on the GPU and that of queueing the work, which a model does not hide where it is the
     larger one. The GPU is busy while the host queues, and finds nothing in its L2 cache."""
 
-    BUSY_CYCLES = 1_000_000  # about half a millisecond
-
     def __init__(self, device: torch.device) -> None:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
 
     def __call__(self, call: Call) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
-        keep_gpu_busy(self.BUSY_CYCLES)
-        start.record()
-        host_ms = _host_ms(call)
-        end.record()
-        end.synchronize()
-        return max(float(start.elapsed_time(end)), host_ms)
+        queueing: list[float] = []
+        on_gpu = gpu_ms(lambda: queueing.append(host_ms(call)))
+        return max(on_gpu, *queueing)
 
 
 def _check_memory(comparison: Comparison) -> None:

@@ -270,9 +270,16 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # The outer context restores the current stream, which the inner one does not when the capture fails.
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-        run()
+    try:
+        # The outer context restores the current stream, which the inner one does not when the capture fails.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            run()
+    except Exception:
+        # A failed capture leaves the random generator in one, until a good one ends.
+        with contextlib.suppress(Exception), torch.cuda.stream(stream):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                torch.zeros(1, device="cuda")
+        raise
     torch.cuda.synchronize()  # for work that went to another stream: it must not write after this
     return graph.replay
 

@@ -59,6 +59,16 @@ FAINT = "context_embedder.token_refiner.refiner_blocks.0.attn"
 ORACLE_BOUND = 1e-3
 
 
+def oracle_bound(masks: Iterable[str], oracle_error: float) -> float:
+    """How far the output may be from the oracle's, which is `oracle_error` from the exact one.
+
+    The oracle in place of SDPA is given a row of the mask for each query. The rewriting finds out that padding is the
+    same for all of them, and then padding does not count in what is subtracted from K and V: all 8-bit roundings of
+    the two are independent, and their errors add up like that; half as much again for their scatter.
+    """
+    return 1.5 * 2**0.5 * oracle_error if any("key_padding" in mask for mask in masks) else ORACLE_BOUND
+
+
 class SdpaCalls(TorchFunctionMode):
     """Counts the SDPA calls of an eager run. Those that `eligible` says True of go to `serve`, if given."""
 
@@ -237,7 +247,10 @@ def test_the_output_is_within_the_bound(outcome: Outcome) -> None:
         assert torch.equal(outcome.output, outcome.plain_output)
         return
     assert outcome.error(outcome.output) < bound(outcome.output)
-    assert relative_l2(outcome.output, outcome.oracle) < ORACLE_BOUND
+    limit = oracle_bound(
+        [site.mask for site in outcome.recorder.sites], relative_l2(outcome.oracle, outcome.exact)
+    )
+    assert relative_l2(outcome.output, outcome.oracle) < limit
 
 
 def test_the_bounds_would_notice_one_wrong_attention(outcome: Outcome) -> None:

@@ -48,7 +48,7 @@ struct Params {
     const float* q_shift;    // the same shape: what smoothing K took from the LSE
     const float* k_scale;    // [kv_heads, kv_blocks]
     const float* v_scale;    // [kv_heads, kv_blocks], log2
-    const float* v_channel;  // [batch, kv_heads, 3, V_HEAD_DIM] scale, its reciprocal, what was subtracted
+    const float* v_channel;  // [batch, kv_heads, 3, V_HEAD_DIM] scale, sampled size, what was subtracted
     const int* used_keys;    // [batch, 3] first and last + 1 key that the mask leaves, whether all between are left
     u32* ticket;             // zero; the next tile that nobody has taken
     float* parts;            // [grid, 2, BLOCK_M, V_HEAD_DIM], normalised

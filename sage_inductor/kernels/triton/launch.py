@@ -26,10 +26,7 @@ from .tuning import LaunchConfig, launch_config, quantize_config
 INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 
-# The statistics kernel: rows per step, and registers that let two programs of 8 warps on an SM, which spills nothing
-# up to head dim 128.
-_SAMPLE_CHUNK = 64
-_SAMPLE_REGISTERS = 128
+_SAMPLE_GROUP = 32  # channels of one program of the statistics kernel
 
 Strides = tuple[int, int, int, int]
 
@@ -121,9 +118,6 @@ def _plan(
     padded = {"D": d, "DV": dv, "D_POW2": triton.next_power_of_2(d), "DV_POW2": triton.next_power_of_2(dv)}
     quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
     quantize_options.pop("num_stages")
-    statistics_options = {"CHUNK": _SAMPLE_CHUNK, "num_warps": 8}
-    if max(padded["D_POW2"], padded["DV_POW2"]) <= 128:
-        statistics_options["maxnreg"] = _SAMPLE_REGISTERS
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"
     tma = arch[0] >= 9
@@ -134,7 +128,7 @@ def _plan(
         v_transposed=v_transposed,
         tma=tma,
         config=config,
-        statistics={**dims, **padded, **statistics_options},
+        statistics={**dims, "D": d, "DV": dv, "GROUP": _SAMPLE_GROUP, "num_warps": 8},
         quantize={
             **dims,
             **padded,
@@ -258,7 +252,7 @@ class Call:
         v_statistics = params.precision != "accurate"
         mask, mask_kind = None, 0
         mask_strides: tuple[int, ...] = (0, 0)
-        programs = batch * kv_heads * (2 if v_statistics else 1)
+        programs = batch * kv_heads * ((plan.d + plan.dv if v_statistics else plan.d) // _SAMPLE_GROUP)
         if self.skip_blocks:
             mask, mask_kind, mask_strides = self.attn_mask, self.mask_kind, self.mask_strides[::3]
             programs += batch

@@ -40,6 +40,7 @@ SAMPLES = 512  # keys per (sequence, head) that the statistics look at
 
 _KEY_BLOCK = tl.constexpr(KEY_BLOCK)
 _SAMPLES = tl.constexpr(SAMPLES)
+_MASK_STEP = tl.constexpr(4096)  # keys whose mask is looked at at once
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Scales below this are of no use to anyone and their reciprocals overflow; zero blocks get it and quantise to
 # zeros.
@@ -75,8 +76,8 @@ def padded_head_dim(head_dim: int) -> tuple[int, int]:
 def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl.constexpr):
     """The parts of the fp32 workspace after the q_size elements that belong to Q (its scales [heads, q_blocks
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
-    kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, their reciprocals and the
-    vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys,
+    kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, what the sample says they
+    should be and the vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys,
     int32 [batch, 3]: the first useful key, the last + 1, and whether every key between them is useful; last an
     int32 zero, for a kernel that counts what it has done."""
     k_scale = scales + q_size
@@ -112,30 +113,21 @@ def _sampled_rows(i, length, mask, stride_mn, MASK: tl.constexpr):
 
 
 @triton.jit
-def _sample_weight(length, mask, stride_mn, MASK: tl.constexpr):
-    """One over the number of sampled keys that count."""
-    count = tl.minimum(length, _SAMPLES)
-    if MASK != 0:
-        _rows, counted = _sampled_rows(tl.arange(0, _SAMPLES), length, mask, stride_mn, MASK)
-        count = tl.sum(counted.to(tl.int32), 0)
-    return 1.0 / tl.maximum(count, 1)
-
-
-@triton.jit
 def _load_sample(
-    x, stride_n, stride_d, chunk, length, mask, stride_mn,
-    CHUNK: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr,
+    x, stride_n, stride_d, first_d, length, mask, stride_mn,
+    DIM: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Sampled keys number chunk * CHUNK onwards [CHUNK, D], 0 where they are not finite, and which of them
-    count."""
-    rows, counted = _sampled_rows(chunk * CHUNK + tl.arange(0, CHUNK), length, mask, stride_mn, MASK)
-    d = tl.arange(0, D)
+    """Some channels of the sampled keys [SAMPLES, GROUP], 0 where they are not finite; which keys count; and one
+    over how many do."""
+    rows, counted = _sampled_rows(tl.arange(0, _SAMPLES), length, mask, stride_mn, MASK)
+    d = first_d + tl.arange(0, GROUP)
     tile = tl.load(
         x + rows[:, None] * stride_n + d[None, :] * stride_d,
         mask=counted[:, None] & (d < DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    return finite_or_zero(tile), counted
+    weight = 1.0 / tl.maximum(tl.sum(counted.to(tl.int32), 0), 1)
+    return finite_or_zero(tile), counted, weight
 
 
 _STATISTICS_UNSPECIALIZED = [
@@ -185,12 +177,10 @@ def statistics_kernel(
     V_HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    D_POW2: tl.constexpr,
-    DV_POW2: tl.constexpr,
-    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One program per (sequence, kv head) for K, one for V if V_STATISTICS, then one per sequence for a key
-    mask."""
+    """One program per GROUP channels of K and of V, if V_STATISTICS, for each sequence and kv head; then one per
+    sequence for a key mask. A group's sample is held in registers, so that memory is waited for once."""
     pid = tl.program_id(0)
     heads = batch * kv_heads
     _k_scale, _v_scale, k_mean, v_channel, used_keys = sections(
@@ -198,9 +188,11 @@ def statistics_kernel(
     )
     if pid == 0:
         tl.store((used_keys + 3 * batch).to(tl.pointer_type(tl.int32)), 0)
-    role = pid // heads
+    K_GROUPS: tl.constexpr = D // GROUP
+    V_GROUPS: tl.constexpr = DV // GROUP if V_STATISTICS else 0
+    group = pid // heads
     bh = pid % heads
-    if role < (2 if V_STATISTICS else 1):
+    if group < K_GROUPS + V_GROUPS:
         b = bh // kv_heads
         h = (bh % kv_heads).to(tl.int64)
         start, length, _block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
@@ -211,54 +203,40 @@ def statistics_kernel(
             length = tl.maximum(end - first, 0)
             start = first.to(tl.int64)
             mask += start * stride_mn
-        weight = _sample_weight(length, mask, stride_mn, MASK)
-        chunks = tl.cdiv(tl.minimum(length, _SAMPLES), CHUNK)
-        if role == 0:
+        if group < K_GROUPS:
+            d = group * GROUP + tl.arange(0, GROUP)
             stride_n = stride_kn.to(tl.int64) * K_ALIGN
             source = k + (b.to(tl.int64) * stride_kb + h * stride_kh) * K_ALIGN + start * stride_n
-            mean = tl.zeros([D_POW2], tl.float32)
-            for chunk in range(chunks):
-                tile, _counted = _load_sample(
-                    source, stride_n, stride_kd, chunk, length, mask, stride_mn, CHUNK, HEAD_DIM, D_POW2, MASK
-                )
-                mean += tl.sum(tile * weight, 0)  # scaled first: a sum of large values would overflow
-            d = tl.arange(0, D_POW2)
-            tl.store(k_mean + bh * D + d, mean, mask=d < D)
+            tile, _counted, weight = _load_sample(
+                source, stride_n, stride_kd, group * GROUP, length, mask, stride_mn, HEAD_DIM, GROUP, MASK
+            )
+            # Scaled first: a sum of large values would overflow.
+            tl.store(k_mean + bh * D + d, tl.sum(tile * weight, 0))
         else:
+            group -= K_GROUPS
+            d = group * GROUP + tl.arange(0, GROUP)
             stride_n = stride_vn.to(tl.int64) * V_ALIGN
             source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN + start * stride_n
+            tile, counted, weight = _load_sample(
+                source, stride_n, stride_vd, group * GROUP, length, mask, stride_mn, V_HEAD_DIM, GROUP, MASK
+            )
             # The 1/2-mean, of values and of their magnitudes: one outlier token in the sample would carry the
             # mean off for all others, and a maximum would make the channels as uneven as that token is.
-            centre = tl.zeros([DV_POW2], tl.float32)
-            size = tl.zeros([DV_POW2], tl.float32)
-            for chunk in range(chunks):
-                tile, _counted = _load_sample(
-                    source, stride_n, stride_vd, chunk, length, mask, stride_mn, CHUNK, V_HEAD_DIM, DV_POW2, MASK
-                )  # fmt: skip
-                root = tl.sqrt(tl.abs(tile))
-                size += tl.sum(root, 0) * weight
-                centre += tl.sum(tl.where(tile < 0, -root, root), 0) * weight
+            root = tl.sqrt(tl.abs(tile))
+            size = tl.sum(root, 0) * weight
+            centre = tl.sum(tl.where(tile < 0, -root, root), 0) * weight
             centre = centre * tl.abs(centre)
-            limit = size * size * _OUTLIER
+            limit = (size * size * _OUTLIER)[None, :]
             # From there the mean, outliers limited, and the size of what is left.
-            shift = tl.zeros([DV_POW2], tl.float32)
-            size = tl.zeros([DV_POW2], tl.float32)
-            for chunk in range(chunks):
-                tile, counted = _load_sample(
-                    source, stride_n, stride_vd, chunk, length, mask, stride_mn, CHUNK, V_HEAD_DIM, DV_POW2, MASK
-                )  # fmt: skip
-                tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
-                size += tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
-                tile = tl.minimum(tl.maximum(tile, -limit[None, :]), limit[None, :])
-                shift += tl.sum(tile * weight, 0)
-            size = size * size
-            largest = tl.max(size, 0)
-            size = tl.where(largest < _TINY, 1.0, tl.maximum(size, largest / _V_CHANNEL_RANGE))
-            d = tl.arange(0, DV_POW2)
+            tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
+            size = tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
+            shift = tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
             channel = v_channel + bh * 3 * DV + d
-            tl.store(channel, size, mask=d < DV)
-            tl.store(channel + DV, 1.0 / size, mask=d < DV)
-            tl.store(channel + 2 * DV, centre + shift, mask=d < DV)
+            tl.store(
+                channel, tl.full([GROUP], 1.0, tl.float32)
+            )  # until the first block is quantised, if there is one
+            tl.store(channel + DV, size * size)
+            tl.store(channel + 2 * DV, centre + shift)
     elif MASK != 0:
         first, end, count = _used_range(key_mask + bh.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK)
         target = (used_keys + 3 * bh).to(tl.pointer_type(tl.int32))
@@ -288,11 +266,11 @@ def _counts(n, exists, mask, stride_mn, MASK: tl.constexpr):
 def _used_range(mask, kv_len, stride_mn, MASK: tl.constexpr):
     """First and last + 1 key of a sequence that its mask does not rule out (the largest integer and 0 where it
     rules out all), and how many there are."""
-    first = tl.full([1024], 0x7FFFFFFF, tl.int32)
-    last = tl.full([1024], -1, tl.int32)
-    count = tl.zeros([1024], tl.int32)
-    for start in range(0, kv_len, 1024):
-        n = start + tl.arange(0, 1024)
+    first = tl.full([_MASK_STEP], 0x7FFFFFFF, tl.int32)
+    last = tl.full([_MASK_STEP], -1, tl.int32)
+    count = tl.zeros([_MASK_STEP], tl.int32)
+    for start in range(0, kv_len, _MASK_STEP):
+        n = start + tl.arange(0, _MASK_STEP)
         used = _counts(n, n < kv_len, mask, stride_mn, MASK)
         first = tl.minimum(first, tl.where(used, n, 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(used, n, -1))
@@ -399,6 +377,11 @@ def quantize_kernel(
             mask += b.to(tl.int64) * stride_mb
         if block * _KEY_BLOCK < length:
             if is_k:
+                if PRECISION != "accurate" and block == 0:
+                    # V's programs have no registers left for it.
+                    d = tl.arange(0, DV_POW2)
+                    channel = v_channel + bh * 3 * DV
+                    tl.store(channel + d, _channel_scales(channel, DV, DV_POW2), mask=d < DV)
                 stride_n = stride_kn.to(tl.int64) * K_ALIGN
                 source = (
                     k + (b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh) * K_ALIGN + start * stride_n
@@ -496,6 +479,15 @@ def _quantize_k(
 
 
 @triton.jit
+def _channel_scales(channel, D: tl.constexpr, D_POW2: tl.constexpr):
+    """V's, from what the sample says."""
+    d = tl.arange(0, D_POW2)
+    size = tl.load(channel + D + d, mask=d < D, other=0.0)
+    largest = tl.max(size, 0)
+    return tl.where(largest < _TINY, 1.0, tl.maximum(size, largest / _V_CHANNEL_RANGE))
+
+
+@triton.jit
 def _quantize_v(
     source, target, pitch, log2_scale, channel, block, length, stride_n, stride_d, mask, stride_mn,
     DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
@@ -507,6 +499,7 @@ def _quantize_v(
     c = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + ((c & -16) | (c & 1) | ((c & 2) << 2) | ((c & 12) >> 1))
     d = tl.arange(0, D_POW2)
+    reciprocal = 1.0 / _channel_scales(channel, D, D_POW2)
     exists = _counts(n, n < length, mask, stride_mn, MASK)
     x = tl.load(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
@@ -514,7 +507,7 @@ def _quantize_v(
         other=0.0,
     ).to(tl.float32)
     x = x - exists.to(tl.float32)[:, None] * tl.load(channel + 2 * D + d, mask=d < D, other=0.0)[None, :]
-    x = x * tl.load(channel + D + d, mask=d < D, other=1.0)[None, :]
+    x = x * reciprocal[None, :]
     bits = tl.max(tl.max(magnitude(x), 1), 0)
     if PRECISION == "fast":
         # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only a block with a value

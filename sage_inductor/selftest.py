@@ -276,9 +276,9 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
             run()
     except Exception:
         # A failed capture leaves the random generator in one, until a good one ends.
-        with contextlib.suppress(Exception), torch.cuda.stream(stream):
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-                torch.zeros(1, device="cuda")
+        good = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream)
+        with contextlib.suppress(Exception), torch.cuda.stream(stream), good:
+            torch.zeros(1, device="cuda")
         raise
     torch.cuda.synchronize()  # for work that went to another stream: it must not write after this
     return graph.replay

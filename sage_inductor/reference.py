@@ -26,6 +26,7 @@ V_CHANNEL_FLOOR = (
     1 / 64
 )  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
 OUTLIER = 8.0  # times a channel's size: no value of V counts for more in its mean
+LEAST_MEAN = 0.25  # of a channel's size: V's mean is not subtracted below
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LOG2E = math.log2(math.e)
@@ -139,6 +140,9 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None 
         deviation = sample - centre
         v_mean = centre + (deviation.clamp(-limit, limit) * weight).sum(2, keepdim=True)
         v_size = (deviation.abs().sqrt() * weight).sum(2, keepdim=True).square()
+        # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
+        # smaller than that, and the rounding of P would not spare what is added back.
+        v_mean = torch.where(v_mean.abs() > LEAST_MEAN * v_size, v_mean, 0.0)
         v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
         v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
         v = _blocked(_without(unused, (value.float() - v_mean) / v_channel))

@@ -290,13 +290,13 @@ def test_k_bias_and_outlier_channels(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fast", "balanced"])
 @pytest.mark.parametrize("dim", [64, 96])
 def test_a_mean_in_v_costs_no_accuracy(precision: str, dim: int) -> None:
-    """The error is as documented relative to what V's deviation from it adds up to."""
+    """The error is as large as without it; a tenth more, as other numbers are rounded."""
     q, k, v = (randn(1, 1, 384, dim, dtype=torch.float32) for _ in range(3))
     mean = 2 * randn(dim, dtype=torch.float32)
     check(q, k, v + mean, params=params_of(precision))
-    out, _ = run(q, k, v + mean, params=params_of(precision))
+    out, without = (run(q, k, x, params=params_of(precision))[0] for x in (v + mean, v))
     expected, _ = exact(q, k, v)
-    assert relative_l2(out - mean, expected) <= DOCUMENTED[precision]
+    assert relative_l2(out - mean, expected) <= 1.1 * relative_l2(without, expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

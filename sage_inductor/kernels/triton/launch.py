@@ -26,7 +26,7 @@ from .tuning import LaunchConfig, launch_config, quantize_config
 INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 
-_SAMPLE_GROUP = 32  # channels of one program of the statistics kernel
+_SAMPLE_GROUP = 16  # channels of one program of the statistics kernel: few enough for three programs on an SM
 
 Strides = tuple[int, int, int, int]
 
@@ -128,7 +128,7 @@ def _plan(
         v_transposed=v_transposed,
         tma=tma,
         config=config,
-        statistics={**dims, "D": d, "DV": dv, "GROUP": _SAMPLE_GROUP, "num_warps": 8},
+        statistics={**dims, "D": d, "DV": dv, "GROUP": _SAMPLE_GROUP, "num_warps": 8, "maxnreg": 80},
         quantize={
             **dims,
             **padded,

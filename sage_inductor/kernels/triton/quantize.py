@@ -52,6 +52,7 @@ _V_CHANNEL_RANGE = tl.constexpr(64.0)  # no channel scale is below 1/64 of the l
 # A value of V further from the centre than this many times its channel's size weighs as one at that distance in the
 # mean. 5.4 standard deviations of normal values without a mean: one such token of 512 moves it by a hundredth of one.
 _OUTLIER = tl.constexpr(8.0)
+_LEAST_MEAN = tl.constexpr(0.25)  # of a channel's size: V's mean is not subtracted below
 
 
 def padded_head_dim(head_dim: int) -> tuple[int, int]:
@@ -107,9 +108,9 @@ def sequence(b, length, cu_seqlens, VARLEN: tl.constexpr):
 @triton.jit
 def _sampled_rows(i, length, mask, stride_mn, MASK: tl.constexpr):
     """Number i of the evenly spaced keys of a sequence, and whether it counts."""
-    count = tl.minimum(length, _SAMPLES)
-    rows = i.to(tl.int64) * length // tl.maximum(count, 1)
-    return rows, _counts(rows, i < count, mask, stride_mn, MASK)
+    spaced = (i.to(tl.int64) * length) // _SAMPLES
+    rows = tl.where(length < _SAMPLES, i, spaced)
+    return rows, _counts(rows, i < tl.minimum(length, _SAMPLES), mask, stride_mn, MASK)
 
 
 @triton.jit
@@ -230,13 +231,17 @@ def statistics_kernel(
             # From there the mean, outliers limited, and the size of what is left.
             tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
             size = tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
-            shift = tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
+            size = size * size
+            mean = centre + tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
+            # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
+            # smaller than that, and the rounding of P would not spare what is added back.
+            mean = tl.where(tl.abs(mean) > size * _LEAST_MEAN, mean, 0.0)
             channel = v_channel + bh * 3 * DV + d
             tl.store(
                 channel, tl.full([GROUP], 1.0, tl.float32)
             )  # until the first block is quantised, if there is one
-            tl.store(channel + DV, size * size)
-            tl.store(channel + 2 * DV, centre + shift)
+            tl.store(channel + DV, size)
+            tl.store(channel + 2 * DV, mean)
     elif MASK != 0:
         first, end, count = _used_range(key_mask + bh.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK)
         target = (used_keys + 3 * bh).to(tl.pointer_type(tl.int32))

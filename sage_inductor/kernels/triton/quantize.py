@@ -121,13 +121,16 @@ def _load_sample(
     """Some channels of the sampled keys [SAMPLES, GROUP], 0 where they are not finite; which keys count; and one
     over how many do."""
     rows, counted = _sampled_rows(tl.arange(0, _SAMPLES), length, mask, stride_mn, MASK)
+    count = tl.minimum(length, _SAMPLES)
+    if MASK != 0:
+        count = tl.sum(counted.to(tl.int32), 0)
+    weight = 1.0 / tl.maximum(count, 1)
     d = first_d + tl.arange(0, GROUP)
     tile = tl.load(
         x + rows[:, None] * stride_n + d[None, :] * stride_d,
         mask=counted[:, None] & (d < DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    weight = 1.0 / tl.maximum(tl.sum(counted.to(tl.int32), 0), 1)
     return finite_or_zero(tile), counted, weight
 
 
@@ -230,16 +233,15 @@ def statistics_kernel(
             limit = (size * size * _OUTLIER)[None, :]
             # From there the mean, outliers limited, and the size of what is left.
             tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
+            mean = centre + tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
             size = tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
             size = size * size
-            mean = centre + tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
             # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
             # smaller than that, and the rounding of P would not spare what is added back.
             mean = tl.where(tl.abs(mean) > size * _LEAST_MEAN, mean, 0.0)
             channel = v_channel + bh * 3 * DV + d
-            tl.store(
-                channel, tl.full([GROUP], 1.0, tl.float32)
-            )  # until the first block is quantised, if there is one
+            # Until the first block is quantised, if there is one.
+            tl.store(channel, tl.full([GROUP], 1.0, tl.float32))
             tl.store(channel + DV, size)
             tl.store(channel + 2 * DV, mean)
     elif MASK != 0:

@@ -1,7 +1,7 @@
 """Whole models: plain torch.compile against backend="sage_inductor", each kernel in each precision.
 
     python benchmarks/model.py                        # all models on a GPU; goes on where it stopped
-    python benchmarks/model.py --models wan_1.3B --budget 300
+    python benchmarks/model.py --models wan_1.3B --variants auto/fast hopper/balanced --budget 300
     python benchmarks/model.py --tiny                 # small models, any machine
 
 Needs `pip install diffusers transformers`; the models are those of examples/, made from their configurations with
@@ -87,9 +87,15 @@ def variants(device: str, tiny: bool) -> list[tuple[str, str]]:
 
 
 def run(
-    workloads: Sequence[Workload], out: Path, device: str, tiny: bool, repeat: int, budget: float
+    workloads: Sequence[Workload],
+    out: Path,
+    device: str,
+    wanted: Sequence[tuple[str, str]],
+    repeat: int,
+    budget: float,
 ) -> list[dict[str, Any]]:
-    """Measure what `out` lacks, saving after each row, until `budget` seconds are spent; returns all rows."""
+    """Measure what `out` lacks of the `wanted` variants, saving after each row, until `budget` seconds are spent;
+    returns all rows."""
     facts, deadline = machine(), time.monotonic() + budget
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -99,7 +105,7 @@ def run(
             for row in rows
             if row["model"] == workload.model and all(row[name] == facts[name] for name in ("gpu", "torch"))
         }
-        missing = [variant for variant in variants(device, tiny) if variant not in known]
+        missing = [variant for variant in wanted if variant not in known]
         if not missing:
             continue
         if time.monotonic() > deadline:
@@ -135,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--models", nargs="+", help=f"of {', '.join(WORKLOADS)}; tiny: {', '.join(TINY)}")
     parser.add_argument("--tiny", action="store_true", help="small models, and the reference kernel too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--variants", nargs="+", metavar="KERNEL/PRECISION", help="default: all that can run")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/model_<gpu>.json")
     parser.add_argument("--repeat", type=int, default=10, help="timed runs of each, taken in turns")
     parser.add_argument(
@@ -148,9 +155,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     out = options.out
     if out is None:
         out = Path(__file__).parent / "results" / f"model_{'tiny_' if options.tiny else ''}{gpu_name()}.json"
-    return run(
-        [known[name] for name in names], out, options.device, options.tiny, options.repeat, options.budget
-    )
+    wanted = variants(options.device, options.tiny)
+    if options.variants is not None:
+        by_name = {"/".join(variant): variant for variant in wanted}
+        if unknown := [name for name in options.variants if name not in by_name]:
+            parser.error(f"--variants {' '.join(unknown)} (valid here: {', '.join(by_name)})")
+        wanted = [by_name[name] for name in options.variants]
+    workloads = [known[name] for name in names]
+    return run(workloads, out, options.device, wanted, options.repeat, options.budget)
 
 
 def gpu_name() -> str:

@@ -31,6 +31,9 @@ def test_model_rows_are_measured_once(
 
     assert model.main([*arguments, "--budget", "-1"]) == [] and not file.exists()
     assert "stopped before Llama tiny" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        model.main([*arguments, "--variants", "reference/fats"])
+    assert "reference/fats (valid here: auto/fast," in capsys.readouterr().err
 
     monkeypatch.setattr(model, "variants", lambda device, tiny: [("auto", "fast")])
     plain, auto = model.main(arguments)

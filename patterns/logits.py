@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from sage_inductor.patterns.nodes import (
     number,
     only_reader,
     operands,
+    row_maximum,
     shape_of,
 )
 from sage_inductor.patterns.products import Product, product
@@ -109,10 +111,10 @@ def negated(mask: Value) -> Value:
 
 def logits_of(softmax: fx.Node) -> Logits | None:
     """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown."""
-    reader, node = softmax, argument(softmax, 0, "input")
+    readers, node = (softmax,), argument(softmax, 0, "input")
     logits = Logits(views=(shape_of(node),)) if isinstance(node, fx.Node) else None
     while logits is not None:
-        if not isinstance(node, fx.Node) or not only_reader(node, reader):
+        if not isinstance(node, fx.Node) or not only_reader(node, *readers):
             return None
         found = product(node)
         if found is not None:
@@ -121,15 +123,29 @@ def logits_of(softmax: fx.Node) -> Logits | None:
         if step is None:
             return None
         source, update = step
-        reader, node, logits = step_reader(node, source), source, update(logits)
+        readers, node, logits = step_readers(node, source), source, update(logits)
     return None
 
 
-def step_reader(node: fx.Node, source: fx.Node) -> fx.Node:
-    """The node by which `node` reads `source`: itself, or the multiplication it was looked through."""
-    if source in node.all_input_nodes:
-        return node
-    return next(arg for arg in node.all_input_nodes if source in arg.all_input_nodes)
+def step_readers(node: fx.Node, source: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes by which `node` reads `source`: itself, the multiplication it was looked through, or itself and the row
+    maximum that it subtracts."""
+    if source not in node.all_input_nodes:
+        return (next(arg for arg in node.all_input_nodes if source in arg.all_input_nodes),)
+    subtracted = _own_maximum(node)
+    return (node,) if subtracted is None else (node, subtracted)
+
+
+def _own_maximum(node: fx.Node) -> fx.Node | None:
+    """The first node of the row maximum of x, where `node` is `x - maximum` and nothing else reads the maximum: the
+    same for all keys, the softmax does not see it."""
+    first, second = operands(node)
+    found = row_maximum(second) if node in SUB and node.kwargs.get("alpha", 1) == 1 else None
+    if found is None or found[0] is not first:
+        return None
+    chain = (*found[1], node)
+    alone = all(only_reader(item, reader) for item, reader in itertools.pairwise(chain))
+    return chain[0] if alone else None
 
 
 def _complete(logits: Logits, node: fx.Node, found: Product) -> Logits | None:
@@ -224,6 +240,8 @@ def _addition(node: fx.Node) -> _Step | None:
     first, second = operands(node)
     if node.kwargs.get("alpha", 1) != 1:
         return None
+    if isinstance(first, fx.Node) and _own_maximum(node) is not None:
+        return first, lambda logits: logits
     if node in ADD and number(first) is not None:
         first, second = second, first
     shift = number(second)
@@ -314,7 +332,7 @@ def _times_inverse(node: Any) -> tuple[fx.Node, float] | None:
         if not isinstance(inverse, fx.Node) or number(value) is None:
             continue
         first, second = operands(inverse)
-        if inverse.target in ("rsub", torch.rsub):
+        if inverse.target in ("rsub", torch.rsub, torch.ops.aten.rsub.Scalar):
             first, second = second, first
         elif inverse not in SUB:
             continue
@@ -331,7 +349,7 @@ def _made_of_bools(mask: fx.Node) -> bool:
         if tensor is not None and tensor.dtype == torch.bool:
             return True
         name = current.target if current.op == "call_method" else getattr(current.target, "__name__", "")
-        if name not in VIEWS and current not in CAST:
+        if str(name).partition(".")[0] not in VIEWS and current not in CAST:
             return False
         current = argument(current, 0, "input")
     return False

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.call import Expr, Value, example_tensor
-from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument
+from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument, only_reader
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,22 @@ def untransposed(item: Value) -> Value:
     return Expr.of("transpose", item, -2, -1) if source is None else source
 
 
-def mirrored(outer: Product) -> Product | None:
-    """`left @ right^T` as `(right @ left^T)^T`: weights that stand transposed on the right."""
-    source = transposed(outer.right)
-    if source is None or outer.restore:
+def mirrored(node: fx.Node, outer: Product) -> tuple[Product, fx.Node] | None:
+    """`left @ right^T`, which `node` is, as `(right @ left^T)^T`: weights that stand transposed on the right. With the
+    node by which the product reads them."""
+    right = outer.right
+    source = transposed(right) if isinstance(right, fx.Node) else _permuted_back(right)
+    reader = right if isinstance(right, fx.Node) else node
+    if source is None or (reader is not node and not only_reader(reader, node)):
         return None
     swap = (("transpose", (-2, -1)), ("contiguous", ()))  # matmul's output is contiguous either way
-    return Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=swap, undo=swap)
+    restore, undo = swap + outer.restore, outer.undo + swap
+    other = Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=restore, undo=undo)
+    return other, reader
+
+
+def _permuted_back(item: Expr) -> fx.Node | None:
+    """x where `item` is x with its last two dims swapped, as an einsum reads it: "bts,bcs->bct" is v @ weights.mT."""
+    dims = len(item.args) - 1
+    swapped = item.target == "permute" and item.args[1:] == (*range(dims - 2), dims - 1, dims - 2)
+    return item.args[0] if swapped and isinstance(item.args[0], fx.Node) else None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor
+from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, traced
 from sage_inductor.patterns.logits import Logits, Term, logits_of
 from sage_inductor.patterns.nodes import (
     CAST,
@@ -43,10 +43,10 @@ class SoftmaxMatmul(Pattern):
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
         softmax, dropout = _weights(outer.left, node)
-        other = mirrored(outer) if softmax is None else None
-        if other is not None and isinstance(outer.right, fx.Node) and only_reader(outer.right, node):
-            softmax, dropout = _weights(other.left, outer.right)
-            outer = other
+        other = mirrored(node, outer) if softmax is None else None
+        if other is not None:
+            outer, reader = other
+            softmax, dropout = _weights(outer.left, reader)
         logits = None if softmax is None else logits_of(softmax)
         return None if logits is None else _call(node, outer, logits, dropout)
 
@@ -104,13 +104,15 @@ def _call(node: fx.Node, outer: Product, logits: Logits, dropout: float) -> Atte
     key = untransposed(transposed_key)
     restore, undo = outer.restore, outer.undo
     regrouped = _regrouping(dims, [shape[:-2] for shape in shapes], logits.views)
-    if regrouped is None or (regrouped[0] is not None and restore):
+    if regrouped is None:
         return None
     step, restored, undone = regrouped
     if step is not None:
         method, arguments = step
         query, key, value = (Expr.of(method, item, *arguments) for item in (query, key, value))
-        restore, undo = restored, undone
+        restore, undo = restored + restore, undo + undone
+    if restore and traced(output, (*undo, *restore)).stride() != output.stride():
+        return None  # users rely on the strides
     dtype = output.dtype
     query, key, value = (_cast(item, dtype) for item in (query, key, value))
     scores = (*shape_of(query)[:-1], shape_of(key)[-2])
@@ -143,7 +145,10 @@ def _regrouping(
         return unfold, (("flatten", (0, 1)),), (unfold,)
     if dims <= 4:
         return None, (), ()
-    if len(set(leading)) != 1 or not all(isinstance(size, int) for size in leading[0]):
+    inner = [shape[1:] for shape in leading]  # of a symbolic batch, these are known
+    if not all(isinstance(size, int) for shape in inner for size in shape) or len(set(inner)) != 1:
+        return None
+    if any(shape[0] != leading[0][0] for shape in leading):
         return None
     fold = ("flatten", (1, dims - 3))
     return fold, (("unflatten", (1, leading[0][1:])),), (fold,)
@@ -182,6 +187,9 @@ def lifted(term: Term, scores: tuple[Any, ...]) -> Value | None:
     if len(logits) == len(scores) and all(size == other for size, other in zip(logits, scores, strict=True)):
         return item
     if not all(isinstance(size, int) for size in (*logits, *scores, *shape)):
+        if len(logits) > len(scores):  # dims of the term could be taken for others
+            same = all(isinstance(size, int) and size == 1 for size in shape[:-2])
+            return Expr.of("view", item, shape[-2:]) if same else None
         folded = len(logits) == len(shape) == 3 and len(scores) == 4
         return Expr.of("unflatten", item, 0, (-1, scores[1])) if folded and shape[0] != 1 else item
     groups = _groups(logits, scores)

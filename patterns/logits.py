@@ -17,7 +17,6 @@ from sage_inductor.patterns.nodes import (
     CAST,
     CLAMP,
     DIV,
-    EXPAND,
     MASKED_FILL,
     MAXIMUM,
     MUL,
@@ -32,6 +31,7 @@ from sage_inductor.patterns.nodes import (
     operands,
     row_maximum,
     shape_of,
+    unexpanded,
 )
 from sage_inductor.patterns.products import Product, product
 
@@ -76,6 +76,10 @@ class Logits:
     allowed: tuple[Term, ...] = ()
     views: tuple[tuple[Any, ...], ...] = ()  # the shapes that the logits take on the way
     floored: bool = False  # what is -inf becomes a finite minimum later on
+    zeroed: fx.Node | None = (
+        None  # where the weights are set to zero, until it is seen to be where keys are hidden
+    )
+    zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
         """With `term`, which `node` adds before everything that is known so far is done."""
@@ -92,6 +96,10 @@ class Logits:
         final = value * self.scale  # what later factors make of it
         if final > HIDES or self.factor is not None:
             return None
+        if hidden is self.zeroed:  # no weight is left there, even where all keys are hidden
+            alone = final != -math.inf or self.floored
+            term = Term(negated(hidden), shape_of(node))
+            return replace(self, allowed=(*self.allowed, term), zeroed=None, zeroed_alone=alone)
         if final == -math.inf and not self.floored:
             term = Term(negated(hidden), shape_of(node))
             return replace(self, allowed=(*self.allowed, term))
@@ -109,10 +117,11 @@ def negated(mask: Value) -> Value:
     return Expr.of(torch.logical_not, mask)
 
 
-def logits_of(softmax: fx.Node) -> Logits | None:
-    """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown."""
+def logits_of(softmax: fx.Node, zeroed: fx.Node | None = None) -> Logits | None:
+    """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown. Where
+    `zeroed` is true the weights are set to zero afterwards."""
     readers, node = (softmax,), argument(softmax, 0, "input")
-    logits = Logits(views=(shape_of(node),)) if isinstance(node, fx.Node) else None
+    logits = Logits(views=(shape_of(node),), zeroed=zeroed) if isinstance(node, fx.Node) else None
     while logits is not None:
         if not isinstance(node, fx.Node) or not only_reader(node, *readers):
             return None
@@ -153,6 +162,8 @@ def _complete(logits: Logits, node: fx.Node, found: Product) -> Logits | None:
         return None
     if found.bias is not None:
         logits = logits.plus(found.bias, node)
+    if logits.zeroed is not None or (logits.zeroed_alone and (logits.bias or len(logits.allowed) > 1)):
+        return None
     views = (*logits.views, shape_of(node))
     return replace(logits, product=found, scale=logits.scale * found.scale, views=views)
 
@@ -291,8 +302,7 @@ def _flooring(node: fx.Node) -> _Step | None:
 
 def _hiding(node: fx.Node, source: Any, mask: Any, value: float | None, hidden_where: bool) -> _Step | None:
     """Logits overwritten by `value` where `mask` is `hidden_where`."""
-    while mask in EXPAND and isinstance(mask.args[0], fx.Node):
-        mask = mask.args[0]  # it broadcasts by itself, and a kernel reads less of it
+    mask = unexpanded(mask)
     tensor = example_tensor(mask) if isinstance(mask, fx.Node) else None
     if not isinstance(source, fx.Node) or tensor is None or tensor.dtype != torch.bool:
         return None

@@ -122,6 +122,13 @@ def shape_of(item: Value | None) -> tuple[Any, ...]:
     return () if tensor is None else tuple(tensor.shape)
 
 
+def unexpanded(item: Any) -> Any:
+    """`item` before it was expanded: it broadcasts by itself, and a kernel reads less of it."""
+    while item in EXPAND and isinstance(item.args[0], fx.Node):
+        item = item.args[0]
+    return item
+
+
 def casts_floats(node: fx.Node) -> bool:
     """A cast to a floating dtype; one to integers changes what is computed."""
     tensor = example_tensor(node)

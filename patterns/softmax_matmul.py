@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from sage_inductor.patterns.logits import Logits, Term, logits_of
 from sage_inductor.patterns.nodes import (
     CAST,
     DROPOUT,
+    MASKED_FILL,
     RESHAPE,
     SAME,
     SOFTMAX,
     argument,
     casts_floats,
+    number,
     only_reader,
     shape_of,
+    unexpanded,
 )
 from sage_inductor.patterns.products import Product, mirrored, product, untransposed
 
@@ -42,13 +46,13 @@ class SoftmaxMatmul(Pattern):
         outer = product(node)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
-        softmax, dropout = _weights(outer.left, node)
-        other = mirrored(node, outer) if softmax is None else None
+        weights = _weights(outer.left, node)
+        other = mirrored(node, outer) if weights is None else None
         if other is not None:
             outer, reader = other
-            softmax, dropout = _weights(outer.left, reader)
-        logits = None if softmax is None else logits_of(softmax)
-        return None if logits is None else _call(node, outer, logits, dropout)
+            weights = _weights(outer.left, reader)
+        logits = None if weights is None else logits_of(weights.softmax, weights.zeroed)
+        return None if weights is None or logits is None else _call(node, outer, logits, weights.dropout)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         q, k, v = (torch.randn(2, 4, 16, 32) for _ in range(3))
@@ -62,26 +66,39 @@ class SoftmaxMatmul(Pattern):
         yield einsum, tuple(torch.randn(2, 16, 4, 32) for _ in range(3))
 
 
-def _weights(node: Value, reader: fx.Node) -> tuple[fx.Node | None, float]:
-    """The softmax that `node`, the left operand of the second product, comes from, and the dropout after it."""
-    dropout = 0.0
+@dataclass(frozen=True)
+class _Weights:
+    """What the left operand of the second product comes from: a softmax, what dropout it went through, and the mask
+    where it was set to zero."""
+
+    softmax: fx.Node
+    dropout: float
+    zeroed: fx.Node | None
+
+
+def _weights(node: Value, reader: fx.Node) -> _Weights | None:
+    dropout, zeroed = 0.0, None
     current: Any = node
     if isinstance(current, Expr):  # an einsum's permuted operand: weights are used as they are, or not at all
-        return None, 0.0
+        return None
     while isinstance(current, fx.Node) and only_reader(current, reader):
         source = argument(current, 0, "input")
         if current in SOFTMAX:
-            return (current, dropout) if _over_last_dim(current) else (None, 0.0)
+            return _Weights(current, dropout, zeroed) if _over_last_dim(current) else None
         if current in DROPOUT:
             p, training = argument(current, 1, "p", 0.5), argument(current, 2, "training", True)
             dropout = float(p) if training else dropout
+        elif current in MASKED_FILL and number(argument(current, 2, "value")) == 0 and zeroed is None:
+            zeroed = unexpanded(argument(current, 1, "mask"))
+            if not isinstance(zeroed, fx.Node) or shape_of(source) != shape_of(current):
+                return None
         elif current in RESHAPE:
             if not isinstance(source, fx.Node) or shape_of(source)[-2:] != shape_of(current)[-2:]:
-                return None, 0.0
+                return None
         elif not (casts_floats(current) or current in SAME):
-            return None, 0.0
+            return None
         reader, current = current, source
-    return None, 0.0
+    return None
 
 
 def _over_last_dim(node: fx.Node) -> bool:

@@ -188,6 +188,20 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         (*qkv(), padding()),
         "key_padding",
     ),
+    "hidden keys set to zero once more": (  # ESPnet's
+        lambda q, k, v, m: (
+            (q @ k.mT / 6).masked_fill(h := m[:, None, None].eq(0), LOWEST).softmax(-1).masked_fill(h, 0.0) @ v
+        ),
+        (*qkv(), padding()),
+        "key_padding",
+    ),
+    "hidden keys set to zero once more, and a bias": (
+        lambda q, k, v, m, b: (
+            (q @ k.mT / 6 + b).masked_fill(h := ~m[:, None, None], -math.inf).softmax(-1).masked_fill(h, 0.0) @ v
+        ),
+        (*qkv(), padding(), torch.randn(24, 24)),
+        "additive",
+    ),
     "mm": (
         lambda q, k, v: torch.mm(torch.mm(q, k.t()).div(6).softmax(1), v), tuple(torch.randn(3, 24, 32)), "none"
     ),
@@ -289,6 +303,17 @@ def test_five_symbolic_dims_are_left_alone() -> None:
     assert not backend.sites and relative_l2(out, attend(*inputs)) < 1e-5
 
 
+def test_a_query_whose_keys_are_all_set_to_zero_gets_zero() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        return (q @ k.mT / 6).masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    inputs, hidden = qkv(), torch.rand(2, 1, 24, 24) > 0.5
+    hidden[1, :, 3:7] = True
+    out, (site,) = run(attend, *inputs, hidden)
+    assert site.rewritten and not out[1, :, 3:7].any()
+    assert relative_l2(out, attend(*inputs, hidden)) < BOUND
+
+
 def overwritten(tensor: int) -> Callable[..., Tensor]:
     """An operand changes between its use and the last product."""
 
@@ -349,6 +374,22 @@ LEFT: dict[str, Callable[..., Any]] = {
         ((s := q @ k.mT / 6).sin() - s.amax(-1, keepdim=True)).softmax(-1) @ v
     ),
     "einsum over the queries": lambda q, k, v: torch.einsum("bhst,bhsd->bhtd", (q @ k.mT / 6).softmax(-1), v),
+    "other weights set to zero": lambda q, k, v: (
+        (q @ k.mT / 6)
+        .masked_fill(k[:, :, None, :, 0] > 0, -math.inf)
+        .softmax(-1)
+        .masked_fill(q[..., :1] > 0, 0.0)
+        @ v
+    ),
+    "keys hidden by finite numbers, some set to zero": lambda q, k, v: (
+        (h := k[:, :, None, :, 0] > 0),
+        (q @ k.mT / 6)
+        .masked_fill(h, -1e9)
+        .masked_fill(k[:, :, None, :, 1] > 0, -1e9)
+        .softmax(-1)
+        .masked_fill(h, 0.0)
+        @ v,
+    )[1],
     "weights set to zero in place": lambda q, k, v: (
         (w := (q @ k.mT / 6).softmax(-1)),
         w.masked_fill_(q[..., :1] > 0, 0.0),

@@ -33,7 +33,7 @@ from sage_inductor.patterns.nodes import (
     shape_of,
     unexpanded,
 )
-from sage_inductor.patterns.products import Product, product
+from sage_inductor.patterns.products import Product, of_one_head, product
 
 # A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
 # use for that (-1e4, from the days of GPT-2 in float16) and all below.
@@ -125,7 +125,7 @@ def logits_of(softmax: fx.Node, zeroed: fx.Node | None = None) -> Logits | None:
     while logits is not None:
         if not isinstance(node, fx.Node) or not only_reader(node, *readers):
             return None
-        found = product(node)
+        found = product(node) or of_one_head(node, scores=True)
         if found is not None:
             return _complete(logits, node, found)
         step = _step(node)
@@ -260,28 +260,31 @@ def _addition(node: fx.Node) -> _Step | None:
         return (first, lambda logits: logits) if abs(shift) <= SHIFT else None
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
-    if _holds_product(first) == _holds_product(second) or (node in SUB and _holds_product(second)):
+    holds = [_holds_product(item) for item in (first, second)]
+    if not any(holds):  # an einsum with relative positions looks like one with a single key head
+        holds = [_holds_product(item, one_head=True) for item in (first, second)]
+    if holds[0] == holds[1] or (node in SUB and holds[1]):
         return None
-    source, term = (first, second) if _holds_product(first) else (second, first)
+    source, term = (first, second) if holds[0] else (second, first)
     if example_tensor(term) is None:
         return None
     added: Value = Expr.of("neg", term) if node in SUB else term
     return source, lambda logits: logits.plus(added, node)
 
 
-def _holds_product(node: fx.Node) -> bool:
+def _holds_product(node: fx.Node, one_head: bool = False) -> bool:
     """Whether `node` is a product, or a chain of one-reader steps from one. Terms that are products themselves, like
     relative positions computed from the queries, make a sum ambiguous, and the call is left alone."""
     current: Any = node
     for _ in range(16):
-        if product(current) is not None:
+        if product(current) is not None or (one_head and of_one_head(current, scores=True) is not None):
             return True
         if not isinstance(current, fx.Node):
             return False
         if current in ADD or current in SUB:
-            return any(isinstance(arg, fx.Node) and _holds_product(arg) for arg in current.args)
+            return any(isinstance(arg, fx.Node) and _holds_product(arg, one_head) for arg in current.args)
         if current in WHERE:
-            return any(isinstance(arg, fx.Node) and _holds_product(arg) for arg in current.args[1:])
+            return any(isinstance(arg, fx.Node) and _holds_product(arg, one_head) for arg in current.args[1:])
         kinds = (CAST, SAME, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
         is_view = current.op == "call_method" and current.target in ("transpose", "permute")
         if not (is_view or any(current in kind for kind in kinds)):

@@ -41,7 +41,14 @@ BADDBMM = Kind(("baddbmm",), (torch.baddbmm, aten.baddbmm.default))
 EINSUM = Kind((), (torch.einsum, torch.functional.einsum, aten.einsum.default))
 SOFTMAX = Kind(
     ("softmax",),
-    (F.softmax, torch.softmax, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default),
+    (
+        F.softmax,
+        torch.softmax,
+        torch.special.softmax,
+        aten.softmax.int,
+        aten._softmax.default,
+        aten._safe_softmax.default,
+    ),
 )
 CAST = Kind(
     ("float", "half", "bfloat16", "to", "type", "type_as"),
@@ -60,7 +67,8 @@ ADD = Kind(
     ("add", "add_", "__add__"), (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor)
 )
 SUB = Kind(
-    ("sub", "sub_", "__sub__"), (operator.sub, operator.isub, torch.sub, aten.sub.Tensor, aten.sub_.Tensor)
+    ("sub", "sub_", "subtract", "__sub__"),
+    (operator.sub, operator.isub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub_.Tensor),
 )
 MUL = Kind(
     ("mul", "mul_", "multiply", "__mul__"),
@@ -75,11 +83,12 @@ MUL = Kind(
     ),
 )
 DIV = Kind(
-    ("div", "div_", "true_divide"),
+    ("div", "div_", "divide", "true_divide"),
     (
         operator.truediv,
         operator.itruediv,
         torch.div,
+        torch.divide,
         torch.true_divide,
         aten.div.Tensor,
         aten.div.Scalar,

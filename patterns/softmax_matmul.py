@@ -32,7 +32,7 @@ from sage_inductor.patterns.nodes import (
     shape_of,
     unexpanded,
 )
-from sage_inductor.patterns.products import Product, mirrored, product, untransposed
+from sage_inductor.patterns.products import Product, mirrored, of_one_head, product, untransposed
 
 Steps = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -43,7 +43,7 @@ class SoftmaxMatmul(Pattern):
     name = "softmax_matmul"
 
     def match(self, node: fx.Node) -> AttentionCall | None:
-        outer = product(node)
+        outer = product(node) or of_one_head(node, scores=False)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
         weights = _weights(outer.left, node)

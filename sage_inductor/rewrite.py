@@ -182,6 +182,7 @@ _PURE = (
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
     "unflatten", "half", "bfloat16", "mm", "amax", "detach",
+    "multiply", "divide", "true_divide", "subtract", "special_softmax", "clamp_min", "_safe_softmax", "_softmax",
 )  # fmt: skip
 # The same in place, on one of these values where nothing else reads it.
 _PURE_ALONE = (

@@ -176,6 +176,20 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         (*(torch.randn(2, 3, 24, 4, 32) for _ in range(3)), torch.randn(2, 4, 24, 24)),
         "additive",
     ),
+    "einsum, one key head": (  # Imagen's and PaLM's in PyTorch
+        lambda q, k, v, b: torch.einsum(
+            "bhij,bjd->bhid", (torch.einsum("bhid,bjd->bhij", q * 0.2, k) + b).softmax(-1), v
+        ),
+        (torch.randn(2, 4, 24, 32), torch.randn(2, 24, 32), torch.randn(2, 24, 32), torch.randn(4, 24, 24)),
+        "additive",
+    ),
+    "einsum, one key head, heads behind the queries": (
+        lambda q, k, v: torch.einsum(
+            "bhqk,bkd->bqhd", (torch.einsum("bqhd,bkd->bhqk", q, k) / 6).softmax(-1), v
+        ),
+        (torch.randn(2, 24, 4, 32), torch.randn(2, 24, 32), torch.randn(2, 24, 32)),
+        "none",
+    ),
     "minus the maximum of each row": (
         lambda q, k, v: ((s := q @ k.mT / 6) - s.amax(dim=-1, keepdim=True).detach()).softmax(-1) @ v,
         qkv(),

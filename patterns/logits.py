@@ -120,7 +120,8 @@ def negated(mask: Value) -> Value:
 def logits_of(softmax: fx.Node, zeroed: fx.Node | None = None) -> Logits | None:
     """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown. Where
     `zeroed` is true the weights are set to zero afterwards."""
-    readers, node = (softmax,), argument(softmax, 0, "input")
+    readers: tuple[fx.Node, ...] = (softmax,)
+    node = argument(softmax, 0, "input")
     logits = Logits(views=(shape_of(node),), zeroed=zeroed) if isinstance(node, fx.Node) else None
     while logits is not None:
         if not isinstance(node, fx.Node) or not only_reader(node, *readers):

@@ -209,8 +209,8 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.is_impure()
+    if isinstance(node.target, torch._ops.OpOverload) and not node.is_impure():
+        return True
     return node_name(node) in _PURE
 
 

@@ -281,7 +281,8 @@ def test_casts_of_exported_programs(upcast: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT / 6
         if upcast == "softmax":
-            return F.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+            weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+            return F.dropout(weights, 0.1, training=False) @ v
         weights = scores.float().softmax(-1)
         return (weights.type_as(scores) if upcast == "type_as" else weights.to(q.dtype)) @ v
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from sage_inductor.patterns.nodes import (
     CAST,
     CLAMP,
     DIV,
-    EXPAND,
     MASKED_FILL,
     MAXIMUM,
     MUL,
@@ -29,9 +29,11 @@ from sage_inductor.patterns.nodes import (
     number,
     only_reader,
     operands,
+    row_maximum,
     shape_of,
+    unexpanded,
 )
-from sage_inductor.patterns.products import Product, product
+from sage_inductor.patterns.products import Product, of_one_head, product
 
 # A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
 # use for that (-1e4, from the days of GPT-2 in float16) and all below.
@@ -74,6 +76,10 @@ class Logits:
     allowed: tuple[Term, ...] = ()
     views: tuple[tuple[Any, ...], ...] = ()  # the shapes that the logits take on the way
     floored: bool = False  # what is -inf becomes a finite minimum later on
+    zeroed: fx.Node | None = (
+        None  # where the weights are set to zero, until it is seen to be where keys are hidden
+    )
+    zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
         """With `term`, which `node` adds before everything that is known so far is done."""
@@ -90,6 +96,10 @@ class Logits:
         final = value * self.scale  # what later factors make of it
         if final > HIDES or self.factor is not None:
             return None
+        if hidden is self.zeroed:  # no weight is left there, even where all keys are hidden
+            alone = final != -math.inf or self.floored
+            term = Term(negated(hidden), shape_of(node))
+            return replace(self, allowed=(*self.allowed, term), zeroed=None, zeroed_alone=alone)
         if final == -math.inf and not self.floored:
             term = Term(negated(hidden), shape_of(node))
             return replace(self, allowed=(*self.allowed, term))
@@ -107,29 +117,45 @@ def negated(mask: Value) -> Value:
     return Expr.of(torch.logical_not, mask)
 
 
-def logits_of(softmax: fx.Node) -> Logits | None:
-    """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown."""
-    reader, node = softmax, argument(softmax, 0, "input")
-    logits = Logits(views=(shape_of(node),)) if isinstance(node, fx.Node) else None
+def logits_of(softmax: fx.Node, zeroed: fx.Node | None = None) -> Logits | None:
+    """Walk from `softmax` back to the first product, gathering what lies between; None at anything unknown. Where
+    `zeroed` is true the weights are set to zero afterwards."""
+    readers: tuple[fx.Node, ...] = (softmax,)
+    node = argument(softmax, 0, "input")
+    logits = Logits(views=(shape_of(node),), zeroed=zeroed) if isinstance(node, fx.Node) else None
     while logits is not None:
-        if not isinstance(node, fx.Node) or not only_reader(node, reader):
+        if not isinstance(node, fx.Node) or not only_reader(node, *readers):
             return None
-        found = product(node)
+        found = product(node) or of_one_head(node, scores=True)
         if found is not None:
             return _complete(logits, node, found)
         step = _step(node)
         if step is None:
             return None
         source, update = step
-        reader, node, logits = step_reader(node, source), source, update(logits)
+        readers, node, logits = step_readers(node, source), source, update(logits)
     return None
 
 
-def step_reader(node: fx.Node, source: fx.Node) -> fx.Node:
-    """The node by which `node` reads `source`: itself, or the multiplication it was looked through."""
-    if source in node.all_input_nodes:
-        return node
-    return next(arg for arg in node.all_input_nodes if source in arg.all_input_nodes)
+def step_readers(node: fx.Node, source: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes by which `node` reads `source`: itself, the multiplication it was looked through, or itself and the row
+    maximum that it subtracts."""
+    if source not in node.all_input_nodes:
+        return (next(arg for arg in node.all_input_nodes if source in arg.all_input_nodes),)
+    subtracted = _own_maximum(node)
+    return (node,) if subtracted is None else (node, subtracted)
+
+
+def _own_maximum(node: fx.Node) -> fx.Node | None:
+    """The first node of the row maximum of x, where `node` is `x - maximum` and nothing else reads the maximum: the
+    same for all keys, the softmax does not see it."""
+    first, second = operands(node)
+    found = row_maximum(second) if node in SUB and node.kwargs.get("alpha", 1) == 1 else None
+    if found is None or found[0] is not first:
+        return None
+    chain = (*found[1], node)
+    alone = all(only_reader(item, reader) for item, reader in itertools.pairwise(chain))
+    return chain[0] if alone else None
 
 
 def _complete(logits: Logits, node: fx.Node, found: Product) -> Logits | None:
@@ -137,6 +163,8 @@ def _complete(logits: Logits, node: fx.Node, found: Product) -> Logits | None:
         return None
     if found.bias is not None:
         logits = logits.plus(found.bias, node)
+    if logits.zeroed is not None or (logits.zeroed_alone and (logits.bias or len(logits.allowed) > 1)):
+        return None
     views = (*logits.views, shape_of(node))
     return replace(logits, product=found, scale=logits.scale * found.scale, views=views)
 
@@ -224,6 +252,8 @@ def _addition(node: fx.Node) -> _Step | None:
     first, second = operands(node)
     if node.kwargs.get("alpha", 1) != 1:
         return None
+    if isinstance(first, fx.Node) and _own_maximum(node) is not None:
+        return first, lambda logits: logits
     if node in ADD and number(first) is not None:
         first, second = second, first
     shift = number(second)
@@ -231,28 +261,31 @@ def _addition(node: fx.Node) -> _Step | None:
         return (first, lambda logits: logits) if abs(shift) <= SHIFT else None
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
-    if _holds_product(first) == _holds_product(second) or (node in SUB and _holds_product(second)):
+    holds = [_holds_product(item) for item in (first, second)]
+    if not any(holds):  # an einsum with relative positions looks like one with a single key head
+        holds = [_holds_product(item, one_head=True) for item in (first, second)]
+    if holds[0] == holds[1] or (node in SUB and holds[1]):
         return None
-    source, term = (first, second) if _holds_product(first) else (second, first)
+    source, term = (first, second) if holds[0] else (second, first)
     if example_tensor(term) is None:
         return None
     added: Value = Expr.of("neg", term) if node in SUB else term
     return source, lambda logits: logits.plus(added, node)
 
 
-def _holds_product(node: fx.Node) -> bool:
+def _holds_product(node: fx.Node, one_head: bool = False) -> bool:
     """Whether `node` is a product, or a chain of one-reader steps from one. Terms that are products themselves, like
     relative positions computed from the queries, make a sum ambiguous, and the call is left alone."""
     current: Any = node
     for _ in range(16):
-        if product(current) is not None:
+        if product(current) is not None or (one_head and of_one_head(current, scores=True) is not None):
             return True
         if not isinstance(current, fx.Node):
             return False
         if current in ADD or current in SUB:
-            return any(isinstance(arg, fx.Node) and _holds_product(arg) for arg in current.args)
+            return any(isinstance(arg, fx.Node) and _holds_product(arg, one_head) for arg in current.args)
         if current in WHERE:
-            return any(isinstance(arg, fx.Node) and _holds_product(arg) for arg in current.args[1:])
+            return any(isinstance(arg, fx.Node) and _holds_product(arg, one_head) for arg in current.args[1:])
         kinds = (CAST, SAME, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
         is_view = current.op == "call_method" and current.target in ("transpose", "permute")
         if not (is_view or any(current in kind for kind in kinds)):
@@ -273,8 +306,7 @@ def _flooring(node: fx.Node) -> _Step | None:
 
 def _hiding(node: fx.Node, source: Any, mask: Any, value: float | None, hidden_where: bool) -> _Step | None:
     """Logits overwritten by `value` where `mask` is `hidden_where`."""
-    while mask in EXPAND and isinstance(mask.args[0], fx.Node):
-        mask = mask.args[0]  # it broadcasts by itself, and a kernel reads less of it
+    mask = unexpanded(mask)
     tensor = example_tensor(mask) if isinstance(mask, fx.Node) else None
     if not isinstance(source, fx.Node) or tensor is None or tensor.dtype != torch.bool:
         return None
@@ -314,7 +346,7 @@ def _times_inverse(node: Any) -> tuple[fx.Node, float] | None:
         if not isinstance(inverse, fx.Node) or number(value) is None:
             continue
         first, second = operands(inverse)
-        if inverse.target in ("rsub", torch.rsub):
+        if inverse.target in ("rsub", torch.rsub, torch.ops.aten.rsub.Scalar):
             first, second = second, first
         elif inverse not in SUB:
             continue
@@ -331,7 +363,7 @@ def _made_of_bools(mask: fx.Node) -> bool:
         if tensor is not None and tensor.dtype == torch.bool:
             return True
         name = current.target if current.op == "call_method" else getattr(current.target, "__name__", "")
-        if name not in VIEWS and current not in CAST:
+        if str(name).partition(".")[0] not in VIEWS and current not in CAST:
             return False
         current = argument(current, 0, "input")
     return False

@@ -32,16 +32,28 @@ class Kind:
 
 
 MATMUL = Kind(
-    ("matmul", "bmm", "__matmul__"),
-    (torch.matmul, torch.bmm, operator.matmul, aten.matmul.default, aten.bmm.default),
-)
+    ("matmul", "bmm", "mm", "__matmul__"),
+    (
+        torch.matmul, torch.bmm, torch.mm, operator.matmul, aten.matmul.default, aten.bmm.default, aten.mm.default,
+    ),
+)  # fmt: skip
 BADDBMM = Kind(("baddbmm",), (torch.baddbmm, aten.baddbmm.default))
-EINSUM = Kind((), (torch.einsum, torch.functional.einsum))
+EINSUM = Kind((), (torch.einsum, torch.functional.einsum, aten.einsum.default))
 SOFTMAX = Kind(
     ("softmax",),
-    (F.softmax, torch.softmax, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default),
+    (
+        F.softmax,
+        torch.softmax,
+        torch.special.softmax,
+        aten.softmax.int,
+        aten._softmax.default,
+        aten._safe_softmax.default,
+    ),
 )
-CAST = Kind(("float", "half", "bfloat16", "to", "type", "type_as"), (aten.to.dtype, aten._to_copy.default))
+CAST = Kind(
+    ("float", "half", "bfloat16", "to", "type", "type_as"),
+    (aten.to.dtype, aten._to_copy.default, aten.type_as.default),
+)
 SAME = Kind(("contiguous", "clone"), (torch.clone, aten.clone.default, aten.contiguous.default))
 # All of them leave the order of the elements as it is.
 RESHAPE = Kind(
@@ -51,23 +63,57 @@ RESHAPE = Kind(
         aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
     ),
 )  # fmt: skip
-ADD = Kind(("add", "add_", "__add__"), (operator.add, operator.iadd, torch.add, aten.add.Tensor))
-SUB = Kind(("sub", "sub_", "__sub__"), (operator.sub, operator.isub, torch.sub, aten.sub.Tensor))
+ADD = Kind(
+    ("add", "add_", "__add__"), (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor)
+)
+SUB = Kind(
+    ("sub", "sub_", "subtract", "__sub__"),
+    (operator.sub, operator.isub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub_.Tensor),
+)
 MUL = Kind(
     ("mul", "mul_", "multiply", "__mul__"),
-    (operator.mul, operator.imul, torch.mul, torch.multiply, aten.mul.Tensor, aten.mul.Scalar),
+    (
+        operator.mul,
+        operator.imul,
+        torch.mul,
+        torch.multiply,
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.mul_.Tensor,
+    ),
 )
 DIV = Kind(
-    ("div", "div_", "true_divide"),
-    (operator.truediv, operator.itruediv, torch.div, torch.true_divide, aten.div.Tensor, aten.div.Scalar),
+    ("div", "div_", "divide", "true_divide"),
+    (
+        operator.truediv,
+        operator.itruediv,
+        torch.div,
+        torch.divide,
+        torch.true_divide,
+        aten.div.Tensor,
+        aten.div.Scalar,
+        aten.div_.Tensor,
+    ),
 )
 MAXIMUM = Kind(("maximum", "max"), (torch.maximum, torch.max, aten.maximum.default))
-CLAMP = Kind(("clamp", "clamp_", "clamp_min"), (torch.clamp, aten.clamp.default, aten.clamp_min.default))
-MASKED_FILL = Kind(("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar))
+AMAX = Kind(("amax",), (torch.amax, aten.amax.default, aten.max.dim))
+DETACH = Kind(("detach",), (torch.detach, aten.detach.default))
+CLAMP = Kind(
+    ("clamp", "clamp_", "clamp_min"),
+    (torch.clamp, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default),
+)
+MASKED_FILL = Kind(
+    ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
+)
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
 TRANSPOSE = Kind(("transpose", "swapaxes"), (torch.transpose, torch.swapaxes, aten.transpose.int))
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
 EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
+# What they read of the second operand is its shape or dtype.
+TAKES_AFTER = Kind(
+    ("expand_as", "view_as", "reshape_as", "type_as"),
+    (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default),
+)
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 
 
@@ -85,22 +131,58 @@ def shape_of(item: Value | None) -> tuple[Any, ...]:
     return () if tensor is None else tuple(tensor.shape)
 
 
+def unexpanded(item: Any) -> Any:
+    """`item` before it was expanded: it broadcasts by itself, and a kernel reads less of it."""
+    while item in EXPAND and isinstance(item.args[0], fx.Node):
+        item = item.args[0]
+    return item
+
+
 def casts_floats(node: fx.Node) -> bool:
     """A cast to a floating dtype; one to integers changes what is computed."""
     tensor = example_tensor(node)
     return node in CAST and tensor is not None and tensor.is_floating_point()
 
 
-def only_reader(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether `reader` alone reads the values of `node`; others may ask for its shape or dtype."""
-    return {user for user in node.users if not _reads_shape_only(user, node)} == {reader}
+def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
+    """Whether `readers` alone read the values of `node`; others may ask for its shape or dtype."""
+    return {user for user in node.users if not _reads_shape_only(user, node)} == set(readers)
+
+
+def row_maximum(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """(x, the nodes in between, `node` last) where `node` is the largest of each row of x, kept as a dim of 1;
+    None when it is something else."""
+    between: list[fx.Node] = []
+    while isinstance(node, fx.Node) and (node in DETACH or (node.target in (operator.getitem, getattr))):
+        if node not in DETACH and node.args[1] not in (0, "values"):
+            return None
+        between.append(node)
+        node = node.args[0]
+    if node not in AMAX and node not in MAXIMUM:
+        return None
+    source, tensor = argument(node, 0, "input"), example_tensor(between[-1] if between else node)
+    dim, keepdim = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    rank = len(shape_of(source)) if isinstance(source, fx.Node) else 0
+    if not isinstance(dim, int) or dim not in (-1, rank - 1) or keepdim is not True or tensor is None:
+        return None
+    return source, (node, *reversed(between))
+
+
+def reads_nothing(node: fx.Node) -> bool:
+    """Whether `node` can go with what it reads: what torch.export puts beside each cast, a check of the dtype that went
+    into it, or beside `x.max(-1)[0]`, the positions that nobody reads."""
+    unread = node.target is operator.getitem and not node.users
+    return unread or node.target is aten._assert_tensor_metadata.default
 
 
 def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    if reads_nothing(user):
+        return True
+    if user in TAKES_AFTER:
+        return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
     if user.op != "call_method":
         return user.target is getattr and user.args[1] in ("shape", "dtype", "device")
-    if user.target in ("expand_as", "view_as", "reshape_as", "type_as"):
-        return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
     return user.target in ("size", "dim")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.call import Expr, Value, example_tensor
-from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument
+from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, PERMUTE, TRANSPOSE, argument, only_reader
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,45 @@ def _baddbmm(node: fx.Node) -> Product | None:
 
 def _einsum(node: fx.Node) -> Product | None:
     """An einsum of two operands that is a batched matrix product, its operands permuted into matmul's order."""
+    read = _letters(node)
+    if read is None:
+        return None
+    operands, first, second, output = read
+    batch, inner, rows, columns = _roles(first, second, output)
+    if not len(inner) == len(rows) == len(columns) == 1:
+        return None
+    if not len(first) == len(second) == len(output) == len(batch) + 2:
+        return None
+    if output.index(rows[0]) > output.index(columns[0]):  # "bjd,bid->bij" is the second times the first
+        operands, first, second, rows, columns = operands[::-1], second, first, columns, rows
+    left = _permuted(operands[0], first, [*batch, *rows, *inner])
+    right = _permuted(operands[1], second, [*batch, *inner, *columns])
+    return _ordered(left, right, [*batch, *rows, *columns], output)
+
+
+def of_one_head(node: Any, scores: bool) -> Product | None:
+    """An einsum of an operand with heads and one without, as multi-query attention has it: "bhid,bjd->bhij" for the
+    scores, "bhij,bjd->bhid" for what the weights read. The second gets a head of its own, which broadcasts."""
+    read = _letters(node) if node in EINSUM else None
+    if read is None:
+        return None
+    operands, first, second, output = read
+    if len(first) < len(second):
+        operands, first, second = operands[::-1], second, first
+    batch, inner, rows, columns = _roles(first, second, output)
+    if not (
+        len(inner) == len(columns) == 1 and len(rows) == 2 and len(output) == len(first) == len(batch) + 3
+    ):
+        return None
+    # Which of the two is the heads is in the order of the scores and weights: [..., heads, queries, keys].
+    rows.sort(key=(output if scores else first).index)
+    left = _permuted(operands[0], first, [*batch, *rows, *inner])
+    right = Expr.of("unsqueeze", _permuted(operands[1], second, [*batch, *inner, *columns]), len(batch))
+    return _ordered(left, right, [*batch, *rows, *columns], output)
+
+
+def _letters(node: fx.Node) -> tuple[list[Any], str, str, str] | None:
+    """(operands, letters of the first, of the second, of the output) of an einsum of two operands."""
     equation, *rest = node.args
     listed = len(rest) == 1 and isinstance(rest[0], (tuple, list))
     operands: list[Any] = list(rest[0]) if listed else rest  # type: ignore[arg-type]
@@ -62,21 +101,22 @@ def _einsum(node: fx.Node) -> Product | None:
         equation = _without_ellipsis(equation, operands) or ""
     inputs, _, output = equation.partition("->")
     first, _, second = inputs.partition(",")
-    if any(len(set(letters)) != len(letters) for letters in (first, second, output)):
+    if not output or any(len(set(letters)) != len(letters) for letters in (first, second, output)):
         return None
-    batch = [letter for letter in output if letter in first and letter in second]
-    inner = [letter for letter in first if letter in second and letter not in output]
-    rows = [letter for letter in output if letter in first and letter not in second]
-    columns = [letter for letter in output if letter in second and letter not in first]
-    if not len(inner) == len(rows) == len(columns) == 1:
-        return None
-    if not len(first) == len(second) == len(output) == len(batch) + 2:
-        return None
-    if output.index(rows[0]) > output.index(columns[0]):  # "bjd,bid->bij" is the second times the first
-        operands, first, second, rows, columns = operands[::-1], second, first, columns, rows
-    left = _permuted(operands[0], first, [*batch, *rows, *inner])
-    right = _permuted(operands[1], second, [*batch, *inner, *columns])
-    produced = [*batch, *rows, *columns]
+    return operands, first, second, output
+
+
+def _roles(first: str, second: str, output: str) -> tuple[list[str], list[str], list[str], list[str]]:
+    """The letters of batch, inner, rows (of the first operand) and columns (of the second)."""
+    return (
+        [letter for letter in output if letter in first and letter in second],
+        [letter for letter in first if letter in second and letter not in output],
+        [letter for letter in output if letter in first and letter not in second],
+        [letter for letter in output if letter in second and letter not in first],
+    )
+
+
+def _ordered(left: Value, right: Value, produced: list[str], output: str) -> Product:
     if list(output) == produced:
         return Product(left, right)
     order = [produced.index(letter) for letter in output]
@@ -129,10 +169,22 @@ def untransposed(item: Value) -> Value:
     return Expr.of("transpose", item, -2, -1) if source is None else source
 
 
-def mirrored(outer: Product) -> Product | None:
-    """`left @ right^T` as `(right @ left^T)^T`: weights that stand transposed on the right."""
-    source = transposed(outer.right)
-    if source is None or outer.restore:
+def mirrored(node: fx.Node, outer: Product) -> tuple[Product, fx.Node] | None:
+    """`left @ right^T`, which `node` is, as `(right @ left^T)^T`: weights that stand transposed on the right. With the
+    node by which the product reads them."""
+    right = outer.right
+    source = transposed(right) if isinstance(right, fx.Node) else _permuted_back(right)
+    reader = right if isinstance(right, fx.Node) else node
+    if source is None or (reader is not node and not only_reader(reader, node)):
         return None
     swap = (("transpose", (-2, -1)), ("contiguous", ()))  # matmul's output is contiguous either way
-    return Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=swap, undo=swap)
+    restore, undo = swap + outer.restore, outer.undo + swap
+    other = Product(source, untransposed(outer.left), outer.scale, outer.bias, restore=restore, undo=undo)
+    return other, reader
+
+
+def _permuted_back(item: Expr) -> fx.Node | None:
+    """x where `item` is x with its last two dims swapped, as an einsum reads it: "bts,bcs->bct" is v @ weights.mT."""
+    dims = len(item.args) - 1
+    swapped = item.target == "permute" and item.args[1:] == (*range(dims - 2), dims - 1, dims - 2)
+    return item.args[0] if swapped and isinstance(item.args[0], fx.Node) else None

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor
+from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, traced
 from sage_inductor.patterns.logits import Logits, Term, logits_of
 from sage_inductor.patterns.nodes import (
     CAST,
     DROPOUT,
+    MASKED_FILL,
     RESHAPE,
     SAME,
     SOFTMAX,
     argument,
     casts_floats,
+    number,
     only_reader,
     shape_of,
+    unexpanded,
 )
-from sage_inductor.patterns.products import Product, mirrored, product, untransposed
+from sage_inductor.patterns.products import Product, mirrored, of_one_head, product, untransposed
 
 Steps = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -39,16 +43,16 @@ class SoftmaxMatmul(Pattern):
     name = "softmax_matmul"
 
     def match(self, node: fx.Node) -> AttentionCall | None:
-        outer = product(node)
+        outer = product(node) or of_one_head(node, scores=False)
         if outer is None or outer.bias is not None or outer.scale != 1.0 or example_tensor(node) is None:
             return None
-        softmax, dropout = _weights(outer.left, node)
-        other = mirrored(outer) if softmax is None else None
-        if other is not None and isinstance(outer.right, fx.Node) and only_reader(outer.right, node):
-            softmax, dropout = _weights(other.left, outer.right)
-            outer = other
-        logits = None if softmax is None else logits_of(softmax)
-        return None if logits is None else _call(node, outer, logits, dropout)
+        weights = _weights(outer.left, node)
+        other = mirrored(node, outer) if weights is None else None
+        if other is not None:
+            outer, reader = other
+            weights = _weights(outer.left, reader)
+        logits = None if weights is None else logits_of(weights.softmax, weights.zeroed)
+        return None if weights is None or logits is None else _call(node, outer, logits, weights.dropout)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         q, k, v = (torch.randn(2, 4, 16, 32) for _ in range(3))
@@ -62,26 +66,39 @@ class SoftmaxMatmul(Pattern):
         yield einsum, tuple(torch.randn(2, 16, 4, 32) for _ in range(3))
 
 
-def _weights(node: Value, reader: fx.Node) -> tuple[fx.Node | None, float]:
-    """The softmax that `node`, the left operand of the second product, comes from, and the dropout after it."""
-    dropout = 0.0
+@dataclass(frozen=True)
+class _Weights:
+    """What the left operand of the second product comes from: a softmax, what dropout it went through, and the mask
+    where it was set to zero."""
+
+    softmax: fx.Node
+    dropout: float
+    zeroed: fx.Node | None
+
+
+def _weights(node: Value, reader: fx.Node) -> _Weights | None:
+    dropout, zeroed = 0.0, None
     current: Any = node
     if isinstance(current, Expr):  # an einsum's permuted operand: weights are used as they are, or not at all
-        return None, 0.0
+        return None
     while isinstance(current, fx.Node) and only_reader(current, reader):
         source = argument(current, 0, "input")
         if current in SOFTMAX:
-            return (current, dropout) if _over_last_dim(current) else (None, 0.0)
+            return _Weights(current, dropout, zeroed) if _over_last_dim(current) else None
         if current in DROPOUT:
             p, training = argument(current, 1, "p", 0.5), argument(current, 2, "training", True)
             dropout = float(p) if training else dropout
+        elif current in MASKED_FILL and number(argument(current, 2, "value")) == 0 and zeroed is None:
+            zeroed = unexpanded(argument(current, 1, "mask"))
+            if not isinstance(zeroed, fx.Node) or shape_of(source) != shape_of(current):
+                return None
         elif current in RESHAPE:
             if not isinstance(source, fx.Node) or shape_of(source)[-2:] != shape_of(current)[-2:]:
-                return None, 0.0
+                return None
         elif not (casts_floats(current) or current in SAME):
-            return None, 0.0
+            return None
         reader, current = current, source
-    return None, 0.0
+    return None
 
 
 def _over_last_dim(node: fx.Node) -> bool:
@@ -104,13 +121,15 @@ def _call(node: fx.Node, outer: Product, logits: Logits, dropout: float) -> Atte
     key = untransposed(transposed_key)
     restore, undo = outer.restore, outer.undo
     regrouped = _regrouping(dims, [shape[:-2] for shape in shapes], logits.views)
-    if regrouped is None or (regrouped[0] is not None and restore):
+    if regrouped is None:
         return None
     step, restored, undone = regrouped
     if step is not None:
         method, arguments = step
         query, key, value = (Expr.of(method, item, *arguments) for item in (query, key, value))
-        restore, undo = restored, undone
+        restore, undo = restored + restore, undo + undone
+    if restore and traced(output, (*undo, *restore)).stride() != output.stride():
+        return None  # users rely on the strides
     dtype = output.dtype
     query, key, value = (_cast(item, dtype) for item in (query, key, value))
     scores = (*shape_of(query)[:-1], shape_of(key)[-2])
@@ -143,7 +162,10 @@ def _regrouping(
         return unfold, (("flatten", (0, 1)),), (unfold,)
     if dims <= 4:
         return None, (), ()
-    if len(set(leading)) != 1 or not all(isinstance(size, int) for size in leading[0]):
+    inner = [shape[1:] for shape in leading]  # of a symbolic batch, these are known
+    if not all(isinstance(size, int) for shape in inner for size in shape) or len(set(inner)) != 1:
+        return None
+    if any(shape[0] != leading[0][0] for shape in leading):
         return None
     fold = ("flatten", (1, dims - 3))
     return fold, (("unflatten", (1, leading[0][1:])),), (fold,)
@@ -182,6 +204,9 @@ def lifted(term: Term, scores: tuple[Any, ...]) -> Value | None:
     if len(logits) == len(scores) and all(size == other for size, other in zip(logits, scores, strict=True)):
         return item
     if not all(isinstance(size, int) for size in (*logits, *scores, *shape)):
+        if len(logits) > len(scores):  # dims of the term could be taken for others
+            same = all(isinstance(size, int) and size == 1 for size in shape[:-2])
+            return Expr.of("view", item, shape[-2:]) if same else None
         folded = len(logits) == len(shape) == 3 and len(scores) == 4
         return Expr.of("unflatten", item, 0, (-1, scores[1])) if folded and shape[0] != 1 else item
     groups = _groups(logits, scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
     values: dict[fx.Node, Any] = {}
     with unset_fake_temporarily(), torch.no_grad():
         for ancestor in ancestors:
+            filled, cast = _filled(ancestor), example_tensor(ancestor)
+            if filled is not None:
+                values[ancestor] = torch.full(filled.shape, filled.number, dtype=filled.dtype, device=device)
+                continue
+            if cast is not None and _takes_dtype_only(ancestor):
+                values[ancestor] = values[ancestor.all_input_nodes[0]].to(cast.dtype)
+                continue
             args, kwargs = fx.node.map_aggregate(
                 (ancestor.args, ancestor.kwargs), lambda item: _materialised(item, values, device)
             )
@@ -79,11 +87,39 @@ def _constant_ancestors(nodes: list[fx.Node], writes: Writes) -> list[fx.Node] |
         if current.op not in ("call_function", "call_method") or not _is_pure(current):
             return None
         found.add(current)
-        pending.extend(current.all_input_nodes)
+        if _filled(current) is None:
+            inputs = current.all_input_nodes
+            pending.extend(inputs[:1] if _takes_dtype_only(current) else inputs)
     # What anything writes to, through whatever view, is more than a function of its arguments.
     if any(map(writes.touch, found)):
         return None
     return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
+
+
+_FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
+
+
+@dataclass(frozen=True)
+class _Filled:
+    shape: tuple[int, ...]
+    number: float
+    dtype: torch.dtype
+
+
+def _filled(node: fx.Node) -> _Filled | None:
+    """What `node` is where it is filled with a number, and takes but its shape and dtype from other tensors."""
+    tensor = example_tensor(node)
+    fill = _FILLS.get(node_name(node))
+    position = {"full_like": 1, "new_full": 2}.get(node_name(node))
+    if position is not None:
+        given = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
+        fill = given if isinstance(given, (int, float)) else None
+    return None if fill is None or tensor is None else _Filled(tuple(tensor.shape), fill, tensor.dtype)
+
+
+def _takes_dtype_only(node: fx.Node) -> bool:
+    """Whether `node` is a cast to the dtype of another tensor."""
+    return node_name(node) == "type_as" and len(node.args) == 2
 
 
 _RANDOM = (

@@ -16,6 +16,7 @@ from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, e
 from sage_inductor.eligibility import output_order
 from sage_inductor.inductor import tensors_of
 from sage_inductor.masks import Mask
+from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report import Site
 from sage_inductor.tuning import Choice
 
@@ -180,13 +181,14 @@ _PURE = (
     "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
-    "unflatten",
+    "unflatten", "half", "bfloat16", "mm", "amax", "detach",
+    "multiply", "divide", "true_divide", "subtract", "special_softmax", "clamp_min", "_safe_softmax", "_softmax",
 )  # fmt: skip
 # The same in place, on one of these values where nothing else reads it.
 _PURE_ALONE = (
     "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
-_FRESH = ("matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
+_FRESH = ("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:
@@ -194,12 +196,22 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op not in ("call_method", "call_function"):
+        if node._erased:
             continue
-        if node_name(node) in _PURE or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
+        unread = [user for user in node.users if reads_nothing(user)]
+        if len(unread) < len(node.users) or node.op not in ("call_method", "call_function"):
+            continue
+        if _is_pure(node) or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
             inputs = node.all_input_nodes
-            node.graph.erase_node(node)
+            for item in (*unread, node):
+                node.graph.erase_node(item)
             pending.extend(inputs)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload) and not node.is_impure():
+        return True
+    return node_name(node) in _PURE
 
 
 def _writes_to_nothing_else(node: fx.Node) -> bool:

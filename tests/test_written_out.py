@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_patterns import BOUND, CONFIG, padding, qkv, run
-from torch import Tensor
+from torch import Tensor, nn
 
-from sage_inductor import Config
+from sage_inductor import Config, rewrite_exported
 from sage_inductor.testing import RewritingBackend, graph_text, max_error, relative_l2
 
 LOWEST = torch.finfo(torch.float32).min
@@ -157,12 +157,90 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         [tensor[0] for tensor in qkv()],
         "none",
     ),
+    "einsum, channels first": (  # guided diffusion's
+        lambda q, k, v: torch.einsum("bts,bcs->bct", torch.einsum("bct,bcs->bts", q, k * 0.2).softmax(-1), v),
+        [tensor[0].mT.contiguous() for tensor in qkv()],
+        "none",
+    ),
+    "einsum, channels before heads": (  # SuperGlue's
+        lambda q, k, v: torch.einsum(
+            "bhnm,bdhm->bdhn", (torch.einsum("bdhn,bdhm->bhnm", q, k) / 6).softmax(-1), v
+        ),
+        [tensor.permute(0, 3, 1, 2).contiguous() for tensor in qkv()],
+        "none",
+    ),
+    "einsum, rows of a grid": (
+        lambda q, k, v, b: torch.einsum(
+            "bxhyz,bxzhd->bxyhd", (torch.einsum("bxyhd,bxzhd->bxhyz", q * 0.2, k) + b[:, None]).softmax(-1), v
+        ),
+        (*(torch.randn(2, 3, 24, 4, 32) for _ in range(3)), torch.randn(2, 4, 24, 24)),
+        "additive",
+    ),
+    "einsum, one key head": (  # Imagen's and PaLM's in PyTorch
+        lambda q, k, v, b: torch.einsum(
+            "bhij,bjd->bhid", (torch.einsum("bhid,bjd->bhij", q * 0.2, k) + b).softmax(-1), v
+        ),
+        (torch.randn(2, 4, 24, 32), torch.randn(2, 24, 32), torch.randn(2, 24, 32), torch.randn(4, 24, 24)),
+        "additive",
+    ),
+    "einsum, one key head, heads behind the queries": (
+        lambda q, k, v: torch.einsum(
+            "bhqk,bkd->bqhd", (torch.einsum("bqhd,bkd->bhqk", q, k) / 6).softmax(-1), v
+        ),
+        (torch.randn(2, 24, 4, 32), torch.randn(2, 24, 32), torch.randn(2, 24, 32)),
+        "none",
+    ),
+    "minus the maximum of each row": (
+        lambda q, k, v: ((s := q @ k.mT / 6) - s.amax(dim=-1, keepdim=True).detach()).softmax(-1) @ v,
+        qkv(),
+        "none",
+    ),
+    "minus the maximum, masked": (
+        lambda q, k, v, m: (
+            (s := (q @ k.mT / 6).masked_fill(~m[:, None, None], -math.inf)) - s.max(-1, keepdim=True).values
+        ).softmax(-1) @ v,
+        (*qkv(), padding()),
+        "key_padding",
+    ),
+    "hidden keys set to zero once more": (  # ESPnet's
+        lambda q, k, v, m: (
+            (q @ k.mT / 6).masked_fill(h := m[:, None, None].eq(0), LOWEST).softmax(-1).masked_fill(h, 0.0) @ v
+        ),
+        (*qkv(), padding()),
+        "key_padding",
+    ),
+    "hidden keys set to zero once more, and a bias": (
+        lambda q, k, v, m, b: (
+            (q @ k.mT / 6 + b).masked_fill(h := ~m[:, None, None], -math.inf).softmax(-1).masked_fill(h, 0.0) @ v
+        ),
+        (*qkv(), padding(), torch.randn(24, 24)),
+        "additive",
+    ),
+    "mm": (
+        lambda q, k, v: torch.mm(torch.mm(q, k.t()).div(6).softmax(1), v), tuple(torch.randn(3, 24, 32)), "none"
+    ),
+    "causal in the dtype of the query": (
+        lambda q, k, v: (
+            q @ k.mT / 6 + torch.full((24, 24), -math.inf, device=q.device).triu(1).type_as(q)
+        ).softmax(-1) @ v,
+        qkv(),
+        "causal",
+    ),
+    "causal made from the query": (
+        lambda q, k, v: (q @ k.mT / 6).masked_fill(q.new_ones(24, 24).tril() == 0, -1e9).softmax(-1) @ v,
+        qkv(),
+        "causal",
+    ),
     "safe softmax": (
         lambda q, k, v: torch.ops.aten._safe_softmax.default(q @ k.mT / 6, -1) @ v,
         qkv(),
         "none",
     ),
 }  # fmt: skip
+
+
+# torch.export puts the number, a tensor of it, into the program's state.
+NOT_EXPORTED = ("floored at the lowest number", "one temperature, dividing scores and bias")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -173,6 +251,82 @@ def test_rarer_forms(name: str) -> None:
     assert [(site.pattern, site.mask, site.reasons) for site in sites] == [("softmax_matmul", mask, ())]
     assert relative_l2(out, expected) < BOUND and max_error(out, expected) < 2 * BOUND
     assert out.shape == expected.shape and out.stride() == expected.stride()
+
+
+class Called(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in NOT_EXPORTED])
+def test_rarer_forms_exported(name: str) -> None:
+    """As aten's operators."""
+    function, inputs, _ = FORMS[name]
+    expected = function(*(tensor.clone() for tensor in inputs))
+    program = torch.export.export(Called(function), tuple(tensor.clone() for tensor in inputs))
+    rewritten = rewrite_exported(program, CONFIG)
+    text = graph_text(rewritten.graph_module.graph)
+    assert text.count("sage_inductor.attention") == 1 and "softmax" not in text, text
+    assert relative_l2(rewritten.module()(*inputs), expected) < BOUND
+
+
+@pytest.mark.parametrize("upcast", ["softmax", "scores", "type_as"])
+def test_casts_of_exported_programs(upcast: str) -> None:
+    """Beside each cast torch.export puts a check of what is cast, which reads no values and goes with it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT / 6
+        if upcast == "softmax":
+            weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+            return F.dropout(weights, 0.1, training=False) @ v
+        weights = scores.float().softmax(-1)
+        return (weights.type_as(scores) if upcast == "type_as" else weights.to(q.dtype)) @ v
+
+    inputs = tuple(tensor.bfloat16() for tensor in qkv())
+    program = rewrite_exported(torch.export.export(Called(attend), inputs), CONFIG)
+    text = graph_text(program.graph_module.graph)
+    assert text.count("sage_inductor.attention") == 1 and "softmax" not in text and "assert" not in text, text
+    assert relative_l2(program.module()(*inputs), attend(*inputs)) < BOUND
+
+
+def test_five_dims_with_a_dynamic_batch() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT / 6 + bias).softmax(-1) @ v
+
+    inputs = [torch.randn(3, 3, 2, 24, 32) for _ in range(3)]
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    for shape, found in (((24, 24), True), ((1, 1, 24, 24), True), ((3, 1, 24, 24), False)):
+        # The last is of the windows, and must not be taken for one of the batch, which is as large.
+        bias = torch.randn(shape)
+        out, sites = run(attend, *inputs, bias)
+        assert [site.rewritten for site in sites] == [True] * found
+        assert relative_l2(out, attend(*inputs, bias)) < BOUND
+
+
+def test_five_symbolic_dims_are_left_alone() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 6).softmax(-1) @ v
+
+    inputs = [torch.randn(2, 3, 4, 24, 32) for _ in range(3)]
+    backend = RewritingBackend(CONFIG)
+    out = torch.compile(attend, backend=backend, dynamic=True)(*inputs)
+    assert not backend.sites and relative_l2(out, attend(*inputs)) < 1e-5
+
+
+def test_a_query_whose_keys_are_all_set_to_zero_gets_zero() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        return (q @ k.mT / 6).masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    inputs, hidden = qkv(), torch.rand(2, 1, 24, 24) > 0.5
+    hidden[1, :, 3:7] = True
+    out, (site,) = run(attend, *inputs, hidden)
+    assert site.rewritten and not out[1, :, 3:7].any()
+    assert relative_l2(out, attend(*inputs, hidden)) < BOUND
 
 
 def overwritten(tensor: int) -> Callable[..., Tensor]:
@@ -223,6 +377,34 @@ LEFT: dict[str, Callable[..., Any]] = {
     "scores of half the heads": lambda q, k, v: (
         (q @ k.mT / 6).view(2, 4, 48, 12).softmax(-1).view(2, 4, 24, 24) @ v
     ),
+    "minus the maximum of each row, which is returned": lambda q, k, v: (
+        (s := q @ k.mT / 6),
+        (top := s.amax(-1, keepdim=True)),
+        (s - top).softmax(-1) @ v + top,
+    )[2],
+    "minus the maximum of each column": lambda q, k, v: (
+        ((s := q @ k.mT / 6) - s.amax(-2, keepdim=True)).softmax(-1) @ v
+    ),
+    "minus the maximum of other scores": lambda q, k, v: (
+        ((s := q @ k.mT / 6).sin() - s.amax(-1, keepdim=True)).softmax(-1) @ v
+    ),
+    "einsum over the queries": lambda q, k, v: torch.einsum("bhst,bhsd->bhtd", (q @ k.mT / 6).softmax(-1), v),
+    "other weights set to zero": lambda q, k, v: (
+        (q @ k.mT / 6)
+        .masked_fill(k[:, :, None, :, 0] > 0, -math.inf)
+        .softmax(-1)
+        .masked_fill(q[..., :1] > 0, 0.0)
+        @ v
+    ),
+    "keys hidden by finite numbers, some set to zero": lambda q, k, v: (
+        (h := k[:, :, None, :, 0] > 0),
+        (q @ k.mT / 6)
+        .masked_fill(h, -1e9)
+        .masked_fill(k[:, :, None, :, 1] > 0, -1e9)
+        .softmax(-1)
+        .masked_fill(h, 0.0)
+        @ v,
+    )[1],
     "weights set to zero in place": lambda q, k, v: (
         (w := (q @ k.mT / 6).softmax(-1)),
         w.masked_fill_(q[..., :1] > 0, 0.0),

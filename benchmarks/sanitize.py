@@ -21,7 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck")
-KERNELS = ("attention", "quantize", "statistics")  # substrings of the names of the package's kernels
+KERNELS = (
+    "attention",
+    "combine",
+    "quantize",
+    "statistics",
+)  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does
 
 

@@ -76,9 +76,8 @@ class Logits:
     allowed: tuple[Term, ...] = ()
     views: tuple[tuple[Any, ...], ...] = ()  # the shapes that the logits take on the way
     floored: bool = False  # what is -inf becomes a finite minimum later on
-    zeroed: fx.Node | None = (
-        None  # where the weights are set to zero, until it is seen to be where keys are hidden
-    )
+    # Where the weights are set to zero, until it is seen to be where keys are hidden.
+    zeroed: fx.Node | None = None
     zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
 
     def plus(self, term: Value, node: fx.Node) -> Logits:

@@ -5,11 +5,11 @@
 //   HEAD_DIM, V_HEAD_DIM   multiples of 32, up to 128
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
-//   STAGES                 tiles of K and of V in flight
+//   CONSUMERS, STAGES      warpgroups that compute, two; tiles of K and of V in flight
 //   HAS_LOW, HAS_HIGH      query i sees keys from i + low, to i + high
 //   KEY_MASK               a mask over keys, the same for every query
 //   RETURN_LSE
-//   SPLIT                  some tiles are computed in parts, which `combine` joins
+//   SPLIT                  some tiles are computed in parts, which `combine` joins: COMBINE_THREADS for COMBINE_ROWS
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -19,7 +19,6 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int BLOCK_N = 128;
-constexpr int CONSUMERS = 2;               // warpgroups that compute
 constexpr int ROW_BYTES = HEAD_DIM <= 32 ? 32 : HEAD_DIM <= 64 ? 64 : 128;  // of Q and K in shared memory: one swizzle span
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
@@ -324,6 +323,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     Product product[NT];
     float output[NOUT];
     u32 weights[NW];
+    u32 w0[RAW], w1[RAW];                // what becomes of the scores, for `weights`
     Rows rows;
     float factor0 = 0.f, factor1 = 0.f;  // PV == 1: of the product in flight
     float next_factor0 = 0.f, next_factor1 = 0.f;
@@ -382,7 +382,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (PV == 1) { row_maximum(x0); row_maximum(x1); }
     };
     // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
-    auto weigh = [&](u32 (&w0)[RAW], u32 (&w1)[RAW], int x0, int x1, float scale0, float scale1, float unit, bool masked) {
+    auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked) {
         float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;
         float e0 = 0.f, e1 = 0.f;
         if (PV == 1) {
@@ -441,7 +441,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         v_unit = unit;
     };
-    auto take_weights = [&](const u32 (&w0)[RAW], const u32 (&w1)[RAW]) {
+    auto take_weights = [&]() {
         factor0 = next_factor0;
         factor1 = next_factor1;
         // Not before the last product is complete, whose operand this is. It must be more than a move: ptxas merges
@@ -591,7 +591,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
     };
     // From the scores of block i to P; the product of the block before is complete afterwards.
-    u32 w0[RAW], w1[RAW];
     auto attend = [&](int i, bool masked) {
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
         if (masked && (i < t.full_begin || i >= t.full_end)) hide(i);
@@ -612,14 +611,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         }
-        weigh(w0, w1, x0, x1, scale0, scale1, unit, masked);
+        weigh(x0, x1, scale0, scale1, unit, masked);
         // Keeps the arithmetic above before the wait, beside the product in flight.
 #pragma unroll
         for (int j = 0; j < RAW; j++) asm volatile("" : "+r"(w0[j]), "+r"(w1[j]) :: "memory");
         if (p.zero) barrier_wait(q_empty(0), 0);  // never: but the branch keeps ptxas from moving the wait up
         wgmma_wait<0>();
         if (previous >= 0) complete(previous, unit);
-        take_weights(w0, w1);
+        take_weights();
     };
 
     while (true) {
@@ -693,8 +692,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 }
 
 #if SPLIT
-constexpr int COMBINE_ROWS = 16, COMBINE_THREADS = 128;
-
 // Joins the parts of tile `whole` + blockIdx.x: their mean, weighted with exp(LSE). Rows go by blockIdx.y.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(const __grid_constant__ Params p) {
     const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N, unit = blockIdx.x * blocks;

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.cu")
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
 _SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
-CONSUMERS = 2  # warpgroups that compute, 64 queries each
+# The same for all variants: warpgroups that compute, 64 queries each; rows and threads of a program of `combine`.
+CONSUMERS, COMBINE_ROWS, COMBINE_THREADS = 2, 16, 128
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
 
@@ -69,7 +70,12 @@ class Variant:
         values = {
             name.upper(): int(value) for name, value in asdict(self).items() if name not in ("pv", "out")
         }
-        return {**values, "PV": PV[self.pv], "OUT": OUT[self.out]}
+        common = {
+            "CONSUMERS": CONSUMERS,
+            "COMBINE_ROWS": COMBINE_ROWS,
+            "COMBINE_THREADS": COMBINE_THREADS,
+        }
+        return {**common, **values, "PV": PV[self.pv], "OUT": OUT[self.out]}
 
     def source(self) -> str:
         return header(self.v_rows, PV[self.pv]) + SOURCE.read_text()

@@ -1,15 +1,16 @@
 """Where this kernel is the fastest: the measurements that `tune="table"`, and calls outside a graph, go by.
 
 Origin: one H100, torch 2.11.0+cu130, triton 3.6.0, bfloat16 in NHD memory, quantisation included, against torch's
-default SDPA (cuDNN) and the Triton kernel in the same process: benchmarks/results/attention_h100.json. A length
-counts from a gain of 2% over both at it and all greater ones.
+default SDPA, cuDNN (which that is there, timed once more) and the Triton kernel in the same process:
+benchmarks/results/attention_h100.json. A length counts from a gain of 2% over all three at it and all greater ones;
+a test holds the table against that file.
 """
 
 from __future__ import annotations
 
 # (precision, head_dim, is_causal) -> the least such kv_len. What is not listed is left to the next kernel.
 MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
-    ("fast", 64, False): 16384,
+    ("fast", 64, False): 32768,
     ("fast", 64, True): 16384,
     ("fast", 128, False): 4096,
     ("fast", 128, True): 8192,
@@ -18,5 +19,4 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("accurate", 64, False): 16384,
     ("accurate", 64, True): 16384,
     ("accurate", 128, False): 4096,
-    ("accurate", 128, True): 8192,
 }

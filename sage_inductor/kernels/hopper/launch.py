@@ -14,14 +14,12 @@ from ..folder import default_folder
 from ..triton.launch import Call, Workspace
 from ..triton.quantize import KEY_BLOCK
 from . import driver
-from .compile import CONSUMERS, Variant, cubin
+from .compile import COMBINE_ROWS, COMBINE_THREADS, CONSUMERS, Variant, cubin
 from .share import share
 
 _PV = {"fast": "fp8", "balanced": "int8"}
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TILE = 64  # queries of one warpgroup
-_COMBINED_ROWS = 16  # of one program of `combine`, which has so many threads:
-_COMBINE_THREADS = 128
 
 
 class _Params(ctypes.Structure):
@@ -158,8 +156,8 @@ class HopperCall(Call):
             # Its only argument is the last of `pointers`.
             driver.launch(
                 functions[1],
-                (tiles - work.whole, _TILE * CONSUMERS // _COMBINED_ROWS),
-                _COMBINE_THREADS,
+                (tiles - work.whole, _TILE * CONSUMERS // COMBINE_ROWS),
+                COMBINE_THREADS,
                 0,
                 stream,
                 ctypes.addressof(pointers) + 3 * ctypes.sizeof(ctypes.c_void_p),
@@ -206,7 +204,7 @@ def _folder() -> Path | None:
 
 
 def in_whole_rows(out: Tensor) -> bool:
-    """Whether each row of `out` lies at a multiple of 16 bytes, as bulk copies ask for."""
+    """Whether each row of `out` lies at a multiple of 16 bytes: it can be written that much at a time."""
     return (
         all(stride * out.element_size() % 16 == 0 for stride in out.stride()[:3]) and out.data_ptr() % 16 == 0
     )

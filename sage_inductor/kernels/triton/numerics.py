@@ -36,27 +36,48 @@ def round_to_int8(x):
     return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+# The addition leaves rint(x) in the low byte, three byte permutes gather four.
+_PACK_INT8 = tl.constexpr("""{
+    .reg .f32 a, b, c, d; .reg .b32 e, f, g, h, x, y;
+    add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000;
+    add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000;
+    mov.b32 e, a; mov.b32 f, b; mov.b32 g, c; mov.b32 h, d;
+    prmt.b32 x, e, f, 0x0040; prmt.b32 y, g, h, 0x0040; prmt.b32 $0, x, y, 0x5410;
+}""")
+_PACK_FLOAT8 = tl.constexpr("""{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+}""")
+
+
 @triton.jit
 def pack_to_int8(x, PTX: tl.constexpr):
-    """The same for a large tile: the addition leaves rint(x) in the low byte, three byte permutes gather
-    four."""
+    """`round_to_int8` for a large tile."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 a, b, c, d; .reg .b32 e, f, g, h, x, y;
-            add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000;
-            add.rn.f32 c, $3, 0f4B400000; add.rn.f32 d, $4, 0f4B400000;
-            mov.b32 e, a; mov.b32 f, b; mov.b32 g, c; mov.b32 h, d;
-            prmt.b32 x, e, f, 0x0040; prmt.b32 y, g, h, 0x0040; prmt.b32 $0, x, y, 0x5410;
-            }""",
-            "=r,r,r,r,r",
-            [x],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(_PACK_INT8, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
     else:
         return round_to_int8(x)
+
+
+@triton.jit
+def pack_four(a, b, c, d, FLOAT8: tl.constexpr, PTX: tl.constexpr):
+    """Four numbers each, as e4m3 or rounded to INT8, in the bytes of an int32, `a` lowest."""
+    if PTX:
+        asm: tl.constexpr = _PACK_FLOAT8 if FLOAT8 else _PACK_INT8
+        return tl.inline_asm_elementwise(
+            asm, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (
+            _byte(a, FLOAT8) | (_byte(b, FLOAT8) << 8) | (_byte(c, FLOAT8) << 16) | (_byte(d, FLOAT8) << 24)
+        )
+
+
+@triton.jit
+def _byte(x, FLOAT8: tl.constexpr):
+    y = to_float8(x, False) if FLOAT8 else round_to_int8(x)
+    return y.to(tl.uint8, bitcast=True).to(tl.int32)
 
 
 @triton.jit

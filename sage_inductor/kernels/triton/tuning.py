@@ -102,7 +102,7 @@ def quantize_config(head_dim: int) -> LaunchConfig:
     """The quantise kernel's configuration for a head dim rounded up to a power of two."""
     if head_dim == 128:
         return LaunchConfig(num_warps=8, max_registers=80)  # three programs on an SM
-    return LaunchConfig(num_warps=4)
+    return LaunchConfig(num_warps=16 if head_dim == 256 else 4)
 
 
 def measure(

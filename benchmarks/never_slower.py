@@ -62,9 +62,11 @@ class Site:
         tensor = torch.randn(self.batch, outer, inner, self.head_dim, device=DEVICE, dtype=torch.bfloat16)
         return tensor.transpose(1, 2) if self.layout == "NHD" else tensor
 
-    def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.mask == "tril":
-            mask = torch.ones(self.q_len, self.kv_len, dtype=torch.bool, device=query.device).tril()
+    def model(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What is compiled. It makes a causal mask itself, so that the choice can be made by what it holds."""
+        return self.sdpa(query, key, value, self._tril() if self.mask == "tril" else mask)
+
+    def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         gqa = self.heads != self.kv_heads
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=self.is_causal, enable_gqa=gqa
@@ -72,10 +74,11 @@ class Site:
 
     def baseline(self) -> Callable[..., Tensor]:
         """SDPA on its own: the mask, which the model has already, is made beforehand."""
-        if self.mask != "tril":
-            return self.sdpa
-        tril = torch.ones(self.q_len, self.kv_len, dtype=torch.bool, device=DEVICE).tril()
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, tril)
+        tril = self._tril() if self.mask == "tril" else None
+        return lambda query, key, value, mask=tril: self.sdpa(query, key, value, mask)
+
+    def _tril(self) -> Tensor:
+        return torch.ones(self.q_len, self.kv_len, dtype=torch.bool, device=DEVICE).tril()
 
     def kernel(self, name: str) -> Callable[..., Tensor]:
         return lambda *inputs: ops.attention(
@@ -141,7 +144,7 @@ def choose(site: Site, cache: Path) -> Row:
     start = time.monotonic()
     config = Config(precision=site.precision, cache_dir=str(cache))
     with torch.no_grad():
-        (found,) = explain(site.sdpa, *site.inputs(), config=config).sites
+        (found,) = explain(site.model, *site.inputs(), config=config).sites
     return {
         "kernel": found.kernel if found.rewritten else "sdpa",
         "speedup_when_chosen": found.speedup,

@@ -109,6 +109,7 @@ def main() -> None:
             [*command, "--child", tune, cache], stdout=subprocess.PIPE, text=True, check=True
         )
         figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        sys.stderr.write(f"{tune}: {figures}\n")
         return figures
 
     with tempfile.TemporaryDirectory() as cache:

@@ -677,7 +677,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         prefetch(p.v_scale + next.key_row / 128 + next.begin);
         wgmma_wait<0>();
         if (leader) {
-            barrier_arrive(k_empty(k_stage));
+            if (more) barrier_arrive(k_empty(k_stage));
             barrier_arrive(q_empty(q_stage ^ 1));
         }
         complete(stage, v_unit);

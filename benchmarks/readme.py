@@ -123,8 +123,6 @@ heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end t
 {attention_table(rows)}
 
 {error_sentence(rows)}
-Since this was measured the quantisation has changed, and has not been timed since: V's statistics are taken otherwise, and
-a mean of V that may be the sample's is no longer subtracted, which is meant to bring the errors at 32,768 tokens down.
 
 ![end-to-end speed against sequence length](benchmarks/results/attention_{GPU}.svg)
 

@@ -88,15 +88,15 @@ def ours(kernel: str, precision: str) -> Provider:
     def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         out = torch.empty_like(q)
         params = AttentionParams(is_causal=problem.is_causal, precision=precision)
-        call = Call(q, k, v, None, params, return_lse=False)
-        workspace = call.quantize()
+        call = Call(q, k, v, None, params, out, None)
+        workspace = call.quantize(q, k, v, None)
 
         def kernel() -> Tensor:
-            call.attend(workspace, out, None)
+            call.attend(workspace, None, out, None)
             return out
 
         def end_to_end() -> Tensor:
-            Call(q, k, v, None, params, return_lse=False).run(out, None)
+            call(q, k, v, None, out, None)
             return out
 
         return Prepared(end_to_end, kernel)

@@ -50,9 +50,10 @@ def main() -> None:
                         torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
                         for _ in range(3)
                     )
-                    call = Call(q, k, v, None, AttentionParams(precision=precision), return_lse=False)
-                    calls.append(call.quantize)
-                    wholes.append(partial(call.run, torch.empty_like(q), None))
+                    out = torch.empty_like(q)
+                    call = Call(q, k, v, None, AttentionParams(precision=precision), out, None)
+                    calls.append(partial(call.quantize, q, k, v, None))
+                    wholes.append(partial(call, q, k, v, None, out, None))
                 ms = median_ms(calls)
                 share = ms / median_ms(wholes)
                 gigabytes = elements * (6 + 2 + (2 if precision == "accurate" else 1)) / ms / 1e6

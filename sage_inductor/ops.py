@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.exact import exact_lse, sdpa
-from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
-from sage_inductor.kernels.base import reason
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import Prepared, reason
+from sage_inductor.kernels.cache import Cache
 
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
@@ -114,28 +114,17 @@ def _misfit(message: str) -> RuntimeError:
 def memory_order(tensor: Tensor) -> list[int]:
     """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA
     gives its output, `[0, 2, 1, 3]` for a query in NHD memory."""
-    return _order(tensor.stride())
+    strides = tensor.stride()
+    last = len(strides) - 1
+    return [*sorted(range(last), key=strides.__getitem__, reverse=True), last]
 
 
-def _order(strides: Sequence[int]) -> list[int]:
-    leading = range(len(strides) - 1)
-    return [*sorted(leading, key=lambda dim: strides[dim], reverse=True), len(strides) - 1]
-
-
-_known_order = lru_cache(maxsize=1024)(_order)  # for strides that are numbers: symbols do not hash
-
-
-def _empty_output(
-    query: Tensor,
-    value: Tensor,
-    order: Sequence[int] | None,
-    find_order: Callable[[Sequence[int]], list[int]] = _known_order,
-) -> Tensor:
-    shape = (*query.shape[:-1], value.shape[-1])
+def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
     if order is None:
-        order = find_order(query.stride())
+        order = memory_order(query)
     elif sorted(order) != list(range(query.dim())):
         raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
+    shape = (*query.shape[:-1], value.shape[-1])
     return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
 
 
@@ -149,12 +138,9 @@ def _attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
-    *,
-    memory_order: Sequence[int] | None = None,
-    **params: Any,
+    **options: Any,
 ) -> Tensor:
-    out = _empty_output(query, value, memory_order)
-    return _run(query, key, value, attn_mask, is_causal, out, None, is_out_ours=True, **params)
+    return _run(query, key, value, attn_mask, is_causal, None, False, **options)[0]
 
 
 def _attention_out(
@@ -165,9 +151,9 @@ def _attention_out(
     is_causal: bool = False,
     *,
     output: Tensor,
-    **params: Any,
+    **options: Any,
 ) -> None:
-    _run(query, key, value, attn_mask, is_causal, output, None, **params)
+    _run(query, key, value, attn_mask, is_causal, output, False, **options)
 
 
 def _attention_lse(
@@ -176,19 +162,25 @@ def _attention_lse(
     value: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
-    *,
-    memory_order: Sequence[int] | None = None,
-    **params: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_output(query, value, memory_order), _empty_lse(query)
-    _run(query, key, value, attn_mask, is_causal, out, lse, **params)
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, True, **options)
+    assert lse is not None
     return out, lse
 
 
-# What a call resolves to depends on shapes, strides and options alone, so it is worked out once for each: the
-# checks would otherwise cost more than the launch.
-_resolved: dict[tuple[Any, ...], tuple[Kernel | None, AttentionParams]] = {}
-_RESOLVED_AT_MOST = 4096
+class _Resolved(NamedTuple):
+    """What calls of one kind come down to."""
+
+    run: Prepared | None  # None: exact attention
+    params: AttentionParams
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+
+
+# It depends on shapes, strides and options alone, so it is worked out once for each: the checks and all the numbers that
+# kernels take would otherwise cost more than the launches.
+_resolved: Cache[tuple[Any, ...], _Resolved] = Cache(4096)
 
 
 def _run(
@@ -197,10 +189,10 @@ def _run(
     value: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
-    out: Tensor,
-    lse: Tensor | None,
+    out: Tensor | None,
+    return_lse: bool,
     *,
-    is_out_ours: bool = False,
+    memory_order: Sequence[int] | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     bottom_right: bool = False,
@@ -210,52 +202,53 @@ def _run(
     precision: str = "fast",
     min_q_len: int = 0,
     min_kv_len: int = 0,
-) -> Tensor:
-    """Writes `out`, and `lse` when it is given. Returns `out`, or, where that is nobody else's, the tensor that SDPA
-    made in the same strides, which saves a copy."""
+) -> tuple[Tensor, Tensor | None]:
+    """(output, LSE if asked for); the output is `out` where that is given."""
     if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
         raise NotEligibleError(f"kernel={kernel_name}", [wanting])
-    mask_key = (
-        None
-        if attn_mask is None
-        else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device)
-    )
-    cache_key = (
+    kind = (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        out.shape, out.dtype, out.device, lse is None, mask_key,
-        is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
+        None if attn_mask is None
+        else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device),
+        None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+        None if memory_order is None else tuple(memory_order),
+        return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
+        min_q_len, min_kv_len,
     )  # fmt: skip
-    resolved = _resolved.get(cache_key)
+    resolved = _resolved.get(kind)
     if resolved is None:
         validate(query, key, value, attn_mask, enable_gqa, out)
-        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
-        resolved = _resolve(query, key, value, attn_mask, params, lse is not None, kernel_name), params
-        if len(_resolved) >= _RESOLVED_AT_MOST:
-            _resolved.clear()
-        _resolved[cache_key] = resolved
-    chosen, params = resolved
-    given = out
+    given, lse = out, _empty_lse(query) if return_lse else None
+    if out is None:
+        if resolved is None:
+            out = _empty_output(query, value, memory_order)
+        else:
+            out = torch.empty_strided(
+                resolved.out_shape, resolved.out_strides, dtype=query.dtype, device=query.device
+            )
+    result = out, lse
     if query.dim() != 4:
         query, key, value, out = (as_4d(tensor) for tensor in (query, key, value, out))
         lse = None if lse is None else lse.view(query.shape[:-1])
     if attn_mask is not None:
         attn_mask = as_4d(attn_mask)
-    if out.numel() == 0 or key.shape[2] == 0:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-    elif chosen is None or query.shape[2] < min_q_len or key.shape[2] < min_kv_len:
-        exact = sdpa(query, key, value, attn_mask, params)
-        if lse is not None:
-            exact_lse(query, key, attn_mask, params, lse)
-        if is_out_ours and out is given and exact.stride() == out.stride():
-            return exact
-        out.copy_(exact)
-    else:
-        chosen.run(query, key, value, attn_mask, params, out, lse)
-    return given
+    if resolved is None:
+        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
+        run = _resolve(query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len))
+        resolved = _Resolved(run, params, result[0].shape, result[0].stride())
+        _resolved.keep(kind, resolved)
+    if resolved.run is not None:
+        resolved.run(query, key, value, attn_mask, out, lse)
+        return result
+    exact = sdpa(query, key, value, attn_mask, resolved.params)
+    if lse is not None:
+        exact_lse(query, key, attn_mask, resolved.params, lse)
+    if given is None and out is result[0] and exact.stride() == out.stride():
+        return exact, lse  # nobody else has seen ours
+    out.copy_(exact)
+    return result
 
 
 def _resolve(
@@ -264,19 +257,34 @@ def _resolve(
     value: Tensor,
     attn_mask: Tensor | None,
     params: AttentionParams,
-    return_lse: bool,
+    out: Tensor,
+    lse: Tensor | None,
     name: str,
-) -> Kernel | None:
-    """The kernel to run; None for exact attention, asked for or fallen back to by "auto"."""
+    least: tuple[int, int],
+) -> Prepared | None:
+    """What to run; None for exact attention, asked for, fallen back to by "auto", or for fewer than `least` queries and
+    keys."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
-    if name == EXACT:
+    chosen = None
+    if name != EXACT:
+        problem = make_problem(query, key, value, attn_mask, params, lse is not None)
+        chosen, reasons = kernels.select(problem, name)
+        if chosen is None and name != "auto":
+            raise NotEligibleError(f"kernel={name}", reasons)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return _without_keys
+    if chosen is None or query.shape[2] < least[0] or key.shape[2] < least[1]:
         return None
-    problem = make_problem(query, key, value, attn_mask, params, return_lse)
-    chosen, reasons = kernels.select(problem, name)
-    if chosen is None and name != "auto":
-        raise NotEligibleError(f"kernel={name}", reasons)
-    return chosen
+    return chosen.prepare(query, key, value, attn_mask, params, out, lse)
+
+
+def _without_keys(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
+) -> None:
+    out.zero_()
+    if lse is not None:
+        lse.fill_(-math.inf)
 
 
 def wanting_gradients(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
@@ -319,7 +327,7 @@ def fake_attention(
     **params: Any,
 ) -> Tensor:
     validate(query, key, value, attn_mask, enable_gqa)
-    return _empty_output(query, value, memory_order, _order)
+    return _empty_output(query, value, memory_order)
 
 
 def fake_attention_out(

@@ -83,7 +83,8 @@ def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None
     mask = None
     if mask_kind != "none":
         mask = torch.empty(2, 1, 1, 256, dtype=torch.bool if mask_kind == "keys" else torch.float32)
-    launch.Call(q, k, v, mask, AttentionParams(precision=precision), False).run(torch.empty_like(q), None)
+    out, params = torch.empty_like(q), AttentionParams(precision=precision)
+    launch.Call(q, k, v, mask, params, out, None)(q, k, v, mask, out, None)
 
 
 if __name__ == "__main__":

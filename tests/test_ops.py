@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from sage_inductor import NotEligibleError, ops, sage_attention
+from sage_inductor import NotEligibleError, kernels, ops, sage_attention
+from sage_inductor.kernels.cache import Cache
 from sage_inductor.testing import relative_l2
 
 REFERENCE = {"kernel_name": "reference"}
@@ -290,6 +291,75 @@ def test_few_queries_or_keys_get_exact_attention() -> None:
     scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(20, 30).triu(1).bool(), -torch.inf)
     assert relative_l2(out, F.scaled_dot_product_attention(q, k, k, is_causal=True)) < 1e-6
     assert (lse - scores.logsumexp(-1)).abs().max() < 1e-5
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the reference kernel is prepared for: strides of the output, shape of the LSE, parameters."""
+    kinds: list[tuple[Any, ...]] = []
+    kernel = type(kernels.get("reference"))
+    prepare = kernel.prepare
+
+    def recorded(self: Any, *args: Any) -> Any:
+        params, out, lse = args[4:]
+        kinds.append((out.stride(), None if lse is None else tuple(lse.shape), params))
+        return prepare(self, *args)
+
+    monkeypatch.setattr(kernel, "prepare", recorded)
+    monkeypatch.setattr(ops, "_resolved", Cache(8))
+    return kinds
+
+
+def test_calls_of_one_kind_are_resolved_once(prepared: list[tuple[Any, ...]]) -> None:
+    q, k, v = nhd(), nhd(), nhd()
+    outs = [ops.attention(q.clone(), k, v, **REFERENCE) for _ in range(3)]
+    assert len(prepared) == 1
+    assert torch.equal(outs[0], outs[2]) and len({out.data_ptr() for out in outs}) == 3
+    assert outs[0].stride() == outs[2].stride() == q.stride()
+    assert not torch.equal(ops.attention(v, k, q, **REFERENCE), outs[0]) and len(prepared) == 1
+
+
+def test_whatever_a_call_depends_on_is_part_of_its_kind(prepared: list[tuple[Any, ...]]) -> None:
+    q, k, v = nhd(), nhd(), nhd()
+    padded, mask = torch.empty(2, 4, 20, 40)[..., :32], torch.rand(20, 20) > 0.2
+    expected = ops.attention(q, k, v, **REFERENCE)
+    different: list[tuple[Any, dict[str, Any]]] = [
+        (lambda **options: ops.attention_out(q, k, v, output=torch.empty(2, 4, 20, 32), **options), {}),
+        (lambda **options: ops.attention_out(q, k, v, output=padded, **options), {}),
+        (lambda **options: ops.attention_lse(q, k, v, **options), {}),
+        (lambda **options: ops.attention(q, k, v, mask, **options), {}),
+        (lambda **options: ops.attention(q, k, v, mask.mT, **options), {}),
+        (lambda **options: ops.attention(q, k.clone(), v.contiguous(), **options), {}),
+        (lambda **options: ops.attention(q[:, :, :19], k, v, **options), {}),
+        *((lambda **options: ops.attention(q, k, v, **options), options) for options in (
+            {"is_causal": True}, {"bottom_right": True}, {"window_left": 3}, {"window_right": 3}, {"scale": 2.0},
+            {"precision": "accurate"}, {"memory_order": [1, 0, 2, 3]}, {"memory_order": [0, 1, 2, 3]},
+        )),
+    ]  # fmt: skip
+    for number, (call, options) in enumerate(different):
+        for _ in range(2):
+            call(**REFERENCE, **options)
+        assert len(prepared) == 2 + number, options
+    assert len(set(prepared)) > 8 and 0 < len(ops._resolved) <= 8
+    ops.attention_out(q, k, v, output=padded, **REFERENCE)
+    assert torch.equal(padded, expected)
+    # Exact attention is not prepared, and does not replace what is.
+    before = len(prepared)
+    exact = ops.attention(q, k, v, **REFERENCE, min_kv_len=21)
+    assert torch.equal(exact, F.scaled_dot_product_attention(q, k, v)) and len(prepared) == before
+    assert torch.equal(ops.attention(q, k, v, **REFERENCE), expected)
+
+
+def test_what_is_refused_is_refused_again(prepared: list[tuple[Any, ...]]) -> None:
+    q, k = nhd(), nhd(dim=16)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="head_dim of query is 32"):
+            ops.attention(q, k, k, **REFERENCE)
+        with pytest.raises(RuntimeError, match=r"memory_order=\[0, 1\] is no order"):
+            ops.attention(q, q, q, **REFERENCE, memory_order=[0, 1])
+        with pytest.raises(NotEligibleError):
+            ops.attention(q, q, q, kernel_name="hopper", min_kv_len=1000)
+    assert not ops._resolved and not prepared
 
 
 def test_dispatched_calls_pass_opcheck() -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import agreement
@@ -150,7 +149,7 @@ def test_masks_are_read_in_units_that_divide_their_strides_and_the_keys(
 
     mask = (torch.rand(2, 2, 70, row, device=DEVICE) > 0.4)[..., :kv_len]
     q, k, v = randn(2, 2, 70, 64), randn(2, 2, kv_len, 64), randn(2, 2, kv_len, 64)
-    assert Call(q, k, v, mask, AttentionParams(), False).mask_align == align
+    assert Call(q, k, v, mask, AttentionParams(), torch.empty_like(q), None).mask.align == align
     check(q, k, v, mask)
 
 
@@ -490,68 +489,6 @@ def test_a_measured_configuration_overrides_the_table() -> None:
 def test_importing_the_kernel_does_not_import_its_device_code() -> None:
     code = "import sys, sage_inductor.kernels.triton as t; sys.exit(f'{t.__name__}.quantize' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# --------------------------------------------------------------------------------------------------- launch
-
-
-class Recorded:
-    """Stands for a kernel and for its binary: keeps what it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.arg_names = kernel.arg_names
-        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> Recorded:
-            self.launches.append((grid[0], args, kwargs))
-            return self
-
-        return launch
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernels themselves are launched so")
-@pytest.mark.parametrize("arch", [(9, 0), (8, 0)])
-def test_a_kept_binary_gets_the_arguments_of_the_first_launch(
-    arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton binds arguments by name and skips constexprs; the direct launch passes them all in order, tensors as
-    addresses."""
-    import triton
-
-    from sage_inductor.kernels.triton import launch
-
-    names = ("statistics_kernel", "quantize_kernel", "attention_kernel")
-    recorded = [Recorded(getattr(launch, name)) for name in names]
-    for name, stand_in in zip(names, recorded, strict=True):
-        monkeypatch.setattr(launch, name, stand_in)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "capability", lambda index: arch)
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 77))
-    monkeypatch.setattr(triton.runtime, "driver", streams)
-
-    q, k, v = (randn(1, 2, 200, 64) for _ in range(3))
-    mask, out = torch.ones(1, 1, 1, 200, dtype=torch.bool), torch.empty_like(q)
-    call = launch.Call(q, k, v, mask, params_of("balanced", is_causal=True), False)
-    for _ in range(2):
-        workspace = call.quantize()
-        call.attend(workspace, out, None)
-    for kernel in recorded:
-        (programs, args, constants), (again, plain, options) = kernel.launches
-        assert programs == again and options == {"stream": 77}
-        assert len(plain) == len(kernel.arg_names)
-        by_name = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        for name, value in zip(kernel.arg_names, plain, strict=True):
-            expected = by_name[name]
-            if isinstance(expected, Tensor):
-                assert value == expected.data_ptr() or name in ("q8", "k8", "v8", "scales") or "tile" in name
-                assert isinstance(value, int)
-            elif not name.endswith(("tile0", "tile1")):
-                assert value == expected, name
-            else:
-                assert type(value) is type(expected)
 
 
 # ------------------------------------------------------------------------------------------------ compilation

@@ -79,15 +79,17 @@ def _kernel_row(
 ) -> Row:
     kernel = kernels.get(name)
     params = AttentionParams(is_causal=problem.is_causal, precision=precision)
-    query, key, value = map(TensorSpec.of, sets[0])
-    reasons = kernel.unavailable_reasons(problem.device)
-    reasons = reasons or kernel.not_supported_reasons(AttentionProblem(query, key, value, None, params))
+    query, key, value = sets[0]
+    asked = AttentionProblem(TensorSpec.of(query), TensorSpec.of(key), TensorSpec.of(value), None, params)
+    reasons = kernel.unavailable_reasons(problem.device) or kernel.not_supported_reasons(asked)
     if reasons:
         return Row(name, precision, problems=tuple(reasons))
 
+    prepared = kernel.prepare(query, key, value, None, params, torch.empty_like(query), None)
+
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.empty_like(query)
-        kernel.run(query, key, value, None, params, out, None)
+        prepared(query, key, value, None, out, None)
         return out
 
     return _timed(name, precision, problem, sets, attend, rows)

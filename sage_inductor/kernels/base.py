@@ -4,7 +4,7 @@ kernel."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,6 +61,8 @@ class TensorSpec:
     def as_4d(self) -> TensorSpec:
         """The same with leading dims of size 1, as `unsqueeze` would give them."""
         missing = 4 - len(self.shape)
+        if not missing:
+            return self
         outer = self.shape[0] * self.stride[0] if self.shape else 1
         return TensorSpec(
             (1,) * missing + self.shape, (outer,) * missing + self.stride, self.dtype, self.device
@@ -82,6 +84,10 @@ class AttentionProblem:
     attn_mask: TensorSpec | None
     params: AttentionParams
     return_lse: bool = False
+
+
+# `Kernel.run` without the parameters: (query, key, value, attn_mask, out, lse).
+Prepared = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None], None]
 
 
 class Kernel(ABC):
@@ -144,6 +150,31 @@ class Kernel(ABC):
         """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides)
         and, when asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs
         are never written; work goes to the current stream of the inputs' device."""
+
+    def prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> Prepared:
+        """`run` for all tensors of these shapes, strides, dtypes and device, wherever they lie, with what depends on
+        those alone worked out once. Keeps no tensor, and threads may share it."""
+
+        def prepared(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None,
+            out: Tensor,
+            lse: Tensor | None,
+        ) -> None:
+            self.run(query, key, value, attn_mask, params, out, lse)
+
+        return prepared
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, AttentionProblem, reason
+from ..base import AttentionParams, AttentionProblem, Prepared, reason
 from ..triton import MAX_KEYS, TritonKernel, capability, has_gpu, interpreted
 from ..triton.crossover import slower_than_sdpa
 from .crossover import MIN_KV_LEN
@@ -73,7 +73,7 @@ class HopperKernel(TritonKernel):
             return []
         return slower_than_sdpa(problem, capability(device.index), MIN_KV_LEN)
 
-    def run(
+    def prepare(
         self,
         query: Tensor,
         key: Tensor,
@@ -82,11 +82,11 @@ class HopperKernel(TritonKernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
-    ) -> None:
-        from ..triton.launch import attention
+    ) -> Prepared:
+        from ..triton.launch import prepare
         from .launch import HopperCall
 
-        attention(query, key, value, attn_mask, params, out, lse, HopperCall)
+        return prepare(query, key, value, attn_mask, params, out, lse, HopperCall)
 
 
 @cache

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Variant:
     return_lse: bool = False
     split: bool = False
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Of Q and K in shared memory, which is also their swizzle span."""
         return next(size for size in (32, 64, 128) if self.head_dim <= size)
@@ -58,7 +58,7 @@ class Variant:
     def v_element(self) -> int:
         return 2 if self.pv in ("bf16", "fp16") else 1
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         tiles = 2 * CONSUMERS * 64 * self.row_bytes
         tiles += self.stages * 128 * (self.row_bytes + self.v_element * self.v_rows)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from cuda.bindings import driver
@@ -41,15 +40,10 @@ def load(cubin: bytes, shared_bytes: dict[str, int]) -> tuple[Any, ...]:
     return tuple(functions)
 
 
-@lru_cache(maxsize=4096)
 def tensor_map(
     address: int, element: int, rows: int, columns: int, box_rows: int, box_columns: int, swizzle: int
 ) -> Any:
-    """How TMA reads boxes of a row-major matrix of `element` bytes each at `address`; outside it reads zeros.
-
-    The map holds nothing but these numbers, so it may outlive the memory: torch's allocator gives the same
-    addresses again and again, and encoding takes microseconds.
-    """
+    """How TMA reads boxes of a row-major matrix of `element` bytes each at `address`; outside it reads zeros."""
     return checked(
         driver.cuTensorMapEncodeTiled(
             _TYPES[element],

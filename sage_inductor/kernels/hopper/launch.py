@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..base import AttentionParams
 from ..folder import default_folder
-from ..triton.launch import Call, Workspace
+from ..triton.launch import Call
 from ..triton.quantize import KEY_BLOCK
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, CONSUMERS, Variant, cubin
@@ -47,91 +48,76 @@ class _Params(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Arguments(ctypes.Structure):
+    """Where the kernel's arguments are."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("q_map", "k_map", "v_map", "numbers")]
+
+
+class _Rows(NamedTuple):
+    """How the rows of an output lie."""
+
+    strides: tuple[int, ...]  # batch, head, row
+    in_pairs: bool  # two neighbouring elements can be written at once
+    in_pieces: bool  # of 16 bytes, too; both if the address is a multiple as well
+
+    @classmethod
+    def of(cls, out: Tensor) -> _Rows:
+        *strides, last = out.stride()
+        return cls(
+            tuple(strides),
+            last == 1 and all(stride % 2 == 0 for stride in strides),
+            all(stride * out.element_size() % 16 == 0 for stride in strides),
+        )
+
+
 class HopperCall(Call):
-    """One dense attention call; `quantize` is the Triton kernels'."""
+    """Dense attention calls of one kind; `quantize` is the Triton kernels'."""
 
     V_TRANSPOSED: ClassVar[bool] = True
 
-    __slots__ = ()
-
-    def attend(self, workspace: Workspace, out: Tensor, lse: Tensor | None) -> None:
-        if writable_in_place(out):
-            self._attend(workspace, out, lse)
-        else:
-            dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-            self._attend(workspace, dense, lse)
-            out.copy_(dense)
-
-    def _attend(self, workspace: Workspace, out: Tensor, lse: Tensor | None) -> None:
-        plan, params, heads, kv_heads, batch = self.plan, self.params, self.heads, self.kv_heads, self.batch
-        d, dv = plan.d, plan.dv
-        low, high = params.bounds(self.q_len, self.kv_len)
-        tiles_per_head = -(-self.q_len // (_TILE * CONSUMERS))
-        tiles = tiles_per_head * batch * heads
+    def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
+        plan, sizes, mask = self.plan, self.sizes, self.mask
+        low, high = params.bounds(sizes.q_len, sizes.kv_len)
+        tiles_per_head = -(-sizes.q_len // (_TILE * CONSUMERS))
+        tiles = tiles_per_head * sizes.batch * sizes.heads
         # Tiles of one length can be split so that all programs have as much to do. Those of different lengths come
         # longest first, and nobody waits long.
-        one_length = low is None and high is None and not self.skip_blocks
-        work = share(tiles, -(-self.kv_len // KEY_BLOCK) if one_length else 0, multiprocessors(self.index))
-        variant = choose_variant(
+        one_length = low is None and high is None and not mask.skip_blocks
+        blocks = -(-sizes.kv_len // KEY_BLOCK) if one_length else 0
+        work = share(tiles, blocks, multiprocessors(self.index))
+        self.grid = work.grid
+        self.split_tiles = tiles - work.whole if work.units else 0
+        self.variant = variant = choose_variant(
             params.precision,
             out.dtype,
-            d,
-            dv,
+            plan.d,
+            plan.dv,
             low is not None,
             high is not None,
-            self.skip_blocks,
+            mask.skip_blocks,
             lse is not None,
             work.units > 0,
         )
-        q_rows = heads * self.q_blocks * KEY_BLOCK
-        keys = self.kv_blocks * KEY_BLOCK
-        row, element = variant.row_bytes, variant.v_element
-        maps = (
-            driver.tensor_map(workspace.q8.data_ptr(), 1, q_rows, d, _TILE, row, row),
-            driver.tensor_map(workspace.k8.data_ptr(), 1, kv_heads * keys, d, KEY_BLOCK, row, row),
-            driver.tensor_map(workspace.v8.data_ptr(), element, kv_heads * dv, keys, dv, 128 // element, 128),
-        )
-
-        scales = workspace.scales.data_ptr()
-        k_scale = scales + 4 * self.q_size
-        v_scale = k_scale + 4 * kv_heads * self.kv_blocks
-        v_channel = v_scale + 4 * (kv_heads * self.kv_blocks + batch * kv_heads * d)
-        used_keys = v_channel + 12 * batch * kv_heads * dv
+        self.shared_bytes = variant.shared_bytes
+        self.functions: tuple[Any, ...] | None = None  # not before the device is current
+        self.rows, self.pair_bytes = _Rows.of(out), 2 * out.element_size()
         # Two parts of each program: the end of one tile and the beginning of another.
-        parts = torch.empty(
-            2 * work.grid * _TILE * CONSUMERS * (dv + 1) if work.units else 0,
-            dtype=torch.float32,
-            device=out.device,
-        )
-        part_lse = parts.data_ptr() + 4 * 2 * work.grid * _TILE * CONSUMERS * dv
-        stride_b, stride_h, stride_m = out.stride()[:3]
-        numbers = _Params(
-            q_scale=scales,
-            q_shift=scales + 2 * self.q_size,  # its second half; read with the LSE only
-            k_scale=k_scale,
-            v_scale=v_scale,
-            v_channel=v_channel,
-            used_keys=used_keys,
-            ticket=used_keys + 12 * batch,
-            parts=parts.data_ptr(),
-            part_lse=part_lse,
-            key_mask=None if self.attn_mask is None else self.attn_mask.data_ptr(),
-            out=out.data_ptr(),
-            lse=None if lse is None else lse.data_ptr(),
-            out_b=stride_b,
-            out_h=stride_h,
-            out_m=stride_m,
+        part_rows = 2 * work.grid * _TILE * CONSUMERS if work.units else 0
+        self.parts = self._part(part_rows * plan.dv, torch.float32)
+        self.part_lse = self._part(part_rows, torch.float32)
+        self.numbers = _Params(
             lse_b=0 if lse is None else lse.stride(0),
             lse_h=0 if lse is None else lse.stride(1),
-            mask_b=self.mask_strides[0],
-            mask_n=self.mask_strides[3],
-            batch=batch,
-            heads=heads,
-            group=heads // kv_heads,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            q_blocks=self.q_blocks,
-            kv_blocks=self.kv_blocks,
+            mask_b=mask.strides[0],
+            mask_n=mask.strides[3],
+            batch=sizes.batch,
+            heads=sizes.heads,
+            group=sizes.heads // sizes.kv_heads,
+            q_len=sizes.q_len,
+            kv_len=sizes.kv_len,
+            q_blocks=sizes.q_blocks,
+            kv_blocks=sizes.kv_blocks,
             low=low or 0,
             high=high or 0,
             v_dim=out.shape[3],
@@ -139,29 +125,94 @@ class HopperCall(Call):
             whole=work.whole,
             grid=work.grid,
             units=work.units,
-            wide=in_whole_rows(out),
         )
-        pointers = (ctypes.c_void_p * 4)(*(each.getPtr() for each in maps), ctypes.addressof(numbers))
-        functions = loaded(self.index, variant)
-        stream = torch.cuda.current_stream(self.index).cuda_stream
+
+    def attend(
+        self,
+        workspace: Tensor,
+        attn_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> None:
+        if self.rows.in_pairs and out.data_ptr() % self.pair_bytes == 0:
+            self._attend(workspace, attn_mask, out, lse, self.rows)
+        else:
+            dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self._attend(workspace, attn_mask, dense, lse, _Rows.of(dense))
+            out.copy_(dense)
+
+    def _attend(
+        self, workspace: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None, rows: _Rows
+    ) -> None:
+        placed = _placed(self, workspace.data_ptr())
+        numbers = _Params.from_buffer_copy(placed.numbers)
+        numbers.out = address = out.data_ptr()
+        numbers.out_b, numbers.out_h, numbers.out_m = rows.strides
+        numbers.wide = rows.in_pieces and address % 16 == 0
+        if attn_mask is not None:
+            numbers.key_mask = attn_mask.data_ptr()
+        if lse is not None:
+            numbers.lse = lse.data_ptr()
+        arguments = _Arguments(*placed.addresses, ctypes.addressof(numbers))
+        if self.functions is None:
+            self.functions = loaded(self.index, self.variant)
+        stream = self.stream()
         driver.launch(
-            functions[0],
-            (work.grid, 1),
+            self.functions[0],
+            (self.grid, 1),
             128 * (CONSUMERS + 1),
-            variant.shared_bytes,
+            self.shared_bytes,
             stream,
-            ctypes.addressof(pointers),
+            ctypes.addressof(arguments),
         )
-        if work.units:
-            # Its only argument is the last of `pointers`.
+        if self.split_tiles:
+            # Its only argument is the last.
             driver.launch(
-                functions[1],
-                (tiles - work.whole, _TILE * CONSUMERS // COMBINE_ROWS),
+                self.functions[1],
+                (self.split_tiles, _TILE * CONSUMERS // COMBINE_ROWS),
                 COMBINE_THREADS,
                 0,
                 stream,
-                ctypes.addressof(pointers) + 3 * ctypes.sizeof(ctypes.c_void_p),
+                ctypes.addressof(arguments) + _Arguments.numbers.offset,
             )
+
+
+class _Placed(NamedTuple):
+    """What depends on where the workspace lies."""
+
+    numbers: _Params
+    addresses: list[int]  # of the maps
+    maps: list[Any]
+
+
+@lru_cache(maxsize=1024)
+def _placed(call: HopperCall, address: int) -> _Placed:
+    """It holds nothing but numbers, so it may outlive the memory: torch's allocator gives the same addresses again and
+    again, and encoding maps takes microseconds."""
+    plan, sizes, variant = call.plan, call.sizes, call.variant
+    keys = sizes.kv_blocks * KEY_BLOCK
+    row, element = variant.row_bytes, variant.v_element
+    q8, k8, v8 = (address + part.offset for part in (call.q8, call.k8, call.v8))
+    maps = [
+        driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, _TILE, row, row),
+        driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, row, row),
+        driver.tensor_map(v8, element, sizes.kv_heads * plan.dv, keys, plan.dv, 128 // element, 128),
+    ]
+    numbers = _Params.from_buffer_copy(call.numbers)
+    # The sections of quantize.py.
+    numbers.q_scale = scales = address + call.scales.offset
+    numbers.q_shift = scales + 2 * sizes.q_size  # its second half; read with the LSE only
+    numbers.k_scale = k_scale = scales + 4 * sizes.q_size
+    numbers.v_scale = v_scale = k_scale + 4 * sizes.kv_heads * sizes.kv_blocks
+    v_channel = v_scale + 4 * (sizes.kv_heads * sizes.kv_blocks + sizes.batch * sizes.kv_heads * plan.d)
+    numbers.v_channel = v_channel
+    numbers.used_keys = used_keys = v_channel + 12 * sizes.batch * sizes.kv_heads * plan.dv
+    numbers.ticket = used_keys + 12 * sizes.batch
+    numbers.parts = address + call.parts.offset
+    numbers.part_lse = address + call.part_lse.offset
+    return _Placed(numbers, [each.getPtr() for each in maps], maps)
 
 
 @cache
@@ -201,19 +252,3 @@ def _folder() -> Path | None:
         return default_folder() / "kernels"
     except RuntimeError:  # no home
         return None
-
-
-def in_whole_rows(out: Tensor) -> bool:
-    """Whether each row of `out` lies at a multiple of 16 bytes: it can be written that much at a time."""
-    return (
-        all(stride * out.element_size() % 16 == 0 for stride in out.stride()[:3]) and out.data_ptr() % 16 == 0
-    )
-
-
-def writable_in_place(out: Tensor) -> bool:
-    """Whether the kernel can write `out`: two neighbouring elements of a row at once."""
-    return (
-        out.stride(3) == 1
-        and all(stride % 2 == 0 for stride in out.stride()[:3])
-        and out.data_ptr() % (2 * out.element_size()) == 0
-    )

@@ -10,13 +10,17 @@ import os
 from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, AttentionProblem, Kernel, reason
+from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, reason
+from ..cache import Cache
 from .crossover import slower_than_sdpa
+
+if TYPE_CHECKING:
+    from .launch import Call
 
 # The least compute capability of each precision: INT8 tensor cores came with Ampere, FP8 ones with Ada.
 MIN_CAPABILITY: dict[str, tuple[int, int]] = {"fast": (8, 9), "balanced": (8, 0), "accurate": (8, 0)}
@@ -87,9 +91,21 @@ class TritonKernel(Kernel):
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        from .launch import attention
+        self.prepare(query, key, value, attn_mask, params, out, lse)(query, key, value, attn_mask, out, lse)
 
-        attention(query, key, value, attn_mask, params, out, lse)
+    def prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> Prepared:
+        from .launch import prepare
+
+        return prepare(query, key, value, attn_mask, params, out, lse)
 
 
 def attention_varlen(
@@ -122,20 +138,35 @@ def attention_varlen(
     `return_lse` the natural-log LSE, fp32 `[heads, total_q]`. Rows that belong to no sequence are left as
     they were. Raises ValueError for what the kernel does not support.
     """
-    params = AttentionParams(is_causal, bottom_right, *window, scale, precision)
-    _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
+    kind = (
+        query.shape, query.stride(), query.dtype, query.device,
+        key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device,
+        cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.shape, cu_seqlens_k.dtype,
+        max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, return_lse,
+        None if out is None else (out.shape, out.stride(), out.dtype),
+    )  # fmt: skip
+    call = _varlen_calls.get(kind)
+    shape = (*query.shape[:2], value.shape[-1])
+    if call is None:
+        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
+        if out is not None and (out.shape != shape or out.dtype != query.dtype):
+            raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
     if out is None:
-        out = query.new_empty(*query.shape[:2], value.shape[2])
-    elif out.shape != (*query.shape[:2], value.shape[2]) or out.dtype != query.dtype:
-        expected = (*query.shape[:2], value.shape[2])
-        raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {tuple(expected)} {query.dtype}")
+        out = query.new_empty(shape)
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32) if return_lse else None
     if out.numel() > 0:
-        from .launch import Call
+        if call is None:
+            from .launch import Call
 
-        varlen = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        Call(query, key, value, None, params, return_lse, varlen=varlen).run(out, lse)
+            params = AttentionParams(is_causal, bottom_right, *window, scale, precision)
+            varlen = cu_seqlens_k.shape[0] - 1, max_seqlen_q, max_seqlen_k
+            call = _varlen_calls.keep(kind, Call(query, key, value, None, params, out, lse, varlen=varlen))
+        call(query, key, value, None, out, lse, cu_seqlens_q, cu_seqlens_k)
     return out if lse is None else (out, lse)
+
+
+_varlen_calls: Cache[tuple[object, ...], Call] = Cache(1024)
 
 
 def _check_varlen(

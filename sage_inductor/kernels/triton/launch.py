@@ -1,183 +1,94 @@
-"""Host side of the Triton kernel: workspaces, tensor descriptors and the three launches of an attention
-call."""
+"""Host side of the Triton kernels: what attention calls of one kind have in common, worked out once, and the three
+launches of each call."""
 
 # Triton has no type information.
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sage_inductor.reference import is_key_mask
 
-from ..base import AttentionParams
+from ..base import AttentionParams, Prepared
 from . import capability
 from .attention import attention_kernel
-from .quantize import KEY_BLOCK, padded_head_dim, quantize_kernel, scales_size, statistics_kernel
-from .tuning import LaunchConfig, launch_config, quantize_config
+from .launcher import Launch, Part, Tile
+from .plan import INTERPRETED, SAMPLE_GROUP, Plan, plan
+from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
+from .tuning import LaunchConfig
 
-INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
-
-_SAMPLE_GROUP = 16  # channels of one program of the statistics kernel: few enough for three programs on an SM
+PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What does not depend on the sizes of the sequences, worked out once."""
+class Sizes(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int  # the longest of a varlen call, as is kv_len
+    kv_len: int
+    q_blocks: int  # of KEY_BLOCK rows, of all sequences together
+    kv_blocks: int
+    q_size: int  # elements of the scales that belong to Q
 
-    d: int  # padded head dims
-    dv: int
-    v_dtype: torch.dtype
-    v_transposed: bool
-    tma: bool
-    config: LaunchConfig
-    statistics: dict[str, Any]  # constexprs and options of each kernel
-    quantize: dict[str, Any]
-    attention: dict[str, Any]
-    q_tiles: tuple[TensorDescriptor, ...]  # templates: tensor, shape and strides are set by `tiles`
-    k_tiles: tuple[TensorDescriptor, ...]
-    v_tiles: tuple[TensorDescriptor, ...]
-
-    def tiles(
-        self, workspace: Workspace, heads: int, q_blocks: int, kv_heads: int, kv_blocks: int
-    ) -> tuple[TensorDescriptor | Tensor | None, ...]:
-        """First and second tile of Q's, K's and V's workspace; None where a head dim is a single tile."""
-        if not self.tma:
-            return tuple(
-                [
-                    tensor if templates[n:] else None
-                    for tensor, templates in zip(
-                        workspace, (self.q_tiles, self.k_tiles, self.v_tiles), strict=False
-                    )
-                    for n in range(2)
-                ]
-            )
-        keys = kv_blocks * KEY_BLOCK
-        q = _on(self.q_tiles, workspace.q8, heads * q_blocks * KEY_BLOCK, self.d)
-        k = _on(self.k_tiles, workspace.k8, kv_heads * keys, self.d)
-        if self.v_transposed:
-            v = _on(self.v_tiles, workspace.v8, kv_heads * self.dv, keys)
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None) -> Sizes:
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if varlen is None:
+            batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+            q_blocks, kv_blocks = batch * -(-q_len // KEY_BLOCK), batch * -(-kv_len // KEY_BLOCK)
         else:
-            v = _on(self.v_tiles, workspace.v8, kv_heads * keys, self.dv)
-        return *q, *k, *v
+            batch, q_len, kv_len = varlen
+            q_blocks, kv_blocks = query.shape[0] // KEY_BLOCK + batch, key.shape[0] // KEY_BLOCK + batch
+        q_size = heads * q_blocks * KEY_BLOCK * (2 if return_lse else 1)
+        return cls(batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size)
 
 
-def _on(
-    templates: tuple[TensorDescriptor, ...], tensor: Tensor, rows: int, columns: int
-) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """The templates over `tensor` as a matrix. Copies skip the constructor's checks, which cost
-    microseconds."""
-    made = []
-    for template in templates:
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(template.__dict__)
-        descriptor.base, descriptor.shape, descriptor.strides = tensor, [rows, columns], [columns, 1]
-        made.append(descriptor)
-    return made[0], made[1] if len(made) == 2 else None
+class Mask(NamedTuple):
+    """How the kernels read attn_mask."""
+
+    dtype: torch.dtype | None = None
+    kind: int = 0  # 1: bool, 2: additive
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    align: int = 1
+    units: Strides = (0, 0, 0, 0)  # the strides in units of `align`
+    over_keys: bool = False  # the same for every query
+    skip_blocks: bool = False  # the same for every head, too
+
+    @classmethod
+    def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> Mask:
+        if attn_mask is None:
+            return _NO_MASK
+        attn_mask = attn_mask.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
+        strides = attn_mask.stride()
+        return cls(
+            attn_mask.dtype,
+            1 if attn_mask.dtype == torch.bool else 2,
+            strides,
+            *_in_units(strides, sizes.kv_len),
+            strides[2] == 0 or sizes.q_len == 1,
+            is_key_mask(attn_mask),
+        )
 
 
-def _templates(dtype: torch.dtype, blocks: list[list[int]]) -> tuple[TensorDescriptor, ...]:
-    return tuple(TensorDescriptor(torch.empty(256, dtype=dtype), block, [256, 1], block) for block in blocks)
-
-
-@cache
-def _plan(
-    arch: tuple[int, int],
-    precision: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    v_head_dim: int,
-    masked: bool,
-    v_transposed: bool,
-    config: LaunchConfig | None,
-) -> _Plan:
-    d0, d1 = padded_head_dim(head_dim)
-    dv0, dv1 = padded_head_dim(v_head_dim)
-    if dv0 == 256 and precision != "accurate":
-        dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
-    d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv, masked)
-    n = config.block_n
-    if precision == "fast":
-        v_dtype = torch.float8_e4m3fn
-    elif precision == "balanced":
-        v_dtype = torch.int8
-    else:
-        v_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
-    padded = {"D": d, "DV": dv, "D_POW2": triton.next_power_of_2(d), "DV_POW2": triton.next_power_of_2(dv)}
-    quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
-    quantize_options.pop("num_stages")
-    ptx = not INTERPRETED
-    v_transposed = v_transposed or precision != "accurate"
-    tma = arch[0] >= 9
-    return _Plan(
-        d=d,
-        dv=dv,
-        v_dtype=v_dtype,
-        v_transposed=v_transposed,
-        tma=tma,
-        config=config,
-        statistics={**dims, "D": d, "DV": dv, "GROUP": _SAMPLE_GROUP, "num_warps": 8, "maxnreg": 80},
-        quantize={
-            **dims,
-            **padded,
-            "PRECISION": precision,
-            "V_TRANSPOSED": v_transposed,
-            "PTX": ptx,
-            **quantize_options,
-        },
-        attention={
-            "V_HEAD_DIM": v_head_dim,
-            "D0": d0,
-            "D1": d1,
-            "DV0": dv0,
-            "DV1": dv1,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": n,
-            "PRECISION": precision,
-            "TMA": tma,
-            "PTX": ptx,
-            **config.options(),
-        },
-        q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
-        k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
-        v_tiles=_templates(
-            v_dtype, [[n, size] if v_dtype.itemsize == 2 else [size, n] for size in (dv0, dv1) if size]
-        ),
-    )
-
-
-class Workspace(NamedTuple):
-    """What `Call.quantize` writes and `Call.attend` reads; quantize.py describes it."""
-
-    q8: Tensor
-    k8: Tensor
-    v8: Tensor
-    scales: Tensor
+_NO_MASK = Mask()
 
 
 class Call:
-    """One attention call, dense or varlen, taken apart; `quantize` and `attend` are its two halves."""
+    """Attention calls, dense or varlen, of one kind: of the shapes, strides, dtypes and device of the tensors it is made
+    from, of which it keeps none, and with an LSE or without. `quantize` and `attend` are the two halves of one.
+
+    varlen: (batch, longest query, longest key); the tensors are then `[total, heads, head_dim]`.
+    """
 
     V_TRANSPOSED: ClassVar[bool] = False  # whether 16-bit V is too
-
-    __slots__ = (
-        "attn_mask", "batch", "cu_seqlens_k", "cu_seqlens_q", "heads", "index", "k_align", "k_strides", "key",
-        "key_mask", "kv_blocks", "kv_heads", "kv_len", "mask_align", "mask_kind", "mask_strides", "mask_units",
-        "narrow", "params", "plan", "q_align", "q_blocks", "q_len", "q_size", "q_strides", "query", "return_lse", "skip_blocks", "v_align",
-        "v_strides", "value",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -186,203 +97,185 @@ class Call:
         value: Tensor,
         attn_mask: Tensor | None,
         params: AttentionParams,
-        return_lse: bool,
+        out: Tensor,
+        lse: Tensor | None,
         *,
         config: LaunchConfig | None = None,
-        varlen: tuple[Tensor, Tensor, int, int] | None = None,
+        varlen: tuple[int, int, int] | None = None,
     ) -> None:
-        self.index = index = query.device.index
-        arch = INTERPRETED_ARCH if INTERPRETED else capability(index)
-        self.query, self.key, self.value, self.params, self.return_lse = query, key, value, params, return_lse
-        self.heads, self.kv_heads = query.shape[1], key.shape[1]
-        if varlen is None:
-            batch, self.q_len, self.kv_len = query.shape[0], query.shape[2], key.shape[2]
-            self.q_blocks = batch * -(-self.q_len // KEY_BLOCK)
-            self.kv_blocks = batch * -(-self.kv_len // KEY_BLOCK)
-            self.cu_seqlens_q = self.cu_seqlens_k = None
-            q_strides, k_strides, v_strides = query.stride(), key.stride(), value.stride()
-        else:
-            self.cu_seqlens_q, self.cu_seqlens_k, self.q_len, self.kv_len = varlen
-            batch = self.cu_seqlens_k.shape[0] - 1
-            self.q_blocks = query.shape[0] // KEY_BLOCK + batch
-            self.kv_blocks = key.shape[0] // KEY_BLOCK + batch
-            q_strides, k_strides, v_strides = (packed_strides(t) for t in (query, key, value))
-        self.batch = batch
-        self.q_size = self.heads * self.q_blocks * KEY_BLOCK * (2 if return_lse else 1)
-        self.q_align, self.q_strides = _in_units(q_strides)
-        self.k_align, self.k_strides = _in_units(k_strides)
-        self.v_align, self.v_strides = _in_units(v_strides)
-        self.narrow = max(*q_strides, *k_strides, *v_strides, self.q_size) < 2**31
-        self.attn_mask = None
-        self.mask_kind = 0
-        self.mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-        self.mask_units: Strides = (0, 0, 0, 0)
-        self.mask_align = 1
-        self.key_mask = self.skip_blocks = False
-        if attn_mask is not None:
-            attn_mask = self.attn_mask = attn_mask.expand(batch, self.heads, self.q_len, self.kv_len)
-            self.mask_kind = 1 if attn_mask.dtype == torch.bool else 2
-            strides = self.mask_strides = attn_mask.stride()
-            self.mask_align, self.mask_units = _in_units(strides, self.kv_len)
-            self.key_mask = strides[2] == 0 or self.q_len == 1
-            self.skip_blocks = is_key_mask(attn_mask)
-            self.narrow = self.narrow and max(strides) < 2**31
-        masked = self.mask_kind != 0 and not self.key_mask
+        self.device, self.index = query.device, query.device.index
+        self.is_varlen = varlen is not None
+        self.sizes = sizes = Sizes.of(query, key, lse is not None, varlen)
+        self.mask = mask = Mask.of(attn_mask, sizes)
+        arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
+        masked = mask.kind != 0 and not mask.over_keys
         dims = query.shape[-1], value.shape[-1]
-        self.plan = _plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
+        self.plan = plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
+        self.workspace_bytes = 0
+        self._make_parts(self.plan)
+        strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
+        self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31
+        self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
+        self._prepare_attention(params, out, lse)
 
-    def quantize(self) -> Workspace:
-        plan, params, batch, heads, kv_heads = self.plan, self.params, self.batch, self.heads, self.kv_heads
-        query, key, value = self.query, self.key, self.value
-        kv_len, kv_blocks, q_size = self.kv_len, self.kv_blocks, self.q_size
-        device = key.device
-        rows = kv_heads * kv_blocks * KEY_BLOCK
-        workspace = Workspace(
-            torch.empty(heads * self.q_blocks * KEY_BLOCK * plan.d, dtype=torch.int8, device=device),
-            torch.empty(rows * plan.d, dtype=torch.int8, device=device),
-            torch.empty(rows * plan.dv, dtype=plan.v_dtype, device=device),
-            torch.empty(
-                scales_size(q_size, batch, kv_heads, kv_blocks, plan.d, plan.dv),
-                dtype=torch.float32,
-                device=device,
-            ),
-        )
-        varlen = self.cu_seqlens_k is not None
-        q_strides, k_strides, v_strides = self.q_strides, self.k_strides, self.v_strides
+    def _make_parts(self, plan: Plan) -> None:
+        sizes = self.sizes
+        rows = sizes.kv_heads * sizes.kv_blocks * KEY_BLOCK
+        scales = scales_size(sizes.q_size, sizes.batch, sizes.kv_heads, sizes.kv_blocks, plan.d, plan.dv)
+        self.q8 = self._part(sizes.heads * sizes.q_blocks * KEY_BLOCK * plan.d, torch.int8)
+        self.k8 = self._part(rows * plan.d, torch.int8)
+        self.v8 = self._part(rows * plan.dv, plan.v_dtype)
+        self.scales = self._part(scales, torch.float32)
+
+    def _part(self, elements: int, dtype: torch.dtype) -> Part:
+        """The next part of the workspace."""
+        part = Part(self.workspace_bytes, elements, dtype)
+        self.workspace_bytes += -(-elements * dtype.itemsize // PART_BYTES) * PART_BYTES
+        return part
+
+    def _prepare_quantization(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        strides: list[tuple[int, ...]],
+        params: AttentionParams,
+        return_lse: bool,
+    ) -> None:
+        plan, mask, varlen = self.plan, self.mask, self.is_varlen
+        batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size = self.sizes
+        (q_align, q_strides), (k_align, k_strides), (v_align, v_strides) = map(_in_units, strides)
+        dtypes = tuple([tensor.dtype for tensor in inputs])
+        cu_dtype = torch.int32 if varlen else None
         v_statistics = params.precision != "accurate"
-        mask, mask_kind = None, 0
-        mask_strides: tuple[int, ...] = (0, 0)
-        programs = batch * kv_heads * ((plan.d + plan.dv if v_statistics else plan.d) // _SAMPLE_GROUP)
-        if self.skip_blocks:
-            mask, mask_kind, mask_strides = self.attn_mask, self.mask_kind, self.mask_strides[::3]
+        programs = batch * kv_heads * ((plan.d + plan.dv if v_statistics else plan.d) // SAMPLE_GROUP)
+        mask_dtype, mask_kind, mask_strides = None, 0, (0, 0)
+        if mask.skip_blocks:
+            mask_dtype, mask_kind, mask_strides = mask.dtype, mask.kind, (mask.strides[0], mask.strides[3])
             programs += batch
-        self._launch(
+        self.statistics = Launch(
             statistics_kernel,
             programs,
-            (key, value, self.cu_seqlens_k, mask),
-            (workspace.scales,),
-            (
-                q_size,
-                batch,
-                kv_heads,
-                kv_len,
-                kv_blocks,
-                *k_strides,
-                *v_strides,
-                *mask_strides,
-            ),
+            (*dtypes[1:], cu_dtype, mask_dtype),
+            (self.scales,),
+            (q_size, batch, kv_heads, kv_len, kv_blocks, *k_strides, *v_strides, *mask_strides),
             (k_strides[3], v_strides[3], mask_strides[1]),
-            (self.k_align, self.v_align, varlen, v_statistics, mask_kind),
+            (k_align, v_align, varlen, v_statistics, mask_kind),
             plan.statistics,
+            self.index,
+            self.direct,
         )
-        scale = query.shape[-1] ** -0.5 if params.scale is None else float(params.scale)
-        programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK) + batch * heads * -(
-            -self.q_len // KEY_BLOCK
-        )
-        self._launch(
+        scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
+        programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK) + batch * heads * -(-q_len // KEY_BLOCK)
+        self.quantization = Launch(
             quantize_kernel,
             programs,
-            (query, key, value, self.cu_seqlens_q, self.cu_seqlens_k, mask),
-            workspace,
+            (*dtypes, cu_dtype, cu_dtype, mask_dtype),
+            (self.q8, self.k8, self.v8, self.scales),
             (
-                scale, q_size, batch, heads, kv_heads, self.q_len, kv_len, self.q_blocks, kv_blocks,
+                scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 *q_strides, *k_strides, *v_strides, *mask_strides,
             ),
             (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
-            (self.q_align, self.k_align, self.v_align, varlen, self.return_lse, mask_kind),
+            (q_align, k_align, v_align, varlen, return_lse, mask_kind),
             plan.quantize,
+            self.index,
+            self.direct,
         )  # fmt: skip
-        return workspace
 
-    def attend(self, workspace: Workspace, out: Tensor, lse: Tensor | None) -> None:
-        plan, params, heads, kv_heads = self.plan, self.params, self.heads, self.kv_heads
-        varlen = self.cu_seqlens_k is not None
-        out_strides: tuple[int, ...] = packed_strides(out) if varlen else out.stride()
-        self.narrow = self.narrow and max(out_strides) < 2**31
-        out_align, out_strides = _in_units(out_strides)
+    def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
+        plan, mask, varlen = self.plan, self.mask, self.is_varlen
+        batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size = self.sizes
+        out_align, out_strides = _in_units(packed_strides(out) if varlen else out.stride())
         lse_strides = (0, 0) if lse is None else (0 if varlen else lse.stride(0), lse.stride(-2))
         has_high = params.is_causal or params.window_right >= 0
-        mask_units = self.mask_units
-        self._launch(
+        cu_dtype = torch.int32 if varlen else None
+        self.attention = Launch(
             attention_kernel,
-            -(-self.q_len // plan.config.block_m) * self.batch * heads,
-            (self.attn_mask, out, lse, self.cu_seqlens_q, self.cu_seqlens_k),
-            (*plan.tiles(workspace, heads, self.q_blocks, kv_heads, self.kv_blocks), workspace.scales),
+            -(-q_len // plan.config.block_m) * batch * heads,
+            (mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
+            (*self._tiles(), self.scales),
             (
-                self.q_size, self.batch, heads, heads // kv_heads, self.q_len, self.kv_len, self.q_blocks,
-                self.kv_blocks, params.window_left, 0 if params.is_causal else params.window_right,
-                *out_strides, *lse_strides, *mask_units,
+                q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
+                params.window_left, 0 if params.is_causal else params.window_right,
+                *out_strides, *lse_strides, *mask.units,
             ),
-            (out_strides[3], mask_units[3]),
+            (out_strides[3], mask.units[3]),
             (
-                out_align, self.mask_align, params.window_left >= 0, has_high, params.bottom_right,
-                self.mask_kind, self.key_mask, self.skip_blocks, varlen, lse is not None,
+                out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
+                mask.over_keys, mask.skip_blocks, varlen, lse is not None,
             ),
             plan.attention,
+            self.index,
+            self.direct,
         )  # fmt: skip
 
-    def run(self, out: Tensor, lse: Tensor | None) -> None:
+    def _tiles(self) -> tuple[Tile | Part | None, ...]:
+        """First and second tile of Q's, K's and V's part; None where a head dim is a single tile."""
+        plan, sizes = self.plan, self.sizes
+        keys = sizes.kv_blocks * KEY_BLOCK
+        q = sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d
+        k = sizes.kv_heads * keys, plan.d
+        v = (sizes.kv_heads * plan.dv, keys) if plan.v_transposed else (sizes.kv_heads * keys, plan.dv)
+        tiles: list[Tile | Part | None] = []
+        for part, templates, matrix in (
+            (self.q8, plan.q_tiles, q), (self.k8, plan.k_tiles, k), (self.v8, plan.v_tiles, v),
+        ):  # fmt: skip
+            found = [Tile(part, template, *matrix) if plan.tma else part for template in templates]
+            tiles += found if len(found) == 2 else [*found, None]
+        return tuple(tiles)
+
+    def quantize(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> Tensor:
+        """The workspace for `attend`: uint8, its parts as quantize.py describes them."""
+        stream = self.stream()
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        key_mask = attn_mask if self.mask.skip_blocks else None
+        self.statistics(stream, (key, value, cu_seqlens_k, key_mask), workspace)
+        self.quantization(stream, (query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask), workspace)
+        return workspace
+
+    def attend(
+        self,
+        workspace: Tensor,
+        attn_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> None:
+        self.attention(self.stream(), (attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k), workspace)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> None:
         """Both halves, on the inputs' device (Triton launches on the current one) and its current stream."""
         if INTERPRETED or self.index == torch.cuda.current_device():
-            self.attend(self.quantize(), out, lse)
+            workspace = self.quantize(query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+            self.attend(workspace, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k)
         else:
             with torch.cuda.device(self.index):
-                self.attend(self.quantize(), out, lse)
+                self(query, key, value, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k)
 
-    def _launch(
-        self,
-        kernel: Any,
-        programs: int,
-        callers: tuple[Tensor | None, ...],
-        own: tuple[Tensor | TensorDescriptor | None, ...],
-        numbers: tuple[float, ...],
-        specialized: tuple[int, ...],
-        variant: tuple[Any, ...],
-        constants: dict[str, Any],
-    ) -> None:
-        """Launch `kernel(*callers, *own, *numbers, *variant, **constants)` on `programs` programs.
-
-        Triton looks at each of its arguments at each launch, which takes longer than a small attention call
-        does on the GPU. What the compiled form depends on is known here, so it is kept and launched directly:
-        the caller's tensors (presence, dtype, alignment), the few strides that are specialised on, the
-        variant, the plan (it stands for `constants`) and the device. Numbers beyond 32 bits change the
-        compiled form and take Triton's own way. Tensors go as their addresses: Triton would ask the driver
-        about each of them.
-        """
-        if not self.narrow or INTERPRETED:
-            kernel[(programs,)](*callers, *own, *numbers, *variant, **constants)
-            return
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in callers]
-        key = (
-            kernel,
-            id(self.plan),
-            self.index,
-            variant,
-            tuple([None if tensor is None else tensor.dtype for tensor in callers]),
-            tuple([None if address is None else address & 15 for address in addresses]),
-            tuple([_specialization(stride) for stride in specialized]),
-        )
-        known = _compiled.get(key)
-        if known is None:
-            compiled = kernel[(programs,)](*callers, *own, *numbers, *variant, **constants)
-            names = kernel.arg_names[len(callers) + len(own) + len(numbers) + len(variant) :]
-            _compiled[key] = compiled, tuple([constants[name] for name in names])
-        else:
-            compiled, tail = known
-            own_addresses = [part.data_ptr() if type(part) is Tensor else part for part in own]
-            stream = triton.runtime.driver.active.get_current_stream(self.index)
-            compiled[(programs, 1, 1)](*addresses, *own_addresses, *numbers, *variant, *tail, stream=stream)
+    def stream(self) -> int:
+        """The current one of the device."""
+        return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(self.index)
 
 
-def _specialization(number: int) -> int:
-    """What Triton compiles an integer argument for: 1 itself, a multiple of 16, or (0) any other."""
-    return 1 if number == 1 else 16 if number % 16 == 0 else 0
-
-
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-
-
-def attention(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -391,16 +284,19 @@ def attention(
     out: Tensor,
     lse: Tensor | None,
     call: type[Call] = Call,
+) -> Prepared:
+    """`TritonKernel.prepare`, and that of the family whose `call` is given."""
+    if out.numel() == 0 or key.shape[2] == 0:
+        return _without_keys
+    return call(query, key, value, attn_mask, params, out, lse)
+
+
+def _without_keys(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
 ) -> None:
-    """`TritonKernel.run`, and that of the family whose `call` is given."""
-    if out.numel() == 0:
-        return
-    if key.shape[2] == 0:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(float("-inf"))
-        return
-    call(query, key, value, attn_mask, params, lse is not None).run(out, lse)
+    out.zero_()
+    if lse is not None:
+        lse.fill_(float("-inf"))
 
 
 def packed_strides(tensor: Tensor) -> Strides:

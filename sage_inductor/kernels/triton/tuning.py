@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,12 +144,11 @@ def measure(
     operations = 4 * heads * seq**2 * head_dim / (2 if is_causal else 1)
     results = []
     for config in candidates:
-        call = Call(
-            query, key, value, mask, AttentionParams(is_causal, precision=precision), False, config=config
-        )
+        params = AttentionParams(is_causal, precision=precision)
+        call = Call(query, key, value, mask, params, out, None, config=config)
         try:
-            workspace = call.quantize()
-            ms = do_bench(lambda call=call, w=workspace: call.attend(w, out, None), return_mode="median")
+            workspace = call.quantize(query, key, value, mask)
+            ms = do_bench(partial(call.attend, workspace, mask, out, None), return_mode="median")
         except OutOfResources:
             continue
         results.append((operations / ms / 1e9, config))

@@ -1,0 +1,221 @@
+"""Launches of Triton kernels that are prepared once: only addresses differ from one to the next.
+
+Triton looks at each of its arguments at each launch, asks the driver about each tensor and encodes each tensor
+descriptor, which takes longer than a small attention call does on the GPU. What the compiled form of a kernel depends on
+is known here, so it is kept, and launched directly.
+"""
+
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Part(NamedTuple):
+    """Of a workspace: `elements` of `dtype` from byte `offset` on."""
+
+    offset: int
+    elements: int
+    dtype: torch.dtype
+
+    def of(self, workspace: Tensor) -> Tensor:
+        return workspace[self.offset : self.offset + self.elements * self.dtype.itemsize].view(self.dtype)
+
+
+class Tile(NamedTuple):
+    """A part as a matrix `[rows, columns]` that TMA reads in the blocks of `template`."""
+
+    part: Part
+    template: TensorDescriptor
+    rows: int
+    columns: int
+
+    def of(self, workspace: Tensor) -> TensorDescriptor:
+        return self.over(self.part.of(workspace))
+
+    def over(self, base: Any) -> TensorDescriptor:
+        """A copy of the template: its constructor's checks would cost microseconds."""
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(
+            self.template.__dict__, base=base, shape=[self.rows, self.columns], strides=[self.columns, 1]
+        )
+        return descriptor
+
+
+class Launch:
+    """`kernel(*callers, *own, *numbers, *variant, **constants)` on `programs` programs of device `index`.
+
+    `callers` are the caller's tensors, which come with each launch: of `dtypes`, None where there is none. `own` lie in
+    the workspace. The kernel is specialised on the strides in `specialized`, and on no other number. `constants`, its
+    last arguments and its options, live as long as the process. Where `direct` is False each launch is Triton's own:
+    under its interpreter, and for numbers beyond 32 bits, which change the compiled form.
+    """
+
+    __slots__ = (
+        "binaries", "constants", "direct", "dtypes", "index", "kernel", "numbers", "own", "programs", "specialized",
+        "variant",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        dtypes: tuple[torch.dtype | None, ...],
+        own: tuple[Part | Tile | None, ...],
+        numbers: tuple[float, ...],
+        specialized: tuple[int, ...],
+        variant: tuple[Any, ...],
+        constants: dict[str, Any],
+        index: int | None,
+        direct: bool,
+    ) -> None:
+        self.kernel, self.programs, self.index, self.direct = kernel, programs, index, direct
+        self.dtypes, self.own, self.numbers, self.specialized = dtypes, own, numbers, specialized
+        self.variant, self.constants = variant, constants
+        self.binaries: dict[tuple[bool, ...], _Binary] = {}  # by which of the callers' tensors are aligned
+
+    def __call__(self, stream: int, callers: tuple[Tensor | None, ...], workspace: Tensor) -> None:
+        """On `stream`, which is the current one of the current device, which is `index`."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in callers]
+        aligned = tuple([address & 15 == 0 for address in addresses])
+        binary = self.binaries.get(aligned) or self._known(aligned)
+        if binary is None or _has_hooks():
+            compiled = self._launch_as_triton_does(callers, workspace)
+            if (
+                self.direct and binary is None and compiled is not None
+            ):  # None: a hook of Triton's has prevented it
+                _binaries[self._key(aligned)] = _Binary.of(compiled, self)
+            return
+        programs, rest = self.programs, _rest(self, binary, workspace.data_ptr())
+        if binary.run is None:
+            binary.compiled[(programs, 1, 1)](*addresses, *rest, stream=stream)
+        else:
+            function, metadata, hooks = binary.function, binary.metadata, (None, None, None)
+            binary.run(programs, 1, 1, stream, function, metadata, *hooks, *addresses, *rest)
+
+    def _launch_as_triton_does(self, callers: tuple[Tensor | None, ...], workspace: Tensor) -> Any:
+        own = [None if part is None else part.of(workspace) for part in self.own]
+        return self.kernel[(self.programs,)](*callers, *own, *self.numbers, *self.variant, **self.constants)
+
+    def _known(self, aligned: tuple[bool, ...]) -> _Binary | None:
+        """The compiled form, if a launch of any lengths has left it."""
+        binary = _binaries.get(self._key(aligned)) if self.direct else None
+        if binary is not None:
+            self.binaries[aligned] = binary
+        return binary
+
+    def _key(self, aligned: tuple[bool, ...]) -> tuple[Any, ...]:
+        """All that the compiled form depends on. `constants` are those of one kernel in one plan and stand for both."""
+        specialized = tuple([_specialization(number) for number in self.specialized])
+        return id(self.constants), self.index, self.variant, self.dtypes, aligned, specialized
+
+
+@dataclass(frozen=True, eq=False)
+class _Binary:
+    """A compiled kernel, and what Triton itself launches it with.
+
+    `run` takes tensor descriptors as `encode` gives them; None where this version of Triton is built differently.
+    """
+
+    compiled: Any
+    constants: dict[str, Any]  # kept alive: keys hold its id
+    tail: tuple[Any, ...]  # the values of the constexprs in it
+    run: Callable[..., None] | None = None
+    function: int = 0
+    metadata: Any = None
+    encode: Callable[[TensorDescriptor, Any], list[Any]] | None = None
+
+    @classmethod
+    def of(cls, compiled: Any, launch: Launch) -> _Binary:
+        first = len(launch.dtypes) + len(launch.own) + len(launch.numbers) + len(launch.variant)
+        tail = tuple([launch.constants[name] for name in launch.kernel.arg_names[first:]])
+        run, encode = _launcher(compiled)
+        if run is None:
+            return cls(compiled, launch.constants, tail)
+        return cls(compiled, launch.constants, tail, run, compiled.function, compiled.packed_metadata, encode)
+
+
+_binaries: dict[tuple[Any, ...], _Binary] = {}
+
+# Of CudaLauncher.__call__ in Triton 3.6 and 3.7. The two take the same arguments.
+_KNOWN_PARAMETERS = (
+    "self, gridX, gridY, gridZ, stream, function, args",
+    "self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook, "
+    "launch_exit_hook, args",
+)
+
+
+def _launcher(compiled: Any) -> tuple[Callable[..., None] | None, Callable[..., list[Any]] | None]:
+    """`run` and `encode` of a binary; no `encode` where there is nothing to encode."""
+    run = getattr(compiled, "run", None)
+    if run is None or ", ".join(inspect.signature(type(run).__call__).parameters) not in _KNOWN_PARAMETERS:
+        return None, None
+    if not getattr(compiled.metadata, "tensordesc_meta", None):
+        return run, None
+    # `run.launch` encodes descriptors at each launch and calls what is in its closure.
+    wrapped = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+    if wrapped is None:
+        return None, None
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    run = copy(run)
+    run.launch = wrapped
+    return run, make_tensordesc_arg
+
+
+@lru_cache(maxsize=2048)
+def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
+    """The arguments after the callers', with the workspace at `address`.
+
+    They hold nothing but numbers, so they may outlive the memory: torch's allocator gives the same addresses again and
+    again.
+    """
+    own: list[Any] = []
+    tiles = 0
+    for part in launch.own:
+        if isinstance(part, Tile):
+            descriptor = part.over(_Address(address + part.part.offset))
+            if binary.encode is None:
+                own.append(descriptor)
+            else:
+                own += binary.encode(descriptor, binary.compiled.metadata.tensordesc_meta[tiles])
+            tiles += 1
+        else:
+            own.append(None if part is None else address + part.offset)
+    return *own, *launch.numbers, *launch.variant, *binary.tail
+
+
+class _Address(NamedTuple):
+    """As much of a tensor as a descriptor needs to be encoded."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _specialization(number: int) -> int:
+    """What Triton compiles an integer argument for: 1 itself, a multiple of 16, or (0) any other."""
+    return 1 if number == 1 else 16 if number % 16 == 0 else 0
+
+
+def _has_hooks() -> bool:
+    """Whether somebody, a profiler, wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    return _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook)
+
+
+def _is_set(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))

@@ -3,17 +3,22 @@
     python benchmarks/overhead.py
 
 The operator call is timed with a kernel that does nothing, so that what remains is dispatch, checks and the output's
-allocation; SDPA's call on the same small inputs is shown beside it. On a GPU the Triton kernel's call is timed too.
+allocation; SDPA's call on the same small inputs is shown beside it. On a GPU the calls of the package's own kernels are timed
+too, with their launches and without, and with new lengths each time, for which everything is worked out anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -50,29 +55,50 @@ def operator_call() -> dict[str, float]:
     return {"operator_call_us": ours, "sdpa_call_us": sdpa}
 
 
-def triton_call() -> dict[str, float]:
-    """Host time of an eager call of the Triton kernel on a GPU, and how much of it is its three launches."""
-    if not torch.cuda.is_available() or kernels.available("cuda:0")["triton"]:
+def kernel_calls() -> dict[str, float]:
+    """Host time of eager calls on a GPU, per kernel: of a call, of it without its launches, and of one with lengths that
+    are new."""
+    if not torch.cuda.is_available():
         return {}
-    from sage_inductor.kernels.triton.launch import Call
-
     q, k, v = (
-        torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+        torch.randn(1, 2048, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
     )
+    lengths = itertools.count(64)
 
-    def call() -> Any:
-        return ops.attention(q, k, v, kernel_name="triton")
+    def new_lengths(name: str) -> Tensor:
+        n = next(lengths)
+        return ops.attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], kernel_name=name)
 
-    launch = Call._launch
+    short = [tensor[:, :, :256] for tensor in (q, k, v)]
+    figures = {}
     with torch.no_grad():
-        total = microseconds(call, calls=200)
-        torch.cuda.synchronize()
-        try:
-            Call._launch = lambda *args: None  # type: ignore[method-assign]
-            own = microseconds(call, calls=200)
-        finally:
-            Call._launch = launch  # type: ignore[method-assign]
-    return {"triton_call_us": total, "triton_launches_us": total - own, "triton_own_us": own}
+        figures["sdpa_gpu_call_us"] = microseconds(lambda: F.scaled_dot_product_attention(*short), calls=200)
+        for name in ("triton", "hopper"):
+            if kernels.available("cuda:0")[name]:
+                continue
+            call = partial(ops.attention, *short, kernel_name=name)
+            figures[f"{name}_call_us"] = microseconds(call, calls=200)
+            with without_launches(name):
+                figures[f"{name}_own_us"] = microseconds(call, calls=200)
+            figures[f"{name}_new_lengths_us"] = microseconds(partial(new_lengths, name), calls=100)
+    return figures
+
+
+@contextmanager
+def without_launches(name: str) -> Iterator[None]:
+    """Calls do all but launch."""
+    from sage_inductor.kernels.triton.launcher import Launch
+
+    def nothing(*args: Any) -> None:
+        pass
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(Launch, "__call__", nothing))
+        if name == "hopper":
+            from sage_inductor.kernels.hopper import driver
+
+            patches.enter_context(patch.object(driver, "launch", nothing))
+        yield
 
 
 def hundred_sites() -> dict[str, float]:
@@ -141,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = {
         "torch": torch.__version__,
         **operator_call(),
-        **triton_call(),
+        **kernel_calls(),
         **hundred_sites(),
         **share_of_a_compile(),
     }

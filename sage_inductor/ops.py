@@ -11,7 +11,6 @@ inputs need gradients belongs to `sage_inductor::attention_training` in training
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.exact import exact_lse, sdpa
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.kernels.base import Prepared, reason
+from sage_inductor.kernels.base import Prepared, reason, without_keys
 from sage_inductor.kernels.cache import Cache
 
 NAMESPACE = "sage_inductor"
@@ -273,18 +272,10 @@ def _resolve(
         if chosen is None and name != "auto":
             raise NotEligibleError(f"kernel={name}", reasons)
     if out.numel() == 0 or key.shape[2] == 0:
-        return _without_keys
+        return without_keys
     if chosen is None or query.shape[2] < least[0] or key.shape[2] < least[1]:
         return None
     return chosen.prepare(query, key, value, attn_mask, params, out, lse)
-
-
-def _without_keys(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
-) -> None:
-    out.zero_()
-    if lse is not None:
-        lse.fill_(-math.inf)
 
 
 def wanting_gradients(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:

@@ -3,6 +3,7 @@ kernel."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -175,6 +176,15 @@ class Kernel(ABC):
             self.run(query, key, value, attn_mask, params, out, lse)
 
         return prepared
+
+
+def without_keys(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
+) -> None:
+    """What every kernel gives where there are no keys (or no output)."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(-math.inf)
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sage_inductor.reference import is_key_mask
 
-from ..base import AttentionParams, Prepared
+from ..base import AttentionParams, Prepared, without_keys
 from . import capability
 from .attention import attention_kernel
 from .launcher import Launch, Part, Tile
-from .plan import INTERPRETED, SAMPLE_GROUP, Plan, plan
+from .plan import INTERPRETED, SAMPLE_GROUP, make_plan
 from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
 from .tuning import LaunchConfig
 
@@ -110,18 +110,18 @@ class Call:
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         masked = mask.kind != 0 and not mask.over_keys
         dims = query.shape[-1], value.shape[-1]
-        self.plan = plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
-        self.workspace_bytes = 0
-        self._make_parts(self.plan)
+        self.plan = make_plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
+        self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
         self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31
         self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
         self._prepare_attention(params, out, lse)
 
-    def _make_parts(self, plan: Plan) -> None:
-        sizes = self.sizes
+    def _make_parts(self) -> None:
+        plan, sizes = self.plan, self.sizes
         rows = sizes.kv_heads * sizes.kv_blocks * KEY_BLOCK
         scales = scales_size(sizes.q_size, sizes.batch, sizes.kv_heads, sizes.kv_blocks, plan.d, plan.dv)
+        self.workspace_bytes = 0
         self.q8 = self._part(sizes.heads * sizes.q_blocks * KEY_BLOCK * plan.d, torch.int8)
         self.k8 = self._part(rows * plan.d, torch.int8)
         self.v8 = self._part(rows * plan.dv, plan.v_dtype)
@@ -154,31 +154,31 @@ class Call:
         self.statistics = Launch(
             statistics_kernel,
             programs,
-            (*dtypes[1:], cu_dtype, mask_dtype),
-            (self.scales,),
-            (q_size, batch, kv_heads, kv_len, kv_blocks, *k_strides, *v_strides, *mask_strides),
-            (k_strides[3], v_strides[3], mask_strides[1]),
-            (k_align, v_align, varlen, v_statistics, mask_kind),
-            plan.statistics,
-            self.index,
-            self.direct,
+            dtypes=(*dtypes[1:], cu_dtype, mask_dtype),
+            own=(self.scales,),
+            numbers=(q_size, batch, kv_heads, kv_len, kv_blocks, *k_strides, *v_strides, *mask_strides),
+            specialized=(k_strides[3], v_strides[3], mask_strides[1]),
+            variant=(k_align, v_align, varlen, v_statistics, mask_kind),
+            constants=plan.statistics,
+            index=self.index,
+            direct=self.direct,
         )
         scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
         programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK) + batch * heads * -(-q_len // KEY_BLOCK)
         self.quantization = Launch(
             quantize_kernel,
             programs,
-            (*dtypes, cu_dtype, cu_dtype, mask_dtype),
-            (self.q8, self.k8, self.v8, self.scales),
-            (
+            dtypes=(*dtypes, cu_dtype, cu_dtype, mask_dtype),
+            own=(self.q8, self.k8, self.v8, self.scales),
+            numbers=(
                 scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 *q_strides, *k_strides, *v_strides, *mask_strides,
             ),
-            (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
-            (q_align, k_align, v_align, varlen, return_lse, mask_kind),
-            plan.quantize,
-            self.index,
-            self.direct,
+            specialized=(q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
+            variant=(q_align, k_align, v_align, varlen, return_lse, mask_kind),
+            constants=plan.quantize,
+            index=self.index,
+            direct=self.direct,
         )  # fmt: skip
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
@@ -191,21 +191,21 @@ class Call:
         self.attention = Launch(
             attention_kernel,
             -(-q_len // plan.config.block_m) * batch * heads,
-            (mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
-            (*self._tiles(), self.scales),
-            (
+            dtypes=(mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
+            own=(*self._tiles(), self.scales),
+            numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 params.window_left, 0 if params.is_causal else params.window_right,
                 *out_strides, *lse_strides, *mask.units,
             ),
-            (out_strides[3], mask.units[3]),
-            (
+            specialized=(out_strides[3], mask.units[3]),
+            variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
                 mask.over_keys, mask.skip_blocks, varlen, lse is not None,
             ),
-            plan.attention,
-            self.index,
-            self.direct,
+            constants=plan.attention,
+            index=self.index,
+            direct=self.direct,
         )  # fmt: skip
 
     def _tiles(self) -> tuple[Tile | Part | None, ...]:
@@ -287,16 +287,8 @@ def prepare(
 ) -> Prepared:
     """`TritonKernel.prepare`, and that of the family whose `call` is given."""
     if out.numel() == 0 or key.shape[2] == 0:
-        return _without_keys
+        return without_keys
     return call(query, key, value, attn_mask, params, out, lse)
-
-
-def _without_keys(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
-) -> None:
-    out.zero_()
-    if lse is not None:
-        lse.fill_(float("-inf"))
 
 
 def packed_strides(tensor: Tensor) -> Strides:

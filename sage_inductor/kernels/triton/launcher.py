@@ -72,6 +72,7 @@ class Launch:
         self,
         kernel: Any,
         programs: int,
+        *,
         dtypes: tuple[torch.dtype | None, ...],
         own: tuple[Part | Tile | None, ...],
         numbers: tuple[float, ...],

@@ -40,7 +40,7 @@ class Plan:
 
 
 @cache
-def plan(
+def make_plan(
     arch: tuple[int, int],
     precision: str,
     dtype: torch.dtype,

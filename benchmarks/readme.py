@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GPU = "h100"  # whose results the README shows
-MODEL_GPU = "h200"  # whole models were timed there
+MODEL_GPUS = ("h100", "h200")  # whole models: those of the second where the first has none
 START, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 LENGTHS = (1024, 4096, 16384, 32768)
 # Column -> (provider, precision, which figure)
@@ -71,19 +72,23 @@ def error_sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def model_table(rows: list[dict[str, Any]]) -> str:
-    """A line per model, a column per kernel and precision that was timed on any of them."""
+    """A line per model and GPU, a column per kernel and precision that was timed on any of them."""
     timed = [row for row in rows if row["precision"] is not None and row["milliseconds"] is not None]
     columns = list(dict.fromkeys((row["kernel"], row["precision"]) for row in timed))
     by_model: dict[str, dict[tuple[str, str | None], dict[str, Any]]] = {}
     for row in rows:
         by_model.setdefault(row["model"], {})[row["kernel"], row["precision"]] = row
     heads = " | ".join(f"`{kernel}`, {precision}" for kernel, precision in columns)
-    lines = [f"| model, layers, tokens | plain, ms | {heads} |", "|---|---|" + "---|" * len(columns)]
+    lines = [
+        f"| model, layers, tokens | GPU | plain, ms | {heads} |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
     for model, results in by_model.items():
         plain = next(row for row in results.values() if row["precision"] is None)
         cells = [model_cell(results.get(column)) for column in columns]
         name = f"{model}, {plain['layers']}, {plain['tokens']:,}"
-        lines.append(f"| {name} | {plain['milliseconds']:.1f} | " + " | ".join(cells) + " |")
+        gpu = plain["gpu"].removeprefix("NVIDIA ").split()[0]
+        lines.append(f"| {name} | {gpu} | {plain['milliseconds']:.1f} | " + " | ".join(cells) + " |")
     breaks = sum(row["graph_breaks"] for row in timed)
     return "\n".join([*lines, "", f"Graph breaks in all of these together: {breaks}."])
 
@@ -108,11 +113,26 @@ def overhead_sentence() -> str:
     )
 
 
+def never_slower_sentence() -> str:
+    rows = json.loads((RESULTS / f"never_slower_{GPU}.json").read_text())
+    checked = [row for row in rows if "slower_by" in row]
+    gains = sorted(row["sdpa_ms"] / row["kernel_ms"] for row in checked if row["kernel"] != "sdpa")
+    return (
+        f"What `auto` chooses, timed again in a run of its own (`benchmarks/never_slower.py`, {checked[0]['gpu']}): of "
+        f"{len(checked)} sites\n{len(gains)} have a kernel, {gains[0]:.2f} to {gains[-1]:.2f} times as fast as SDPA there, "
+        f"{statistics.median(gains):.2f} in the middle; the others stay SDPA."
+    )
+
+
 def figures() -> str:
     rows = json.loads((RESULTS / f"attention_{GPU}.json").read_text())
     first = rows[0]
     machine = f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}"
-    models = json.loads((RESULTS / f"model_{MODEL_GPU}.json").read_text())
+    models: list[dict[str, Any]] = []
+    for gpu in MODEL_GPUS:
+        known = {row["model"] for row in models}
+        found = json.loads((RESULTS / f"model_{gpu}.json").read_text())
+        models += [row for row in found if row["model"] not in known]
     return f"""{START}
 
 ## Measured
@@ -130,14 +150,15 @@ So 8 bits win on long sequences and lose on short ones, where quantising costs m
 crossover, and the fastest kernel beyond it, and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6
 from PyPI is slower than cuDNN here at every size. What was tried for `hopper`, and what it brought: [notes](benchmarks/notes.md).
 
-Whole models, random weights, bf16, under `torch.compile`, two of their layers (`benchmarks/model.py`), on one
-{models[0]["gpu"]}, before there was `hopper`. Cells: ms (speed
-against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):
+Whole models, random weights, bf16, under `torch.compile`, two of their layers (`benchmarks/model.py`); on the H200 before
+there was `hopper`. Cells: ms (speed against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):
 
 {model_table(models)}
 
 The Llama speed-up is more than the kernel's: transformers builds its causal mask as a tensor, which keeps SDPA off its causal
 kernels; here the mask is recognised. Its error is that of random weights, where attention averages noise.
+
+{never_slower_sentence()}
 
 {overhead_sentence()}
 

@@ -54,7 +54,7 @@ def test_model_rows_are_measured_once(
     rows = model.main(arguments)
     assert rows == json.loads(file.read_text())
     table = readme.model_table(rows)
-    assert "| model, layers, tokens | plain, ms | `reference`, accurate |" in table
+    assert "| model, layers, tokens | GPU | plain, ms | `reference`, accurate |" in table
     assert "Graph breaks in all of these together: 0." in table
 
 

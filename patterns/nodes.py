@@ -48,8 +48,26 @@ SOFTMAX = Kind(
         aten.softmax.int,
         aten._softmax.default,
         aten._safe_softmax.default,
+        aten.special_softmax.default,
     ),
 )
+LOG_SOFTMAX = Kind(
+    ("log_softmax",),
+    (
+        F.log_softmax,
+        torch.log_softmax,
+        torch.special.log_softmax,
+        aten.log_softmax.int,
+        aten._log_softmax.default,
+        aten.special_log_softmax.default,
+    ),
+)
+LOGSUMEXP = Kind(
+    ("logsumexp",),
+    (torch.logsumexp, torch.special.logsumexp, aten.logsumexp.default, aten.special_logsumexp.default),
+)
+EXP = Kind(("exp",), (torch.exp, aten.exp.default))
+SUM = Kind(("sum",), (torch.sum, aten.sum.dim_IntList))
 CAST = Kind(
     ("float", "half", "bfloat16", "to", "type", "type_as"),
     (aten.to.dtype, aten._to_copy.default, aten.type_as.default),
@@ -106,7 +124,17 @@ MASKED_FILL = Kind(
     ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 )
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
-TRANSPOSE = Kind(("transpose", "swapaxes"), (torch.transpose, torch.swapaxes, aten.transpose.int))
+UNSQUEEZE = Kind(("unsqueeze",), (torch.unsqueeze, aten.unsqueeze.default))
+TRANSPOSE = Kind(
+    ("transpose", "swapaxes", "swapdims"),
+    (
+        torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int, aten.swapaxes.default,
+        aten.swapdims.default,
+    ),
+)  # fmt: skip
+# The last two dims swapped: of any tensor, and of a matrix only.
+MATRIX_TRANSPOSE = Kind(("adjoint",), (torch.adjoint, aten.mT.default, aten.adjoint.default))
+T = Kind(("t",), (torch.t, aten.t.default, aten.numpy_T.default))
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
 EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
 # What they read of the second operand is its shape or dtype.
@@ -149,24 +177,59 @@ def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
     return {user for user in node.users if not _reads_shape_only(user, node)} == set(readers)
 
 
-def row_maximum(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """(x, the nodes in between, `node` last) where `node` is the largest of each row of x, kept as a dim of 1;
-    None when it is something else."""
-    between: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (node in DETACH or (node.target in (operator.getitem, getattr))):
-        if node not in DETACH and node.args[1] not in (0, "values"):
+@dataclass(frozen=True)
+class Reduction:
+    """One number for each row of `source` along `dim` (0 and above), kept as a dim of 1; `chain` are the nodes from the
+    one that reads `source` to the one that reads the numbers."""
+
+    source: fx.Node
+    dim: int
+    chain: tuple[fx.Node, ...]
+
+
+def reduction(node: Any, *kinds: Kind) -> Reduction | None:
+    """What `node` is where it is a reduction of one of `kinds`; None when it is something else."""
+    chain: list[fx.Node] = []
+    unsqueezed: int | None = None
+    while isinstance(node, fx.Node) and not any(node in kind for kind in kinds):
+        chain.append(node)
+        if node in DETACH or _is_values(node):
+            node = node.args[0]
+        elif (inserted := _inserted_dim(node)) is not None and unsqueezed is None:
+            node, unsqueezed = node.args[0], inserted
+        else:
             return None
-        between.append(node)
-        node = node.args[0]
-    if node not in AMAX and node not in MAXIMUM:
+    if not isinstance(node, fx.Node):
         return None
-    source, tensor = argument(node, 0, "input"), example_tensor(between[-1] if between else node)
-    dim, keepdim = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+    source, dim = argument(node, 0, "input"), argument(node, 1, "dim", node.kwargs.get("axis"))
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     rank = len(shape_of(source)) if isinstance(source, fx.Node) else 0
-    if not isinstance(dim, int) or dim not in (-1, rank - 1) or keepdim is not True or tensor is None:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -rank <= dim < rank:
         return None
-    return source, (node, *reversed(between))
+    if (unsqueezed is None) is not (argument(node, 2, "keepdim", False) is True):
+        return None
+    if unsqueezed not in (None, dim % rank):
+        return None
+    return Reduction(source, dim % rank, (node, *reversed(chain)))
+
+
+def _is_values(node: fx.Node) -> bool:
+    """Whether `node` is the values, out of what a maximum with positions returns."""
+    of_tuple = node.target in (operator.getitem, getattr) and example_tensor(node.args[0]) is None  # type: ignore[arg-type]
+    return of_tuple and node.args[1] in (0, "values")
+
+
+def _inserted_dim(node: fx.Node) -> int | None:
+    """The dim of 1 that `x.unsqueeze(dim)` or `x[..., None]` inserts."""
+    rank = len(shape_of(node))
+    if node in UNSQUEEZE:
+        dim = argument(node, 1, "dim")
+        return dim % rank if isinstance(dim, int) and rank else None
+    index = node.args[1] if node.target is operator.getitem else None
+    if not isinstance(index, tuple) or index[-1] is not None:
+        return None
+    whole = all(item is Ellipsis or item == slice(None) for item in index[:-1])
+    return rank - 1 if whole and (Ellipsis in index or len(index) == rank) else None
 
 
 def reads_nothing(node: fx.Node) -> bool:

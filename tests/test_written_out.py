@@ -371,9 +371,6 @@ LEFT: dict[str, Callable[..., Any]] = {
     "a number that swallows the scores": lambda q, k, v: (q @ k.mT / 6 + 1e9).softmax(-1) @ v,
     "factor of each key": lambda q, k, v: (q @ k.mT * k[..., :1].mT).softmax(-1) @ v,
     "floor among the scores": lambda q, k, v: (q @ k.mT / 6).clamp(min=-1.0).softmax(-1) @ v,
-    "weights and values both transposed": lambda q, k, v: (
-        v.mT @ (q @ k.mT / 6).softmax(-2).mT.contiguous().mT
-    ),
     "scores of half the heads": lambda q, k, v: (
         (q @ k.mT / 6).view(2, 4, 48, 12).softmax(-1).view(2, 4, 24, 24) @ v
     ),

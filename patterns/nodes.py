@@ -18,13 +18,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Kind:
-    """Nodes that compute the same: methods by name, functions by identity."""
+    """Nodes that compute the same: methods by name, functions by identity. What writes to an `out` is none of them: that
+    tensor is not the node's alone."""
 
     methods: tuple[str, ...] = ()
     functions: tuple[Any, ...] = ()
 
     def __contains__(self, node: Any) -> bool:
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
             return False
         if node.op == "call_method":
             return node.target in self.methods

@@ -309,6 +309,7 @@ def test_reasons() -> None:
     assert "dtype=float64 (supported: float16, bfloat16, float32)" in refused(sdpa, *[q.double()] * 3)
     assert "dimensions=5 (supported: 2, 3 or 4" in refused(sdpa, q[None], q[None, :1], q[None, :1])
     assert "batch=2, 1, 1 (supported: alike" in refused(sdpa, q, q[:1], q[:1])
+    assert "kv_len=12, 16 (supported: alike" in refused(sdpa, q, q[:, :, :12], q[:, :, :16])
     with torch.enable_grad():
         wanting = q.clone().requires_grad_()
         assert "requires_grad=query (supported: none" in refused(sdpa, wanting, q, q)
@@ -335,6 +336,18 @@ def test_an_explicit_sdpa_backend_is_respected() -> None:
         torch._dynamo.reset()
         (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
     assert "sdpa_kernel=CUDNN_ATTENTION, FLASH_ATTENTION" in site.reasons[0]
+
+
+def test_flex_attention_is_a_site_that_stays() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 2, 128, 32)
+
+    def biased(q: Tensor) -> Tensor:
+        return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j) / 9)
+
+    assert "flex_attention (supported: scaled_dot_product_attention" in refused(biased, q)
+    assert torch.equal(run(biased, q)[0], torch.compile(biased, backend="eager")(q))
 
 
 def test_functorch_transforms_are_left_alone() -> None:

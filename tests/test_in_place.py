@@ -187,7 +187,7 @@ def test_products_that_write_to_a_tensor_of_somebody_else_stay(which: str) -> No
         given = {"out": long if which.startswith("output") else square}
         outs[which.partition(" ")[0]] = given
         scores = torch.matmul(query, key.mT, **outs["scores"])
-        scores = torch.add(scores, scores.new_ones(query.shape[-2]), **outs["bias"])
+        scores = torch.add(scores, query.new_ones(query.shape[-2]), **outs["bias"])
         weights = torch.softmax(scores, -1, **outs["weights"])
         if which == "output of bmm":
             torch.bmm(weights.flatten(0, 1), value.flatten(0, 1), out=long.view(-1, *long.shape[2:]))

@@ -145,13 +145,19 @@ def _as_laid_out(output: Tensor, restore: Steps, undo: Steps) -> tuple[Steps, St
     """`restore` and `undo` with what they lack to give the strides of `output`, on which users rely: where no kernel
     writes that order, a copy. None where a copy cannot give them."""
     plain = traced(output, undo)
-    if not restore or (plain.stride(-1) == 1 and traced(plain, restore).stride() == output.stride()):
+    if not restore or (plain.stride(-1) == 1 and _strides(traced(plain, restore)) == _strides(output)):
         return restore, undo
     memory = tuple(sorted(range(output.dim()), key=output.stride, reverse=True))
     back = tuple(memory.index(dim) for dim in range(output.dim()))
     undo = (*undo, ("contiguous", ()))
     restore = (*restore, ("permute", memory), ("contiguous", ()), ("permute", back))
-    return (restore, undo) if traced(output, (*undo, *restore)).stride() == output.stride() else None
+    return (restore, undo) if _strides(traced(output, (*undo, *restore))) == _strides(output) else None
+
+
+def _strides(tensor: Tensor) -> list[Any]:
+    """Those that say where elements are: the stride of a dim of one says nothing."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [0 if isinstance(size, int) and size == 1 else stride for size, stride in pairs]
 
 
 def _cast(item: Value, dtype: torch.dtype) -> Value:

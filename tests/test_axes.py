@@ -168,6 +168,26 @@ def test_any_order_of_dims_exported(name: str) -> None:
     assert relative_l2(through_a_file(program)(*tensors), function(*tensors)) < BOUND
 
 
+@pytest.mark.parametrize("single", ["b", "k", "g", "h", "d"])
+@pytest.mark.parametrize(
+    "layouts", [("bqkgd", "btkd", "bkgqt"), ("bkgqd", "bktd", "bkgqt"), ("bqhd", "bthd", "bqth")]
+)
+def test_a_dim_of_one_hides_nothing(layouts: tuple[str, str, str], single: str) -> None:
+    query, key, scores = layouts
+    tensors = tuple(
+        torch.randn([1 if letter == single else sizes(letter)[0] for letter in letters])
+        for letters in (query, key, key)
+    )
+    attend = einsums(f"{query},{key}->{scores}", f"{scores},{key}->{query}", scores.index("t"))
+    out, (site,) = run(attend, *tensors)
+    expected = attend(*tensors)
+    assert site.rewritten and relative_l2(out, expected) < BOUND
+    # The stride of a dim of one says nothing.
+    assert [s for s, n in zip(out.stride(), out.shape, strict=True) if n > 1] == [
+        s for s, n in zip(expected.stride(), out.shape, strict=True) if n > 1
+    ]
+
+
 def shuffled(rng: random.Random, letters: str) -> str:
     return "".join(rng.sample(letters, len(letters)))
 

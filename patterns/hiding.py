@@ -17,12 +17,12 @@ from sage_inductor.patterns.nodes import (
     SUB,
     WHERE,
     argument,
-    number,
     only_reader,
     operands,
     shape_of,
     unexpanded,
 )
+from sage_inductor.patterns.numbers import filled_with, number
 
 # A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
 # use for that (-1e4, from the days of GPT-2 in float16) and all below.
@@ -57,9 +57,9 @@ def hiding(node: fx.Node) -> Hiding | None:
         return _where(node, source, mask, number(argument(node, 2, "value")), hidden_where=True)
     if node in WHERE and len(node.args) == 3:
         condition, kept, other = node.args
-        if number(other) is not None:
-            return _where(node, kept, condition, number(other), hidden_where=False)
-        return _where(node, other, condition, number(kept), hidden_where=True)
+        if filled_with(other) is not None:
+            return _where(node, kept, condition, filled_with(other), hidden_where=False)
+        return _where(node, other, condition, filled_with(kept), hidden_where=True)
     return _multiplied_mask(node) if node in ADD or node in SUB else None
 
 

@@ -27,11 +27,11 @@ from sage_inductor.patterns.nodes import (
     WHERE,
     argument,
     casts_floats,
-    number,
     only_reader,
     operands,
     shape_of,
 )
+from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 

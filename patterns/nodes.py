@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sage_inductor.call import Value, example_tensor, example_value
+from sage_inductor.call import Value, example_tensor
 
 aten = torch.ops.aten
 
@@ -67,7 +66,7 @@ LOGSUMEXP = Kind(
     ("logsumexp",),
     (torch.logsumexp, torch.special.logsumexp, aten.logsumexp.default, aten.special_logsumexp.default),
 )
-EXP = Kind(("exp",), (torch.exp, aten.exp.default))
+EXP = Kind(("exp", "exp_"), (torch.exp, aten.exp.default, aten.exp_.default))
 SUM = Kind(("sum",), (torch.sum, aten.sum.dim_IntList))
 CAST = Kind(
     ("float", "half", "bfloat16", "to", "type", "type_as"),
@@ -143,6 +142,15 @@ TAKES_AFTER = Kind(
     ("expand_as", "view_as", "reshape_as", "type_as"),
     (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default),
 )
+# New tensors of the shape and dtype of the first operand, or of its dtype alone.
+LIKE = Kind(
+    ("new_zeros", "new_ones", "new_full", "new_empty"),
+    (
+        torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like,
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+        aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+    ),
+)  # fmt: skip
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 
 
@@ -243,42 +251,10 @@ def reads_nothing(node: fx.Node) -> bool:
 def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     if reads_nothing(user):
         return True
+    if user in LIKE:
+        return user.all_input_nodes == [node]
     if user in TAKES_AFTER:
         return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
     if user.op != "call_method":
         return user.target is getattr and user.args[1] in ("shape", "dtype", "device")
     return user.target in ("size", "dim")
-
-
-def number(item: Any) -> float | None:
-    """A constant: a number, or a traced one-element tensor made from a number."""
-    if isinstance(item, (int, float)) and not isinstance(item, bool):
-        return float(item)
-    if isinstance(item, fx.Node):
-        tensor = example_tensor(item)
-        if tensor is None and isinstance(example_value(item), (int, float)):
-            return float(example_value(item))
-        if tensor is not None and tensor.dim() == 0:
-            return _constant_scalar(item)
-    return None
-
-
-def _constant_scalar(node: fx.Node) -> float | None:
-    """The value of `torch.tensor(8.0)`, `torch.full([], 8.0)`, their square roots, products and casts."""
-    name = str(getattr(node.target, "__name__", node.target))
-    first = node.args[0] if node.args else None
-    if name == "full" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
-        return float(node.args[1])
-    if name in ("tensor", "scalar_tensor", "as_tensor", "_as_tensor_fullprec") and isinstance(
-        first, (int, float)
-    ):
-        return float(first)
-    if name == "sqrt" and isinstance(first, fx.Node):
-        inner = number(first)
-        return None if inner is None or inner < 0 else math.sqrt(inner)
-    if (node in MUL or node in DIV) and node.kwargs.get("rounding_mode") is None:
-        left, right = map(number, operands(node))
-        if left is None or right is None or (node in DIV and right == 0):
-            return None
-        return left * right if node in MUL else left / right
-    return number(first) if casts_floats(node) and isinstance(first, fx.Node) else None

@@ -21,12 +21,12 @@ from sage_inductor.patterns.nodes import (
     SUM,
     Reduction,
     argument,
-    number,
     only_reader,
     operands,
     reduction,
     shape_of,
 )
+from sage_inductor.patterns.numbers import number
 
 # What may be added to the sum of the exponentials, which is at least 1, against a division by 0: less than what 8 bits
 # leave of the weights, by far.

@@ -28,11 +28,11 @@ from sage_inductor.patterns.nodes import (
     SAME,
     argument,
     casts_floats,
-    number,
     only_reader,
     shape_of,
     unexpanded,
 )
+from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
 from sage_inductor.patterns.softmax import Softmax, softmax
 

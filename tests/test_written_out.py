@@ -232,6 +232,23 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         qkv(),
         "causal",
     ),
+    "where, a filled tensor": (
+        lambda q, k, v, m: torch.where(m[:, None, None], s := q @ k.mT / 6, torch.full_like(s, -1e9)).softmax(-1) @ v,
+        (*qkv(), padding()),
+        "key_padding",
+    ),
+    "where, ones times a number": (
+        lambda q, k, v, m: (
+            torch.where(~m[:, None, None], -9e15 * torch.ones_like(s := q @ k.mT / 6), s).softmax(-1) @ v
+        ),
+        (*qkv(), padding()),
+        "key_padding",
+    ),
+    "causal made from the scores": (
+        lambda q, k, v: (s := q @ k.mT / 6).masked_fill(s.new_ones(24, 24).triu(1).bool(), -1e9).softmax(-1) @ v,
+        qkv(),
+        "causal",
+    ),
     "safe softmax": (
         lambda q, k, v: torch.ops.aten._safe_softmax.default(q @ k.mT / 6, -1) @ v,
         qkv(),
@@ -351,6 +368,21 @@ def overwritten(tensor: int) -> Callable[..., Tensor]:
 
 
 LEFT: dict[str, Callable[..., Any]] = {
+    "where, a filled tensor that is written to": lambda q, k, v: (
+        (s := q @ k.mT / 6),
+        (low := torch.full_like(s, -1e9)),
+        low[:, :, 3].zero_(),
+        torch.where(k[:, :, None, :, 0] > 0, s, low).softmax(-1) @ v,
+    )[3],
+    "where, a filled tensor that competes": lambda q, k, v: (
+        torch.where(k[:, :, None, :, 0] > 0, s := q @ k.mT / 6, torch.full_like(s, -2.0)).softmax(-1) @ v
+    ),
+    "where, random numbers": lambda q, k, v: (
+        torch.where(
+            k[:, :, None, :, 0] > 0, s := q @ k.mT / 6, -1e9 * torch.ones_like(s) * v[..., :24]
+        ).softmax(-1)
+        @ v
+    ),
     "query overwritten before the last product": overwritten(0),
     "key overwritten before the last product": overwritten(1),
     "view of the key overwritten": lambda q, k, v: (

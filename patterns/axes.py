@@ -30,12 +30,58 @@ def arranged(term: Value, order: Order) -> Value:
     return Expr.of("permute", term, *order)
 
 
-def reshaped(order: Order, rank: int) -> Order | None:
-    """`order` for a view with `rank` dims, of which the last two are the same; None where others are moved."""
-    dims = len(order)
-    if order[:-2] != as_they_stand(dims - 2):
+def viewed(order: Order, shape: tuple[Any, ...], source: tuple[Any, ...]) -> Order | None:
+    """`order` of a tensor of `shape` as that of the tensor of sizes `source` of which it is a view: dims are split and
+    merged where they stand together in either. None where they do not, or where queries or keys are.
+
+    As they stand, any view is one, of which it has to be seen in the end that it did neither."""
+    rank = len(order)
+    if order == as_they_stand(rank):
+        return as_they_stand(len(source))
+    if order[:-2] == as_they_stand(rank - 2) and shape[-2:] == source[-2:]:
+        return (*range(len(source) - 2), *(dim - rank + len(source) for dim in order[-2:]))
+    if not all(isinstance(size, int) for size in (*shape, *source)):
         return None
-    return (*range(rank - 2), *(dim - dims + rank for dim in order[-2:]))
+    there = {here[0]: (here, dims) for dims, here in regrouped(source, shape) or ()}
+    groups: list[tuple[list[int], list[int]]] = []
+    position = 0
+    while position < rank:
+        here, dims = there.get(order[position], ([], []))
+        if not here or list(order[position : position + len(here)]) != here:
+            return None
+        groups.append((here, dims))
+        position += len(here)
+    alone = all(len(here) == len(dims) == 1 for here, dims in groups[-2:])
+    return tuple(dim for _, dims in groups for dim in dims) if alone else None
+
+
+def regrouped(first: tuple[int, ...], second: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
+    """The dims of `first` and of `second` that a reshape from one to the other merges and splits among themselves."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(first) and j < len(second):
+        dims, other_dims = [i], [j]
+        size, other_size = first[i], second[j]
+        while size != other_size:
+            if size < other_size:
+                i += 1
+                if i == len(first):
+                    return None
+                dims.append(i)
+                size *= first[i]
+            else:
+                j += 1
+                if j == len(second):
+                    return None
+                other_dims.append(j)
+                other_size *= second[j]
+        groups.append((dims, other_dims))
+        i, j = i + 1, j + 1
+    if any(size != 1 for size in (*first[i:], *second[j:])) or not groups:
+        return None
+    groups[-1][0].extend(range(i, len(first)))
+    groups[-1][1].extend(range(j, len(second)))
+    return groups
 
 
 def permutation(item: Any) -> tuple[fx.Node, Order] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sage_inductor.call import Expr, Value
+from sage_inductor.patterns.axes import regrouped
 from sage_inductor.patterns.nodes import shape_of, unexpanded
 from sage_inductor.patterns.products import Steps
 
@@ -79,46 +80,17 @@ def lifted(item: Value, logits: tuple[Any, ...], scores: tuple[Any, ...]) -> Val
             return Expr.of("view", item, shape[-2:]) if same else None
         folded = len(logits) == len(shape) == 3 and len(scores) == 4
         return Expr.of("unflatten", item, 0, (-1, scores[1])) if folded and shape[0] != 1 else item
-    groups = _groups(logits, scores)
+    groups = regrouped(logits, scores)
     if groups is None:
         return None
     padded = (*[1] * (len(logits) - len(shape)), *shape)
     expanded: list[int] = []
-    regrouped: list[int] = []
+    sizes_there: list[int] = []
     for dims, other_dims in groups:
         sizes = [padded[dim] for dim in dims]
         constant = all(size == 1 for size in sizes)
         expanded += sizes if constant else [logits[dim] for dim in dims]
-        regrouped += [1 if constant else scores[dim] for dim in other_dims]
+        sizes_there += [1 if constant else scores[dim] for dim in other_dims]
     item = item if shape == padded else Expr.of("reshape", item, padded)
     item = item if tuple(expanded) == padded else Expr.of("expand", item, expanded)
-    return Expr.of("reshape", item, regrouped)
-
-
-def _groups(first: tuple[int, ...], second: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """The dims of `first` and of `second` that a reshape from one to the other merges and splits among themselves."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(first) and j < len(second):
-        dims, other_dims = [i], [j]
-        size, other_size = first[i], second[j]
-        while size != other_size:
-            if size < other_size:
-                i += 1
-                if i == len(first):
-                    return None
-                dims.append(i)
-                size *= first[i]
-            else:
-                j += 1
-                if j == len(second):
-                    return None
-                other_dims.append(j)
-                other_size *= second[j]
-        groups.append((dims, other_dims))
-        i, j = i + 1, j + 1
-    if any(size != 1 for size in (*first[i:], *second[j:])) or not groups:
-        return None
-    groups[-1][0].extend(range(i, len(first)))
-    groups[-1][1].extend(range(j, len(second)))
-    return groups
+    return Expr.of("reshape", item, sizes_there)

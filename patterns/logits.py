@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from sage_inductor.call import Expr, Value, example_tensor
-from sage_inductor.patterns.axes import Order, arranged, as_they_stand, ordered, permutation, reshaped
+from sage_inductor.patterns.axes import Order, arranged, as_they_stand, ordered, permutation, viewed
 from sage_inductor.patterns.hiding import HIDES, hiding, negated
 from sage_inductor.patterns.nodes import (
     ADD,
@@ -67,6 +67,7 @@ class Logits:
     # Where the weights are set to zero, until it is seen to be where keys are hidden.
     zeroed: fx.Node | None = None
     zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
+    overwritten: tuple[Term, ...] = ()  # where finite numbers take the place of what hid keys before
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
         """With `term`, which `node` adds before everything that is known so far is done."""
@@ -84,7 +85,13 @@ class Logits:
         final = value * self.scale  # what later factors make of it
         if final > HIDES or self.factor is not None:
             return None
-        allowed = self._term(arranged(negated(hidden), self.order), node)
+        remaining = negated(arranged(hidden, self.order))
+        if final == -math.inf:
+            for later in self.overwritten:  # where no key is left to a query, those make the difference
+                if later.logits != ordered(shape_of(node), self.order):
+                    return None
+                remaining = Expr.of(torch.logical_or, remaining, later.value)
+        allowed = self._term(remaining, node)
         if hidden is self.zeroed:  # no weight is left there, even where all keys are hidden
             alone = final != -math.inf or self.floored
             return replace(self, allowed=(*self.allowed, allowed), zeroed=None, zeroed_alone=alone)
@@ -94,7 +101,8 @@ class Logits:
         # number beside which rounding loses the scores, keeps that.
         zeros = Expr.of(torch.zeros_like, hidden, dtype=torch.float32)
         term = arranged(Expr.of("masked_fill", zeros, hidden, HIDDEN), self.order)
-        return replace(self, bias=(*self.bias, self._term(term, node)))
+        overwritten = (*self.overwritten, self._term(arranged(hidden, self.order), node))
+        return replace(self, bias=(*self.bias, self._term(term, node)), overwritten=overwritten)
 
     def before(self, source: fx.Node) -> Logits | None:
         """At `source`, which has other dims where it was broadcast."""
@@ -193,15 +201,15 @@ def _reshaping(node: fx.Node, source: fx.Node, order: Order) -> _Step | None:
     known = all(isinstance(size, int) for size in (*before.shape, *after.shape))
     if not known and before.shape[-2:] != after.shape[-2:]:
         return None
-    viewed = reshaped(order, before.dim())
-    if viewed is None:
+    known_as = viewed(order, tuple(after.shape), tuple(before.shape))
+    if known_as is None:
         return None
-    view = ordered(tuple(before.shape), viewed)
+    view = ordered(tuple(before.shape), known_as)
 
     def update(logits: Logits) -> Logits | None:
-        if logits.factor is not None or (logits.zeroed is not None and order != viewed):
+        if logits.factor is not None or (logits.zeroed is not None and order != known_as):
             return None
-        return replace(logits, order=viewed, views=(*logits.views, view))
+        return replace(logits, order=known_as, views=(*logits.views, view))
 
     return source, update
 

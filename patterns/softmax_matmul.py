@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, traced
-from sage_inductor.patterns.axes import Order, ordered, permutation, reshaped
+from sage_inductor.patterns.axes import Order, ordered, permutation, viewed
 from sage_inductor.patterns.heads import folded, lifted, unfolded
 from sage_inductor.patterns.logits import Logits, logits_of
 from sage_inductor.patterns.nodes import (
@@ -93,12 +93,15 @@ def _weights(outer: WeightedSum, reader: fx.Node) -> _Weights | None:
             if not isinstance(zeroed, fx.Node) or shape_of(source) != shape_of(current):
                 return None
         elif current in RESHAPE:
-            if not isinstance(source, fx.Node) or shape_of(source)[-2:] != shape_of(current)[-2:]:
+            before = viewed(order, shape_of(current), shape_of(source))
+            if (
+                before is None
+                or ordered(shape_of(source), before)[-2:] != ordered(shape_of(current), order)[-2:]
+            ):
                 return None
-            viewed = reshaped(order, len(shape_of(source)))
-            if viewed is None:
+            if zeroed is not None and before != order:
                 return None
-            order = viewed
+            order = before
         elif not (casts_floats(current) or current in SAME):
             return None
         reader, current = current, source

@@ -88,6 +88,20 @@ def folded_and_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(weights, v.flatten(0, 1)).view(*sizes("bhqd"))
 
 
+def reshaped_to_all_heads(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """Gemma's: queries of all heads, scores of groups, masked as those of all heads, weights of groups."""
+    q = q.view(*sizes("bqkgd"))
+    scores = torch.einsum("BTKGH,BSKH->BTKGS", q, k).reshape(*sizes("bqht")) * DIM**-0.5
+    weights = torch.where(allowed[:, :, None] > -0.5, scores, -2.3819763e38).softmax(-1).view(*sizes("bqkgt"))
+    return torch.einsum("BTKGS,BSKH->BTKGH", weights, v).reshape(*sizes("bqhd"))
+
+
+def positions_of_a_grid(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Keys times queries, keys as a grid where terms of its rows and columns are added."""
+    scores = (k @ q.mT / 6).view(2, 6, 5, 8, QUERIES) + rows + columns
+    return torch.einsum("bhtq,bhtd->bhqd", scores.view(*sizes("bhtq")).softmax(2), v)
+
+
 NHD = ("bqhd", "bthd", "bthd")
 HND = ("bhqd", "bhtd", "bhtd")
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str, int]] = {
@@ -120,6 +134,9 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str, int]] = {
         KV_HEADS,
     ),
     "grouped, causal": (grouped_masked, inputs("bqkgd", "btkd", "btkd"), "causal", KV_HEADS),
+    "grouped, masked as all heads": (
+        reshaped_to_all_heads, inputs("bqhd", "btkd", "btkd", "bqt"), "additive", KV_HEADS
+    ),
     "one key head": (
         einsums("bqhd,btd->bqht", "bqht,btd->bqhd"), inputs("bqhd", "btd", "btd"), "none", 1
     ),
@@ -255,6 +272,25 @@ LEFT: dict[str, Callable[..., Any]] = {
     "temperature of each key": lambda q, k, v: torch.einsum(
         "bqth,bthd->bqhd", (torch.einsum("bqhd,bthd->bqth", q, k) * k[:, None, :, :, 0]).softmax(2), v
     ),
+    "queries split": lambda q, k, v: (
+        (torch.einsum("bqhd,bthd->bhtq", q, k).view(2, 4, KEYS, 4, 10) + v[0, 0, 0, :4, None])
+        .softmax(2)
+        .flatten(3)
+        .mT
+        @ v.transpose(1, 2)
+    ),
+    "heads merged with queries": lambda q, k, v: torch.einsum(
+        "bqht,bthd->bqhd",
+        (torch.einsum("bqhd,bthd->bqht", q, k).reshape(2, 4 * KEYS, KEYS) + v[0, 0, 0])
+        .view(2, KEYS, 4, KEYS)
+        .softmax(-1),
+        v,
+    ),
+    "heads and queries exchanged by a view": lambda q, k, v: torch.einsum(
+        "bqht,bthd->bqhd",
+        torch.einsum("bqhd,bthd->bqht", q, k).reshape(2, 4, KEYS, KEYS).softmax(-1).reshape(2, KEYS, 4, KEYS),
+        v,
+    ),
     "zeroed in another order": lambda q, k, v: torch.einsum(
         "bhqt,bthd->bqhd",
         torch.einsum("bqhd,bthd->bhtq", q, k)
@@ -273,6 +309,12 @@ def test_look_alikes(name: str) -> None:
     out, sites = run(LEFT[name], *tensors)
     expected = LEFT[name](*tensors)
     assert not sites and relative_l2(out.nan_to_num(), expected.nan_to_num()) < 1e-5
+
+
+def test_terms_of_a_view_that_splits_the_keys_are_not_taken_for_others() -> None:
+    tensors = (*inputs("bhqd", "bhtd", "bhtd"), torch.randn(5, 1, QUERIES), torch.randn(8, QUERIES))
+    out, sites = run(positions_of_a_grid, *tensors)
+    assert relative_l2(out, positions_of_a_grid(*tensors)) < (BOUND if sites else 1e-5)
 
 
 def test_another_reader_of_grouped_scores_keeps_them() -> None:

@@ -98,8 +98,8 @@ def reshaped_to_all_heads(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> T
 
 def positions_of_a_grid(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Keys times queries, keys as a grid where terms of its rows and columns are added."""
-    scores = (k @ q.mT / 6).view(2, 6, 5, 8, QUERIES) + rows + columns
-    return torch.einsum("bhtq,bhtd->bhqd", scores.view(*sizes("bhtq")).softmax(2), v)
+    scores = (k @ q.mT / 6).view(2, 6, 5, 8, q.shape[2]) + rows + columns
+    return torch.einsum("bhtq,bhtd->bhqd", scores.view(2, 6, KEYS, q.shape[2]).softmax(2), v)
 
 
 NHD = ("bqhd", "bthd", "bthd")
@@ -311,8 +311,10 @@ def test_look_alikes(name: str) -> None:
     assert not sites and relative_l2(out.nan_to_num(), expected.nan_to_num()) < 1e-5
 
 
-def test_terms_of_a_view_that_splits_the_keys_are_not_taken_for_others() -> None:
-    tensors = (*inputs("bhqd", "bhtd", "bhtd"), torch.randn(5, 1, QUERIES), torch.randn(8, QUERIES))
+@pytest.mark.parametrize("queries", [QUERIES, KEYS])
+def test_terms_of_a_view_that_splits_the_keys_are_not_taken_for_others(queries: int) -> None:
+    tensors = (torch.randn(2, 6, queries, DIM), *inputs("bhtd", "bhtd"))
+    tensors = (*tensors, torch.randn(5, 1, queries), torch.randn(8, queries))
     out, sites = run(positions_of_a_grid, *tensors)
     assert relative_l2(out, positions_of_a_grid(*tensors)) < (BOUND if sites else 1e-5)
 

@@ -7,16 +7,18 @@ if __name__ != "sage_inductor.patterns":
     )
 
 from sage_inductor.call import OpaquePattern, Pattern
+from sage_inductor.patterns.flex_attention import FlexAttention
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
 from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 
 ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), SoftmaxMatmul())
-OPAQUE: tuple[OpaquePattern, ...] = (MultiHeadAttention(), TransformerEncoderLayer())
+OPAQUE: tuple[OpaquePattern, ...] = (MultiHeadAttention(), TransformerEncoderLayer(), FlexAttention())
 
 __all__ = [
     "ALL",
     "OPAQUE",
+    "FlexAttention",
     "ManyDims",
     "MultiHeadAttention",
     "ScaledDotProductAttention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sage_inductor.call import Value, example_tensor, example_value
+from sage_inductor.call import Value, example_tensor
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Nodes that compute the same: methods by name, functions by identity."""
+    """Nodes that compute the same: methods by name, functions by identity. What writes to an `out` is none of them: that
+    tensor is not the node's alone."""
 
     methods: tuple[str, ...] = ()
     functions: tuple[Any, ...] = ()
 
     def __contains__(self, node: Any) -> bool:
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
             return False
         if node.op == "call_method":
             return node.target in self.methods
@@ -48,8 +48,26 @@ SOFTMAX = Kind(
         aten.softmax.int,
         aten._softmax.default,
         aten._safe_softmax.default,
+        aten.special_softmax.default,
     ),
 )
+LOG_SOFTMAX = Kind(
+    ("log_softmax",),
+    (
+        F.log_softmax,
+        torch.log_softmax,
+        torch.special.log_softmax,
+        aten.log_softmax.int,
+        aten._log_softmax.default,
+        aten.special_log_softmax.default,
+    ),
+)
+LOGSUMEXP = Kind(
+    ("logsumexp",),
+    (torch.logsumexp, torch.special.logsumexp, aten.logsumexp.default, aten.special_logsumexp.default),
+)
+EXP = Kind(("exp", "exp_"), (torch.exp, aten.exp.default, aten.exp_.default))
+SUM = Kind(("sum",), (torch.sum, aten.sum.dim_IntList))
 CAST = Kind(
     ("float", "half", "bfloat16", "to", "type", "type_as"),
     (aten.to.dtype, aten._to_copy.default, aten.type_as.default),
@@ -106,7 +124,17 @@ MASKED_FILL = Kind(
     ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 )
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
-TRANSPOSE = Kind(("transpose", "swapaxes"), (torch.transpose, torch.swapaxes, aten.transpose.int))
+UNSQUEEZE = Kind(("unsqueeze",), (torch.unsqueeze, aten.unsqueeze.default))
+TRANSPOSE = Kind(
+    ("transpose", "swapaxes", "swapdims"),
+    (
+        torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int, aten.swapaxes.default,
+        aten.swapdims.default,
+    ),
+)  # fmt: skip
+# The last two dims swapped: of any tensor, and of a matrix only.
+MATRIX_TRANSPOSE = Kind(("adjoint",), (torch.adjoint, aten.mT.default, aten.adjoint.default))
+T = Kind(("t",), (torch.t, aten.t.default, aten.numpy_T.default))
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
 EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
 # What they read of the second operand is its shape or dtype.
@@ -114,6 +142,15 @@ TAKES_AFTER = Kind(
     ("expand_as", "view_as", "reshape_as", "type_as"),
     (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default),
 )
+# New tensors of the shape and dtype of the first operand, or of its dtype alone.
+LIKE = Kind(
+    ("new_zeros", "new_ones", "new_full", "new_empty"),
+    (
+        torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like,
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+        aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+    ),
+)  # fmt: skip
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 
 
@@ -149,24 +186,59 @@ def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
     return {user for user in node.users if not _reads_shape_only(user, node)} == set(readers)
 
 
-def row_maximum(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """(x, the nodes in between, `node` last) where `node` is the largest of each row of x, kept as a dim of 1;
-    None when it is something else."""
-    between: list[fx.Node] = []
-    while isinstance(node, fx.Node) and (node in DETACH or (node.target in (operator.getitem, getattr))):
-        if node not in DETACH and node.args[1] not in (0, "values"):
+@dataclass(frozen=True)
+class Reduction:
+    """One number for each row of `source` along `dim` (0 and above), kept as a dim of 1; `chain` are the nodes from the
+    one that reads `source` to the one that reads the numbers."""
+
+    source: fx.Node
+    dim: int
+    chain: tuple[fx.Node, ...]
+
+
+def reduction(node: Any, *kinds: Kind) -> Reduction | None:
+    """What `node` is where it is a reduction of one of `kinds`; None when it is something else."""
+    chain: list[fx.Node] = []
+    unsqueezed: int | None = None
+    while isinstance(node, fx.Node) and not any(node in kind for kind in kinds):
+        chain.append(node)
+        if node in DETACH or _is_values(node):
+            node = node.args[0]
+        elif (inserted := _inserted_dim(node)) is not None and unsqueezed is None:
+            node, unsqueezed = node.args[0], inserted
+        else:
             return None
-        between.append(node)
-        node = node.args[0]
-    if node not in AMAX and node not in MAXIMUM:
+    if not isinstance(node, fx.Node):
         return None
-    source, tensor = argument(node, 0, "input"), example_tensor(between[-1] if between else node)
-    dim, keepdim = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+    source, dim = argument(node, 0, "input"), argument(node, 1, "dim", node.kwargs.get("axis"))
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     rank = len(shape_of(source)) if isinstance(source, fx.Node) else 0
-    if not isinstance(dim, int) or dim not in (-1, rank - 1) or keepdim is not True or tensor is None:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -rank <= dim < rank:
         return None
-    return source, (node, *reversed(between))
+    if (unsqueezed is None) is not (argument(node, 2, "keepdim", False) is True):
+        return None
+    if unsqueezed not in (None, dim % rank):
+        return None
+    return Reduction(source, dim % rank, (node, *reversed(chain)))
+
+
+def _is_values(node: fx.Node) -> bool:
+    """Whether `node` is the values, out of what a maximum with positions returns."""
+    of_tuple = node.target in (operator.getitem, getattr) and example_tensor(node.args[0]) is None  # type: ignore[arg-type]
+    return of_tuple and node.args[1] in (0, "values")
+
+
+def _inserted_dim(node: fx.Node) -> int | None:
+    """The dim of 1 that `x.unsqueeze(dim)` or `x[..., None]` inserts."""
+    rank = len(shape_of(node))
+    if node in UNSQUEEZE:
+        dim = argument(node, 1, "dim")
+        return dim % rank if isinstance(dim, int) and rank else None
+    index = node.args[1] if node.target is operator.getitem else None
+    if not isinstance(index, tuple) or index[-1] is not None:
+        return None
+    whole = all(item is Ellipsis or item == slice(None) for item in index[:-1])
+    return rank - 1 if whole and (Ellipsis in index or len(index) == rank) else None
 
 
 def reads_nothing(node: fx.Node) -> bool:
@@ -179,42 +251,10 @@ def reads_nothing(node: fx.Node) -> bool:
 def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
     if reads_nothing(user):
         return True
+    if user in LIKE:
+        return user.all_input_nodes == [node]
     if user in TAKES_AFTER:
         return len(user.args) == 2 and user.args[1] is node and user.args[0] is not node
     if user.op != "call_method":
         return user.target is getattr and user.args[1] in ("shape", "dtype", "device")
     return user.target in ("size", "dim")
-
-
-def number(item: Any) -> float | None:
-    """A constant: a number, or a traced one-element tensor made from a number."""
-    if isinstance(item, (int, float)) and not isinstance(item, bool):
-        return float(item)
-    if isinstance(item, fx.Node):
-        tensor = example_tensor(item)
-        if tensor is None and isinstance(example_value(item), (int, float)):
-            return float(example_value(item))
-        if tensor is not None and tensor.dim() == 0:
-            return _constant_scalar(item)
-    return None
-
-
-def _constant_scalar(node: fx.Node) -> float | None:
-    """The value of `torch.tensor(8.0)`, `torch.full([], 8.0)`, their square roots, products and casts."""
-    name = str(getattr(node.target, "__name__", node.target))
-    first = node.args[0] if node.args else None
-    if name == "full" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
-        return float(node.args[1])
-    if name in ("tensor", "scalar_tensor", "as_tensor", "_as_tensor_fullprec") and isinstance(
-        first, (int, float)
-    ):
-        return float(first)
-    if name == "sqrt" and isinstance(first, fx.Node):
-        inner = number(first)
-        return None if inner is None or inner < 0 else math.sqrt(inner)
-    if (node in MUL or node in DIV) and node.kwargs.get("rounding_mode") is None:
-        left, right = map(number, operands(node))
-        if left is None or right is None or (node in DIV and right == 0):
-            return None
-        return left * right if node in MUL else left / right
-    return number(first) if casts_floats(node) and isinstance(first, fx.Node) else None

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Expr, Pattern, example_tensor
+from sage_inductor.call import AttentionCall, Pattern, example_tensor
+from sage_inductor.patterns.heads import folded
+from sage_inductor.patterns.nodes import shape_of
 
 TARGETS = (
     F.scaled_dot_product_attention,
@@ -68,18 +70,21 @@ class ManyDims(ScaledDotProductAttention):
 
 def _folded(call: AttentionCall) -> AttentionCall | None:
     """`call` with all dims but the first and the last two as heads."""
-    inputs = [example_tensor(item) for item in (call.query, call.key, call.value)]
-    output = example_tensor(call.node)
-    if output is None or output.dim() < 5 or any(tensor is None for tensor in inputs):
+    output, inputs = example_tensor(call.node), (call.query, call.key, call.value)
+    if output is None or {len(shape_of(item)) for item in inputs} != {output.dim()} or output.dim() < 5:
         return None
-    leading = {tuple(tensor.shape[:-2]) for tensor in inputs if tensor is not None}
-    sizes = tuple(output.shape[:-2])
     mask = example_tensor(call.attn_mask)
-    if leading != {sizes} or not all(isinstance(size, int) for size in sizes) or call.enable_gqa:
+    if call.enable_gqa or not output.is_contiguous() or (mask is not None and mask.dim() > 2):
         return None
-    if not output.is_contiguous() or (mask is not None and mask.dim() > 2):
+    grouped = folded(*inputs)
+    if grouped is None or shape_of(call.query)[:-2] != tuple(output.shape[:-2]):
         return None
-    fold = ("flatten", (1, len(sizes) - 1))
-    query, key, value = (Expr.of("flatten", item, *fold[1]) for item in (call.query, call.key, call.value))
-    unfold = (("unflatten", (1, sizes[1:])),)
-    return replace(call, query=query, key=key, value=value, restore=unfold, undo=(fold,))
+    return replace(
+        call,
+        query=grouped.query,
+        key=grouped.key,
+        value=grouped.value,
+        enable_gqa=grouped.enable_gqa,
+        restore=grouped.restore,
+        undo=grouped.undo,
+    )

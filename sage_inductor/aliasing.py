@@ -29,7 +29,7 @@ _VIEWS = (
     "view_as", "swapaxes", "movedim", "slice", "alias", "type", "type_as", "getattr", "diagonal",
 )  # fmt: skip
 # In-place methods that attention written out uses on its logits and weights.
-_ARITHMETIC = ("add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_")
+_ARITHMETIC = ("exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_")
 
 
 def node_name(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.exported import rewrite_program
 from sage_inductor.inductor import (
     compile_with_inductor,
     configured_pre_grad_pass,
@@ -141,6 +142,5 @@ def rewrite_exported(
             f"exported_program is a {type(exported_program).__name__} (valid: what torch.export.export returns)"
         )
     result = copy.deepcopy(exported_program)
-    rewrite_graph(result.graph_module.graph, chosen)
-    result.graph_module.recompile()
+    rewrite_program(result, chosen)
     return result

@@ -182,11 +182,13 @@ _PURE = (
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
     "unflatten", "half", "bfloat16", "mm", "amax", "detach",
-    "multiply", "divide", "true_divide", "subtract", "special_softmax", "clamp_min", "_safe_softmax", "_softmax",
+    "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
+    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax", "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
+    "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
 )  # fmt: skip
 # The same in place, on one of these values where nothing else reads it.
 _PURE_ALONE = (
-    "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
+    "exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
 _FRESH = ("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
 

@@ -112,8 +112,11 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
     constants: dict[fx.Node, Tensor | None] = {}
     follow_in_place(graph)
     writes = Writes(graph)
+    transformed: set[fx.Node] = set()
     for node in list(graph.nodes):
         around = enter(node, around)
+        if around.transforms:
+            transformed.add(node)
         submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
@@ -132,7 +135,7 @@ def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int])
         match = _match(node, writes, around)
         if match is not None:
             yield _judge(match, walk, around, constants, writes)
-    workarounds.apply(graph)
+    workarounds.apply(graph, transformed)
 
 
 def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> Iterator[str]:

@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from sage_inductor.call import example_tensor
+from sage_inductor.patterns.nodes import DIV, SOFTMAX, argument
+from sage_inductor.patterns.softmax import own_maximum, softmax
 
-_SOFTMAX = (F.softmax, torch.softmax, torch.nn.functional.softmax)
 
-
-def apply(graph: fx.Graph) -> None:
-    """All of them, on `graph` and nothing below it."""
+def apply(graph: fx.Graph, transformed: Collection[fx.Node]) -> None:
+    """All of them, on `graph` and nothing below it. The traced values of the nodes `transformed`, inside vmap and the
+    like, are not computed with."""
     for node in list(graph.nodes):
-        _softmax_over_last_dim(node)
+        _softmax_over_last_dim(node, with_values=node not in transformed)
 
 
-def _softmax_over_last_dim(node: fx.Node) -> None:
-    """softmax(x, dim) of a 4-D x with dim other than the last becomes a softmax over the last dim of a
-    transposed x.
+def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
+    """A softmax over a dim other than the last becomes one over the last dim of a transposed tensor.
 
     Inductor's `_sfdp_pattern_*` take `((q @ k^T) * s).softmax(dim) @ v` for attention whatever dim is (torch
-    2.13.0+cpu: relative errors .98, .96 and .21 for dims 0, 1 and 2); with the transposes they do not match.
+    2.13.0+cpu: relative errors .98, .96 and .21 for dims 0, 1 and 2 of 4; of 3 and 5 dims too), and a softmax that is
+    written out, which is what they see of any; with the transposes they do not match.
     """
-    is_method = node.op == "call_method" and node.target == "softmax"
-    if not is_method and not (node.op == "call_function" and node.target in _SOFTMAX):
-        return
-    arguments = dict(zip(("input", "dim"), node.args, strict=False)) | node.kwargs
-    source, dim = arguments.get("input"), arguments.get("dim")
+    if node in SOFTMAX:
+        source, dim = argument(node, 0, "input"), argument(node, 1, "dim")
+    else:
+        found = softmax(node) if node in DIV else None
+        if found is None or own_maximum(found.logits, found.dim) is None:
+            return
+        source, dim = found.logits, found.dim
     tensor = example_tensor(source) if isinstance(source, fx.Node) else None
-    if tensor is None or tensor.dim() != 4 or not isinstance(dim, int) or dim % 4 == 3:
+    if tensor is None or tensor.dim() < 3:
         return
-    with node.graph.inserting_before(node):
-        transposed = _call(node.graph, "transpose", tensor, source, dim, -1)
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "dim")}
-    node.args, node.kwargs = (transposed,), {**kwargs, "dim": -1}
-    output = example_tensor(node)
-    with node.graph.inserting_after(node):
-        back = _call(node.graph, "transpose", output, node, dim, -1)
-    back.meta = dict(node.meta)
-    if output is not None:
-        node.meta = {**node.meta, "example_value": output.transpose(dim, -1)}
-    node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
-
-
-def _call(graph: fx.Graph, method: str, tensor: Any, *args: Any) -> fx.Node:
-    node = graph.call_method(method, args)
-    if tensor is not None:
-        node.meta["example_value"] = getattr(tensor, method)(*args[1:])
-    return node
+    if dim is None:  # as torch chooses it, with a warning
+        dim = 0 if tensor.dim() == 3 else 1
+    if not isinstance(dim, int) or dim % tensor.dim() == tensor.dim() - 1:
+        return
+    graph, output = node.graph, example_tensor(node)
+    values: tuple[Any, Any, Any] = (None, None, None)
+    if with_values and output is not None:
+        values = (tensor.transpose(dim, -1), output.transpose(dim, -1), output)
+    with graph.inserting_before(node):
+        transposed = graph.call_method("transpose", (source, dim, -1))
+        if node in SOFTMAX:
+            kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "dim")}
+            last = graph.create_node(node.op, node.target, (transposed, -1, *node.args[2:]), kwargs)
+        else:
+            last = graph.call_function(torch.softmax, (transposed, -1))
+        back = graph.call_method("transpose", (last, dim, -1))
+    for new, value in zip((transposed, last, back), values, strict=True):
+        new.meta = {**node.meta, "example_value": value}
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)

@@ -309,6 +309,7 @@ def test_reasons() -> None:
     assert "dtype=float64 (supported: float16, bfloat16, float32)" in refused(sdpa, *[q.double()] * 3)
     assert "dimensions=5 (supported: 2, 3 or 4" in refused(sdpa, q[None], q[None, :1], q[None, :1])
     assert "batch=2, 1, 1 (supported: alike" in refused(sdpa, q, q[:1], q[:1])
+    assert "kv_len=12, 16 (supported: alike" in refused(sdpa, q, q[:, :, :12], q[:, :, :16])
     with torch.enable_grad():
         wanting = q.clone().requires_grad_()
         assert "requires_grad=query (supported: none" in refused(sdpa, wanting, q, q)
@@ -335,6 +336,18 @@ def test_an_explicit_sdpa_backend_is_respected() -> None:
         torch._dynamo.reset()
         (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
     assert "sdpa_kernel=CUDNN_ATTENTION, FLASH_ATTENTION" in site.reasons[0]
+
+
+def test_flex_attention_is_a_site_that_stays() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 2, 128, 32)
+
+    def biased(q: Tensor) -> Tensor:
+        return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j) / 9)
+
+    assert "flex_attention (supported: scaled_dot_product_attention" in refused(biased, q)
+    assert torch.equal(run(biased, q)[0], torch.compile(biased, backend="eager")(q))
 
 
 def test_functorch_transforms_are_left_alone() -> None:
@@ -438,17 +451,67 @@ def look_alike(q: Tensor, k: Tensor, v: Tensor, dim: int) -> Tensor:
     return ((q @ k.transpose(-2, -1)) * 0.2).softmax(dim) @ v
 
 
+def written_out(scores: Tensor, dim: int) -> Tensor:
+    exponentials = (scores - scores.amax(dim, keepdim=True)).exp()
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+SPELLINGS: dict[str, Any] = {
+    "method": lambda scores, dim: scores.softmax(dim),
+    "function, dtype": lambda scores, dim: F.softmax(scores, dim=dim, dtype=torch.float32),
+    "by name": lambda scores, dim: torch.softmax(input=scores, dim=dim),
+    "special": lambda scores, dim: torch.special.softmax(scores, dim),
+    "aten": lambda scores, dim: torch.ops.aten.softmax.int(scores, dim),
+    "aten, decomposed": lambda scores, dim: torch.ops.aten._softmax.default(scores, dim, False),
+    "written out": written_out,
+}
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -2, -3])
-def test_look_alikes_that_inductor_takes_for_attention_come_out_right(dim: int) -> None:
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_look_alikes_that_inductor_takes_for_attention_come_out_right(
+    spelling: str, dim: int, fresh_compile: None
+) -> None:
     """torch 2.13.0+cpu computes these with errors of .2 to .98 in plain `backend="inductor"`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return SPELLINGS[spelling](q @ k.transpose(-2, -1) * 0.2, dim) @ v
+
     q, k, v = (torch.randn(4, 4, 16, 16) for _ in range(3))
-    compiled = torch.compile(lambda q, k, v: look_alike(q, k, v, dim), backend="sage_inductor")
+    compiled = torch.compile(attend, backend="sage_inductor")
     assert relative_l2(compiled(q, k, v), look_alike(q, k, v, dim)) < 1e-5
-    if dim == 2:
-        functional = torch.compile(
-            lambda q, k, v: F.softmax(q @ k.mT * 0.2, dim=2, dtype=torch.float32) @ v, backend="sage_inductor"
-        )
-        assert relative_l2(functional(q, k, v), look_alike(q, k, v, 2)) < 1e-5
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 16, 16), 0), ((4, 16, 16), 1), ((2, 2, 2, 16, 16), 2)])
+def test_look_alikes_of_other_numbers_of_dims_come_out_right(
+    shape: tuple[int, ...], dim: int, fresh_compile: None
+) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        product = torch.bmm if q.dim() == 3 else torch.matmul
+        return product(product(q, k.mT).softmax(dim), v)
+
+    inputs = tuple(torch.randn(shape) for _ in range(3))
+    compiled = torch.compile(attend, backend="sage_inductor")
+    assert relative_l2(compiled(*inputs), attend(*inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("spelling", ["method", "written out"])
+def test_look_alikes_under_vmap_compile(spelling: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.vmap(lambda q, k, v: SPELLINGS[spelling](q @ k.mT * 0.2, -2) @ v)(q, k, v)
+
+    inputs = tuple(torch.randn(3, 2, 4, 16, 16) for _ in range(3))
+    assert relative_l2(run(attend, *inputs)[0], attend(*inputs)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_a_softmax_over_the_dim_that_torch_chooses_comes_out_right(fresh_compile: None) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.softmax(q @ k.mT * 0.2) @ v
+
+    inputs = tuple(torch.randn(4, 4, 16, 16) for _ in range(3))
+    compiled = torch.compile(attend, backend="sage_inductor")
+    assert relative_l2(compiled(*inputs), look_alike(*inputs, 1)) < 1e-5
 
 
 def test_look_alikes_in_subgraphs_come_out_right() -> None:

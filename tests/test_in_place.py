@@ -175,3 +175,24 @@ def test_writing_to_something_else_costs_nothing() -> None:
     (site,) = backend.sites
     assert site.rewritten and site.mask == "causal"
     assert site.key is not None and site.key.shape[1] == 2  # before it was repeated
+
+
+@pytest.mark.parametrize("which", ["scores", "weights", "output", "output of bmm", "bias"])
+def test_products_that_write_to_a_tensor_of_somebody_else_stay(which: str) -> None:
+    """The caller holds what `out=` names, whatever is done with the returned value."""
+
+    def model(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        square, long = (torch.ones(*query.shape[:-1], size) for size in (query.shape[-2], value.shape[-1]))
+        outs = {name: {} for name in ("scores", "weights", "output", "bias")}
+        given = {"out": long if which.startswith("output") else square}
+        outs[which.partition(" ")[0]] = given
+        scores = torch.matmul(query, key.mT, **outs["scores"])
+        scores = torch.add(scores, query.new_ones(query.shape[-2]), **outs["bias"])
+        weights = torch.softmax(scores, -1, **outs["weights"])
+        if which == "output of bmm":
+            torch.bmm(weights.flatten(0, 1), value.flatten(0, 1), out=long.view(-1, *long.shape[2:]))
+        else:
+            torch.matmul(weights, value, **outs["output"])
+        return given["out"].sin() + 1
+
+    agrees(model, *inputs())

@@ -365,6 +365,25 @@ def test_a_row_hidden_by_two_finite_numbers_attends_to_all_keys_alike(lowest: fl
     assert relative_l2(out, expected) < BOUND
 
 
+@pytest.mark.parametrize("between", [lambda s: s, lambda s: s.flatten(0, 1)])
+def test_a_row_without_keys_of_which_some_were_hidden_by_infinity(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    """What is overwritten by a finite number was not -inf any more: those keys share the row."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        scores = between((q @ k.mT / 6).masked_fill(first, -math.inf))
+        return scores.masked_fill(second, -1e9).softmax(-1).view(2, 4, 24, 24) @ v
+
+    first, second = torch.rand(24, 24) > 0.5, torch.rand(24, 24) > 0.8
+    second[3] = ~first[3]
+    second[3, :6] = True
+    inputs = (*qkv(), first, second)
+    out, sites = run(attend, *inputs)
+    assert relative_l2(out[:, :, 3], attend(*inputs)[:, :, 3]) < BOUND
+    assert relative_l2(out, attend(*inputs)) < BOUND and len(sites) <= 1
+
+
 def test_active_dropout_is_refused() -> None:
     _, (site,) = run(lambda q, k, v: F.dropout((q @ k.mT / 6).softmax(-1), 0.1, True) @ v, *qkv())
     assert site.reasons == ("dropout_p=0.1 (supported: 0.0)",)

@@ -391,6 +391,40 @@ def test_logging(model: Block, x: Tensor, caplog: pytest.LogCaptureFixture) -> N
     )
 
 
+def attention_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values that the graph does not hold before, around two attentions, and a softmax that is turned round."""
+    first = (q[:, None] @ k[:, None].mT / 6).softmax(-1) @ v[:, None]
+    second = torch.einsum("bhqk,bhkd->bqhd", (torch.einsum("bhqd,bhkd->bhqk", q, k) / 6).softmax(-1), v)
+    return first, second + (q @ k.mT).softmax(-2).mean()
+
+
+@pytest.mark.parametrize("function", [attention_alone, folded])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_rewritten_program_is_a_valid_one(function: Any, dynamic: bool) -> None:
+    """Whose outputs have the names of its signature, and whose nodes are operators."""
+
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return function(q, k, v)
+
+    inputs = tuple(torch.randn(3, 4, 16, 32) for _ in range(3))
+    batch = {0: torch.export.Dim("batch", min=2, max=64)} if dynamic else None
+    program = torch.export.export(Model(), inputs, dynamic_shapes=None if batch is None else (batch,) * 3)
+    rewritten = rewrite_exported(program, REFERENCE).run_decompositions()
+    text = str(rewritten.graph)
+    expected = function(*inputs)
+    outs, exact = [
+        (item,) if isinstance(item, Tensor) else item for item in (rewritten.module()(*inputs), expected)
+    ]
+    assert text.count("target=torch.ops.sage_inductor.attention") == len(outs), text
+    for out, reference in zip(outs, exact, strict=True):
+        assert 1e-4 < relative_l2(out, reference) < 0.06
+
+
 def test_rewrite_exported_round_trips(model: Block, x: Tensor, tmp_path: Path) -> None:
     seq = torch.export.Dim("seq", min=2, max=256)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: seq}})

@@ -1,0 +1,96 @@
+"""Query, key and value of other numbers of dims as `[batch, heads, seq, dim]`, and terms of their scores likewise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sage_inductor.call import Expr, Value
+from sage_inductor.patterns.axes import regrouped
+from sage_inductor.patterns.nodes import shape_of, unexpanded
+from sage_inductor.patterns.products import Steps
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What kernels take; `restore` turns its output into that of the call, `undo` is the way back."""
+
+    query: Value
+    key: Value
+    value: Value
+    enable_gqa: bool = False
+    restore: Steps = ()
+    undo: Steps = ()
+
+
+def folded(query: Value, key: Value, value: Value) -> Grouped | None:
+    """Five dims and more: all but the first and the last two as heads. Key and value may have dims of 1 behind those
+    of their own heads, each of which then serves a group of query heads. None where sizes do not fit, or are not known.
+    """
+    batch, *inner = shape_of(query)[:-2]
+    for candidates in ((_unrepeated(key), _unrepeated(value)), (key, value)):
+        (kv_batch, *kv_inner), (value_batch, *value_inner) = (shape_of(item)[:-2] for item in candidates)
+        # Of a symbolic batch, these are known.
+        if not all(isinstance(size, int) for size in (*inner, *kv_inner, *value_inner)):
+            return None
+        if kv_batch != batch or value_batch != batch or kv_inner != value_inner:
+            continue
+        own = next((dim for dim, size in enumerate(kv_inner) if size != inner[dim]), len(inner))
+        if any(size != 1 for size in kv_inner[own:]):
+            continue
+        fold = ("flatten", (1, len(inner)))
+        query, key, value = (Expr.of(fold[0], item, *fold[1]) for item in (query, *candidates))
+        unfold = ("unflatten", (1, tuple(inner)))
+        return Grouped(query, key, value, own < len(inner), (unfold,), (fold,))
+    return None
+
+
+def _unrepeated(item: Value) -> Value:
+    """`item` before it was expanded, where what was expanded is neither the first nor one of the last two dims."""
+    before = unexpanded(item)
+    shape, other = shape_of(item), shape_of(before)
+    same = len(shape) == len(other) and (shape[0], *shape[-2:]) == (other[0], *other[-2:])
+    return before if same else item
+
+
+def unfolded(query: Value, key: Value, value: Value, views: tuple[tuple[Any, ...], ...]) -> Grouped | None:
+    """Four dims and fewer: as they are, except where heads were folded into the batch for bmm and masks are written for
+    `[batch, heads, ...]`, which `views` of the scores show. None where the number of heads is not known."""
+    if len(shape_of(query)) == 3:
+        last_two = views[-1][-2:]
+        view = next((view for view in views if len(view) == 4 and view[-2:] == last_two), None)
+        if view is not None:
+            if not isinstance(view[1], int):
+                return None
+            step = ("unflatten", (0, (-1, view[1])))
+            query, key, value = (Expr.of(step[0], item, *step[1]) for item in (query, key, value))
+            return Grouped(query, key, value, restore=(("flatten", (0, 1)),), undo=(step,))
+    return Grouped(query, key, value)
+
+
+def lifted(item: Value, logits: tuple[Any, ...], scores: tuple[Any, ...]) -> Value | None:
+    """`item`, which broadcasts to another view of the scores, `logits`, as one that broadcasts to `scores`; None where
+    the sizes do not tell how."""
+    shape = shape_of(item)
+    if len(logits) == len(scores) and all(size == other for size, other in zip(logits, scores, strict=True)):
+        return item
+    if not all(isinstance(size, int) for size in (*logits, *scores, *shape)):
+        if len(logits) > len(scores):  # dims of the term could be taken for others
+            same = all(isinstance(size, int) and size == 1 for size in shape[:-2])
+            return Expr.of("view", item, shape[-2:]) if same else None
+        folded = len(logits) == len(shape) == 3 and len(scores) == 4
+        return Expr.of("unflatten", item, 0, (-1, scores[1])) if folded and shape[0] != 1 else item
+    groups = regrouped(logits, scores)
+    if groups is None:
+        return None
+    padded = (*[1] * (len(logits) - len(shape)), *shape)
+    expanded: list[int] = []
+    sizes_there: list[int] = []
+    for dims, other_dims in groups:
+        sizes = [padded[dim] for dim in dims]
+        constant = all(size == 1 for size in sizes)
+        expanded += sizes if constant else [logits[dim] for dim in dims]
+        sizes_there += [1 if constant else scores[dim] for dim in other_dims]
+    item = item if shape == padded else Expr.of("reshape", item, padded)
+    item = item if tuple(expanded) == padded else Expr.of("expand", item, expanded)
+    return Expr.of("reshape", item, sizes_there)

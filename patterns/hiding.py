@@ -1,0 +1,135 @@
+"""Logits overwritten by a number where a mask says so, in every spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.patterns.nodes import (
+    ADD,
+    CAST,
+    MASKED_FILL,
+    MUL,
+    SUB,
+    WHERE,
+    argument,
+    only_reader,
+    operands,
+    shape_of,
+    unexpanded,
+)
+from sage_inductor.patterns.numbers import filled_with, number
+
+# A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
+# use for that (-1e4, from the days of GPT-2 in float16) and all below.
+HIDES = -1e4
+VIEWS = (
+    "view",
+    "reshape",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "permute",
+    "getitem",
+    "to",
+    "float",
+)
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """`source` with `value` where `hidden`, a bool mask that broadcasts to it, is true."""
+
+    source: fx.Node
+    hidden: Value
+    value: float
+
+
+def hiding(node: fx.Node) -> Hiding | None:
+    """What `node` hides; None where it does something else, or the number is none that hides."""
+    if node in MASKED_FILL:
+        source, mask = argument(node, 0, "input"), argument(node, 1, "mask")
+        return _where(node, source, mask, number(argument(node, 2, "value")), hidden_where=True)
+    if node in WHERE and len(node.args) == 3:
+        condition, kept, other = node.args
+        if filled_with(other) is not None:
+            return _where(node, kept, condition, filled_with(other), hidden_where=False)
+        return _where(node, other, condition, filled_with(kept), hidden_where=True)
+    return _multiplied_mask(node) if node in ADD or node in SUB else None
+
+
+def negated(mask: Value) -> Value:
+    if isinstance(mask, Expr) and mask.target is torch.logical_not:
+        inner: Value = mask.args[0]
+        return inner
+    return Expr.of(torch.logical_not, mask)
+
+
+def _where(node: fx.Node, source: Any, mask: Any, value: float | None, hidden_where: bool) -> Hiding | None:
+    """Logits overwritten by `value` where `mask` is `hidden_where`."""
+    mask = unexpanded(mask)
+    tensor = example_tensor(mask) if isinstance(mask, fx.Node) else None
+    if not isinstance(source, fx.Node) or tensor is None or tensor.dtype != torch.bool:
+        return None
+    return _hiding(node, source, mask if hidden_where else negated(mask), value)
+
+
+def _hiding(node: fx.Node, source: fx.Node, hidden: Value, value: float | None) -> Hiding | None:
+    if value is None or value > HIDES or shape_of(source) != shape_of(node):
+        return None
+    return Hiding(source, hidden, value)
+
+
+def _multiplied_mask(node: fx.Node) -> Hiding | None:
+    """`logits * mask + lowest * (1 - mask)`, mask made of bools: logits overwritten where it is 0."""
+    left, right = operands(node)
+    if node.kwargs.get("alpha", 1) != 1:
+        return None
+    for kept, other in ((left, right), (right, left)):
+        lowest = _times_inverse(other)
+        if kept not in MUL or lowest is None or (node in SUB and kept is right):
+            continue
+        mask, value = lowest
+        source = next((arg for arg in operands(kept) if arg is not mask), None)
+        if mask in operands(kept) and isinstance(source, fx.Node) and only_reader(kept, node):
+            if not _made_of_bools(mask):
+                return None
+            hidden = negated(Expr.of("to", mask, torch.bool))
+            return _hiding(node, source, hidden, -value if node in SUB else value)
+    return None
+
+
+def _times_inverse(node: Any) -> tuple[fx.Node, float] | None:
+    """(mask, value) where `node` is `value * (1 - mask)`."""
+    if node not in MUL:
+        return None
+    for inverse, value in (operands(node), operands(node)[::-1]):
+        if not isinstance(inverse, fx.Node) or number(value) is None:
+            continue
+        first, second = operands(inverse)
+        if inverse.target in ("rsub", torch.rsub, torch.ops.aten.rsub.Scalar):
+            first, second = second, first
+        elif inverse not in SUB:
+            continue
+        if first == 1 and isinstance(second, fx.Node) and inverse.kwargs.get("alpha", 1) == 1:
+            return second, float(number(value) or 0.0)
+    return None
+
+
+def _made_of_bools(mask: fx.Node) -> bool:
+    """Whether `mask` holds but 0 and 1, being a view or cast of a bool tensor."""
+    current: Any = mask
+    while isinstance(current, fx.Node):
+        tensor = example_tensor(current)
+        if tensor is not None and tensor.dtype == torch.bool:
+            return True
+        name = current.target if current.op == "call_method" else getattr(current.target, "__name__", "")
+        if str(name).partition(".")[0] not in VIEWS and current not in CAST:
+            return False
+        current = argument(current, 0, "input")
+    return False

@@ -1,0 +1,62 @@
+"""What numbers nodes stand for: constants, and tensors filled with one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from sage_inductor.call import example_tensor, example_value
+from sage_inductor.patterns.nodes import DIV, LIKE, MUL, argument, casts_floats, operands
+
+_FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
+
+
+def number(item: Any) -> float | None:
+    """A constant: a number, or a traced one-element tensor made from a number."""
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
+        return float(item)
+    if isinstance(item, fx.Node):
+        tensor = example_tensor(item)
+        if tensor is None and isinstance(example_value(item), (int, float)):
+            return float(example_value(item))
+        if tensor is not None and tensor.dim() == 0:
+            return _constant_scalar(item)
+    return None
+
+
+def _constant_scalar(node: fx.Node) -> float | None:
+    """The value of `torch.tensor(8.0)`, `torch.full([], 8.0)`, their square roots, products and casts."""
+    name = str(getattr(node.target, "__name__", node.target))
+    first = node.args[0] if node.args else None
+    if name == "full" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
+        return float(node.args[1])
+    if name in ("tensor", "scalar_tensor", "as_tensor", "_as_tensor_fullprec") and isinstance(
+        first, (int, float)
+    ):
+        return float(first)
+    if name == "sqrt" and isinstance(first, fx.Node):
+        inner = number(first)
+        return None if inner is None or inner < 0 else math.sqrt(inner)
+    if (node in MUL or node in DIV) and node.kwargs.get("rounding_mode") is None:
+        left, right = map(number, operands(node))
+        if left is None or right is None or (node in DIV and right == 0):
+            return None
+        return left * right if node in MUL else left / right
+    return number(first) if casts_floats(node) and isinstance(first, fx.Node) else None
+
+
+def filled_with(item: Any) -> float | None:
+    """The number that `item` is, or that fills it: `torch.full_like(x, -1e9)`, `-1e9 * torch.ones_like(x)`."""
+    if not isinstance(item, fx.Node) or number(item) is not None:
+        return number(item)
+    if item in LIKE:
+        name = str(getattr(item.target, "__name__", item.target)).partition(".")[0]
+        if name in ("full_like", "new_full"):
+            return number(argument(item, 1 if name == "full_like" else 2, "fill_value"))
+        return _FILLS.get(name)
+    if item in MUL:
+        left, right = map(filled_with, operands(item))
+        return None if left is None or right is None else left * right
+    return None

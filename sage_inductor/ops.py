@@ -21,7 +21,7 @@ from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.exact import exact_lse, sdpa
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.kernels.base import Prepared, reason, without_keys
+from sage_inductor.kernels.base import Prepared, expanded_dim, reason, without_keys
 from sage_inductor.kernels.cache import Cache
 
 NAMESPACE = "sage_inductor"
@@ -90,6 +90,8 @@ def validate(
             raise _misfit(f"out is {out.dtype}, query is {query.dtype}")
         if out.device != query.device:
             raise _misfit(f"out is on {out.device}, query on {query.device}")
+        if (dim := expanded_dim(out)) is not None:
+            raise _misfit(f"out is expanded in dim {dim}: its {out.shape[dim]} elements are one in memory")
 
 
 def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:

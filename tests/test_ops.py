@@ -99,6 +99,15 @@ def test_out_form_writes_into_any_strides() -> None:
     assert bool((buffer[..., 32:] == 7.0).all())
 
 
+def test_expanded_out_is_refused_also_after_a_call_with_the_same_shapes() -> None:
+    q, k, v = hnd(), hnd(), hnd()
+    sage_attention(q, k, v, kernel="reference", out=torch.empty_like(q))
+    once = torch.zeros_like(q[:1])
+    with pytest.raises(RuntimeError, match="out is expanded in dim 0: its 2 elements are one in memory"):
+        sage_attention(q, k, v, kernel="reference", out=once.expand_as(q))
+    assert bool((once == 0).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_sdpa_does(dtype: torch.dtype) -> None:
     q, k, v, bias = hnd(), hnd().to(dtype), hnd(), torch.randn(20, 20)

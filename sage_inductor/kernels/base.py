@@ -195,6 +195,14 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return hint if isinstance(hint, int) else None
 
 
+def expanded_dim(tensor: Tensor) -> int | None:
+    """The first dim of `tensor` whose elements are all one in memory, and which cannot be written therefore."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if type(stride) is int and stride == 0 and size > 1:
+            return dim
+    return None
+
+
 def reason(name: str, value: object, supported: object) -> str:
     """`head_dim=80 (supported: 64, 128)`."""
     return f"{name}={_text(value)} (supported: {_text(supported)})"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, reason
+from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, expanded_dim, reason
 from ..cache import Cache
 from .crossover import slower_than_sdpa
 
@@ -152,6 +152,8 @@ def attention_varlen(
         _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
+        if out is not None and (dim := expanded_dim(out)) is not None:
+            raise ValueError(f"out: expanded in dim {dim}, its {out.shape[dim]} elements are one in memory")
     if out is None:
         out = query.new_empty(shape)
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32) if return_lse else None

@@ -60,6 +60,10 @@ class Launcher37(Launcher36):
         self.launch(gridX, gridY, gridZ, stream, function, kernel_metadata, *hooks, *args)
 
 
+class Launcher39(Launcher37):
+    """Descriptors are encoded otherwise there."""
+
+
 class LauncherUnknown(Launcher36):
     def __call__(self, grid: Any, stream: int, *args: Any) -> None:  # type: ignore[override]
         raise AssertionError("nobody knows how to call this")
@@ -117,9 +121,13 @@ class Binary:
         return lambda *args, stream: self.stand.fast.append((grid[0], stream, args))
 
 
-def encode(descriptor: Any, number: int) -> list[Any]:
-    assert descriptor.strides == [descriptor.shape[1], 1]
-    return [Encoded(descriptor.base.data_ptr(), descriptor.shape, descriptor.block_shape, number)]
+def encode(arg: Any, metadata: int) -> list[Any]:
+    assert arg.strides == [arg.shape[1], 1]
+    return [Encoded(arg.base.data_ptr(), arg.shape, arg.block_shape, metadata)]
+
+
+def encode_39(arg: Any, metadata: int, _: Any) -> list[Any]:
+    raise AssertionError("nobody knows how to call this")
 
 
 @pytest.fixture
@@ -136,7 +144,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[St
         monkeypatch.setattr(launch, "capability", lambda index: arch)
         monkeypatch.setattr(launcher, "_binaries", {})
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-        monkeypatch.setattr(nvidia, "make_tensordesc_arg", encode)
+        monkeypatch.setattr(nvidia, "make_tensordesc_arg", encode_39 if kind is Launcher39 else encode)
         active = SimpleNamespace(get_current_stream=lambda index: STREAM)
         monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
         return stands
@@ -177,7 +185,7 @@ def same_launch(stand: Stand, slow: int, fast: int, workspaces: tuple[Tensor, Te
 # ---------------------------------------------------------------------------------------------- Triton's kernels
 
 
-@pytest.mark.parametrize("kind", [Launcher36, Launcher37, LauncherUnknown])
+@pytest.mark.parametrize("kind", [Launcher36, Launcher37, Launcher39, LauncherUnknown])
 @pytest.mark.parametrize("arch", [(9, 0), (8, 0)])
 @pytest.mark.parametrize("dim", [64, 96])
 def test_later_launches_have_the_arguments_of_the_first(

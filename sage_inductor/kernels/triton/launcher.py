@@ -159,21 +159,27 @@ _KNOWN_PARAMETERS = (
 
 
 def _launcher(compiled: Any) -> tuple[Callable[..., None] | None, Callable[..., list[Any]] | None]:
-    """`run` and `encode` of a binary; no `encode` where there is nothing to encode."""
+    """`run` and `encode` of a binary; no `encode` where there is nothing to encode. None of both where Triton is built
+    otherwise, as 3.9 is where descriptors are encoded."""
     run = getattr(compiled, "run", None)
     if run is None or ", ".join(inspect.signature(type(run).__call__).parameters) not in _KNOWN_PARAMETERS:
         return None, None
     if not getattr(compiled.metadata, "tensordesc_meta", None):
         return run, None
-    # `run.launch` encodes descriptors at each launch and calls what is in its closure.
-    wrapped = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
-    if wrapped is None:
-        return None, None
-    from triton.backends.nvidia.driver import make_tensordesc_arg
+    from triton.backends.nvidia import driver
 
+    # `run.launch` encodes descriptors at each launch, by the function below, and calls what is in its closure.
+    encode = getattr(driver, "make_tensordesc_arg", None)
+    wrapped = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+    if (
+        encode is None
+        or wrapped is None
+        or tuple(inspect.signature(encode).parameters) != ("arg", "metadata")
+    ):
+        return None, None
     run = copy(run)
     run.launch = wrapped
-    return run, make_tensordesc_arg
+    return run, encode
 
 
 @lru_cache(maxsize=2048)

@@ -21,6 +21,8 @@ INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 
 # Channels of one program of the statistics kernel: few enough for three programs on an SM.
 SAMPLE_GROUP = 16
+# Triton 3.9 asks to be told; from 3.10 on it would not fuse multiplications with additions, of which softmax is full.
+_FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,15 @@ def make_plan(
         v_transposed=v_transposed,
         tma=tma,
         config=config,
-        statistics={**dims, "D": d, "DV": dv, "GROUP": SAMPLE_GROUP, "num_warps": 8, "maxnreg": 80},
+        statistics={
+            **dims,
+            "D": d,
+            "DV": dv,
+            "GROUP": SAMPLE_GROUP,
+            "num_warps": 8,
+            "maxnreg": 80,
+            **_FUSED,
+        },
         quantize={
             **dims,
             **padded,
@@ -85,6 +95,7 @@ def make_plan(
             "V_TRANSPOSED": v_transposed,
             "PTX": ptx,
             **quantize_options,
+            **_FUSED,
         },
         attention={
             "V_HEAD_DIM": v_head_dim,
@@ -98,6 +109,7 @@ def make_plan(
             "TMA": tma,
             "PTX": ptx,
             **config.options(),
+            **_FUSED,
         },
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
         k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),

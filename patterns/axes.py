@@ -111,10 +111,10 @@ def permutation(item: Any) -> tuple[fx.Node, Order] | None:
 
 
 def _swaps_the_last_two(item: fx.Node, rank: int) -> bool:
-    of_matrix = item in T or (item.target is getattr and item.args[1] == "T")
+    of_matrix = item in T or (item.target is getattr and item.args[1] in ("T", "H"))
     return (
         item in MATRIX_TRANSPOSE
-        or (item.target is getattr and item.args[1] == "mT")
+        or (item.target is getattr and item.args[1] in ("mT", "mH"))
         or (of_matrix and rank == 2)
     )
 

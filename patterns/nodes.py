@@ -133,8 +133,12 @@ TRANSPOSE = Kind(
     ),
 )  # fmt: skip
 # The last two dims swapped: of any tensor, and of a matrix only.
-MATRIX_TRANSPOSE = Kind(("adjoint",), (torch.adjoint, aten.mT.default, aten.adjoint.default))
-T = Kind(("t",), (torch.t, aten.t.default, aten.numpy_T.default))
+# torch 2.14 traces x.mT and the like as operators without an overload, older versions as getattr (of real numbers .mH is
+# the same).
+MATRIX_TRANSPOSE = Kind(
+    ("adjoint",), (torch.adjoint, aten.mT, aten.mT.default, aten.mH, aten.mH.default, aten.adjoint.default)
+)
+T = Kind(("t",), (torch.t, aten.t.default, aten.numpy_T, aten.numpy_T.default, aten.matrix_H))
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
 EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
 # What they read of the second operand is its shape or dtype.

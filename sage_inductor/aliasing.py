@@ -25,7 +25,7 @@ _IN_PLACE_OPERATORS = (
 # Their value may share memory with their first argument.
 _VIEWS = (
     "view", "reshape", "expand", "expand_as", "transpose", "permute", "getitem", "unsqueeze", "squeeze", "flatten",
-    "unflatten", "contiguous", "to", "float", "detach", "t", "mT", "select", "narrow", "chunk", "split", "unbind",
+    "unflatten", "contiguous", "to", "float", "detach", "t", "mT", "mH", "numpy_T", "matrix_H", "adjoint", "select", "narrow", "chunk", "split", "unbind",
     "view_as", "swapaxes", "movedim", "slice", "alias", "type", "type_as", "getattr", "diagonal",
 )  # fmt: skip
 # In-place methods that attention written out uses on its logits and weights.

@@ -156,6 +156,7 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], str, int]] = {
     ),
     "transposed weights": (lambda q, k, v: (k @ q.mT / 6).softmax(-2).mT @ v, inputs(*HND), "none", 6),
     "transposed scores": (lambda q, k, v: (k @ q.mT / 6).mT.softmax(-1) @ v, inputs(*HND), "none", 6),
+    "adjoint scores": (lambda q, k, v: (k @ q.mH / 6).mH.softmax(-1) @ v, inputs(*HND), "none", 6),
     "channels first": (lambda q, k, v: v.mT @ (k @ q.mT / 6).softmax(-2), inputs(*HND), "none", 6),
     "what are keys to one are queries to the other": (
         lambda q, k, v: (k @ q.mT / 6).mT.softmax(-2).permute(0, 1, 3, 2) @ q * v.mean(), inputs(*HND), "none", 6

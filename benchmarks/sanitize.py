@@ -3,9 +3,10 @@
     python benchmarks/sanitize.py --kernel triton
     python benchmarks/sanitize.py --tools memcheck --sanitizer /usr/local/cuda/bin/compute-sanitizer
 
-memcheck finds accesses out of bounds (every tensor gets an allocation of its own, without PyTorch's caching), racecheck
-races on shared memory, synccheck misused barriers. Only the package's kernels are looked at. Exits with the number of
-tools that found something.
+memcheck finds accesses out of bounds (every tensor gets an allocation of its own, without PyTorch's caching; the parts
+of a call's workspace share one, so that only the sweep's comparison sees one part run into the next), racecheck races on
+shared memory, synccheck misused barriers. Only the package's kernels are looked at. Exits with the number of tools that
+found something.
 """
 
 from __future__ import annotations

@@ -132,13 +132,15 @@ TRANSPOSE = Kind(
         aten.swapdims.default,
     ),
 )  # fmt: skip
-# The last two dims swapped: of any tensor, and of a matrix only.
-# torch 2.14 traces x.mT and the like as operators without an overload, older versions as getattr (of real numbers .mH is
-# the same).
+# The last two dims swapped: of any tensor, and of a matrix only; of real numbers the adjoint is the same. torch 2.14 traces
+# x.mT, x.mH, x.T and x.H as operators without an overload, older versions as getattr.
 MATRIX_TRANSPOSE = Kind(
     ("adjoint",), (torch.adjoint, aten.mT, aten.mT.default, aten.mH, aten.mH.default, aten.adjoint.default)
 )
-T = Kind(("t",), (torch.t, aten.t.default, aten.numpy_T, aten.numpy_T.default, aten.matrix_H))
+T = Kind(
+    ("t",),
+    (torch.t, aten.t.default, aten.numpy_T, aten.numpy_T.default, aten.matrix_H, aten.matrix_H.default),
+)
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
 EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
 # What they read of the second operand is its shape or dtype.

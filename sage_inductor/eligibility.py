@@ -86,9 +86,8 @@ def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]
             )
     lengths = [tensor.shape[-2] for tensor in (key, value)]
     if all(isinstance(length, int) for length in lengths) and lengths[0] != lengths[1]:
-        reasons.append(
-            reason("kv_len", lengths, "alike for key and value")
-        )  # what SDPA does then depends on the device
+        # What SDPA does then depends on the device.
+        reasons.append(reason("kv_len", lengths, "alike for key and value"))
     devices = {str(tensor.device) for tensor in (query, key, value)}
     if len(devices) != 1:
         reasons.append(reason("devices", sorted(devices), "one"))

@@ -183,7 +183,8 @@ _PURE = (
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
     "unflatten", "half", "bfloat16", "mm", "amax", "detach",
     "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
-    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax", "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
+    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
+    "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
     "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
 )  # fmt: skip
 # The same in place, on one of these values where nothing else reads it.

@@ -94,9 +94,8 @@ class Launch:
         binary = self.binaries.get(aligned) or self._known(aligned)
         if binary is None or _has_hooks():
             compiled = self._launch_as_triton_does(callers, workspace)
-            if (
-                self.direct and binary is None and compiled is not None
-            ):  # None: a hook of Triton's has prevented it
+            is_new = self.direct and binary is None
+            if is_new and compiled is not None:  # None: a hook of Triton's has prevented it
                 _binaries[self._key(aligned)] = _Binary.of(compiled, self)
             return
         programs, rest = self.programs, _rest(self, binary, workspace.data_ptr())

@@ -267,6 +267,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             barrier_init(k_empty(s), CONSUMERS);
             barrier_init(v_empty(s), CONSUMERS);
         }
+        asm volatile("griddepcontrol.wait;" ::: "memory");  // until all is quantised: this kernel starts before
     }
     if (ONES)
         for (int i = threadIdx.x; i < STAGES * V_SPANS * 256; i += blockDim.x) {

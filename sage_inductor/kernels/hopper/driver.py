@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from cuda.bindings import driver
@@ -62,7 +63,33 @@ def tensor_map(
 
 
 def launch(
-    function: Any, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, arguments: Any
+    function: Any,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    arguments: int,
+    overlap: bool = False,
 ) -> None:
-    """Launch on `grid` blocks; `arguments` is an array of pointers to them."""
-    checked(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared_bytes, stream, arguments, 0))
+    """Launch on `grid` blocks; `arguments` is the address of an array of pointers to them. With `overlap` the kernel starts
+    before the one in front of it has ended (programmatic dependent launch), and must wait for that."""
+    if overlap:
+        config = _overlapping(grid, threads, shared_bytes, stream)
+        checked(driver.cuLaunchKernelEx(config, function, arguments, 0))
+    else:
+        checked(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared_bytes, stream, arguments, 0))
+
+
+@lru_cache(maxsize=1024)
+def _overlapping(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(stream)
+    config.attrs = [attribute]
+    config.numAttrs = 1
+    return config

@@ -166,6 +166,7 @@ class HopperCall(Call):
             self.shared_bytes,
             stream,
             ctypes.addressof(arguments),
+            self.plan.overlap,
         )
         if self.split_tiles:
             # Its only argument is the last.

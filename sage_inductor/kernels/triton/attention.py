@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .numerics import (
     dot_float,
@@ -324,6 +325,7 @@ def attention_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out (and lse) from the workspace that quantize.py describes: `*_tile0` and `*_tile1` give its tiles
     (`_load_tile`).
@@ -334,6 +336,8 @@ def attention_kernel(
     tiles of a head follow each other, so that those that run at a time share K and V in L2, and the last, under
     a causal mask the longest, come first.
     """
+    if OVERLAP:
+        gdc_wait()
     tiles = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles

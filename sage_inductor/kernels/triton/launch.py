@@ -6,7 +6,7 @@ launches of each call."""
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -145,41 +145,41 @@ class Call:
         (q_align, q_strides), (k_align, k_strides), (v_align, v_strides) = map(_in_units, strides)
         dtypes = tuple([tensor.dtype for tensor in inputs])
         cu_dtype = torch.int32 if varlen else None
-        v_statistics = params.precision != "accurate"
-        programs = batch * kv_heads * ((plan.d + plan.dv if v_statistics else plan.d) // SAMPLE_GROUP)
+        scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
+        # The two kernels take the same.
+        numbers = (
+            scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, *q_strides, *k_strides, *v_strides,
+        )  # fmt: skip
         mask_dtype, mask_kind, mask_strides = None, 0, (0, 0)
         if mask.skip_blocks:
             mask_dtype, mask_kind, mask_strides = mask.dtype, mask.kind, (mask.strides[0], mask.strides[3])
-            programs += batch
+        common: dict[str, Any] = {
+            "dtypes": (*dtypes, cu_dtype, cu_dtype, mask_dtype),
+            "numbers": (*numbers, *mask_strides),
+            "specialized": (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
+            "variant": (q_align, k_align, v_align, varlen, return_lse, mask_kind),
+            "index": self.index,
+            "direct": self.direct,
+        }
+        channels = plan.d + plan.dv if plan.statistics["V_STATISTICS"] else plan.d
+        statistics = batch * kv_heads * (channels // SAMPLE_GROUP) + (batch if mask_kind else 0)
+        q_programs = batch * heads * -(-q_len // KEY_BLOCK)
+        kv_programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK)
+        q_first = 0 if return_lse else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
         self.statistics = Launch(
             statistics_kernel,
-            programs,
-            dtypes=(*dtypes[1:], cu_dtype, mask_dtype),
-            own=(self.scales,),
-            numbers=(q_size, batch, kv_heads, kv_len, kv_blocks, *k_strides, *v_strides, *mask_strides),
-            specialized=(k_strides[3], v_strides[3], mask_strides[1]),
-            variant=(k_align, v_align, varlen, v_statistics, mask_kind),
+            statistics + q_first,
+            own=(self.q8, self.scales),
             constants=plan.statistics,
-            index=self.index,
-            direct=self.direct,
+            **common,
         )
-        scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
-        programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK) + batch * heads * -(-q_len // KEY_BLOCK)
         self.quantization = Launch(
             quantize_kernel,
-            programs,
-            dtypes=(*dtypes, cu_dtype, cu_dtype, mask_dtype),
+            kv_programs + (q_programs if return_lse else 0),
             own=(self.q8, self.k8, self.v8, self.scales),
-            numbers=(
-                scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks,
-                *q_strides, *k_strides, *v_strides, *mask_strides,
-            ),
-            specialized=(q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
-            variant=(q_align, k_align, v_align, varlen, return_lse, mask_kind),
             constants=plan.quantize,
-            index=self.index,
-            direct=self.direct,
-        )  # fmt: skip
+            **common,
+        )
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, mask, varlen = self.plan, self.mask, self.is_varlen
@@ -236,8 +236,9 @@ class Call:
         stream = self.stream()
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
         key_mask = attn_mask if self.mask.skip_blocks else None
-        self.statistics(stream, (key, value, cu_seqlens_k, key_mask), workspace)
-        self.quantization(stream, (query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask), workspace)
+        inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
+        self.statistics(stream, inputs, workspace)
+        self.quantization(stream, inputs, workspace)
         return workspace
 
     def attend(

@@ -32,6 +32,7 @@ class Plan:
     v_dtype: torch.dtype
     v_transposed: bool
     tma: bool
+    overlap: bool  # each kernel after the first starts beside the end of the one in front of it
     config: LaunchConfig
     statistics: dict[str, Any]  # constexprs and options of each kernel
     quantize: dict[str, Any]
@@ -72,18 +73,25 @@ def make_plan(
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"
     tma = arch[0] >= 9
+    overlap = tma and not INTERPRETED  # programmatic dependent launch
+    overlapped = {"launch_pdl": True} if overlap else {}
     return Plan(
         d=d,
         dv=dv,
         v_dtype=v_dtype,
         v_transposed=v_transposed,
         tma=tma,
+        overlap=overlap,
         config=config,
         statistics={
             **dims,
             "D": d,
             "DV": dv,
+            "D_POW2": padded["D_POW2"],
+            "Q_ROWS": 64 if padded["D_POW2"] == 256 else 128,
+            "V_STATISTICS": precision != "accurate",
             "GROUP": SAMPLE_GROUP,
+            "OVERLAP": overlap,
             "num_warps": 8,
             "maxnreg": 80,
             **_FUSED,
@@ -94,7 +102,9 @@ def make_plan(
             "PRECISION": precision,
             "V_TRANSPOSED": v_transposed,
             "PTX": ptx,
+            "OVERLAP": overlap,
             **quantize_options,
+            **overlapped,
             **_FUSED,
         },
         attention={
@@ -108,7 +118,9 @@ def make_plan(
             "PRECISION": precision,
             "TMA": tma,
             "PTX": ptx,
+            "OVERLAP": overlap,
             **config.options(),
+            **overlapped,
             **_FUSED,
         },
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),

@@ -1,7 +1,8 @@
 """Device code that turns Q, K and V into 8 bits, and the layout of the workspace it writes.
 
-Two launches: `statistics_kernel` looks at up to `SAMPLES` keys per sequence and head, `quantize_kernel` reads
-Q, K and V once, in place through their strides, and writes
+Two launches, which read Q, K and V in place through their strides: `statistics_kernel` looks at up to `SAMPLES` keys per
+sequence and head, which waits for memory more than it uses it, and quantises Q meanwhile; `quantize_kernel` does K and
+V, and Q where the LSE is asked for, to which the statistics of K belong. They write
 
     q8      int8  [heads, q_blocks * 128, D]  one scale per row, with the softmax scale and log2(e) in it
     k8      int8  [kv_heads, kv_blocks * 128, D]  K minus a per-channel vector, one scale per 128-key block
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .numerics import finite_or_zero, magnitude, pack_four, round_to_int8, scale_or_nan, to_float
 
@@ -135,11 +137,18 @@ def _load_sample(
 
 
 _STATISTICS_UNSPECIALIZED = [
+    "scale",
     "q_size",
     "batch",
+    "heads",
     "kv_heads",
+    "q_len",
     "kv_len",
+    "q_blocks",
     "kv_blocks",
+    "stride_qb",
+    "stride_qh",
+    "stride_qn",
     "stride_kb",
     "stride_kh",
     "stride_kn",
@@ -152,16 +161,27 @@ _STATISTICS_UNSPECIALIZED = [
 
 @triton.jit(do_not_specialize=_STATISTICS_UNSPECIALIZED)
 def statistics_kernel(
+    q,
     k,
     v,
+    cu_seqlens_q,
     cu_seqlens_k,
     key_mask,
+    q8,
     scales,
+    scale,
     q_size,
     batch,
+    heads,
     kv_heads,
+    q_len,
     kv_len,
+    q_blocks,
     kv_blocks,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -172,19 +192,28 @@ def statistics_kernel(
     stride_vd,
     stride_mb,
     stride_mn,
+    Q_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
     V_ALIGN: tl.constexpr,
     VARLEN: tl.constexpr,
-    V_STATISTICS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
     MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    D_POW2: tl.constexpr,
+    Q_ROWS: tl.constexpr,
+    V_STATISTICS: tl.constexpr,
     GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per GROUP channels of K and of V, if V_STATISTICS, for each sequence and kv head; then one per
-    sequence for a key mask. A group's sample is held in registers, so that memory is waited for once."""
+    sequence for a key mask. A group's sample is held in registers, so that memory is waited for once. Evenly between
+    them, without RETURN_LSE, one program per (sequence, head, block of Q_ROWS rows) of Q. Strides as in
+    `quantize_kernel`."""
+    if OVERLAP:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     _k_scale, _v_scale, k_mean, v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
@@ -193,6 +222,18 @@ def statistics_kernel(
         tl.store((used_keys + 3 * batch).to(tl.pointer_type(tl.int32)), 0)
     K_GROUPS: tl.constexpr = D // GROUP
     V_GROUPS: tl.constexpr = DV // GROUP if V_STATISTICS else 0
+    if not RETURN_LSE:
+        own = batch * kv_heads * (K_GROUPS + V_GROUPS)
+        if MASK != 0:
+            own += batch
+        before = (pid.to(tl.int64) * own // tl.num_programs(0)).to(tl.int32)
+        if ((pid + 1).to(tl.int64) * own // tl.num_programs(0)).to(tl.int32) == before:
+            _quantize_q_block(
+                pid - before, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
+                stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2, Q_ROWS,
+            )  # fmt: skip
+            return
+        pid = before
     # Neighbours read neighbouring channels of the same keys: 32 bytes each of what memory gives 64 at a time.
     group = pid % (K_GROUPS + V_GROUPS)
     bh = pid // (K_GROUPS + V_GROUPS)
@@ -359,12 +400,16 @@ def quantize_kernel(
     PRECISION: tl.constexpr,
     V_TRANSPOSED: tl.constexpr,
     PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One program per (sequence, head, block of 128 rows) of V, then of K, then of Q.
+    """One program per (sequence, head, block of 128 rows) of V, then of K, then, if RETURN_LSE, of Q.
 
     Strides but the last of each tensor come in units of *_ALIGN elements; q_len and kv_len are the longest of
-    a varlen call.
+    a varlen call. OVERLAP: the kernel starts beside the end of the statistics, and what it reads of them comes after
+    `gdc_wait`, which every program calls, so that the end of this kernel is behind the end of that.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     blocks = tl.cdiv(kv_len, _KEY_BLOCK)
     programs = batch * kv_heads * blocks
@@ -385,19 +430,19 @@ def quantize_kernel(
             mask += b.to(tl.int64) * stride_mb
         if block * _KEY_BLOCK < length:
             if is_k:
-                if PRECISION != "accurate" and block == 0:
-                    # V's programs have no registers left for it.
-                    d = tl.arange(0, DV_POW2)
-                    channel = v_channel + bh * 3 * DV
-                    tl.store(channel + d, _channel_scales(channel, DV, DV_POW2), mask=d < DV)
                 stride_n = stride_kn.to(tl.int64) * K_ALIGN
                 source = (
                     k + (b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh) * K_ALIGN + start * stride_n
                 )
                 _quantize_k(
                     source, k8, k_scale + slot, k_mean + bh * D, slot, block, length, stride_n, stride_kd,
-                    mask, stride_mn, HEAD_DIM, D, D_POW2, MASK,
+                    mask, stride_mn, HEAD_DIM, D, D_POW2, MASK, OVERLAP,
                 )  # fmt: skip
+                if PRECISION != "accurate" and block == 0:
+                    # V's programs have no registers left for it.
+                    d = tl.arange(0, DV_POW2)
+                    channel = v_channel + bh * 3 * DV
+                    tl.store(channel + d, _channel_scales(channel, DV, DV_POW2), mask=d < DV)
             else:
                 stride_n = stride_vn.to(tl.int64) * V_ALIGN
                 source = (
@@ -413,39 +458,54 @@ def quantize_kernel(
                         source, target, pitch, block, length, stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2,
                         V_TRANSPOSED, PTX,
                     )  # fmt: skip
+                    if OVERLAP:
+                        gdc_wait()
                 else:
                     _quantize_v(
                         source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
-                        stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX,
+                        stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX, OVERLAP,
                     )  # fmt: skip
-    else:
-        blocks = tl.cdiv(q_len, _KEY_BLOCK)
-        tile = pid - 2 * programs
-        block = tile % blocks
-        bh = tile // blocks
-        b = bh // heads
-        h = bh % heads
-        kv_h = h // (heads // kv_heads)
-        start, length, block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
-        slot = h * q_blocks + block0 + block
-        if block * _KEY_BLOCK < length:
-            stride_n = stride_qn.to(tl.int64) * Q_ALIGN
-            source = (
-                q + (b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh) * Q_ALIGN + start * stride_n
-            )
-            _quantize_q(
-                source, q8, scales, scales + q_size // 2, k_mean + (b * kv_heads + kv_h) * D, scale, slot, block,
-                length, stride_n, stride_qd, HEAD_DIM, D, D_POW2, RETURN_LSE,
-            )  # fmt: skip
+        elif OVERLAP:
+            gdc_wait()
+    elif RETURN_LSE:
+        if OVERLAP:
+            gdc_wait()
+        _quantize_q_block(
+            pid - 2 * programs, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
+            stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2, _KEY_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize_q_block(
+    tile, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    ALIGN: tl.constexpr, VARLEN: tl.constexpr, RETURN_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    D_POW2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Number `tile` of the blocks of ROWS rows of Q."""
+    blocks = tl.cdiv(q_len, _KEY_BLOCK) * (_KEY_BLOCK // ROWS)
+    block = tile % blocks
+    bh = tile // blocks
+    b = bh // heads
+    h = bh % heads
+    kv_h = h // (heads // kv_heads)
+    start, length, block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
+    if block * ROWS < tl.cdiv(length, _KEY_BLOCK) * _KEY_BLOCK:
+        stride_n = stride_qn.to(tl.int64) * ALIGN
+        source = q + (b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh) * ALIGN + start * stride_n
+        _quantize_q(
+            source, q8, scales, scales + q_size // 2, k_mean + (b * kv_heads + kv_h) * D, scale,
+            h * q_blocks + block0, block, length, stride_n, stride_qd, HEAD_DIM, D, D_POW2, RETURN_LSE, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _quantize_q(
     source, q8, q_scale, q_shift, k_mean, scale, slot, block, length, stride_n, stride_d,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, RETURN_LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, RETURN_LSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.arange(0, _KEY_BLOCK)
-    n = block * _KEY_BLOCK + r
+    n = block * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, D_POW2)
     x = tl.load(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
@@ -453,7 +513,7 @@ def _quantize_q(
         other=0.0,
     ).to(tl.float32)
     amax = scale_or_nan(tl.max(magnitude(x), 1), _TINY)
-    row = slot.to(tl.int64) * _KEY_BLOCK + r
+    row = slot.to(tl.int64) * _KEY_BLOCK + n
     # The sign of the softmax scale goes into the integers: row maxima are taken of them.
     tl.store(q_scale + row, amax * (tl.abs(scale) * (_LOG2_E / 127.0)))
     inverse = tl.where(scale < 0, -127.0, 127.0) / amax
@@ -467,7 +527,7 @@ def _quantize_q(
 @triton.jit
 def _quantize_k(
     source, k8, scale, mean, slot, block, length, stride_n, stride_d, mask, stride_mn,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + r
@@ -478,6 +538,8 @@ def _quantize_k(
         mask=exists[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
     # One fused multiply-add: rows that do not exist or count stay 0.
     x = x - exists.to(tl.float32)[:, None] * tl.load(mean + d, mask=d < D, other=0.0)[None, :]
     amax = scale_or_nan(tl.max(tl.max(magnitude(x), 1), 0), _TINY)
@@ -499,7 +561,7 @@ def _channel_scales(channel, D: tl.constexpr, D_POW2: tl.constexpr):
 def _quantize_v(
     source, target, pitch, log2_scale, channel, block, length, stride_n, stride_d, mask, stride_mn,
     DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Column c of the transposed block holds key [0,1,8,9,2,3,10,11,4,5,12,13,6,7,14,15][c] of its group of
     # 16: the order in which a thread's accumulator elements of QK^T become its 8-bit A operand of PV without
@@ -518,6 +580,8 @@ def _quantize_v(
     x1 = tl.load(source + stride_n, mask=e1[:, None] & in_head, other=0.0)
     x2 = tl.load(source + 8 * stride_n, mask=e2[:, None] & in_head, other=0.0)
     x3 = tl.load(source + 9 * stride_n, mask=e3[:, None] & in_head, other=0.0)
+    if OVERLAP:
+        gdc_wait()
     # Behind the loads: they would wait for its barrier.
     reciprocal = 1.0 / _channel_scales(channel, D, D_POW2)
     mean = tl.load(channel + 2 * D + d, mask=d < D, other=0.0)

@@ -60,6 +60,25 @@ def _load_tile(source, row, col, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 
 @triton.jit
+def _load_v(
+    tile0, tile1, key, row, col, pitch,
+    DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tiles of V of a block of keys, [BLOCK_N, DV0] and [BLOCK_N, DV1]; the first again where there is no second."""
+    if PRECISION == "accurate":
+        v0 = _load_tile(tile0, key, 0, DV0 + DV1, BLOCK_N, DV0, TMA)
+        v1 = v0
+        if DV1 > 0:
+            v1 = _load_tile(tile1, key, DV0, DV0 + DV1, BLOCK_N, DV1, TMA)
+    else:
+        v0 = _load_tile(tile0, row, col, pitch, DV0, BLOCK_N, TMA).T
+        v1 = v0
+        if DV1 > 0:
+            v1 = _load_tile(tile1, row + DV0, col, pitch, DV1, BLOCK_N, TMA).T
+    return v0, v1
+
+
+@triton.jit
 def _store_output(
     out, tile, channel, mean, seen, stride_m, stride_d, rows, q_len,
     DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr,
@@ -170,6 +189,14 @@ def _attend_blocks(
             s = tl.dot(
                 q1, _load_tile(k_tile1, key, D0, D0 + D1, BLOCK_N, D1, TMA).T, acc=s, out_dtype=tl.int32
             )
+        # V is asked for here, and not where it is used: waiting for a tile is a barrier, which costs least where the warps
+        # stand together anyway, and ptxas orders the softmax better without one behind it. Without TMA the tile would be in
+        # registers from here on; two tiles, or more than 128 channels, leave too few of those.
+        EARLY_V: tl.constexpr = TMA and DV1 == 0 and DV0 <= 128
+        if EARLY_V:
+            v0, v1 = _load_v(
+                v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
+            )
         if MASKED:
             x = s.to(tl.float32) * scale[:, None]
             cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -205,17 +232,15 @@ def _attend_blocks(
         reference = new_reference
         rescale = exp2(drop, PTX)
         total = total * rescale + tl.sum(p, 1)
+        if not EARLY_V:
+            v0, v1 = _load_v(
+                v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
+            )
         if PRECISION == "accurate":
-            v16 = _load_tile(v_tile0, key, 0, DV0 + DV1, BLOCK_N, DV0, TMA)
-            p16 = to_float(p, v16.dtype, PTX)
-            acc0 = dot_float(p16, v16, acc0 * rescale[:, None], PTX)
+            p16 = to_float(p, v0.dtype, PTX)
+            acc0 = dot_float(p16, v0, acc0 * rescale[:, None], PTX)
             if DV1 > 0:
-                acc1 = dot_float(
-                    p16,
-                    _load_tile(v_tile1, key, DV0, DV0 + DV1, BLOCK_N, DV1, TMA),
-                    acc1 * rescale[:, None],
-                    PTX,
-                )
+                acc1 = dot_float(p16, v1, acc1 * rescale[:, None], PTX)
         else:
             rescale = exp2(drop + (unit - new_unit), PTX)
             unit = new_unit
@@ -224,28 +249,14 @@ def _attend_blocks(
             # few bits, and over a long sequence in one accumulator that shows.
             if PRECISION == "fast":
                 p8 = to_float8(p, PTX)
-                acc0 = acc0 * rescale[:, None] + tl.dot(
-                    p8, _load_tile(v_tile0, value_row, value, value_pitch, DV0, BLOCK_N, TMA).T
-                )
+                acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0)
                 if DV1 > 0:
-                    acc1 = acc1 * rescale[:, None] + tl.dot(
-                        p8, _load_tile(v_tile1, value_row + DV0, value, value_pitch, DV1, BLOCK_N, TMA).T
-                    )
+                    acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1)
             else:
                 p8 = pack_to_int8(p, PTX)
-                product = tl.dot(
-                    p8,
-                    _load_tile(v_tile0, value_row, value, value_pitch, DV0, BLOCK_N, TMA).T,
-                    out_dtype=tl.int32,
-                )
-                acc0 = acc0 * rescale[:, None] + product.to(tl.float32)
+                acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0, out_dtype=tl.int32).to(tl.float32)
                 if DV1 > 0:
-                    product = tl.dot(
-                        p8,
-                        _load_tile(v_tile1, value_row + DV0, value, value_pitch, DV1, BLOCK_N, TMA).T,
-                        out_dtype=tl.int32,
-                    )
-                    acc1 = acc1 * rescale[:, None] + product.to(tl.float32)
+                    acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1, out_dtype=tl.int32).to(tl.float32)
     return acc0, acc1, total, row_max, reference, unit
 
 

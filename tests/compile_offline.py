@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels for a GPU that is not there: registers and stack, one JSON object a kernel.
+"""Compiles the Triton kernels for a GPU that is not there: registers, stack and waits for the kernel in front (programmatic
+dependent launch), one JSON object a kernel.
 
     python tests/compile_offline.py 90 fast 128 none
 
@@ -54,8 +55,9 @@ class Compiled:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> SimpleNamespace:
-            cubin = self.kernel.warmup(*args, grid=grid, **kwargs).asm["cubin"]
-            print(json.dumps({"kernel": self.kernel.__name__, **usage(cubin)}))
+            asm = self.kernel.warmup(*args, grid=grid, **kwargs).asm
+            waits = asm["ptx"].count("griddepcontrol.wait")
+            print(json.dumps({"kernel": self.kernel.__name__, "waits": waits, **usage(asm["cubin"])}))
             return SimpleNamespace()
 
         return launch

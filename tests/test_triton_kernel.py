@@ -523,6 +523,8 @@ def test_compiles_without_spills_where_there_is_no_gpu(
         "attention_kernel",
     ]
     assert [kernel for kernel in kernels if kernel["stack"]] == []
+    # What starts before the kernel in front has ended must wait for it.
+    assert [kernel["waits"] > 0 for kernel in kernels] == [False, capability >= 90, capability >= 90]
 
 
 # --------------------------------------------------------------------------------------------------- random

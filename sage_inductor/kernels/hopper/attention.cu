@@ -2,9 +2,10 @@
 // multiply with wgmma and do the softmax. compile.py defines the macros and puts the wgmma wrappers (wgmma.py) in front.
 // The workspace it reads is described in ../triton/quantize.py.
 //
-//   HEAD_DIM, V_HEAD_DIM   multiples of 32 up to 256, and of 16
-//   PIECES                 of V_HEAD_DIM channels that V's head dim is computed in; each computes the scores again
-//   SPAN_BYTES             of a row of Q or K that lie together in shared memory: 32, 64 or 128, which is their swizzle
+//   HEAD_DIM               a multiple of 32 up to 256
+//   V_HEAD_DIM, PIECES     V's head dim is PIECES times V_HEAD_DIM channels, a multiple of 16; a tile is of one piece, and
+//                          computes the scores for it. No more than 128 channels of FP8 or INT8, 192 in 16 bits
+//   SPAN_BYTES             of a row of Q or K that lie together in shared memory: 32, 64 or 128, as they are swizzled
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
 //   OUT_PASSES             in which an output of 16 bits goes through shared memory, so that less of that will do
@@ -179,8 +180,8 @@ struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
-        // A piece's tiles follow each other, so that those that run at a time share K and V in L2, and a head's pieces,
-        // which share K; of a piece's tiles the last, under a causal mask the longest, come first.
+        // A piece's tiles follow each other, so that those that run at a time share K and V in L2, and so do a head's
+        // pieces, which share K; of a piece's tiles the last, under a causal mask the longest, come first.
         const int bhp = item.tile / p.tiles_per_head, bh = bhp / PIECES;
         m0 = (p.tiles_per_head - 1 - (item.tile - bhp * p.tiles_per_head)) * BLOCK_M;
         piece = bhp - bh * PIECES;

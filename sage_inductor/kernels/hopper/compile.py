@@ -50,7 +50,7 @@ class Variant:
 
     @cached_property
     def span_bytes(self) -> int:
-        """Of Q and K that lie together in shared memory, which is also their swizzle: the longest that wastes least."""
+        """Of a row of Q or K that lie together in shared memory, which is also their swizzle: what wastes least."""
         return 32 if self.head_dim == 32 else min((128, 64), key=self._padded)
 
     def _padded(self, span: int) -> int:
@@ -110,10 +110,10 @@ def choose_variant(
     key_mask: bool = False,
     return_lse: bool = False,
 ) -> Variant:
-    """The compiled form for padded head dims d and dv. How many warpgroups, tiles and channels fit is a matter of
-    registers and shared memory; the choices were measured (benchmarks/notes.md)."""
+    """The compiled form for padded head dims d and dv, not split. How many warpgroups, tiles and channels fit is a
+    matter of registers and shared memory; the choices up to 128 were measured (benchmarks/notes.md)."""
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
-    # FP8 and INT8 products have sums of their own beside the output's.
+    # What fits the registers: FP8 and INT8 products have sums of their own beside the output's.
     channels = 192 if pv in ("bf16", "fp16") else 128
     widest = max(d, dv)
     # Fewer pieces come first, then more tiles in flight. Two passes are not for the shared memory alone: with them

@@ -198,7 +198,9 @@ def _placed(call: HopperCall, address: int) -> _Placed:
     maps = [
         driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, _TILE, span, span),
         driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, span, span),
-        driver.tensor_map(v8, element, sizes.kv_heads * plan.dv, keys, variant.v_head_dim, 128 // element, 128),
+        driver.tensor_map(
+            v8, element, sizes.kv_heads * plan.dv, keys, variant.v_head_dim, 128 // element, 128
+        ),
     ]
     numbers = _Params.from_buffer_copy(call.numbers)
     # The sections of quantize.py.

@@ -199,8 +199,8 @@ def draw_variant(rng: random.Random, varlen: bool) -> Variant:
     return Variant(
         precision=rng.choice(PRECISIONS),
         dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
-        head_dim=rng.choice([16, 40, 64, 64, 72, 96, 128, 128, 128, 160, 192, 256]),
-        value_head_dim=rng.choice([0, 0, 0, 32, 64, 80, 128, 256]),  # 0: as head_dim
+        head_dim=rng.choice([16, 40, 64, 64, 72, 96, 128, 128, 128, 136, 160, 192, 256]),
+        value_head_dim=rng.choice([0, 0, 0, 32, 64, 80, 128, 200, 256]),  # 0: as head_dim
         layouts=(layouts[0], layouts[1], layouts[2], layouts[3]),
         mask="none" if varlen else rng.choice(["none", "none", "bool", "additive", "lowest"]),
         mask_dims=(rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.5),

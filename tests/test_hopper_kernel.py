@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -18,7 +19,7 @@ from sage_inductor import kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons
 from sage_inductor.kernels.hopper import compile as compilation
-from sage_inductor.kernels.hopper.compile import Compiled, Variant
+from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, Variant, choose_variant
 from sage_inductor.kernels.hopper.crossover import MIN_KV_LEN
 from sage_inductor.kernels.hopper.share import share
 
@@ -29,13 +30,19 @@ on_hopper = [
     pytest.mark.skipif(bool(KERNEL.unavailable_reasons()), reason="needs a Hopper GPU"),
 ]
 
-# As launch.choose_variant makes them: each precision at the head dims with tiles of their own, plain and causal.
+PADDED = (32, 64, 96, 128, 160, 192, 256)
+OUTPUTS = (("fast", "bf16"), ("balanced", "fp32"), ("accurate", "bf16"), ("accurate", "fp16"))
+WIDE_OUTPUTS = (("fast", "bf16"), ("balanced", "bf16"), ("accurate", "fp16"))
+# Each precision at the head dims with tiles of their own, plain and causal.
 VARIANTS = [
-    Variant(dim, dim, pv, out, 4 if dim <= 64 else 3, has_high=causal, return_lse=causal, split=not causal)
-    for dim in (32, 64, 96, 128)
-    for pv, out in (("fp8", "bf16"), ("int8", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
+    dataclasses.replace(
+        choose_variant(precision, out, *dims, has_high=causal, return_lse=causal), split=not causal
+    )
+    for dims in (*((dim, dim) for dim in PADDED), (64, 256), (256, 64))
+    for precision, out in (OUTPUTS if max(dims) <= 128 else WIDE_OUTPUTS)
     for causal in (False, True)
-]  # fmt: skip
+    if dims[0] == dims[1] or not causal
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,26 @@ def test_main_loop(compiled: dict[Variant, Compiled], tmp_path: Path) -> None:
         assert sum("MUFU.EX2" in line for line in loop) >= 64, variant  # it is the one that was meant
         assert [line for line in loop if re.search(r"\b(LDL|STL)\b", line)] == [], variant
         assert code.early_writes() == set(), variant
+
+
+def test_shared_memory_fits(compiled: dict[Variant, Compiled]) -> None:
+    for variant, result in compiled.items():
+        static = max(map(int, re.findall(r"(\d+) bytes smem", result.log)))
+        assert variant.fits and variant.shared_bytes + static <= SHARED_LIMIT, variant
+
+
+def test_choices() -> None:
+    for precision, out in (*OUTPUTS, *WIDE_OUTPUTS, ("fast", "fp32"), ("accurate", "fp32")):
+        for d, dv in itertools.product(PADDED, PADDED):
+            variant = choose_variant(precision, out, d, dv)
+            assert variant.fits and variant.stages >= 2
+            assert variant.head_dim == d and variant.v_head_dim * variant.pieces == dv
+            # Registers: two levels of sums, or one. Shared memory: rows of the output, in banks of their own.
+            assert variant.v_head_dim <= (192 if precision == "accurate" else 128)
+            assert variant.v_head_dim // variant.out_passes % 16 == 0
+            if max(d, dv) <= 128:  # measured
+                assert (variant.pieces, variant.out_passes) == (1, 1)
+                assert variant.stages == (4 if max(d, dv) <= 64 else 3)
 
 
 def test_early_writes_are_seen() -> None:
@@ -152,7 +179,7 @@ def problem(
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (problem(136), "head_dim=136 (supported: 16 to 128 in steps of 8)"),
+        (problem(264), "head_dim=264 (supported: 16 to 256 in steps of 8)"),
         (problem(mask=torch.zeros(2, 1, 1, 256)), "attn_mask dtype=float32 (supported: bool)"),
         (
             problem(mask=torch.ones(2, 1, 256, 256, dtype=torch.bool)),
@@ -238,7 +265,7 @@ class TestOnHopper:
     pytestmark = on_hopper
 
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
-    @pytest.mark.parametrize("dim", [16, 40, 64, 72, 96, 120, 128])
+    @pytest.mark.parametrize("dim", [16, 40, 64, 72, 96, 120, 128, 136, 160, 192, 256])
     @pytest.mark.parametrize(
         ("q_len", "kv_len", "params"),
         [
@@ -253,13 +280,29 @@ class TestOnHopper:
     def test_agrees_with_the_oracle(
         self, precision: str, dim: int, q_len: int, kv_len: int, params: AttentionParams
     ) -> None:
-        import dataclasses
-
         torch.manual_seed(dim + q_len)
         q = torch.randn(2, 4, q_len, dim, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(2, 2, kv_len, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         params = dataclasses.replace(params, precision=precision)
         agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize(
+        ("dim", "v_dim"), [(64, 256), (256, 64), (40, 200), (192, 128), (128, 136), (256, 160), (168, 248)]
+    )
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_head_dims_that_differ(self, precision: str, dim: int, v_dim: int, is_causal: bool) -> None:
+        q = torch.randn(2, 6, 200, dim, device="cuda", dtype=torch.float16)
+        k = torch.randn(2, 2, 700, dim, device="cuda", dtype=torch.float16)
+        v = torch.randn(2, 2, 700, v_dim, device="cuda", dtype=torch.float16)
+        params = AttentionParams(is_causal=is_causal, precision=precision)
+        agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize("dim", [136, 200])
+    def test_float32(self, precision: str, dim: int) -> None:
+        q, k, v = (torch.randn(1, 2, 300, dim, device="cuda") for _ in range(3))
+        agreement.check(KERNEL, q, k, v, None, AttentionParams(precision=precision), steps_of_64=True)
 
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
     @pytest.mark.parametrize(
@@ -269,12 +312,16 @@ class TestOnHopper:
             (1, 1, 1, 5000, 40),
             (6, 3, 200, 3001, 64),
             (70, 70, 256, 2048, 128),  # the last full round with what is left over
+            (4, 2, 100, 6000, 136),
+            (1, 1, 200, 8192, 192),
+            (34, 34, 256, 2048, 256),  # pieces of V count as tiles
         ],
     )
     def test_tiles_in_parts(
         self, precision: str, heads: int, kv_heads: int, q_len: int, kv_len: int, dim: int
     ) -> None:
-        tiles = heads * -(-q_len // 128)
+        padded = {40: 64, 136: 160}.get(dim, dim)
+        tiles = heads * -(-q_len // 128) * choose_variant(precision, "fp16", padded, padded).pieces
         assert share(
             tiles, -(-kv_len // 128), torch.cuda.get_device_properties(0).multi_processor_count
         ).units
@@ -284,8 +331,9 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
     @pytest.mark.parametrize("gaps", [False, True])
-    def test_mask_over_keys(self, precision: str, gaps: bool) -> None:
-        q, k, v = (torch.randn(3, 2, 700, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    @pytest.mark.parametrize("dim", [64, 160, 256])
+    def test_mask_over_keys(self, precision: str, gaps: bool, dim: int) -> None:
+        q, k, v = (torch.randn(3, 2, 700, dim, device="cuda", dtype=torch.float16) for _ in range(3))
         keys = torch.arange(700, device="cuda")
         mask = torch.stack([keys < 700, (keys >= 130) & (keys < 400), keys < 0])
         if gaps:
@@ -293,20 +341,23 @@ class TestOnHopper:
         params = AttentionParams(precision=precision)
         agreement.check(KERNEL, q, k, v, mask[:, None, None], params, steps_of_64=True)
 
-    def test_values_beyond_the_range_of_e4m3(self) -> None:
+    @pytest.mark.parametrize("dim", [128, 256])
+    def test_values_beyond_the_range_of_e4m3(self, dim: int) -> None:
         """Their block has a unit of its own, and the sums before and after it another."""
-        q, k, v = (torch.randn(1, 2, 1024, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (torch.randn(1, 2, 1024, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         v[:, :, 300] *= 3000.0
         agreement.check(KERNEL, q, k, v, None, AttentionParams(precision="fast"), steps_of_64=True)
 
-    def test_maxima_that_keep_growing(self) -> None:
-        q, k, v = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    @pytest.mark.parametrize("dim", [64, 192])
+    def test_maxima_that_keep_growing(self, dim: int) -> None:
+        q, k, v = (torch.randn(1, 2, 2048, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         k = k * torch.linspace(0.1, 3, 2048, device="cuda")[None, None, :, None].bfloat16()
         for precision in agreement.PRECISIONS:
             agreement.check(KERNEL, q, k, v, None, AttentionParams(precision=precision), steps_of_64=True)
 
-    def test_non_finite_inputs_show(self) -> None:
-        q, k, v = (torch.randn(1, 1, 512, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    @pytest.mark.parametrize("dim", [128, 256])
+    def test_non_finite_inputs_show(self, dim: int) -> None:
+        q, k, v = (torch.randn(1, 1, 512, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         for tensor in (k, v):
             bad = tensor.clone()
             bad[0, 0, 400, 3] = math.nan
@@ -317,22 +368,25 @@ class TestOnHopper:
                 assert out.isnan().any(-1).all(), precision
 
     @pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)])
-    def test_output_in_any_memory_order(self, order: tuple[int, ...]) -> None:
-        q, k, v = (torch.randn(2, 3, 130, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    @pytest.mark.parametrize("dim", [72, 136, 200])
+    def test_output_in_any_memory_order(self, order: tuple[int, ...], dim: int) -> None:
+        q, k, v = (torch.randn(2, 3, 130, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         inverse = [order.index(dim) for dim in range(4)]
         out = torch.empty([q.shape[dim] for dim in order], device="cuda", dtype=q.dtype).permute(inverse)
         agreement.check(KERNEL, q, k, v, None, AttentionParams(), out, steps_of_64=True)
 
-    @pytest.mark.parametrize("pitch", [74, 73])
-    def test_output_whose_rows_lie_anywhere(self, pitch: int) -> None:
+    @pytest.mark.parametrize("extra", [2, 1])
+    @pytest.mark.parametrize("dim", [72, 136, 200])
+    def test_output_whose_rows_lie_anywhere(self, extra: int, dim: int) -> None:
         """At multiples of four bytes they are written in smaller pieces, elsewhere copied."""
-        q, k, v = (torch.randn(1, 3, 130, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        out = torch.empty(1, 3, 130, pitch, device="cuda", dtype=q.dtype)[..., :72]
+        q, k, v = (torch.randn(1, 3, 130, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        out = torch.empty(1, 3, 130, dim + extra, device="cuda", dtype=q.dtype)[..., :dim]
         agreement.check(KERNEL, q, k, v, None, AttentionParams(), out, steps_of_64=True)
 
-    def test_the_same_bits_every_time(self) -> None:
+    @pytest.mark.parametrize("dim", [128, 192, 256])
+    def test_the_same_bits_every_time(self, dim: int) -> None:
         """An operand overwritten too early shows as outputs that change from run to run."""
-        q, k, v = (torch.randn(1, 32, 8192, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (torch.randn(1, 32, 8192, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         for precision in agreement.PRECISIONS:
             outs = [torch.empty_like(q) for _ in range(5)]
             for out in outs:

@@ -538,6 +538,39 @@ def test_hopper_parts_lie_in_the_workspace(hopper: list[Numbers]) -> None:
     assert call.workspace_bytes >= part_lse + 4 * rows
 
 
+@pytest.mark.parametrize(
+    ("precision", "dims", "span", "piece", "tiles"),
+    [
+        ("fast", (192, 256), 64, 128, 2),
+        ("balanced", (136, 136), 64, 80, 2),
+        ("accurate", (256, 64), 128, 64, 1),
+        ("accurate", (160, 192), 64, 192, 1),
+    ],
+)
+def test_hopper_cuts_wide_heads(
+    hopper: list[Numbers], precision: str, dims: tuple[int, int], span: int, piece: int, tiles: int
+) -> None:
+    """Q and K into spans of their rows, V into pieces, each with tiles of its own."""
+    from sage_inductor.kernels.hopper.launch import HopperCall
+
+    q, k = (torch.randn(1, heads, 8192, dims[0]).bfloat16() for heads in (2, 1))
+    v, out = (torch.randn(1, heads, 8192, dims[1]).bfloat16() for heads in (1, 2))
+    q, out = q[:, :, :64], out[:, :, :64]
+    call = HopperCall(q, k, v, None, AttentionParams(precision=precision), out, None)
+    call(q, k, v, None, out, None)
+    attention, combine = hopper
+    d, dv, bytes_each = call.plan.d, call.plan.dv, 2 if precision == "accurate" else 1
+    assert [numbers[1:] for numbers in attention.maps] == [
+        (1, 2 * 128, d, 64, span, span),
+        (1, 8192, d, 128, span, span),
+        (bytes_each, dv, 8192, piece, 128 // bytes_each, 128),
+    ]
+    assert piece * tiles == dv
+    assert attention.params["units"] == 2 * tiles * 64 and combine.grid == (2 * tiles, 8)
+    rows = 2 * attention.params["grid"] * 128
+    assert call.parts.elements == rows * piece and call.part_lse.elements == rows
+
+
 def test_hopper_threads_have_numbers_of_their_own(hopper: list[Numbers]) -> None:
     from sage_inductor.kernels.hopper.launch import HopperCall
 

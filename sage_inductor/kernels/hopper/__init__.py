@@ -31,7 +31,7 @@ class HopperKernel(TritonKernel):
     """INT8 QK^T and FP8, INT8 or 16-bit PV with wgmma; `attention.cu` describes the algorithm."""
 
     name: ClassVar[str] = "hopper"
-    head_dims: ClassVar[Collection[int]] = range(16, 129, 8)
+    head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
     # P is rounded against a maximum of its own, which lags behind: two roundings that know nothing of each other.
     oracle_distance: ClassVar[float] = 2**0.5
 

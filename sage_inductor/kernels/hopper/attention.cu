@@ -2,9 +2,13 @@
 // multiply with wgmma and do the softmax. compile.py defines the macros and puts the wgmma wrappers (wgmma.py) in front.
 // The workspace it reads is described in ../triton/quantize.py.
 //
-//   HEAD_DIM, V_HEAD_DIM   multiples of 32, up to 128
+//   HEAD_DIM               a multiple of 32 up to 256
+//   V_HEAD_DIM, PIECES     V's head dim is PIECES times V_HEAD_DIM channels, a multiple of 16; a tile is of one piece, and
+//                          computes the scores for it. No more than 128 channels of FP8 or INT8, 192 in 16 bits
+//   SPAN_BYTES             of a row of Q or K that lie together in shared memory: 32, 64 or 128, as they are swizzled
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
+//   OUT_PASSES             in which an output of 16 bits goes through shared memory, so that less of that will do
 //   CONSUMERS, STAGES      warpgroups that compute, two; tiles of K and of V in flight
 //   HAS_LOW, HAS_HIGH      query i sees keys from i + low, to i + high
 //   KEY_MASK               a mask over keys, the same for every query
@@ -19,17 +23,19 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr int BLOCK_N = 128;
-constexpr int ROW_BYTES = HEAD_DIM <= 32 ? 32 : HEAD_DIM <= 64 ? 64 : 128;  // of Q and K in shared memory: one swizzle span
+constexpr int SPANS = (HEAD_DIM + SPAN_BYTES - 1) / SPAN_BYTES;
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
-constexpr int Q_BYTES = 64 * ROW_BYTES, K_BYTES = BLOCK_N * ROW_BYTES;
+constexpr int Q_SPAN_BYTES = 64 * SPAN_BYTES, Q_BYTES = SPANS * Q_SPAN_BYTES;  // of a warpgroup
+constexpr int K_SPAN_BYTES = BLOCK_N * SPAN_BYTES, K_BYTES = SPANS * K_SPAN_BYTES;
 constexpr int V_SPANS = V_ELEMENT;         // spans of 128 bytes that hold 128 keys
 constexpr int V_SPAN_BYTES = V_ROWS * 128, V_BYTES = V_SPANS * V_SPAN_BYTES;
 constexpr int BLOCK_M = 64 * CONSUMERS;
-constexpr int OUT_PITCH = 2 * V_HEAD_DIM + 16;  // of a row in shared memory: no two threads of a warp meet in a bank
+constexpr int OUT_COLUMNS = V_HEAD_DIM / OUT_PASSES;
+constexpr int OUT_PITCH = 2 * OUT_COLUMNS + 16;  // of a row in shared memory: no two threads of a warp meet in a bank
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
@@ -47,7 +53,7 @@ struct Params {
     const float* q_shift;    // the same shape: what smoothing K took from the LSE
     const float* k_scale;    // [kv_heads, kv_blocks]
     const float* v_scale;    // [kv_heads, kv_blocks], log2
-    const float* v_channel;  // [batch, kv_heads, 3, V_HEAD_DIM] scale, sampled size, what was subtracted
+    const float* v_channel;  // [batch, kv_heads, 3, PIECES * V_HEAD_DIM] scale, sampled size, what was subtracted
     const int* used_keys;    // [batch, 3] first and last + 1 key that the mask leaves, whether all between are left
     u32* ticket;             // zero; the next tile that nobody has taken
     float* parts;            // [grid, 2, BLOCK_M, V_HEAD_DIM], normalised
@@ -87,10 +93,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// A K-major matrix of rows of `row_bytes`, the swizzle span.
-template <int row_bytes> __device__ __forceinline__ u64 matrix(u32 address) {
-    constexpr u64 swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
-    return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * row_bytes >> 4) << 32) | (swizzle << 62);
+// A K-major matrix of rows of `span_bytes`, the swizzle span.
+template <int span_bytes> __device__ __forceinline__ u64 matrix(u32 address) {
+    constexpr u64 swizzle = span_bytes == 128 ? 1 : span_bytes == 64 ? 2 : 3;
+    return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * span_bytes >> 4) << 32) | (swizzle << 62);
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -131,7 +137,7 @@ __device__ __forceinline__ u32 to_output(float a, float b) { return OUT == 1 ? t
 // A warp's 16 rows from shared memory, a Word at a time.
 template <class Word> __device__ __forceinline__ void write_rows(unsigned short* out, long long pitch, u32 source, int lane,
                                                                 int rows, int columns) {
-    constexpr int WORDS = 2 * V_HEAD_DIM / sizeof(Word);
+    constexpr int WORDS = 2 * OUT_COLUMNS / sizeof(Word);
 #pragma unroll
     for (int k = lane; k < 16 * WORDS; k += 32) {
         const int row = k / WORDS, word = k % WORDS, column = word * (sizeof(Word) / 2);
@@ -171,13 +177,14 @@ struct Item {
 
 // Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked.
 struct Tile {
-    int b, h, m0, begin, end, full_begin, full_end, row, key_row;
+    int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
-        // A head's tiles follow each other, so that those that run at a time share K and V in L2; of them the last,
-        // under a causal mask the longest, come first.
-        const int bh = item.tile / p.tiles_per_head;
-        m0 = (p.tiles_per_head - 1 - (item.tile - bh * p.tiles_per_head)) * BLOCK_M;
+        // A piece's tiles follow each other, so that those that run at a time share K and V in L2, and so do a head's
+        // pieces, which share K; of a piece's tiles the last, under a causal mask the longest, come first.
+        const int bhp = item.tile / p.tiles_per_head, bh = bhp / PIECES;
+        m0 = (p.tiles_per_head - 1 - (item.tile - bhp * p.tiles_per_head)) * BLOCK_M;
+        piece = bhp - bh * PIECES;
         b = bh / p.heads;
         h = bh - b * p.heads;
         row = (h * p.q_blocks + b * ((p.q_len + 127) / 128)) * 128 + m0;
@@ -296,14 +303,18 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 const Tile t(p, item);
                 barrier_expect(q_full(q_stage), Q_TILE_BYTES);
                 for (int w = 0; w < CONSUMERS; w++)
-                    load_tile(q_tiles + q_stage * Q_TILE_BYTES + w * Q_BYTES, &q_map, q_full(q_stage), 0, t.row + 64 * w);
+                    for (int s = 0; s < SPANS; s++)
+                        load_tile(q_tiles + q_stage * Q_TILE_BYTES + w * Q_BYTES + s * Q_SPAN_BYTES, &q_map, q_full(q_stage),
+                                  s * SPAN_BYTES, t.row + 64 * w);
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
-                const int v_row = t.h / p.group * V_HEAD_DIM, v_column = t.b * ((p.kv_len + 127) / 128) * 128;
+                const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * ((p.kv_len + 127) / 128) * 128;
                 for (int i = t.begin; i < t.end; i++) {
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
-                    load_tile(k_tiles + stage * K_BYTES, &k_map, k_full(stage), 0, t.key_row + i * BLOCK_N);
+                    for (int s = 0; s < SPANS; s++)
+                        load_tile(k_tiles + stage * K_BYTES + s * K_SPAN_BYTES, &k_map, k_full(stage), s * SPAN_BYTES,
+                                  t.key_row + i * BLOCK_N);
                     barrier_wait(v_empty(stage), phase);
                     barrier_expect(v_full(stage), V_SPANS * V_HEAD_DIM * 128);
                     for (int w = 0; w < V_SPANS; w++)
@@ -340,9 +351,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (++s == STAGES) { s = 0; ph ^= 1; }
     };
     auto multiply_qk = [&]() {
+        constexpr int STEPS = SPAN_BYTES / 32;  // of 32 bytes of k; matrices count in 16
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 32; k++)
-            wgmma_qk(scores, q_matrix + 2 * k, matrix<ROW_BYTES>(k_tiles + k_stage * K_BYTES) + 2 * k, k > 0);
+            wgmma_qk(scores, q_matrix + k / STEPS * (Q_SPAN_BYTES / 16) + 2 * (k % STEPS),
+                     matrix<SPAN_BYTES>(k_tiles + k_stage * K_BYTES) + k / STEPS * (K_SPAN_BYTES / 16) + 2 * (k % STEPS), k > 0);
         wgmma_commit();
     };
     // product (+)= P V, with P in registers.
@@ -483,7 +496,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         v_scale = p.v_scale + t.key_row / 128;
         load_block_scales(t.begin);
     };
-    q_matrix = matrix<ROW_BYTES>(q_tiles + consumer * Q_BYTES);
+    q_matrix = matrix<SPAN_BYTES>(q_tiles + consumer * Q_BYTES);
 #pragma unroll
     for (int j = 0; j < NT; j++) product[j] = 0;
     load_scales();
@@ -529,7 +542,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             sums[4 * j + 3] = fmaf(sums[4 * j + 3] * inverse1, c.z, empty1 ? 0.f : c.w);
         }
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
-        const long long at = t.b * p.out_b + t.h * p.out_h;
+        const int v_dim = p.v_dim - t.piece * V_HEAD_DIM;  // channels left
+        const long long at = t.b * p.out_b + t.h * p.out_h + t.piece * V_HEAD_DIM;
         if (SPLIT && part >= 0) {
             float* const target = p.parts + (long long)(part * BLOCK_M + row_in_tile) * V_HEAD_DIM + 2 * quad;
 #pragma unroll
@@ -541,7 +555,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             float* const target = (float*)p.out + at + row0 * p.out_m + 2 * quad;
 #pragma unroll
             for (int j = 0; j < V_HEAD_DIM / 8; j++)
-                if (8 * j < p.v_dim) {
+                if (8 * j < v_dim) {
                     if (row0 < p.q_len) *(float2*)(target + 8 * j) = make_float2(sums[4 * j], sums[4 * j + 1]);
                     if (row1 < p.q_len) *(float2*)(target + 8 * p.out_m + 8 * j) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
                 }
@@ -549,18 +563,22 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             // Through shared memory, where each warp has its 16 rows, so that it writes rows and not pieces of eight.
             const int first = row_in_tile - (lane >> 2);
             const u32 staged = out_tiles + first * OUT_PITCH;
-            __syncwarp();
 #pragma unroll
-            for (int j = 0; j < V_HEAD_DIM / 8; j++) {
-                const u32 to = staged + (lane >> 2) * OUT_PITCH + 16 * j + 4 * quad;
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(to_output(sums[4 * j], sums[4 * j + 1])) : "memory");
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * OUT_PITCH), "r"(to_output(sums[4 * j + 2], sums[4 * j + 3])) : "memory");
+            for (int c = 0; c < V_HEAD_DIM; c += OUT_COLUMNS) {
+                __syncwarp();
+#pragma unroll
+                for (int j = 0; j < OUT_COLUMNS / 8; j++) {
+                    const u32 to = staged + (lane >> 2) * OUT_PITCH + 16 * j + 4 * quad;
+                    const float* const x = sums + c / 2 + 4 * j;
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(to_output(x[0], x[1])) : "memory");
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * OUT_PITCH), "r"(to_output(x[2], x[3])) : "memory");
+                }
+                __syncwarp();
+                unsigned short* const out = (unsigned short*)p.out + at + c + (t.m0 + first) * p.out_m;
+                const int rows_left = p.q_len - t.m0 - first;
+                if (p.wide) write_rows<uint4>(out, p.out_m, staged, lane, rows_left, v_dim - c);
+                else write_rows<u32>(out, p.out_m, staged, lane, rows_left, v_dim - c);
             }
-            __syncwarp();
-            unsigned short* const out = (unsigned short*)p.out + at + (t.m0 + first) * p.out_m;
-            const int rows_left = p.q_len - t.m0 - first;
-            if (p.wide) write_rows<uint4>(out, p.out_m, staged, lane, rows_left, p.v_dim);
-            else write_rows<u32>(out, p.out_m, staged, lane, rows_left, p.v_dim);
         }
         if ((RETURN_LSE || SPLIT) && quad == 0) {
             const float exponent = PV == 1 ? LOG2_255 : P_EXPONENT, none = __int_as_float(0xff800000);
@@ -569,7 +587,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (SPLIT && part >= 0) {
                 p.part_lse[part * BLOCK_M + row_in_tile] = lse0;
                 p.part_lse[part * BLOCK_M + row_in_tile + 8] = lse1;
-            } else if (RETURN_LSE) {
+            } else if (RETURN_LSE && t.piece == 0) {
                 float* const lse = p.lse + t.b * p.lse_b + t.h * p.lse_h;
                 const float* const shift = p.q_shift + t.row - t.m0;
                 if (row0 < p.q_len) lse[row0] = lse0 * LN_2 + shift[row0];
@@ -661,7 +679,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         barrier_wait(q_full(q_stage), q_phase);
         item = items[q_stage];
         const bool more = item.tile >= 0;
-        q_matrix = matrix<ROW_BYTES>(q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES);
+        q_matrix = matrix<SPAN_BYTES>(q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES);
         if (more) barrier_wait(k_full(k_stage), k_phase);
         wgmma_fence();
         multiply_qk();
@@ -669,8 +687,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         // What the end of this tile and the start of the next need is on its way meanwhile.
         float2 channel = make_float2(1.f, 0.f);
         if (PV < 2 && thread < V_HEAD_DIM) {
-            const float* const of_head = p.v_channel + (long long)(t.b * (p.heads / p.group) + t.h / p.group) * 3 * V_HEAD_DIM;
-            channel = make_float2(of_head[thread], of_head[2 * V_HEAD_DIM + thread]);
+            constexpr int CHANNELS = PIECES * V_HEAD_DIM;
+            const float* const of_head = p.v_channel + (long long)(t.b * (p.heads / p.group) + t.h / p.group) * 3 * CHANNELS
+                                         + t.piece * V_HEAD_DIM;
+            channel = make_float2(of_head[thread], of_head[2 * CHANNELS + thread]);
         }
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
@@ -721,8 +741,8 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(const __gr
             sum.w = fmaf(w, x.w, sum.w);
         }
         const float inverse = weight == 0.f ? 0.f : 1.f / weight;
-        const long long at = t.b * p.out_b + t.h * p.out_h + row * p.out_m + d;
-        if (d < p.v_dim) {  // multiples of 4
+        const long long at = t.b * p.out_b + t.h * p.out_h + row * p.out_m + t.piece * V_HEAD_DIM + d;
+        if (d < p.v_dim - t.piece * V_HEAD_DIM) {  // multiples of 4
             if (OUT == 2) {
                 *(float2*)((float*)p.out + at) = make_float2(sum.x * inverse, sum.y * inverse);
                 *(float2*)((float*)p.out + at + 2) = make_float2(sum.z * inverse, sum.w * inverse);
@@ -731,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(const __gr
                 *(u32*)((unsigned short*)p.out + at + 2) = to_output(sum.z * inverse, sum.w * inverse);
             }
         }
-        if (RETURN_LSE && d == 0)
+        if (RETURN_LSE && d == 0 && t.piece == 0)
             p.lse[t.b * p.lse_b + t.h * p.lse_h + row] = (maximum + log2f(weight)) * LN_2 + p.q_shift[t.row - t.m0 + row];
     }
 }

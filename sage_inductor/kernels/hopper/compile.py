@@ -21,11 +21,13 @@ from .wgmma import header
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cu")
+_PRECISION = {"fast": "fp8", "balanced": "int8"}  # in "accurate" P and V are of the output's 16 bits, or bf16
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
 _SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
 # The same for all variants: warpgroups that compute, 64 queries each; rows and threads of a program of `combine`.
 CONSUMERS, COMBINE_ROWS, COMBINE_THREADS = 2, 16, 128
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
+SHARED_LIMIT = 227 * 1024  # of a block, on sm_90
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
 
 
@@ -34,7 +36,7 @@ class Variant:
     """What a compiled kernel is specialised on; attention.cu says what each means."""
 
     head_dim: int  # padded
-    v_head_dim: int
+    v_head_dim: int  # of a piece
     pv: str  # a key of PV
     out: str  # a key of OUT
     stages: int
@@ -43,11 +45,16 @@ class Variant:
     key_mask: bool = False
     return_lse: bool = False
     split: bool = False
+    pieces: int = 1
+    out_passes: int = 1
 
     @cached_property
-    def row_bytes(self) -> int:
-        """Of Q and K in shared memory, which is also their swizzle span."""
-        return next(size for size in (32, 64, 128) if self.head_dim <= size)
+    def span_bytes(self) -> int:
+        """Of a row of Q or K that lie together in shared memory, which is also their swizzle: what wastes least."""
+        return 32 if self.head_dim == 32 else min((128, 64), key=self._padded)
+
+    def _padded(self, span: int) -> int:
+        return -(-self.head_dim // span) * span
 
     @property
     def v_rows(self) -> int:
@@ -60,17 +67,28 @@ class Variant:
 
     @cached_property
     def shared_bytes(self) -> int:
-        tiles = 2 * CONSUMERS * 64 * self.row_bytes
-        tiles += self.stages * 128 * (self.row_bytes + self.v_element * self.v_rows)
+        """Of the tiles, which the launch asks for."""
+        row_bytes = self._padded(self.span_bytes)
+        tiles = 2 * CONSUMERS * 64 * row_bytes
+        tiles += self.stages * 128 * (row_bytes + self.v_element * self.v_rows)
         if self.out != "fp32":
-            tiles += CONSUMERS * 64 * (2 * self.v_head_dim + 16)
+            tiles += CONSUMERS * 64 * (2 * self.v_head_dim // self.out_passes + 16)
         return tiles + 1024  # to align the first tile
+
+    @property
+    def fits(self) -> bool:
+        """Whether a multiprocessor has the shared memory, static variables included."""
+        static = 8 * (4 + 4 * self.stages) + 2 * 16  # barriers, items
+        if self.v_element == 1:
+            static += 8 * CONSUMERS * 2 * self.v_head_dim  # channels
+        return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
 
     def macros(self) -> dict[str, int]:
         values = {
             name.upper(): int(value) for name, value in asdict(self).items() if name not in ("pv", "out")
         }
         common = {
+            "SPAN_BYTES": self.span_bytes,
             "CONSUMERS": CONSUMERS,
             "COMBINE_ROWS": COMBINE_ROWS,
             "COMBINE_THREADS": COMBINE_THREADS,
@@ -79,6 +97,38 @@ class Variant:
 
     def source(self) -> str:
         return header(self.v_rows, PV[self.pv]) + SOURCE.read_text()
+
+
+@cache
+def choose_variant(
+    precision: str,
+    out: str,
+    d: int,
+    dv: int,
+    has_low: bool = False,
+    has_high: bool = False,
+    key_mask: bool = False,
+    return_lse: bool = False,
+) -> Variant:
+    """The compiled form for padded head dims d and dv, not split. How many warpgroups, tiles and channels fit is a
+    matter of registers and shared memory; the choices up to 128 were measured (benchmarks/notes.md)."""
+    pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
+    # What fits the registers: FP8 and INT8 products have sums of their own beside the output's.
+    channels = 192 if pv in ("bf16", "fp16") else 128
+    widest = max(d, dv)
+    # Fewer pieces come first, then more tiles in flight. Two passes are not for the shared memory alone: with them
+    # ptxas keeps the softmax in its best order.
+    variants = (
+        Variant(
+            d, dv // pieces, pv, out, stages, has_low, has_high, key_mask, return_lse, False, pieces, passes
+        )
+        for pieces in (1, 2)
+        if dv // pieces <= channels
+        for stages in range(4 if widest <= 64 else 3, 1, -1)
+        for passes in ((1,) if widest <= 128 else (2, 4, 1))
+        if dv // pieces // passes % 16 == 0
+    )
+    return next(variant for variant in variants if variant.fits)
 
 
 @dataclass(frozen=True)

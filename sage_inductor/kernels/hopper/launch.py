@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,10 +16,9 @@ from ..folder import default_folder
 from ..triton.launch import Call
 from ..triton.quantize import KEY_BLOCK
 from . import driver
-from .compile import COMBINE_ROWS, COMBINE_THREADS, CONSUMERS, Variant, cubin
+from .compile import COMBINE_ROWS, COMBINE_THREADS, CONSUMERS, Variant, choose_variant, cubin
 from .share import share
 
-_PV = {"fast": "fp8", "balanced": "int8"}
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TILE = 64  # queries of one warpgroup
 
@@ -79,8 +79,18 @@ class HopperCall(Call):
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, sizes, mask = self.plan, self.sizes, self.mask
         low, high = params.bounds(sizes.q_len, sizes.kv_len)
+        variant = choose_variant(
+            params.precision,
+            _OUT[out.dtype],
+            plan.d,
+            plan.dv,
+            low is not None,
+            high is not None,
+            mask.skip_blocks,
+            lse is not None,
+        )
         tiles_per_head = -(-sizes.q_len // (_TILE * CONSUMERS))
-        tiles = tiles_per_head * sizes.batch * sizes.heads
+        tiles = tiles_per_head * sizes.batch * sizes.heads * variant.pieces
         # Tiles of one length can be split so that all programs have as much to do. Those of different lengths come
         # longest first, and nobody waits long.
         one_length = low is None and high is None and not mask.skip_blocks
@@ -88,23 +98,13 @@ class HopperCall(Call):
         work = share(tiles, blocks, multiprocessors(self.index))
         self.grid = work.grid
         self.split_tiles = tiles - work.whole if work.units else 0
-        self.variant = variant = choose_variant(
-            params.precision,
-            out.dtype,
-            plan.d,
-            plan.dv,
-            low is not None,
-            high is not None,
-            mask.skip_blocks,
-            lse is not None,
-            work.units > 0,
-        )
+        self.variant = dataclasses.replace(variant, split=work.units > 0)
         self.shared_bytes = variant.shared_bytes
         self.functions: tuple[Any, ...] | None = None  # not before the device is current
         self.rows, self.pair_bytes = _Rows.of(out), 2 * out.element_size()
         # Two parts of each program: the end of one tile and the beginning of another.
         part_rows = 2 * work.grid * _TILE * CONSUMERS if work.units else 0
-        self.parts = self._part(part_rows * plan.dv, torch.float32)
+        self.parts = self._part(part_rows * variant.v_head_dim, torch.float32)
         self.part_lse = self._part(part_rows, torch.float32)
         self.numbers = _Params(
             lse_b=0 if lse is None else lse.stride(0),
@@ -194,12 +194,14 @@ def _placed(call: HopperCall, address: int) -> _Placed:
     again, and encoding maps takes microseconds."""
     plan, sizes, variant = call.plan, call.sizes, call.variant
     keys = sizes.kv_blocks * KEY_BLOCK
-    row, element = variant.row_bytes, variant.v_element
+    span, element = variant.span_bytes, variant.v_element
     q8, k8, v8 = (address + part.offset for part in (call.q8, call.k8, call.v8))
     maps = [
-        driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, _TILE, row, row),
-        driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, row, row),
-        driver.tensor_map(v8, element, sizes.kv_heads * plan.dv, keys, plan.dv, 128 // element, 128),
+        driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, _TILE, span, span),
+        driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, span, span),
+        driver.tensor_map(
+            v8, element, sizes.kv_heads * plan.dv, keys, variant.v_head_dim, 128 // element, 128
+        ),
     ]
     numbers = _Params.from_buffer_copy(call.numbers)
     # The sections of quantize.py.
@@ -214,25 +216,6 @@ def _placed(call: HopperCall, address: int) -> _Placed:
     numbers.parts = address + call.parts.offset
     numbers.part_lse = address + call.part_lse.offset
     return _Placed(numbers, [each.getPtr() for each in maps], maps)
-
-
-@cache
-def choose_variant(
-    precision: str,
-    dtype: torch.dtype,
-    d: int,
-    dv: int,
-    has_low: bool,
-    has_high: bool,
-    key_mask: bool,
-    return_lse: bool,
-    split: bool,
-) -> Variant:
-    """The compiled form for padded head dims d and dv. How many warpgroups and tiles fit is a matter of registers
-    and shared memory; the choices were measured (benchmarks/notes.md)."""
-    pv = _PV.get(precision) or ("fp16" if dtype == torch.float16 else "bf16")
-    stages = 4 if max(d, dv) <= 64 else 3
-    return Variant(d, dv, pv, _OUT[dtype], stages, has_low, has_high, key_mask, return_lse, split)
 
 
 @cache

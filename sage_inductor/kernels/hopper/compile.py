@@ -117,7 +117,11 @@ def choose_variant(
     channels = 192 if pv in ("bf16", "fp16") else 128
     widest = max(d, dv)
     # Fewer pieces come first, then more tiles in flight. Two passes are not for the shared memory alone: with them
-    # ptxas keeps the softmax in its best order.
+    # ptxas keeps the softmax in its best order, at head_dim 96, too, except for the INT8 product (measured).
+    if widest > 128:
+        numbers_of_passes: tuple[int, ...] = 2, 4, 1
+    else:
+        numbers_of_passes = (2,) if d == dv == 96 and pv != "int8" else (1,)
     variants = (
         Variant(
             d, dv // pieces, pv, out, stages, has_low, has_high, key_mask, return_lse, False, pieces, passes
@@ -125,7 +129,7 @@ def choose_variant(
         for pieces in (1, 2)
         if dv // pieces <= channels
         for stages in range(4 if widest <= 64 else 3, 1, -1)
-        for passes in ((1,) if widest <= 128 else (2, 4, 1))
+        for passes in numbers_of_passes
         if dv // pieces // passes % 16 == 0
     )
     return next(variant for variant in variants if variant.fits)

@@ -2,8 +2,8 @@
 
 Origin: one H100, torch 2.11.0+cu130, triton 3.6.0, bfloat16 in NHD memory, quantisation included, against torch's
 default SDPA, cuDNN (which that is there, timed once more) and the Triton kernel in the same process:
-benchmarks/results/attention_h100.json. A length counts from a gain of 2% over all three at it and all greater ones;
-a test holds the table against that file.
+benchmarks/results/attention_h100.json and, for head dims 96 and 192, attention_wide_h100.json. A length counts from a gain
+of 2% over all three at it and all greater ones; a test holds the table against those files.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from __future__ import annotations
 # (precision, head_dim, is_causal) -> the least such kv_len. What is not listed is left to the next kernel.
 MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("fast", 64, False): 8192,
-    ("fast", 64, True): 16384,
+    ("fast", 64, True): 32768,
+    ("fast", 96, False): 4096,
+    ("fast", 96, True): 4096,
     ("fast", 128, False): 4096,
-    ("fast", 128, True): 8192,
-    ("balanced", 128, False): 8192,
-    ("balanced", 128, True): 32768,
+    ("fast", 128, True): 4096,
+    ("balanced", 96, False): 8192,
+    ("balanced", 96, True): 8192,
     ("accurate", 64, False): 16384,
     ("accurate", 64, True): 16384,
+    ("accurate", 96, False): 4096,
+    ("accurate", 96, True): 4096,
     ("accurate", 128, False): 4096,
+    ("accurate", 128, True): 8192,
+    ("accurate", 192, False): 16384,
 }

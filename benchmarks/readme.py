@@ -148,7 +148,8 @@ heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end t
 
 So 8 bits win on long sequences and lose on short ones, where quantising costs more than it saves. `auto` finds the
 crossover, and the fastest kernel beyond it, and leaves the rest to SDPA; `explain()` says so at each site. sageattention 1.0.6
-from PyPI is slower than cuDNN here at every size. What was tried for `hopper`, and what it brought: [notes](benchmarks/notes.md).
+from PyPI is slower than cuDNN here at every size. Other head dims (96 to 256), what was tried for `hopper`, and what it
+brought: [notes](benchmarks/notes.md).
 
 Whole models, random weights, bf16, under `torch.compile`, two of their layers (`benchmarks/model.py`); on the H200 before
 there was `hopper`. Cells: ms (speed against plain `torch.compile`, timed in turns with it; attentions rewritten; relative L2 error of the model's output):

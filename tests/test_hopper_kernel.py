@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import re
@@ -20,11 +19,8 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons
 from sage_inductor.kernels.hopper import compile as compilation
 from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, Variant, choose_variant
-from sage_inductor.kernels.hopper.crossover import MIN_KV_LEN
 from sage_inductor.kernels.hopper.share import share
-from sage_inductor.kernels.triton.crossover import MIN_KV_LEN as TRITON_MIN_KV_LEN
 
-ROOT = Path(__file__).parents[1]
 KERNEL = HopperKernel()
 on_hopper = [
     pytest.mark.gpu,
@@ -215,39 +211,6 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_asks_it_first() -> None:
     assert kernels.AUTO_ORDER[0] == "hopper"
-
-
-@pytest.mark.parametrize("kernel", ["hopper", "triton"])
-def test_the_tables_are_what_was_measured(kernel: str) -> None:
-    results = ROOT / "benchmarks" / "results"
-    rows = [
-        row
-        for name in ("attention_h100", "attention_wide_h100")
-        for row in json.loads((results / f"{name}.json").read_text())
-    ]
-    speed = {
-        (row["provider"], row["precision"], row["D"], row["causal"], row["S"]): row["tflops_e2e"]
-        for row in rows
-    }
-    head_dims = sorted({row["D"] for row in rows})
-    expected = {}
-    for key in itertools.product(agreement.PRECISIONS, head_dims, (False, True)):
-        precision, *problem = key
-        # What comes before the next kernel in the list must be faster than that, too.
-        others = [
-            ("sdpa", "bf16"),
-            ("cudnn", "bf16"),
-            *([("triton", precision)] if kernel == "hopper" else []),
-        ]
-        for length in sorted(
-            {row["S"] for row in rows if [row["D"], row["causal"]] == problem}, reverse=True
-        ):
-            found = [speed.get((*provider, *problem, length)) for provider in ((kernel, precision), *others)]
-            if None in found or found[0] < 1.02 * max(found[1:]):
-                break
-            expected[key] = length
-    table = {"hopper": MIN_KV_LEN, "triton": TRITON_MIN_KV_LEN}[kernel]
-    assert {key: length for key, length in table.items() if key[1] in head_dims} == expected
 
 
 # ------------------------------------------------------------------------------------------------ dealing out

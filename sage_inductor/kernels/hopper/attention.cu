@@ -1,4 +1,4 @@
-// INT8 QK^T attention for Hopper (sm_90a): one thread brings Q, K and V by TMA; two warpgroups of 64 queries each
+// INT8 QK^T attention for Hopper (sm_90a): one thread brings Q, K and V by TMA; two or three warpgroups of 64 queries each
 // multiply with wgmma and do the softmax. compile.py defines the macros and puts the wgmma wrappers (wgmma.py) in front.
 // The workspace it reads is described in ../triton/quantize.py.
 //
@@ -9,7 +9,7 @@
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
 //   OUT_PASSES             in which an output of 16 bits goes through shared memory, so that less of that will do
-//   CONSUMERS, STAGES      warpgroups that compute, two; tiles of K and of V in flight
+//   CONSUMERS, STAGES      warpgroups that compute; tiles of K and of V in flight
 //   HAS_LOW, HAS_HIGH      query i sees keys from i + low, to i + high
 //   KEY_MASK               a mask over keys, the same for every query
 //   RETURN_LSE
@@ -28,6 +28,11 @@ constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
+// Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
+// time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
+constexpr bool IN_TURN = CONSUMERS == 3;
+constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
+static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
 constexpr int Q_SPAN_BYTES = 64 * SPAN_BYTES, Q_BYTES = SPANS * Q_SPAN_BYTES;  // of a warpgroup
 constexpr int K_SPAN_BYTES = BLOCK_N * SPAN_BYTES, K_BYTES = SPANS * K_SPAN_BYTES;
@@ -116,11 +121,6 @@ __device__ __forceinline__ u32 to_e4m3(float a, float b, float c, float d) {
     asm("mov.b32 %0, {%1, %2};" : "=r"(r) : "h"(low), "h"(high));
     return r;
 }
-// Adding 1.5 * 2^23 leaves the rounded value in the low byte.
-__device__ __forceinline__ u32 rounded(float a) { return __float_as_uint(__fadd_rn(a, 12582912.f)); }
-__device__ __forceinline__ u32 to_u8(float a, float b, float c, float d) {
-    return permute_bytes(permute_bytes(rounded(a), rounded(b), 0x0040), permute_bytes(rounded(c), rounded(d), 0x0040), 0x5410);
-}
 __device__ __forceinline__ u32 to_bf16(float a, float b) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
@@ -131,7 +131,18 @@ __device__ __forceinline__ u32 to_f16(float a, float b) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
     return r;
 }
+// Of values up to 255: adding 1024 in 16 bits leaves the rounded value in the low byte.
+__device__ __forceinline__ u32 rounded(float a, float b) {
+    u32 r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(to_f16(a, b)), "r"(0x64006400u));
+    return r;
+}
+__device__ __forceinline__ u32 to_u8(float a, float b, float c, float d) {
+    return permute_bytes(rounded(a, b), rounded(c, d), 0x6420);
+}
 
+// Two weights, where they are of 16 bits.
+__device__ __forceinline__ u32 to_16_bits(float a, float b) { return PV == 3 ? to_f16(a, b) : to_bf16(a, b); }
 // Two elements of the output, where they are of 16 bits.
 __device__ __forceinline__ u32 to_output(float a, float b) { return OUT == 1 ? to_f16(a, b) : to_bf16(a, b); }
 // A warp's 16 rows from shared memory, a Word at a time.
@@ -159,6 +170,8 @@ typedef float Product;
 constexpr int NW = PV < 2 ? 16 : 32;       // registers of P as an operand
 constexpr int RAW = PV < 2 ? 8 : 32;        // what weigh gives per thread and row: four bytes each, or floats
 
+constexpr int NSHARED = SHARED_REGISTERS ? NS : 1;
+static_assert(!SHARED_REGISTERS || NS == NT, "scores and product are of one size");
 constexpr int NOUT = PV == 0 ? NT : PV == 1 ? NO : 1;  // sums outside of the tensor core
 
 // What a thread knows of its two rows, g and g + 8 of the warp's 16.
@@ -287,7 +300,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     __syncthreads();
 
     if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all, 3 * 168, what the launch has
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all no more than the launch has
         if (threadIdx.x == 0) {
             Schedule schedule(p);
             int stage = 0, q_stage = 0;
@@ -326,7 +339,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 160 : 240));
     const int consumer = warpgroup - 1, thread = threadIdx.x & 127, lane = thread & 31, quad = lane & 3;
     const bool leader = __shfl_sync(~0u, thread == 0, lane);  // in a register: the compiler would look at threadIdx each time
     const int row_in_tile = consumer * 64 + (thread >> 5) * 16 + (lane >> 2);
@@ -334,6 +347,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     int scores[NS];
     Product product[NT];
     float output[NOUT];
+    u32 accumulators[NSHARED];           // SHARED_REGISTERS: the bits of the scores, then of the product
     u32 weights[NW];
     u32 w0[RAW], w1[RAW];                // what becomes of the scores, for `weights`
     Rows rows;
@@ -353,9 +367,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto multiply_qk = [&]() {
         constexpr int STEPS = SPAN_BYTES / 32;  // of 32 bytes of k; matrices count in 16
 #pragma unroll
-        for (int k = 0; k < HEAD_DIM / 32; k++)
-            wgmma_qk(scores, q_matrix + k / STEPS * (Q_SPAN_BYTES / 16) + 2 * (k % STEPS),
-                     matrix<SPAN_BYTES>(k_tiles + k_stage * K_BYTES) + k / STEPS * (K_SPAN_BYTES / 16) + 2 * (k % STEPS), k > 0);
+        for (int k = 0; k < HEAD_DIM / 32; k++) {
+            const u64 q = q_matrix + k / STEPS * (Q_SPAN_BYTES / 16) + 2 * (k % STEPS);
+            const u64 key = matrix<SPAN_BYTES>(k_tiles + k_stage * K_BYTES) + k / STEPS * (K_SPAN_BYTES / 16) + 2 * (k % STEPS);
+            if constexpr (SHARED_REGISTERS) wgmma_qk(accumulators, q, key, k > 0);
+            else wgmma_qk(scores, q, key, k > 0);
+        }
         wgmma_commit();
     };
     // product (+)= P V, with P in registers.
@@ -363,7 +380,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #pragma unroll
         for (int k = 0; k < NW / 4; k++) {
             const u64 v = matrix<128>(v_tiles + stage * V_BYTES + (k / 4) * V_SPAN_BYTES) + 2 * (k % 4);
-            wgmma_pv(product, weights + 4 * k, v, k > 0 || accumulate);
+            if constexpr (SHARED_REGISTERS) wgmma_pv(accumulators, weights + 4 * k, v, k > 0 || accumulate);
+            else wgmma_pv(product, weights + 4 * k, v, k > 0 || accumulate);
         }
         wgmma_commit();
     };
@@ -449,8 +467,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             const float f = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
             const float f0 = TWO_LEVELS ? f : factor0, f1 = TWO_LEVELS ? f : factor1;
 #pragma unroll
-            for (int j = 0; j < NOUT; j++)  // the row sum has no unit
-                output[j] = fmaf((float)product[j], j >= NO ? 1.f : (j & 2) ? f1 : f0, output[j]);
+            for (int j = 0; j < NOUT; j++) {  // the row sum has no unit
+                const float x = SHARED_REGISTERS ? (float)(int)accumulators[j % NSHARED] : (float)product[j];
+                output[j] = fmaf(x, j >= NO ? 1.f : (j & 2) ? f1 : f0, output[j]);
+            }
             summed = 0;
         }
         v_unit = unit;
@@ -458,6 +478,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto take_weights = [&]() {
         factor0 = next_factor0;
         factor1 = next_factor1;
+        if (IN_TURN) {
+#pragma unroll
+            for (int j = 0; j < NW / 2; j++) {
+                const int at = 4 * (j / 2) + 2 * (j % 2), from = PV == 1 ? j : 2 * j, after = PV == 1 ? j : 2 * j + 1;
+                weights[at] = PV == 1 ? w0[from] : to_16_bits(__uint_as_float(w0[from]), __uint_as_float(w0[after]));
+                weights[at + 1] = PV == 1 ? w1[from] : to_16_bits(__uint_as_float(w1[from]), __uint_as_float(w1[after]));
+            }
+            return;
+        }
         // Not before the last product is complete, whose operand this is. It must be more than a move: ptxas merges
         // the source of a move with its target, which is then written while the tensor cores read it.
 #pragma unroll
@@ -499,6 +528,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     q_matrix = matrix<SPAN_BYTES>(q_tiles + consumer * Q_BYTES);
 #pragma unroll
     for (int j = 0; j < NT; j++) product[j] = 0;
+#pragma unroll
+    for (int j = 0; j < NSHARED; j++) accumulators[j] = 0;
     load_scales();
     barrier_wait(k_full(0), 0);
     wgmma_fence();
@@ -609,18 +640,29 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (hidden) scores[j] = MASKED_SCORE;
         }
     };
+    // Keeps ptxas from moving arithmetic on the output behind products that come after it.
+    auto hold_output = [&]() {
+#pragma unroll
+        for (int j = 0; j < NOUT; j++) asm volatile("" : "+f"(output[j]) :: "memory");
+        if (p.zero) barrier_wait(q_empty(0), 0);  // never: but it is a branch
+    };
     // From the scores of block i to P; the product of the block before is complete afterwards.
     auto attend = [&](int i, bool masked) {
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
+        if constexpr (SHARED_REGISTERS)
+#pragma unroll
+            for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
         if (masked && (i < t.full_begin || i >= t.full_end)) hide(i);
         int x0, x1;
         thread_maximum(x0, x1);
         bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
         slow = __any_sync(~0u, slow);
         if (slow) {  // the reference maximum follows the block's, what was summed is rescaled
-            wgmma_wait<0>();
-            if (previous >= 0) complete(previous, unit);
-            previous = -1;
+            if (!IN_TURN) {
+                wgmma_wait<0>();
+                if (previous >= 0) complete(previous, unit);
+                previous = -1;
+            }
             if (PV != 1) { row_maximum(x0); row_maximum(x1); }
             float n0 = rows.maximum0, n1 = rows.maximum1;
             if (x0 != MASKED_SCORE) n0 = fmaxf(n0, (float)x0 * scale0);
@@ -631,6 +673,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum1 = n1;
         }
         weigh(x0, x1, scale0, scale1, unit, masked);
+        if (IN_TURN) {
+            take_weights();
+            return;
+        }
         // Keeps the arithmetic above before the wait, beside the product in flight.
 #pragma unroll
         for (int j = 0; j < RAW; j++) asm volatile("" : "+r"(w0[j]), "+r"(w1[j]) :: "memory");
@@ -649,10 +695,36 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         v_unit = v_next;
         previous = -1;
         int i = t.begin;
-        barrier_wait(v_full(stage), phase);
-        if (i + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
+        if (!IN_TURN) {
+            barrier_wait(v_full(stage), phase);
+            if (i + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
+        }
+        // This block's product, then the next scores.
+        auto go_on_in_turn = [&]() {
+            barrier_wait(v_full(stage), phase);
+            wgmma_fence();
+            multiply_pv(PV != 1 && summed > 0);
+            load_block_scales(i + 1);
+            barrier_wait(k_full(k_stage), k_phase);
+            wgmma_wait<0>();
+            if (SHARED_REGISTERS) {
+                complete(stage, 0.f);
+                hold_output();
+            }
+            wgmma_fence();
+            multiply_qk();
+            if (!SHARED_REGISTERS) complete(stage, 0.f);
+            advance(stage, phase);
+            wgmma_wait<0>();
+            if (leader) barrier_arrive(k_empty(k_stage));
+            advance(k_stage, k_phase);
+        };
         // The next scores are computed, then this block's product, which goes on during the next softmax.
         auto go_on = [&]() {
+            if (IN_TURN) {
+                go_on_in_turn();
+                return;
+            }
             wgmma_fence();
             multiply_qk();
             multiply_pv(PV != 1 && summed > 0);
@@ -672,6 +744,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (; i < t.full_end && i + 1 < t.end; i++) { attend(i, false); go_on(); }
         for (; i + 1 < t.end; i++) { attend(i, true); go_on(); }
         attend(i, true);
+        if (IN_TURN) barrier_wait(v_full(stage), phase);
 
         // The last product, and the first scores of the next tile; if there is none, scores of old tiles, which do no harm.
         q_stage ^= 1;
@@ -682,7 +755,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         q_matrix = matrix<SPAN_BYTES>(q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES);
         if (more) barrier_wait(k_full(k_stage), k_phase);
         wgmma_fence();
-        multiply_qk();
+        if (!IN_TURN) multiply_qk();
         multiply_pv(PV != 1 && summed > 0);
         // What the end of this tile and the start of the next need is on its way meanwhile.
         float2 channel = make_float2(1.f, 0.f);
@@ -697,11 +770,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         prefetch(p.k_scale + next.key_row / 128 + next.begin);
         prefetch(p.v_scale + next.key_row / 128 + next.begin);
         wgmma_wait<0>();
+        complete(stage, v_unit);
+        if (IN_TURN) {
+            hold_output();
+            wgmma_fence();
+            multiply_qk();
+            wgmma_wait<0>();
+        }
         if (leader) {
             if (more) barrier_arrive(k_empty(k_stage));
             barrier_arrive(q_empty(q_stage ^ 1));
         }
-        complete(stage, v_unit);
         advance(stage, phase);
         advance(k_stage, k_phase);
         write(channel);

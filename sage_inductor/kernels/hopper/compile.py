@@ -24,8 +24,8 @@ SOURCE = Path(__file__).with_name("attention.cu")
 _PRECISION = {"fast": "fp8", "balanced": "int8"}  # in "accurate" P and V are of the output's 16 bits, or bf16
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
 _SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
-# The same for all variants: warpgroups that compute, 64 queries each; rows and threads of a program of `combine`.
-CONSUMERS, COMBINE_ROWS, COMBINE_THREADS = 2, 16, 128
+COMBINE_ROWS, COMBINE_THREADS = 16, 128  # rows and threads of a program of `combine`
+TILE = 64  # queries of one warpgroup
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
 SHARED_LIMIT = 227 * 1024  # of a block, on sm_90
 _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbose")
@@ -40,6 +40,7 @@ class Variant:
     pv: str  # a key of PV
     out: str  # a key of OUT
     stages: int
+    consumers: int = 2  # warpgroups that compute
     has_low: bool = False
     has_high: bool = False
     key_mask: bool = False
@@ -65,14 +66,19 @@ class Variant:
     def v_element(self) -> int:
         return 2 if self.pv in ("bf16", "fp16") else 1
 
+    @property
+    def block_m(self) -> int:
+        """Queries of a tile."""
+        return TILE * self.consumers
+
     @cached_property
     def shared_bytes(self) -> int:
         """Of the tiles, which the launch asks for."""
         row_bytes = self._padded(self.span_bytes)
-        tiles = 2 * CONSUMERS * 64 * row_bytes
+        tiles = 2 * self.block_m * row_bytes
         tiles += self.stages * 128 * (row_bytes + self.v_element * self.v_rows)
         if self.out != "fp32":
-            tiles += CONSUMERS * 64 * (2 * self.v_head_dim // self.out_passes + 16)
+            tiles += self.block_m * (2 * self.v_head_dim // self.out_passes + 16)
         return tiles + 1024  # to align the first tile
 
     @property
@@ -80,7 +86,7 @@ class Variant:
         """Whether a multiprocessor has the shared memory, static variables included."""
         static = 8 * (4 + 4 * self.stages) + 2 * 16  # barriers, items
         if self.v_element == 1:
-            static += 8 * CONSUMERS * 2 * self.v_head_dim  # channels
+            static += 8 * self.consumers * 2 * self.v_head_dim  # channels
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
 
     def macros(self) -> dict[str, int]:
@@ -89,7 +95,6 @@ class Variant:
         }
         common = {
             "SPAN_BYTES": self.span_bytes,
-            "CONSUMERS": CONSUMERS,
             "COMBINE_ROWS": COMBINE_ROWS,
             "COMBINE_THREADS": COMBINE_THREADS,
         }
@@ -109,6 +114,8 @@ def choose_variant(
     has_high: bool = False,
     key_mask: bool = False,
     return_lse: bool = False,
+    *,
+    q_len: int,
 ) -> Variant:
     """The compiled form for padded head dims d and dv, not split. How many warpgroups, tiles and channels fit is a
     matter of registers and shared memory; the choices up to 128 were measured (benchmarks/notes.md)."""
@@ -124,7 +131,19 @@ def choose_variant(
         numbers_of_passes = (2,) if d == dv == 96 and pv != "int8" else (1,)
     variants = (
         Variant(
-            d, dv // pieces, pv, out, stages, has_low, has_high, key_mask, return_lse, False, pieces, passes
+            d,
+            dv // pieces,
+            pv,
+            out,
+            stages,
+            _consumers(pv, d, dv // pieces, q_len),
+            has_low,
+            has_high,
+            key_mask,
+            return_lse,
+            False,
+            pieces,
+            passes,
         )
         for pieces in (1, 2)
         if dv // pieces <= channels
@@ -133,6 +152,21 @@ def choose_variant(
         if dv // pieces // passes % 16 == 0
     )
     return next(variant for variant in variants if variant.fits)
+
+
+def _consumers(pv: str, d: int, dv: int, q_len: int) -> int:
+    """Three warpgroups where that is faster by more than their longer tiles waste at the end of q_len. Between 64 and
+    128 channels ptxas finds no registers for three; three of FP8 are no faster (benchmarks/notes.md)."""
+    if pv == "int8" and max(d, dv) <= 64:
+        gain = 1.25
+    elif pv == "int8" and dv in (64, 128):
+        gain = 1.05
+    elif pv != "fp8" and max(d, dv) <= 64:
+        gain = 1.1
+    else:
+        return 2
+    rows_of_two, rows_of_three = (-(-q_len // (n * TILE)) * n * TILE for n in (2, 3))
+    return 3 if rows_of_three < gain * rows_of_two else 2
 
 
 @dataclass(frozen=True)

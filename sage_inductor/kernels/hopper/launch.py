@@ -16,11 +16,10 @@ from ..folder import default_folder
 from ..triton.launch import Call
 from ..triton.quantize import KEY_BLOCK
 from . import driver
-from .compile import COMBINE_ROWS, COMBINE_THREADS, CONSUMERS, Variant, choose_variant, cubin
+from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, Variant, choose_variant, cubin
 from .share import share
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TILE = 64  # queries of one warpgroup
 
 
 class _Params(ctypes.Structure):
@@ -88,8 +87,9 @@ class HopperCall(Call):
             high is not None,
             mask.skip_blocks,
             lse is not None,
+            q_len=sizes.q_len,
         )
-        tiles_per_head = -(-sizes.q_len // (_TILE * CONSUMERS))
+        tiles_per_head = -(-sizes.q_len // variant.block_m)
         tiles = tiles_per_head * sizes.batch * sizes.heads * variant.pieces
         # Tiles of one length can be split so that all programs have as much to do. Those of different lengths come
         # longest first, and nobody waits long.
@@ -103,7 +103,7 @@ class HopperCall(Call):
         self.functions: tuple[Any, ...] | None = None  # not before the device is current
         self.rows, self.pair_bytes = _Rows.of(out), 2 * out.element_size()
         # Two parts of each program: the end of one tile and the beginning of another.
-        part_rows = 2 * work.grid * _TILE * CONSUMERS if work.units else 0
+        part_rows = 2 * work.grid * variant.block_m if work.units else 0
         self.parts = self._part(part_rows * variant.v_head_dim, torch.float32)
         self.part_lse = self._part(part_rows, torch.float32)
         self.numbers = _Params(
@@ -162,7 +162,7 @@ class HopperCall(Call):
         driver.launch(
             self.functions[0],
             (self.grid, 1),
-            128 * (CONSUMERS + 1),
+            128 * (self.variant.consumers + 1),
             self.shared_bytes,
             stream,
             ctypes.addressof(arguments),
@@ -172,7 +172,7 @@ class HopperCall(Call):
             # Its only argument is the last.
             driver.launch(
                 self.functions[1],
-                (self.split_tiles, _TILE * CONSUMERS // COMBINE_ROWS),
+                (self.split_tiles, self.variant.block_m // COMBINE_ROWS),
                 COMBINE_THREADS,
                 0,
                 stream,
@@ -197,7 +197,7 @@ def _placed(call: HopperCall, address: int) -> _Placed:
     span, element = variant.span_bytes, variant.v_element
     q8, k8, v8 = (address + part.offset for part in (call.q8, call.k8, call.v8))
     maps = [
-        driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, _TILE, span, span),
+        driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, TILE, span, span),
         driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, span, span),
         driver.tensor_map(
             v8, element, sizes.kv_heads * plan.dv, keys, variant.v_head_dim, 128 // element, 128

@@ -18,7 +18,8 @@ def header(v_rows: int, pv: int) -> str:
 
 def _wrapper(name: str, n: int, k: int, accumulator: str, types: str, *, a_in_registers: bool) -> str:
     """A device function `name(d, a, b, accumulate)`: d (+)= A B for A [64, k] in registers or in shared memory
-    and B [n, k] in shared memory, K-major. `types` as in PTX ("s8.s8", "e4m3.e4m3")."""
+    and B [n, k] in shared memory, K-major. `types` as in PTX ("s8.s8", "e4m3.e4m3"). D may also be unsigned: bits, in
+    N registers that another product uses, too."""
     count = n // 2
     constraint, ctype = ("+r", "int") if accumulator == "s32" else ("+f", "float")
     d = ", ".join(f"%{i}" for i in range(count))
@@ -36,11 +37,17 @@ def _wrapper(name: str, n: int, k: int, accumulator: str, types: str, *, a_in_re
     tail = "" if accumulator == "s32" else ", 1, 1"
     if k == 16:
         tail += ", 0" if a_in_registers else ", 0, 0"
-    return (
-        f"__device__ __forceinline__ void {name}({ctype} (&d)[{count}], {argument}, unsigned long long b, "
-        "int accumulate) {\n"
-        f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{b + 1}, 0;\\n"\n'
-        f'                 "wgmma.mma_async.sync.aligned.m64n{n}k{k}.{accumulator}.{types} "\n'
-        f'                 "{{{d}}}, {a}, %{b}, p{tail}; }}\\n"\n'
-        f'                 : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
+
+    def define(head: str, outputs: str) -> str:
+        return (
+            f"{head}, {argument}, unsigned long long b, int accumulate) {{\n"
+            f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{b + 1}, 0;\\n"\n'
+            f'                 "wgmma.mma_async.sync.aligned.m64n{n}k{k}.{accumulator}.{types} "\n'
+            f'                 "{{{d}}}, {a}, %{b}, p{tail}; }}\\n"\n'
+            f'                 : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
+        )
+
+    function = f"__device__ __forceinline__ void {name}"
+    return define(f"{function}({ctype} (&d)[{count}]", outputs) + define(
+        f"template <int N> {function}(unsigned (&d)[N]", outputs.replace(constraint, "+r")
     )

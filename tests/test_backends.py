@@ -348,6 +348,24 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         SDPAImpl(2, 64, False, 0.1, dropout_p=1.5)
 
 
+@pytest.mark.parametrize("implementation", [SageAttentionImpl, SDPAImpl])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_size": 64.0}, r"head_size=64.0 \(valid: an int\)"),
+        ({"num_heads": "2"}, r"num_heads='2' \(valid: an int\)"),
+        ({"num_kv_heads": 1.0}, r"num_kv_heads=1.0 \(valid: an int\)"),
+        ({"softmax_scale": "x"}, r"softmax_scale='x' \(valid: a finite number, None\)"),
+        ({"softmax_scale": math.nan}, "softmax_scale=nan"),
+    ],
+)
+def test_sizes_and_scales(implementation: type[AttentionImpl], change: dict[str, Any], message: str) -> None:
+    sizes: dict[str, Any] = {"num_heads": 2, "head_size": 64, "causal": False, "softmax_scale": 0.1}
+    assert implementation(**sizes, num_kv_heads=None).num_kv_heads == 2
+    with pytest.raises(ValueError, match=message):
+        implementation(**{**sizes, **change})
+
+
 @pytest.mark.parametrize("name", ["dropout_p", "dropout_rate"])
 def test_dropout(name: str) -> None:
     with pytest.raises(NotEligibleError, match=r"blocks\.0: dropout_p=0\.1 \(supported: 0\.0\)"):

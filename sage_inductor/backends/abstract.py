@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +74,17 @@ class AttentionImpl(ABC):
             extra_impl_args: see the subclass.
 
         Raises:
-            ValueError: sizes that make no sense.
+            ValueError: sizes or a scale that make no sense.
         """
+        for name, value in (
+            ("num_heads", num_heads), ("head_size", head_size), ("num_kv_heads", num_kv_heads),
+        ):  # fmt: skip
+            if not isinstance(value, int) and not (value is None and name == "num_kv_heads"):
+                raise ValueError(f"{name}={value!r} (valid: an int)")
+        if softmax_scale is not None and not (
+            isinstance(softmax_scale, Real) and math.isfinite(softmax_scale)
+        ):
+            raise ValueError(f"softmax_scale={softmax_scale!r} (valid: a finite number, None)")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads}, num_kv_heads={kv_heads} (valid: num_heads a multiple)")

@@ -48,7 +48,8 @@ def softmax(node: Any) -> Softmax | None:
         return _one_node(node)
     if node in EXP:
         return _of_logarithms(node)
-    return _divided(node) if node in DIV and node.kwargs.get("rounding_mode") is None else None
+    exponential, divisor = quotient(node)
+    return divided(node, exponential, divisor, node)
 
 
 def _one_node(node: fx.Node) -> Softmax | None:
@@ -70,9 +71,13 @@ def _of_logarithms(node: fx.Node) -> Softmax | None:
     return None if found is None else Softmax(found.source, found.dim, (source, found.chain[0]))
 
 
-def _divided(node: fx.Node) -> Softmax | None:
-    """`e / e.sum(dim, keepdim=True)` where e is the exponential of x."""
-    exponential, divisor = operands(node)
+def quotient(node: Any) -> tuple[Any, Any]:
+    """What is divided and by what; two Nones where `node` is no division."""
+    return operands(node) if node in DIV and node.kwargs.get("rounding_mode") is None else (None, None)
+
+
+def divided(node: fx.Node, exponential: Any, divisor: Any, user: fx.Node) -> Softmax | None:
+    """`e / e.sum(dim, keepdim=True)` where e is the exponential of x: `node` divides by the sum, `user` reads e besides."""
     source = argument(exponential, 0, "input") if exponential in EXP else None
     if not isinstance(source, fx.Node):
         return None
@@ -87,7 +92,7 @@ def _divided(node: fx.Node) -> Softmax | None:
         return None
     if epsilon is not None and own_maximum(source, total.dim) is None:
         return None  # the sum may be as small
-    if not only_reader(exponential, node, total.chain[0]):
+    if not only_reader(exponential, user, total.chain[0]):
         return None
     return Softmax(source, total.dim, (exponential,))
 

@@ -34,7 +34,7 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
-from sage_inductor.patterns.softmax import Softmax, softmax
+from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 
 
 class SoftmaxMatmul(Pattern):
@@ -48,7 +48,7 @@ class SoftmaxMatmul(Pattern):
             logits = None if weights is None else logits_of(weights.softmax, weights.order, weights.zeroed)
             if weights is not None and logits is not None:
                 return _call(node, outer, logits, weights.dropout)
-        return None
+        return _divided_afterwards(node)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         q, k, v = (torch.randn(2, 4, 16, 32) for _ in range(3))
@@ -60,6 +60,26 @@ class SoftmaxMatmul(Pattern):
             return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
         yield einsum, tuple(torch.randn(2, 16, 4, 32) for _ in range(3))
+
+
+def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
+    """`(e @ v) / e.sum(-1, keepdim=True)` where e is the exponential of the logits."""
+    product, divisor = quotient(node)
+    if (
+        not isinstance(product, fx.Node)
+        or not only_reader(product, node)
+        or shape_of(product) != shape_of(node)
+    ):
+        return None
+    for outer in weighted_sums(product):
+        found = divided(node, outer.weights, divisor, product)
+        # The sums lie as the rows of the product do: no dims are moved.
+        if found is None or outer.restore or outer.order != tuple(range(len(outer.order))):
+            continue
+        logits = logits_of(found, outer.order) if found.dim == outer.order[-1] else None
+        if logits is not None:
+            return _call(node, outer, logits, 0.0)
+    return None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,67 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def divided_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT / 6
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+AFTERWARDS: dict[str, Callable[..., Tensor]] = {
+    "matmul": divided_afterwards,
+    "a guard": lambda q, k, v: (
+        ((e := ((s := q @ k.mT) - s.amax(-1, keepdim=True)).exp()) @ v) / (e.sum(-1, keepdim=True) + 1e-6)
+    ),
+    "no maximum": lambda q, k, v: ((e := (q @ k.mT / 6).exp()) @ v) / e.sum(-1).unsqueeze(-1),
+    "einsum": lambda q, k, v: torch.einsum(
+        "bhqk,bhkd->bhqd", e := torch.einsum("bhqd,bhkd->bhqk", q, k).mul(0.2).exp(), v
+    ).div(e.sum(-1, keepdim=True)),
+    "causal": lambda q, k, v: (
+        (
+            (
+                e := (q @ k.mT / 6)
+                .masked_fill(torch.ones(q.shape[-2], k.shape[-2]).triu(1).bool(), -math.inf)
+                .exp()
+            )
+            @ v
+        )
+        / e.sum(-1, keepdim=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_divided_after_the_product(name: str) -> None:
+    attend, inputs = AFTERWARDS[name], qkv()
+    out, (site,) = run(attend, *inputs)
+    assert (site.pattern, site.reasons) == ("softmax_matmul", ())
+    assert site.mask == ("causal" if name == "causal" else "none")
+    assert relative_l2(out, attend(*inputs)) < BOUND and out.stride() == attend(*inputs).stride()
+    program = rewrite_exported(torch.export.export(Called(attend), inputs), CONFIG)
+    text = graph_text(program.graph_module.graph)
+    assert not any(word in text for word in ("exp(", "sum", "amax", "matmul", "div")), text
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        # Of other weights, of weights that somebody reads, along another dim, of the wrong shape.
+        lambda q, k, v: ((q @ k.mT).exp() @ v) / (q @ k.mT / 6).exp().sum(-1, keepdim=True),
+        lambda q, k, v: ((e := (q @ k.mT / 6).exp()) @ v) / e.sum(-1, keepdim=True) + e.sum(),
+        lambda q, k, v: ((e := (q @ k.mT / 6).exp()) @ v) / e.sum(-2, keepdim=True).mT[..., : q.shape[-2], :],
+        lambda q, k, v: ((e := (q @ k.mT / 6).exp()) @ v) / e.sum(-1, keepdim=True)[None],
+        lambda q, k, v: (
+            torch.einsum("bhqk,bhkd->bqhd", e := (q @ k.mT / 6).exp(), v) / e.sum(-1)[..., None].mT[..., :1]
+        ),
+    ],
+)
+def test_divided_by_something_else(attend: Callable[..., Tensor]) -> None:
+    inputs = tuple(torch.randn(2, 4, 4, 32) for _ in range(3))
+    out, sites = run(attend, *inputs)
+    assert sites == [] or not any(site.rewritten for site in sites)
+    torch.testing.assert_close(out, attend(*inputs))
+
+
 def attention(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda q, k, v: softmax(q @ k.mT / 6) @ v
 

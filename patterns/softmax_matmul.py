@@ -34,7 +34,7 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
-from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
+from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax, uncast
 
 
 class SoftmaxMatmul(Pattern):
@@ -63,16 +63,18 @@ class SoftmaxMatmul(Pattern):
 
 
 def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
-    """`(e @ v) / e.sum(-1, keepdim=True)` where e is the exponential of the logits."""
-    product, divisor = quotient(node)
-    if (
-        not isinstance(product, fx.Node)
-        or not only_reader(product, node)
-        or shape_of(product) != shape_of(node)
-    ):
+    """`(e @ v) / e.sum(-1, keepdim=True)` where e is the exponential of the logits; the product, or e in it, may be cast."""
+    numerator, divisor = quotient(node)
+    product, cast = uncast(numerator)
+    if not isinstance(product, fx.Node) or shape_of(product) != shape_of(node):
+        return None
+    if not only_reader(numerator, node) or not only_reader(product, cast or node):
         return None
     for outer in weighted_sums(product):
-        found = divided(node, outer.weights, divisor, product)
+        weights = outer.weights
+        found = divided(node, weights, divisor, product)
+        if found is None and casts_floats(weights) and only_reader(weights, product):
+            found = divided(node, argument(weights, 0, "input"), divisor, weights)
         # The sums lie as the rows of the product do: no dims are moved.
         if found is None or outer.restore or outer.order != tuple(range(len(outer.order))):
             continue

@@ -42,6 +42,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum indexed": lambda s: (e := s.exp()) / torch.sum(e, dim=-1)[..., None],
     "sum indexed, dims spelt out": lambda s: (e := s.exp()) / torch.sum(e, [3])[:, :, :, None],
     "torch.div": lambda s: torch.div(e := s.exp(), torch.sum(e, -1, True)),
+    "cast of the exponential": lambda s: (e := s.half().exp().float()) / e.sum(-1, keepdim=True),
     "sum and a guard": lambda s: (
         (e := torch.exp(s - torch.amax(s, dim=-1, keepdim=True))) / (e.sum(-1, keepdim=True) + 1e-6)
     ),
@@ -65,6 +66,9 @@ AFTERWARDS: dict[str, Callable[..., Tensor]] = {
     "matmul": divided_afterwards,
     "a guard": lambda q, k, v: (
         ((e := ((s := q @ k.mT) - s.amax(-1, keepdim=True)).exp()) @ v) / (e.sum(-1, keepdim=True) + 1e-6)
+    ),
+    "cast": lambda q, k, v: (
+        ((e := (q @ k.mT / 6).float().exp()).to(v.dtype) @ v).float().div(e.sum(-1, keepdim=True))
     ),
     "no maximum": lambda q, k, v: ((e := (q @ k.mT / 6).exp()) @ v) / e.sum(-1).unsqueeze(-1),
     "einsum": lambda q, k, v: torch.einsum(

@@ -70,6 +70,13 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}
+    empty = [
+        name
+        for name, tensor in tensors.items()
+        if any(type(size) is int and size == 0 for size in tensor.shape)
+    ]
+    if empty:
+        return [reason(f"shape of {name}", tuple(tensors[name].shape), "no dim of 0") for name in empty]
     if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors.values()):
         return [reason("layout", {str(tensor.layout) for tensor in tensors.values()}, "strided, not nested")]
     if len(dims) != 1 or not dims <= {2, 3, 4}:

@@ -306,6 +306,8 @@ def test_reasons() -> None:
     assert "device=cpu (supported: cuda)" in refused(sdpa, q, q, q, config=Config())
     assert "dropout_p=0.1 (supported: 0.0)" in refused(lambda q: sdpa(q, q, q, dropout_p=0.1), q)
     assert "q_len=1 (supported: 2 and more" in refused(lambda q: sdpa(q[:, :, :1], q, q), q)
+    nothing = refused(sdpa, q[:, :, :0], q, q)
+    assert "shape of query=2, 4, 0, 32 (supported: no dim of 0)" in nothing and "strides" not in nothing
     assert "dtype=float64 (supported: float16, bfloat16, float32)" in refused(sdpa, *[q.double()] * 3)
     assert "dimensions=5 (supported: 2, 3 or 4" in refused(sdpa, q[None], q[None, :1], q[None, :1])
     assert "batch=2, 1, 1 (supported: alike" in refused(sdpa, q, q[:1], q[:1])

@@ -57,7 +57,7 @@ def slower_than_sdpa(
         {dim for precision, dim, causal in min_kv_len if (precision, causal) == (params.precision, is_causal)}
     )
     if head_dim not in measured_dims or problem.value.shape[-1] != head_dim:
-        dims = ", ".join(map(str, measured_dims))
+        dims = ", ".join(map(str, measured_dims)) or "none"
         causal = "causal " if is_causal else ""
         return [
             f"head_dim={head_dim}, {problem.value.shape[-1]} "

@@ -176,6 +176,24 @@ def test_a_mean_that_v_does_not_have_is_not_subtracted() -> None:
     assert (kv.v_mean - 1).abs().max() < 0.3
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
+def test_attention_sink(mean: float) -> None:
+    """What the README says: a key of little value that draws nearly all weight costs INT8 P the small weights beside it."""
+    direction = F.normalize(normal(64), dim=0)
+    q = normal(1, 2, 1024, 64) + 4 * direction
+    k, v = normal(1, 2, 1024, 64), normal(1, 2, 1024, 64) + mean * normal(1, 2, 1, 64)
+    k[:, :, 0] += 24 * direction
+    v[:, :, 0] *= 0.05
+    errors = {
+        precision: relative_l2(reference.attention(q, k, v, precision=precision)[0], exact(q, k, v)[0])
+        for precision in BOUNDS
+    }
+    assert errors["accurate"] < 0.014 and errors["fast"] < 0.09
+    assert (
+        (0.13 if mean == 0 else 0) < errors["balanced"] < 0.2
+    )  # .13 and more: rounded away in the sink's block
+
+
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_rows_without_keys_stay_0_beside_a_mean_in_v(precision: str) -> None:
     q, k, v = (normal(2, 2, 150, 64) for _ in range(3))

@@ -188,7 +188,7 @@ def test_attention_sink(mean: float) -> None:
         precision: relative_l2(reference.attention(q, k, v, precision=precision)[0], exact(q, k, v)[0])
         for precision in BOUNDS
     }
-    assert errors["accurate"] < 0.014 and errors["fast"] < 0.09
+    assert errors["accurate"] < 0.014 and errors["fast"] < 0.12
     assert (
         (0.13 if mean == 0 else 0) < errors["balanced"] < 0.2
     )  # .13 and more: rounded away in the sink's block

@@ -11,9 +11,15 @@ from sage_inductor.patterns.flex_attention import FlexAttention
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
 from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
+from sage_inductor.patterns.varlen_attention import VarlenAttention
 
 ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), SoftmaxMatmul())
-OPAQUE: tuple[OpaquePattern, ...] = (MultiHeadAttention(), TransformerEncoderLayer(), FlexAttention())
+OPAQUE: tuple[OpaquePattern, ...] = (
+    MultiHeadAttention(),
+    TransformerEncoderLayer(),
+    FlexAttention(),
+    VarlenAttention(),
+)
 
 __all__ = [
     "ALL",
@@ -24,4 +30,5 @@ __all__ = [
     "ScaledDotProductAttention",
     "SoftmaxMatmul",
     "TransformerEncoderLayer",
+    "VarlenAttention",
 ]

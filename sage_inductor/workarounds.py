@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sage_inductor.call import example_tensor
+from sage_inductor.call import example_tensor, traced
 from sage_inductor.patterns.nodes import DIV, SOFTMAX, argument
 from sage_inductor.patterns.softmax import own_maximum, softmax
 
@@ -42,18 +42,30 @@ def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
     if not isinstance(dim, int) or dim % tensor.dim() == tensor.dim() - 1:
         return
     graph, output = node.graph, example_tensor(node)
-    values: tuple[Any, Any, Any] = (None, None, None)
+    swap = ("transpose", (dim, -1))
+    # Users rely on strides: torch's softmax is contiguous, a quotient lies in memory as its operand does.
+    order = tuple(range(tensor.dim()))
+    if node not in SOFTMAX and output is not None:
+        order = tuple(sorted(order, key=output.stride, reverse=True))
+    back = tuple(order.index(each) for each in range(tensor.dim()))
+    steps: list[tuple[str, tuple[Any, ...]]] = [swap, ("contiguous", ())]
+    if order != tuple(range(tensor.dim())):
+        steps = [swap, ("permute", (order,)), ("contiguous", ()), ("permute", (back,))]
+    values: list[Any] = [None] * (2 + len(steps))
     if with_values and output is not None:
-        values = (tensor.transpose(dim, -1), output.transpose(dim, -1), output)
+        values = [traced(tensor, [swap]), traced(output, [swap, ("contiguous", ())])]
+        for step in steps:
+            values.append(traced(values[-1], [step]))
     with graph.inserting_before(node):
-        transposed = graph.call_method("transpose", (source, dim, -1))
+        nodes = [graph.call_method(swap[0], (source, *swap[1]))]
         if node in SOFTMAX:
             kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "dim")}
-            last = graph.create_node(node.op, node.target, (transposed, -1, *node.args[2:]), kwargs)
+            nodes.append(graph.create_node(node.op, node.target, (nodes[0], -1, *node.args[2:]), kwargs))
         else:
-            last = graph.call_function(torch.softmax, (transposed, -1))
-        back = graph.call_method("transpose", (last, dim, -1))
-    for new, value in zip((transposed, last, back), values, strict=True):
+            nodes.append(graph.call_function(torch.softmax, (nodes[0], -1)))
+        for method, args in steps:
+            nodes.append(graph.call_method(method, (nodes[-1], *args)))
+    for new, value in zip(nodes, values, strict=True):
         new.meta = {**node.meta, "example_value": value}
-    node.replace_all_uses_with(back)
+    node.replace_all_uses_with(nodes[-1])
     graph.erase_node(node)

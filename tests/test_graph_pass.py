@@ -520,6 +520,21 @@ def test_look_alikes_of_other_numbers_of_dims_come_out_right(
     assert relative_l2(compiled(*inputs), attend(*inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_look_alikes_keep_their_strides(spelling: str, dim: int, transposed: bool) -> None:
+    def weigh(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (k @ q.mT).mT if transposed else q @ k.mT
+        weights = SPELLINGS[spelling](scores, dim)
+        return weights, weights.mT.view(-1) if weights.mT.is_contiguous() else weights.view(-1)
+
+    inputs = torch.randn(2, 3, 16, 8), torch.randn(2, 3, 12, 8)
+    for out, expected in zip(run(weigh, *inputs)[0], weigh(*inputs), strict=True):
+        assert out.stride() == expected.stride()
+        torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("spelling", ["method", "written out"])
 def test_look_alikes_under_vmap_compile(spelling: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

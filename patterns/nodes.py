@@ -192,6 +192,16 @@ def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
     return {user for user in node.users if not _reads_shape_only(user, node)} == set(readers)
 
 
+def uncast(node: Any) -> Any:
+    """`node` before casts between floating dtypes, as far back as nobody else reads what is cast."""
+    while isinstance(node, fx.Node) and casts_floats(node):
+        source = argument(node, 0, "input")
+        if not isinstance(source, fx.Node) or not only_reader(source, node):
+            break
+        node = source
+    return node
+
+
 @dataclass(frozen=True)
 class Reduction:
     """One number for each row of `source` along `dim` (0 and above), kept as a dim of 1; `chain` are the nodes from the

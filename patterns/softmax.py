@@ -21,11 +21,11 @@ from sage_inductor.patterns.nodes import (
     SUM,
     Reduction,
     argument,
-    casts_floats,
     only_reader,
     operands,
     reduction,
     shape_of,
+    uncast,
 )
 from sage_inductor.patterns.numbers import number
 
@@ -80,7 +80,7 @@ def quotient(node: Any) -> tuple[Any, Any]:
 def divided(node: fx.Node, exponential: Any, divisor: Any, user: fx.Node) -> Softmax | None:
     """`e / e.sum(dim, keepdim=True)` where e is the exponential of x, or a cast of it: `node` divides by the sum, `user`
     reads e besides."""
-    power, _ = uncast(exponential)
+    power = uncast(exponential)
     source = argument(power, 0, "input") if power in EXP else None
     if not isinstance(source, fx.Node):
         return None
@@ -98,17 +98,6 @@ def divided(node: fx.Node, exponential: Any, divisor: Any, user: fx.Node) -> Sof
     if not only_reader(exponential, user, total.chain[0]):
         return None
     return Softmax(source, total.dim, (power,))
-
-
-def uncast(node: Any) -> tuple[Any, fx.Node | None]:
-    """`node` before casts between floating dtypes of what nobody else sees, and the first of those casts, if any."""
-    cast = None
-    while isinstance(node, fx.Node) and casts_floats(node):
-        before = argument(node, 0, "input")
-        if not isinstance(before, fx.Node) or not only_reader(before, node):
-            break
-        node, cast = before, node
-    return node, cast
 
 
 def own_maximum(node: fx.Node, dim: int) -> fx.Node | None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, traced
+from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, laid_out_as, traced
 from sage_inductor.patterns.axes import Order, ordered, permutation, viewed
 from sage_inductor.patterns.heads import folded, lifted, unfolded
 from sage_inductor.patterns.logits import Logits, logits_of
@@ -30,11 +30,12 @@ from sage_inductor.patterns.nodes import (
     casts_floats,
     only_reader,
     shape_of,
+    uncast,
     unexpanded,
 )
 from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
-from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax, uncast
+from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 
 
 class SoftmaxMatmul(Pattern):
@@ -65,10 +66,10 @@ class SoftmaxMatmul(Pattern):
 def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
     """`(e @ v) / e.sum(-1, keepdim=True)` where e is the exponential of the logits; the product, or e in it, may be cast."""
     numerator, divisor = quotient(node)
-    product, cast = uncast(numerator)
+    product = uncast(numerator)
     if not isinstance(product, fx.Node) or shape_of(product) != shape_of(node):
         return None
-    if not only_reader(numerator, node) or not only_reader(product, cast or node):
+    if not only_reader(numerator, node):
         return None
     for outer in weighted_sums(product):
         weights = outer.weights
@@ -172,10 +173,8 @@ def _as_laid_out(output: Tensor, restore: Steps, undo: Steps) -> tuple[Steps, St
     plain = traced(output, undo)
     if not restore or (plain.stride(-1) == 1 and _strides(traced(plain, restore)) == _strides(output)):
         return restore, undo
-    memory = tuple(sorted(range(output.dim()), key=output.stride, reverse=True))
-    back = tuple(memory.index(dim) for dim in range(output.dim()))
     undo = (*undo, ("contiguous", ()))
-    restore = (*restore, ("permute", memory), ("contiguous", ()), ("permute", back))
+    restore = (*restore, *laid_out_as(output))
     return (restore, undo) if _strides(traced(output, (*undo, *restore))) == _strides(output) else None
 
 

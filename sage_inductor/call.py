@@ -53,6 +53,13 @@ def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tenso
     return value
 
 
+def laid_out_as(tensor: Tensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Methods, with their arguments, that copy another tensor of this shape into the same order of dims in memory."""
+    dims = range(tensor.dim())
+    memory = tuple(sorted(dims, key=tensor.stride, reverse=True))
+    return ("permute", memory), ("contiguous", ()), ("permute", tuple(memory.index(dim) for dim in dims))
+
+
 def tracing(*values: Any) -> AbstractContextManager[Any]:
     """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors."""
     modes = (getattr(value, "fake_mode", None) for value in values)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
 
-from sage_inductor.call import example_tensor, traced
+from sage_inductor.call import example_tensor, laid_out_as, traced
 from sage_inductor.patterns.nodes import DIV, SOFTMAX, argument
 from sage_inductor.patterns.softmax import own_maximum, softmax
 
@@ -33,6 +32,13 @@ def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
         found = softmax(node) if node in DIV else None
         if found is None or own_maximum(found.logits, found.dim) is None:
             return
+        # With a cast between the exponential and the division it is no match, and torch.softmax would lose the cast; one
+        # that changes nothing is gone before Inductor looks.
+        dtypes = {
+            tensor.dtype for item in (found.logits, node) if (tensor := example_tensor(item)) is not None
+        }
+        if len(dtypes) > 1:
+            return
         source, dim = found.logits, found.dim
     tensor = example_tensor(source) if isinstance(source, fx.Node) else None
     if tensor is None or tensor.dim() < 3:
@@ -43,29 +49,21 @@ def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
         return
     graph, output = node.graph, example_tensor(node)
     swap = ("transpose", (dim, -1))
-    # Users rely on strides: torch's softmax is contiguous, a quotient lies in memory as its operand does.
-    order = tuple(range(tensor.dim()))
-    if node not in SOFTMAX and output is not None:
-        order = tuple(sorted(order, key=output.stride, reverse=True))
-    back = tuple(order.index(each) for each in range(tensor.dim()))
-    steps: list[tuple[str, tuple[Any, ...]]] = [swap, ("contiguous", ())]
-    if order != tuple(range(tensor.dim())):
-        steps = [swap, ("permute", (order,)), ("contiguous", ()), ("permute", (back,))]
-    values: list[Any] = [None] * (2 + len(steps))
-    if with_values and output is not None:
-        values = [traced(tensor, [swap]), traced(output, [swap, ("contiguous", ())])]
-        for step in steps:
-            values.append(traced(values[-1], [step]))
+    # Users rely on strides.
+    steps = (swap, ("contiguous", ())) if output is None else (swap, *laid_out_as(output))
+    value = traced(output, [swap, ("contiguous", ())]) if with_values and output is not None else None
     with graph.inserting_before(node):
-        nodes = [graph.call_method(swap[0], (source, *swap[1]))]
+        transposed = graph.call_method(swap[0], (source, *swap[1]))
+        transposed.meta = {**node.meta, "example_value": traced(tensor, [swap]) if with_values else None}
         if node in SOFTMAX:
             kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "dim")}
-            nodes.append(graph.create_node(node.op, node.target, (nodes[0], -1, *node.args[2:]), kwargs))
+            last = graph.create_node(node.op, node.target, (transposed, -1, *node.args[2:]), kwargs)
         else:
-            nodes.append(graph.call_function(torch.softmax, (nodes[0], -1)))
+            last = graph.call_function(torch.softmax, (transposed, -1))
+        last.meta = {**node.meta, "example_value": value}
         for method, args in steps:
-            nodes.append(graph.call_method(method, (nodes[-1], *args)))
-    for new, value in zip(nodes, values, strict=True):
-        new.meta = {**node.meta, "example_value": value}
-    node.replace_all_uses_with(nodes[-1])
+            value = None if value is None else traced(value, [(method, args)])
+            last = graph.call_method(method, (last, *args))
+            last.meta = {**node.meta, "example_value": value}
+    node.replace_all_uses_with(last)
     graph.erase_node(node)

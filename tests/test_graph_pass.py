@@ -476,8 +476,9 @@ def look_alike(q: Tensor, k: Tensor, v: Tensor, dim: int) -> Tensor:
     return ((q @ k.transpose(-2, -1)) * 0.2).softmax(dim) @ v
 
 
-def written_out(scores: Tensor, dim: int) -> Tensor:
+def written_out(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     exponentials = (scores - scores.amax(dim, keepdim=True)).exp()
+    exponentials = exponentials if dtype is None else exponentials.to(dtype)
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
@@ -489,6 +490,7 @@ SPELLINGS: dict[str, Any] = {
     "aten": lambda scores, dim: torch.ops.aten.softmax.int(scores, dim),
     "aten, decomposed": lambda scores, dim: torch.ops.aten._softmax.default(scores, dim, False),
     "written out": written_out,
+    "written out, a cast that changes nothing": lambda scores, dim: written_out(scores, dim, torch.float32),
 }
 
 
@@ -533,6 +535,14 @@ def test_look_alikes_keep_their_strides(spelling: str, dim: int, transposed: boo
     for out, expected in zip(run(weigh, *inputs)[0], weigh(*inputs), strict=True):
         assert out.stride() == expected.stride()
         torch.testing.assert_close(out, expected)
+
+
+def test_a_look_alike_with_a_cast_keeps_its_dtype() -> None:
+    def weigh(q: Tensor, k: Tensor) -> Tensor:
+        return written_out(q @ k.mT, 1, torch.bfloat16)
+
+    inputs = torch.randn(2, 3, 16, 8), torch.randn(2, 3, 12, 8)
+    torch.testing.assert_close(run(weigh, *inputs)[0], weigh(*inputs))
 
 
 @pytest.mark.parametrize("spelling", ["method", "written out"])

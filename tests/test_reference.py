@@ -176,22 +176,21 @@ def test_a_mean_that_v_does_not_have_is_not_subtracted() -> None:
     assert (kv.v_mean - 1).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
-def test_attention_sink(mean: float) -> None:
-    """What the README says: a key of little value that draws nearly all weight costs INT8 P the small weights beside it."""
-    direction = F.normalize(normal(64), dim=0)
-    q = normal(1, 2, 1024, 64) + 4 * direction
-    k, v = normal(1, 2, 1024, 64), normal(1, 2, 1024, 64) + mean * normal(1, 2, 1, 64)
-    k[:, :, 0] += 24 * direction
-    v[:, :, 0] *= 0.05
-    errors = {
-        precision: relative_l2(reference.attention(q, k, v, precision=precision)[0], exact(q, k, v)[0])
-        for precision in BOUNDS
-    }
-    assert errors["accurate"] < 0.014 and errors["fast"] < 0.12
-    assert (
-        (0.13 if mean == 0 else 0) < errors["balanced"] < 0.2
-    )  # .13 and more: rounded away in the sink's block
+def test_attention_sink() -> None:
+    """What the README says: a key of little value that draws nearly all weight costs INT8 P the small weights beside it.
+    The worst of six draws, in half of which V has a mean."""
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    for mean in (0.0, 1.0) * 3:
+        direction = F.normalize(normal(64), dim=0)
+        q = normal(1, 2, 1024, 64) + 4 * direction
+        k, v = normal(1, 2, 1024, 64), normal(1, 2, 1024, 64) + mean * normal(1, 2, 1, 64)
+        k[:, :, 0] += 24 * direction
+        v[:, :, 0] *= 0.05
+        expected, _ = exact(q, k, v)
+        for precision in BOUNDS:
+            out, _ = reference.attention(q, k, v, precision=precision)
+            worst[precision] = max(worst[precision], relative_l2(out, expected))
+    assert worst["accurate"] < 0.014 and worst["fast"] < 0.12 and 0.15 < worst["balanced"] < 0.25, worst
 
 
 @pytest.mark.parametrize("precision", BOUNDS)

@@ -76,16 +76,15 @@ class AttentionImpl(ABC):
         Raises:
             ValueError: sizes or a scale that make no sense.
         """
-        for name, value in (
-            ("num_heads", num_heads), ("head_size", head_size), ("num_kv_heads", num_kv_heads),
-        ):  # fmt: skip
-            if not isinstance(value, int) and not (value is None and name == "num_kv_heads"):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": head_size}
+        for name, value in sizes.items():
+            if not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} (valid: an int)")
         if softmax_scale is not None and not (
             isinstance(softmax_scale, Real) and math.isfinite(softmax_scale)
         ):
             raise ValueError(f"softmax_scale={softmax_scale!r} (valid: a finite number, None)")
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads}, num_kv_heads={kv_heads} (valid: num_heads a multiple)")
         if head_size < 1:

@@ -68,6 +68,7 @@ struct Params {
     float* lse;
     long long out_b, out_h, out_m, lse_b, lse_h, mask_b, mask_n;
     int batch, heads, group, q_len, kv_len, q_blocks, kv_blocks, low, high, v_dim, tiles_per_head;
+    int together;            // heads (and pieces of them) whose tiles are dealt out together, longest first
     int whole;               // tiles that are computed in one go; those after them are dealt out by blocks
     int grid, units;         // programs, and blocks that are dealt out
     int wide;                // rows of the output start at multiples of 16 bytes
@@ -193,10 +194,12 @@ struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
-        // A piece's tiles follow each other, so that those that run at a time share K and V in L2, and so do a head's
-        // pieces, which share K; of a piece's tiles the last, under a causal mask the longest, come first.
-        const int bhp = item.tile / p.tiles_per_head, bh = bhp / PIECES;
-        m0 = (p.tiles_per_head - 1 - (item.tile - bhp * p.tiles_per_head)) * BLOCK_M;
+        // The tiles of `together` pieces follow each other, so that those that run at a time share K and V in L2, and so do
+        // a head's pieces, which share K; of these tiles the last, under a causal mask the longest, come first.
+        const int dealt = item.tile / (p.together * p.tiles_per_head) * p.together;  // pieces before these
+        const int count = min(p.together, p.batch * p.heads * PIECES - dealt), number = item.tile - dealt * p.tiles_per_head;
+        const int rank = number / count, bhp = dealt + number - rank * count, bh = bhp / PIECES;
+        m0 = (p.tiles_per_head - 1 - rank) * BLOCK_M;
         piece = bhp - bh * PIECES;
         b = bh / p.heads;
         h = bh - b * p.heads;

@@ -41,7 +41,7 @@ class _Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "low", "high", "v_dim",
-                "tiles_per_head", "whole", "grid", "units", "wide", "zero",
+                "tiles_per_head", "together", "whole", "grid", "units", "wide", "zero",
             )
         ]
     )  # fmt: skip
@@ -122,6 +122,7 @@ class HopperCall(Call):
             high=high or 0,
             v_dim=out.shape[3],
             tiles_per_head=tiles_per_head,
+            together=self.together(params) * variant.pieces,
             whole=work.whole,
             grid=work.grid,
             units=work.units,

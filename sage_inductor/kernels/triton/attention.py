@@ -269,6 +269,7 @@ _UNSPECIALIZED = [
     "kv_len",
     "q_blocks",
     "kv_blocks",
+    "together",
     "window_left",
     "window_right",
     "stride_ob",
@@ -304,6 +305,7 @@ def attention_kernel(
     kv_len,
     q_blocks,
     kv_blocks,
+    together,
     window_left,
     window_right,
     stride_ob,
@@ -344,15 +346,18 @@ def attention_kernel(
     Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides but the last of out come
     in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and
     kv_len are the longest of a varlen call. A 1-D grid of batch * heads * ceil(q_len / BLOCK_M) programs: the
-    tiles of a head follow each other, so that those that run at a time share K and V in L2, and the last, under
-    a causal mask the longest, come first.
+    tiles of `together` heads follow each other, so that those that run at a time share K and V in L2, and the
+    last of all these, under a causal mask the longest, come first.
     """
     if OVERLAP:
         gdc_wait()
     tiles = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
-    tile = tiles - 1 - pid % tiles
-    bh = pid // tiles
+    first_bh = pid // (together * tiles) * together
+    rank = pid - first_bh * tiles
+    count = min(together, batch * heads - first_bh)
+    tile = tiles - 1 - rank // count
+    bh = first_bh + rank % count
     b = bh // heads
     h = bh % heads
     kv_heads = heads // group

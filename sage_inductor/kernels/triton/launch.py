@@ -23,6 +23,7 @@ from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
 from .tuning import LaunchConfig
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
+TOGETHER_BYTES = 16 << 20  # of K and V of the heads whose tiles are dealt out together: they stay in the L2 cache
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]
@@ -117,6 +118,15 @@ class Call:
         self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
         self._prepare_attention(params, out, lse)
 
+    def together(self, params: AttentionParams) -> int:
+        """Heads whose tiles are dealt out together, longest first, where a mask makes tiles of different lengths: with
+        those of one head after the other, long tiles of the last heads would be left for the end."""
+        if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None):
+            return 1
+        batch, heads, kv_heads, _, kv_len, *_ = self.sizes
+        kv_bytes = kv_len * (self.plan.d + self.plan.dv * self.plan.v_dtype.itemsize)
+        return min(heads // kv_heads * max(TOGETHER_BYTES // max(kv_bytes, 1), 1), max(batch * heads, 1))
+
     def _make_parts(self) -> None:
         plan, sizes = self.plan, self.sizes
         rows = sizes.kv_heads * sizes.kv_blocks * KEY_BLOCK
@@ -195,7 +205,7 @@ class Call:
             own=(*self._tiles(), self.scales),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
-                params.window_left, 0 if params.is_causal else params.window_right,
+                self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
                 *out_strides, *lse_strides, *mask.units,
             ),
             specialized=(out_strides[3], mask.units[3]),

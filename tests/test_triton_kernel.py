@@ -104,6 +104,36 @@ def test_error_against_float64_is_as_documented(precision: str, is_causal: bool)
     assert max_error(lse, expected_lse) <= LSE_TOLERANCE
 
 
+@pytest.mark.parametrize("window_left", [-1, 100])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kv_heads_together", "together"),
+    [(5, 5, 2, 2), (6, 2, 0, 3), (3, 3, 99, 6)],
+    ids=["some, and one left", "a group", "all"],
+)
+def test_tiles_of_several_heads_are_dealt_out_together(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+    kv_heads_together: int,
+    together: int,
+    window_left: int,
+) -> None:
+    from sage_inductor.kernels.triton import launch
+
+    kv_len = 290
+    monkeypatch.setattr(launch, "TOGETHER_BYTES", kv_heads_together * kv_len * 2 * 64)
+    own, seen = launch.Call.together, []
+
+    def recorded(call: launch.Call, params: AttentionParams) -> int:
+        seen.append(own(call, params))
+        return seen[-1]
+
+    monkeypatch.setattr(launch.Call, "together", recorded)
+    q, k, v = randn(2, heads, 280, 64), randn(2, kv_heads, kv_len, 64), randn(2, kv_heads, kv_len, 64)
+    check(q, k, v, None, AttentionParams(is_causal=True, window_left=window_left))
+    assert set(seen) == {together}
+
+
 def test_tiles_by_pointer_agree_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below compute capability 9.0 there are no tensor descriptors, and the launch configurations differ."""
     from sage_inductor.kernels.triton import launch
@@ -450,7 +480,7 @@ def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> Attentio
         ),
         (
             sized(1, 32, 16384, 64, precision="accurate", is_causal=True),
-            ["head_dim=64, 64 (faster than SDPA: none for causal 'accurate' on sm_90)"],
+            ["head_dim=64, 64 (faster than SDPA: 128 for causal 'accurate' on sm_90)"],
         ),
     ],
 )

@@ -23,7 +23,7 @@ from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
 from .tuning import LaunchConfig
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
-TOGETHER_BYTES = 16 << 20  # of K and V of the heads whose tiles are dealt out together: they stay in the L2 cache
+TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]

@@ -1,6 +1,6 @@
 // INT8 QK^T attention for Hopper (sm_90a): one thread brings Q, K and V by TMA; two or three warpgroups of 64 queries each
-// multiply with wgmma and do the softmax. compile.py defines the macros and puts the wgmma wrappers (wgmma.py) in front.
-// The workspace it reads is described in ../triton/quantize.py.
+// multiply with wgmma and do the softmax; one warp for each of those writes its output. compile.py defines the macros and
+// puts the wgmma wrappers (wgmma.py) in front. The workspace it reads is described in ../triton/quantize.py.
 //
 //   HEAD_DIM               a multiple of 32 up to 256
 //   V_HEAD_DIM, PIECES     V's head dim is PIECES times V_HEAD_DIM channels, a multiple of 16; a tile is of one piece, and
@@ -8,7 +8,8 @@
 //   SPAN_BYTES             of a row of Q or K that lie together in shared memory: 32, 64 or 128, as they are swizzled
 //   PV                     0: FP8 P and V; 1: INT8, P unsigned per block of 128 keys; 2: BF16; 3: FP16
 //   OUT                    0: BF16, 1: FP16, 2: FP32
-//   OUT_PASSES             in which an output of 16 bits goes through shared memory, so that less of that will do
+//   OUT_PASSES             in which an output of 16 bits goes through shared memory, so that less of that will do; with
+//                          one, other warps write it
 //   CONSUMERS, STAGES      warpgroups that compute; tiles of K and of V in flight
 //   HAS_LOW, HAS_HIGH      query i sees keys from i + low, to i + high
 //   KEY_MASK               a mask over keys, the same for every query
@@ -27,6 +28,7 @@ constexpr int SPANS = (HEAD_DIM + SPAN_BYTES - 1) / SPAN_BYTES;
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
+constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
 // time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
@@ -41,6 +43,9 @@ constexpr int V_SPAN_BYTES = V_ROWS * 128, V_BYTES = V_SPANS * V_SPAN_BYTES;
 constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int OUT_COLUMNS = V_HEAD_DIM / OUT_PASSES;
 constexpr int OUT_PITCH = 2 * OUT_COLUMNS + 16;  // of a row in shared memory: no two threads of a warp meet in a bank
+constexpr bool HANDED_OVER = OUT != 2 && OUT_PASSES == 1;  // to warps that write it
+// Named barriers: 0 is __syncthreads', 1 + c is the c-th warpgroup's own, these it shares with the warp that writes for it.
+constexpr int STRIPE_FULL = 1 + CONSUMERS, STRIPE_EMPTY = 1 + 2 * CONSUMERS;
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
@@ -89,6 +94,10 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile("{ .reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
+// One of the 16 barriers of the hardware, which are for whole warps: all wait until `threads` are there.
+__device__ __forceinline__ void named_barrier(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row) : "memory");
@@ -97,6 +106,11 @@ __device__ __forceinline__ void prefetch(const float* at) { asm volatile("prefet
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 // A K-major matrix of rows of `span_bytes`, the swizzle span.
@@ -146,6 +160,30 @@ __device__ __forceinline__ u32 to_u8(float a, float b, float c, float d) {
 __device__ __forceinline__ u32 to_16_bits(float a, float b) { return PV == 3 ? to_f16(a, b) : to_bf16(a, b); }
 // Two elements of the output, where they are of 16 bits.
 __device__ __forceinline__ u32 to_output(float a, float b) { return OUT == 1 ? to_f16(a, b) : to_bf16(a, b); }
+// What lies in shared memory of a warpgroup's 64 rows of output, 16 bits an element.
+struct Stripe {
+    unsigned short* out;  // nullptr: there are no more
+    int rows, columns;    // that the output still has
+};
+// A warp writes a stripe from `source`, which may be written again afterwards.
+__device__ __forceinline__ void write_stripe(const Stripe& stripe, long long pitch, bool wide, u32 source, int lane) {
+    const int rows = min(stripe.rows, 64), columns = min(stripe.columns, OUT_COLUMNS);
+    if (wide) {
+#pragma unroll 1
+        for (int row = lane; row < rows; row += 32)
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                         ::"l"(stripe.out + row * pitch), "r"(source + row * OUT_PITCH), "r"(2 * columns) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    } else {
+#pragma unroll 1
+        for (int row = 0; row < rows; row++)
+            for (int column = 2 * lane; column < columns; column += 64) {
+                u32 x;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(source + row * OUT_PITCH + 2 * column) : "memory");
+                *(u32*)(stripe.out + row * pitch + column) = x;
+            }
+    }
+}
 // A warp's 16 rows from shared memory, a Word at a time.
 template <class Word> __device__ __forceinline__ void write_rows(unsigned short* out, long long pitch, u32 source, int lane,
                                                                 int rows, int columns) {
@@ -265,6 +303,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[4 + 4 * STAGES];
     __shared__ Item items[2];
+    __shared__ Stripe stripes[CONSUMERS];  // on their way
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
@@ -338,6 +377,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                                   v_column + i * BLOCK_N + w * 64, v_row);
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
+            }
+        }
+        const int c = (threadIdx.x >> 5) - 1;
+        if (HANDED_OVER && c >= 0 && c < CONSUMERS) {  // these warps write, and may as well wait at both barriers
+            while (true) {
+                named_barrier(STRIPE_EMPTY + c, 160);
+                named_barrier(STRIPE_FULL + c, 160);
+                const Stripe stripe = stripes[c];
+                if (!stripe.out) break;
+                write_stripe(stripe, p.out_m, p.wide, out_tiles + c * 64 * OUT_PITCH, threadIdx.x & 31);
+                __syncwarp();
             }
         }
         return;
@@ -511,7 +561,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 
     barrier_wait(q_full(0), 0);
     Item item = items[0];
-    if (item.tile < 0) return;
     Tile t(p, item);
     int part = item.part;
     const float *k_scale, *v_scale;
@@ -546,7 +595,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto write = [&](float2 channel) {
         if (PV < 2) {
             if (thread < V_HEAD_DIM) channels[consumer][q_stage][thread] = channel;
-            asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
+            named_barrier(1 + consumer, 128);
         }
         float sums[NT];
         if (PV == 1) {
@@ -557,15 +606,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #pragma unroll
             for (int j = 0; j < NO; j++) sums[j] = output[j % NOUT];
         } else {
-            const float unit = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
+            const float one = summed > 0 ? 1.f : 0.f, unit = TWO_LEVELS ? one * exp2_approx(v_unit) : 1.f;
 #pragma unroll
             for (int j = 0; j < NT; j++)
-                sums[j] = TWO_LEVELS ? fmaf(summed > 0 ? (float)product[j] : 0.f, j >= NO ? 1.f : unit, output[j % NOUT]) : (float)product[j];
+                sums[j] = TWO_LEVELS ? fmaf((float)product[j], j >= NO ? one : unit, output[j % NOUT]) : (float)product[j];
             rows.sum0 = __shfl_sync(~0u, sums[NT - 4], lane & ~3);
             rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
         }
-        const bool empty0 = rows.sum0 == 0.f, empty1 = rows.sum1 == 0.f;
-        const float inverse0 = empty0 ? 0.f : __frcp_rn(rows.sum0), inverse1 = empty1 ? 0.f : __frcp_rn(rows.sum1);
+        const bool empty0 = MAY_BE_EMPTY && rows.sum0 == 0.f, empty1 = MAY_BE_EMPTY && rows.sum1 == 0.f;
+        const float inverse0 = empty0 ? 0.f : reciprocal(rows.sum0), inverse1 = empty1 ? 0.f : reciprocal(rows.sum1);
 #pragma unroll
         for (int j = 0; j < V_HEAD_DIM / 8; j++) {
             float4 c = make_float4(1.f, 0.f, 1.f, 0.f);
@@ -594,12 +643,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                     if (row1 < p.q_len) *(float2*)(target + 8 * p.out_m + 8 * j) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
                 }
         } else {
-            // Through shared memory, where each warp has its 16 rows, so that it writes rows and not pieces of eight.
+            // To shared memory, where each warp has its 16 rows, so that rows are written and not pieces of eight. If there is
+            // room for all of them another warp goes on from there, while this one is at the next tile.
             const int first = row_in_tile - (lane >> 2);
             const u32 staged = out_tiles + first * OUT_PITCH;
 #pragma unroll
             for (int c = 0; c < V_HEAD_DIM; c += OUT_COLUMNS) {
-                __syncwarp();
+                if (HANDED_OVER) named_barrier(STRIPE_EMPTY + consumer, 160);
+                else __syncwarp();
 #pragma unroll
                 for (int j = 0; j < OUT_COLUMNS / 8; j++) {
                     const u32 to = staged + (lane >> 2) * OUT_PITCH + 16 * j + 4 * quad;
@@ -607,14 +658,21 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(to_output(x[0], x[1])) : "memory");
                     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * OUT_PITCH), "r"(to_output(x[2], x[3])) : "memory");
                 }
-                __syncwarp();
-                unsigned short* const out = (unsigned short*)p.out + at + c + (t.m0 + first) * p.out_m;
-                const int rows_left = p.q_len - t.m0 - first;
-                if (p.wide) write_rows<uint4>(out, p.out_m, staged, lane, rows_left, v_dim - c);
-                else write_rows<u32>(out, p.out_m, staged, lane, rows_left, v_dim - c);
+                unsigned short* const out = (unsigned short*)p.out + at + c;
+                if (HANDED_OVER) {
+                    const int row = t.m0 + consumer * 64;
+                    if (leader) stripes[consumer] = {out + row * p.out_m, p.q_len - row, v_dim};
+                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will read it
+                    named_barrier(STRIPE_FULL + consumer, 160);
+                } else {
+                    __syncwarp();
+                    const int row = t.m0 + first;
+                    if (p.wide) write_rows<uint4>(out + row * p.out_m, p.out_m, staged, lane, p.q_len - row, v_dim - c);
+                    else write_rows<u32>(out + row * p.out_m, p.out_m, staged, lane, p.q_len - row, v_dim - c);
+                }
             }
         }
-        if ((RETURN_LSE || SPLIT) && quad == 0) {
+        if ((RETURN_LSE || (SPLIT && part >= 0)) && quad == 0) {
             const float exponent = PV == 1 ? LOG2_255 : P_EXPONENT, none = __int_as_float(0xff800000);
             const float lse0 = empty0 ? none : rows.maximum0 + log2f(rows.sum0) - exponent;
             const float lse1 = empty1 ? none : rows.maximum1 + log2f(rows.sum1) - exponent;
@@ -791,6 +849,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         part = item.part;
         if (!more) break;
         load_scales();
+    }
+    if (HANDED_OVER) {
+        named_barrier(STRIPE_EMPTY + consumer, 160);
+        if (leader) stripes[consumer] = {nullptr, 0, 0};
+        named_barrier(STRIPE_FULL + consumer, 160);
     }
 }
 

@@ -84,7 +84,7 @@ class Variant:
     @property
     def fits(self) -> bool:
         """Whether a multiprocessor has the shared memory, static variables included."""
-        static = 8 * (4 + 4 * self.stages) + 2 * 16  # barriers, items
+        static = 8 * (4 + 4 * self.stages) + 16 * (2 + self.consumers)  # barriers, items, stripes
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
@@ -147,7 +147,7 @@ def choose_variant(
         )
         for pieces in (1, 2)
         if dv // pieces <= channels
-        for stages in range(4 if widest <= 64 else 3, 1, -1)
+        for stages in range(4 if widest <= 128 else 3, 1, -1)
         for passes in numbers_of_passes
         if dv // pieces // passes % 16 == 0
     )

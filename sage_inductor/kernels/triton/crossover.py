@@ -25,13 +25,13 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("fast", 160, False): 8192,
     ("fast", 192, False): 8192,
     ("balanced", 64, False): 8192,
-    ("balanced", 64, True): 16384,
     ("balanced", 96, False): 4096,
     ("balanced", 96, True): 16384,
     ("balanced", 128, False): 8192,
     ("balanced", 128, True): 8192,
     ("balanced", 160, False): 8192,
     ("balanced", 192, False): 16384,
+    ("accurate", 128, True): 32768,
     ("accurate", 160, False): 8192,
 }
 MIN_Q_LEN = 4096  # queries times query heads per kv head: fewer do not pay for quantising the keys

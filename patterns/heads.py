@@ -55,7 +55,10 @@ def _unrepeated(item: Value) -> Value:
 
 def unfolded(query: Value, key: Value, value: Value, views: tuple[tuple[Any, ...], ...]) -> Grouped | None:
     """Four dims and fewer: as they are, except where heads were folded into the batch for bmm and masks are written for
-    `[batch, heads, ...]`, which `views` of the scores show. None where the number of heads is not known."""
+    `[batch, heads, ...]`, which `views` of the scores show, or where only one of the products has them folded. None
+    where the number of heads is not known."""
+    if len(shape_of(query)) != len(shape_of(value)):
+        return _half_folded(query, key, value)
     if len(shape_of(query)) == 3:
         last_two = views[-1][-2:]
         view = next((view for view in views if len(view) == 4 and view[-2:] == last_two), None)
@@ -66,6 +69,27 @@ def unfolded(query: Value, key: Value, value: Value, views: tuple[tuple[Any, ...
             query, key, value = (Expr.of(step[0], item, *step[1]) for item in (query, key, value))
             return Grouped(query, key, value, restore=(("flatten", (0, 1)),), undo=(step,))
     return Grouped(query, key, value)
+
+
+def _half_folded(query: Value, key: Value, value: Value) -> Grouped | None:
+    """Heads folded into the batch for one of the products: scores `[batch * heads, q, k]` viewed as `[batch, heads, q,
+    k]` before the weights meet `value` (the old GPT-NeoX), or weights folded for it."""
+    shapes = [shape_of(item) for item in (query, key, value)]
+    if {len(shape) for shape in shapes} != {3, 4}:
+        return None
+    batch, heads = next(shape for shape in shapes if len(shape) == 4)[:2]
+    if not isinstance(heads, int) or any(
+        (shape[0] != batch * heads) if len(shape) == 3 else (shape[:2] != (batch, heads)) for shape in shapes
+    ):
+        return None
+    step = ("unflatten", (0, (-1, heads)))
+    query, key, value = (
+        Expr.of(step[0], item, *step[1]) if len(shape) == 3 else item
+        for item, shape in zip((query, key, value), shapes, strict=True)
+    )
+    if len(shapes[2]) == 4:
+        return Grouped(query, key, value)
+    return Grouped(query, key, value, restore=(("flatten", (0, 1)),), undo=(step,))
 
 
 def lifted(item: Value, logits: tuple[Any, ...], scores: tuple[Any, ...]) -> Value | None:

@@ -18,6 +18,7 @@ from sage_inductor.patterns.nodes import (
     CAST,
     CLAMP,
     DIV,
+    LIKE,
     MASKED_FILL,
     MAXIMUM,
     MUL,
@@ -25,13 +26,14 @@ from sage_inductor.patterns.nodes import (
     SAME,
     SUB,
     WHERE,
+    ZEROS,
     argument,
     casts_floats,
     only_reader,
     operands,
     shape_of,
 )
-from sage_inductor.patterns.numbers import number
+from sage_inductor.patterns.numbers import filled_with, number
 from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 
@@ -150,11 +152,18 @@ def _complete(logits: Logits, node: fx.Node) -> Logits | None:
     shape = ordered(shape_of(node), logits.order)
     if found is None or shape[-2:] != logits.views[0][-2:]:
         return None
-    if found.bias is not None:
+    if found.bias is not None and not _new_zeros(found.bias, node):
         logits = logits.plus(found.bias, node)
     if logits.zeroed is not None or (logits.zeroed_alone and (logits.bias or len(logits.allowed) > 1)):
         return None
     return replace(logits, product=found, scale=logits.scale * found.scale, views=(*logits.views, shape))
+
+
+def _new_zeros(bias: Value, node: fx.Node) -> bool:
+    """Whether `bias` is zeros, made for `node` alone, so that nothing else can have written there: what `baddbmm` asks
+    for where nothing is to be added."""
+    made = bias in ZEROS or (bias in LIKE and filled_with(bias) == 0)
+    return made and isinstance(bias, fx.Node) and only_reader(bias, node)
 
 
 _Update = Callable[[Logits], "Logits | None"]

@@ -157,6 +157,7 @@ LIKE = Kind(
         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
     ),
 )  # fmt: skip
+ZEROS = Kind((), (torch.zeros, aten.zeros.default))
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 
 

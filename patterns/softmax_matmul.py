@@ -137,7 +137,7 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     left, key, value = logits.product.query, logits.product.key, outer.value
     shapes = [shape_of(item) for item in (left, key, value)]
     dims = len(shapes[0])
-    if dims < 2 or {len(shape) for shape in shapes} != {dims}:
+    if dims < 2 or len(shapes[1]) != dims or (len(shapes[2]) != dims and dims > 4):
         return None
     if shapes[0][-1] != shapes[1][-1] or shapes[1][-2] != shapes[2][-2]:
         return None  # einsum broadcasts what it sums over

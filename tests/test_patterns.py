@@ -169,6 +169,26 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=0.2).softmax(-1), v)
 
 
+@form(
+    "heads folded for the scores alone, zeros added (GPT-NeoX)",
+    (*qkv(), torch.tensor([0.0, -1e9]).repeat(2, 1, 1, 12)),
+    "key_padding",
+)
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    batch = q.shape[0]
+    q, k = (tensor.view(batch * 4, 24, 32) for tensor in (q, k))
+    zeros = torch.zeros(batch * 4, 24, 24, dtype=q.dtype, device=q.device)
+    scores = torch.baddbmm(zeros, q, k.transpose(1, 2), beta=1.0, alpha=0.2)
+    scores = scores.view(batch, 4, 24, -1) + mask
+    return torch.matmul(F.softmax(scores, dim=-1).to(v.dtype), v)
+
+
+@form("heads folded for the values alone", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * 0.2).softmax(-1)
+    return torch.bmm(weights.reshape(-1, 24, 24), v.reshape(-1, 24, 32))
+
+
 @form("heads folded, ALiBi, causal minimum", (*qkv(), torch.randn(8, 1, 24)), "additive")
 def _(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
     q, k, v = (tensor.reshape(8, 24, 32) for tensor in (q, k, v))
@@ -285,6 +305,37 @@ def test_written_out_with_a_dynamic_batch(name: str) -> None:
         if tensor.dim() == 4 and tensor.shape[0] == 2:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     assert relative_l2(compiled(*marked), function(*(tensor.clone() for tensor in inputs))) < BOUND
+
+
+def test_zeros_that_are_written_to_are_a_bias() -> None:
+    def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        zeros = torch.zeros(4, 24, 24)
+        zeros[:, :, ::2] = 3.0
+        return torch.bmm(torch.baddbmm(zeros, q, k.mT, alpha=0.2).softmax(-1), v)
+
+    inputs = [tensor[0] for tensor in qkv()]
+    out, _ = run(written, *inputs)
+    assert relative_l2(out, written(*inputs)) < BOUND
+
+
+def test_heads_folded_in_another_order_are_not_mistaken() -> None:
+    def scores_of(q: Tensor, k: Tensor) -> Tensor:
+        q, k = (tensor.transpose(0, 1).reshape(8, 24, 32) for tensor in (q, k))
+        return (q @ k.mT * 0.2).view(4, 2, 24, 24)
+
+    def values(weights: Tensor, v: Tensor) -> Tensor:
+        weights = weights.softmax(-1).transpose(0, 1).reshape(8, 24, 24)
+        return torch.bmm(weights, v.transpose(0, 1).reshape(8, 24, 32))
+
+    for function in (
+        lambda q, k, v: scores_of(q, k).transpose(0, 1).softmax(-1) @ v,
+        lambda q, k, v: scores_of(q, k).softmax(-1).transpose(0, 1) @ v,
+        lambda q, k, v: values(q @ k.mT * 0.2, v),
+        lambda q, k, v: scores_of(q, k).softmax(-1) @ v.view(4, 2, 24, 32),  # heads and batch exchanged
+    ):
+        inputs = qkv()
+        out, _ = run(function, *inputs)
+        assert relative_l2(out, function(*inputs)) < BOUND
 
 
 LEFT: dict[str, Callable[..., Any]] = {

@@ -35,6 +35,7 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import filled_with, number
 from sage_inductor.patterns.products import Scores, is_product, scores
+from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 
 # What a finite number that hides keys becomes: finite in bfloat16 and float32, and so is the sum of two, where eager
@@ -69,6 +70,7 @@ class Logits:
     # Where the weights are set to zero, until it is seen to be where keys are hidden.
     zeroed: fx.Node | None = None
     zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
+    sink: Value | None = None  # what softmax sees beside the keys
     overwritten: tuple[Term, ...] = ()  # where finite numbers take the place of what hid keys before
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
@@ -118,12 +120,20 @@ class Logits:
         return Term(value, ordered(shape_of(node), self.order))
 
 
-def logits_of(found: Softmax, order: Order, zeroed: fx.Node | None = None) -> Logits | None:
+def logits_of(
+    found: Softmax, order: Order, zeroed: fx.Node | None = None, has_sink: bool = False
+) -> Logits | None:
     """Walk from the softmax back to the first product, gathering what lies between; None at anything unknown. The dims
     of the logits, in `order`, are `[*batch, queries, keys]`. Where `zeroed` is true the weights are set to zero
     afterwards."""
-    readers, node = found.readers, found.logits
-    logits: Logits | None = Logits(order, views=(ordered(shape_of(node), order),), zeroed=zeroed)
+    readers, node, sink = found.readers, found.logits, None
+    if has_sink:
+        beside = without_sink(found, order)
+        if beside is None:
+            return None
+        node, readers, sink = beside
+    views = (ordered(shape_of(node), order),)
+    logits: Logits | None = Logits(order, views=views, zeroed=zeroed, sink=sink)
     while logits is not None:
         if not only_reader(node, *readers):
             return None

@@ -157,6 +157,10 @@ LIKE = Kind(
         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
     ),
 )  # fmt: skip
+CAT = Kind((), (torch.cat, torch.concat, torch.concatenate, aten.cat.default))
+GETITEM = Kind(("__getitem__",), (operator.getitem,))
+SLICE = Kind((), (aten.slice.Tensor,))
+NARROW = Kind(("narrow",), (torch.narrow, aten.narrow.default))
 ZEROS = Kind((), (torch.zeros, aten.zeros.default))
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 

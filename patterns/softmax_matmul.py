@@ -35,6 +35,7 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
+from sage_inductor.patterns.sinks import all_but_last
 from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 
 
@@ -46,7 +47,9 @@ class SoftmaxMatmul(Pattern):
     def match(self, node: fx.Node) -> AttentionCall | None:
         for outer in weighted_sums(node):
             weights = _weights(outer, node)
-            logits = None if weights is None else logits_of(weights.softmax, weights.order, weights.zeroed)
+            logits = None
+            if weights is not None:
+                logits = logits_of(weights.softmax, weights.order, weights.zeroed, weights.has_sink)
             if weights is not None and logits is not None:
                 return _call(node, outer, logits, weights.dropout)
         return _divided_afterwards(node)
@@ -87,24 +90,29 @@ def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
 
 @dataclass(frozen=True)
 class _Weights:
-    """What the left operand of the second product comes from: a softmax, what dropout it went through, and the mask
-    where it was set to zero."""
+    """What the left operand of the second product comes from: a softmax, what dropout it went through, the mask where it
+    was set to zero, and whether the last column was left out, that of a sink."""
 
     softmax: Softmax
     order: Order
     dropout: float
     zeroed: fx.Node | None
+    has_sink: bool
 
 
 def _weights(outer: WeightedSum, reader: fx.Node) -> _Weights | None:
-    dropout, zeroed, order = 0.0, None, outer.order
+    dropout, zeroed, order, has_sink = 0.0, None, outer.order, False
     current: Any = outer.weights
     while isinstance(current, fx.Node) and only_reader(current, reader):
         found = softmax(current)
         if found is not None:
-            return _Weights(found, order, dropout, zeroed) if found.dim == order[-1] else None
+            return _Weights(found, order, dropout, zeroed, has_sink) if found.dim == order[-1] else None
         source, moved = argument(current, 0, "input"), permutation(current)
-        if moved is not None:
+        if all_but_last(current, order[-1]) is not None:
+            if has_sink or zeroed is not None:
+                return None
+            has_sink = True
+        elif moved is not None:
             if zeroed is not None:
                 return None
             order = ordered(moved[1], order)
@@ -160,10 +168,15 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     if any(term is None or not _broadcasts(shape_of(term), scores) for term in terms):
         return None
     present = [term for term in terms if term is not None]
+    if logits.sink is not None and (
+        len(scores) != 4 or grouped.restore or not _broadcasts(shape_of(logits.sink), scores[:-1])
+    ):
+        return None
     mask = _mask(present[: len(logits.allowed)], present[len(logits.allowed) :], dtype)
     return AttentionCall(
         node, SoftmaxMatmul.name, query, key, value, mask,
-        dropout_p=dropout, scale=logits.scale, enable_gqa=grouped.enable_gqa, restore=restore, undo=undo,
+        dropout_p=dropout, scale=logits.scale, enable_gqa=grouped.enable_gqa, sink=logits.sink, restore=restore,
+        undo=undo,
     )  # fmt: skip
 
 

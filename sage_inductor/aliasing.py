@@ -151,7 +151,9 @@ class Writes:
             return False
         position = {node: index for index, node in enumerate(call.node.graph.nodes)}
         inputs = {
-            leaf for item in (call.query, call.key, call.value, call.attn_mask) for leaf in leaves(item)
+            leaf
+            for item in (call.query, call.key, call.value, call.attn_mask, call.sink)
+            for leaf in leaves(item)
         }
         replaced = _between(call.node, inputs)
         for value in inputs | (replaced - {call.node}):

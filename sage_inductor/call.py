@@ -88,6 +88,8 @@ class AttentionCall:
     is_causal: bool | fx.Node = False
     scale: float | fx.Node | None = None
     enable_gqa: bool = False
+    sink: Value | None = None
+    """A logit beside those of the keys, which has weight and no value; broadcasts to `[batch, heads, q_len]`."""
     restore: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the attention output into the value of `node`."""
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()

@@ -49,6 +49,8 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
     output = call.output()
     if output is None or not output.requires_grad:
         return []
+    if call.sink is not None:
+        return [reason("requires_grad", "output", "none beside an attention sink; torch.no_grad()")]
     mask = example_tensor(call.attn_mask)
     if mask is not None and mask.requires_grad:
         return [reason("requires_grad", "attn_mask", "query, key and value, with training=True")]
@@ -144,7 +146,8 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
         mask.is_causal, mask.bottom_right, mask.window_left, mask.window_right, scale, config.precision
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
-    return AttentionProblem(q, k, v, None if attn_mask is None else TensorSpec.of(attn_mask).as_4d(), params)
+    spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
+    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:

@@ -39,7 +39,10 @@ TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 _Library: Any = torch.library.Library  # torch leaves it untyped
 LIBRARY = _Library(NAMESPACE, "FRAGMENT")
-LIBRARY.define(f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None) -> Tensor", tags=TAGS)
+# sink: logits beside those of the keys, which take weight and have no value; they broadcast to `[batch, heads, q_len]`.
+LIBRARY.define(
+    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None) -> Tensor", tags=TAGS
+)
 LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
 LIBRARY.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
 
@@ -139,9 +142,15 @@ def _attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    *,
+    sink: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    return _run(query, key, value, attn_mask, is_causal, None, False, **options)[0]
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, sink is not None, **options)
+    if sink is None or lse is None:
+        return out
+    # What of all weight the keys have: exp(lse) / (exp(lse) + exp(sink)).
+    return out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
 
 
 def _attention_out(

@@ -41,7 +41,9 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
     order = output_order(output)
-    if mask.seeing is None and _is_transposed_and_copied(call):
+    # Where a sink takes what masked keys do not, no row attends to all keys alike.
+    seeing = mask.seeing if call.sink is None else None
+    if seeing is None and _is_transposed_and_copied(call):
         order = NHD
         wants_gradients = output.requires_grad
         with tracing(output):
@@ -66,10 +68,12 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
+        if call.sink is not None:
+            kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
-        if mask.seeing is not None:
-            new = with_uniform_rows(new, mask.seeing, call).insert(graph)
+        if seeing is not None:
+            new = with_uniform_rows(new, seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
         for method, arguments in call.restore:
             value = traced(new.meta["example_value"], ((method, arguments),))
@@ -181,7 +185,7 @@ _PURE = (
     "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
     "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
     "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
-    "unflatten", "half", "bfloat16", "mm", "amax", "detach",
+    "unflatten", "half", "bfloat16", "mm", "amax", "detach", "cat", "concat", "concatenate", "narrow",
     "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
     "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
     "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",

@@ -18,7 +18,7 @@ REWRITING = 1e-4
 SHARE = 2 * 0.04
 SAMPLE = {
     "transformers": (
-        "llama", "gemma2", "llama4_text", "falcon, ALiBi", "bloom", "xglm", "bert", "deberta", "xlnet", "xlm", "bart",
+        "llama", "gemma2", "gpt_oss", "llama4_text", "falcon, ALiBi", "bloom", "xglm", "bert", "deberta", "xlnet", "xlm", "bart",
         "t5", "vit", "swinv2", "hiera", "vitdet", "sam", "siglip", "detr", "wavlm",
     ),
     "diffusers": ("PixArtTransformer2DModel", "SanaTransformer2DModel", "ltx", "PriorTransformer"),

@@ -149,7 +149,7 @@ ENTRIES = (
     *_all("gemma3_text diffllama doge lfm2", decoder, GROUPED),
     *_all("mixtral qwen3_moe", decoder, GROUPED),
     _one("gemma2", decoder, GROUPED, EAGER, "softcap"),
-    _one("gpt_oss", decoder, GROUPED, EAGER, "a sink beside the keys"),
+    _one("gpt_oss", decoder, GROUPED, EAGER),
     _one("deepseek_v3", decoder, LATENT),
     _one(
         "llama4_text", decoder,

@@ -1,0 +1,96 @@
+"""Attention sinks (gpt-oss): a column beside those of the keys, which takes weight and has no value."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from sage_inductor.call import Expr, Value
+from sage_inductor.patterns.axes import Order, arranged
+from sage_inductor.patterns.nodes import (
+    CAT,
+    GETITEM,
+    NARROW,
+    SLICE,
+    argument,
+    casts_floats,
+    only_reader,
+    operands,
+    shape_of,
+    unexpanded,
+)
+from sage_inductor.patterns.softmax import Softmax, own_maximum
+
+
+def all_but_last(node: Any, dim: int) -> fx.Node | None:
+    """The tensor of which `node` holds all but the last entry along `dim`; None where it is anything else."""
+    source = argument(node, 0, "input") if node in GETITEM or node in SLICE or node in NARROW else None
+    if not isinstance(source, fx.Node):
+        return None
+    rank = len(shape_of(source))
+    size = shape_of(source)[dim]
+    if node in GETITEM:
+        index = _slices(node.args[1], rank)
+        if index is None or any(item != slice(None) for at, item in enumerate(index) if at != dim):
+            return None
+        start, end, step = index[dim].start, index[dim].stop, index[dim].step
+    elif argument(node, 1, "dim", 0) not in (dim, dim - rank):
+        return None
+    elif node in SLICE:
+        start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step")
+    else:
+        start, end, step = argument(node, 2, "start"), argument(node, 3, "length"), None
+    ends_there = isinstance(end, int) and (end == -1 or (isinstance(size, int) and end == size - 1))
+    if node in NARROW and end == -1:
+        return None
+    return source if start in (None, 0) and step in (None, 1) and ends_there else None
+
+
+def _slices(index: Any, rank: int) -> list[slice] | None:
+    """An index of slices, one for each of `rank` dims."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if items.count(Ellipsis) > 1 or any(
+        not isinstance(item, slice) and item is not Ellipsis for item in items
+    ):
+        return None
+    missing = [slice(None)] * (rank - len(items) + items.count(Ellipsis))
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    return [*items[:at], *missing, *items[at + 1 :]]
+
+
+class WithSink(NamedTuple):
+    """What softmax is taken of, without the column of the sink."""
+
+    scores: fx.Node
+    readers: tuple[fx.Node, ...]
+    sink: Value  # broadcasts to `[*batch, queries]`
+
+
+def without_sink(found: Softmax, order: Order) -> WithSink | None:
+    """The scores and the sink that the softmax sees together; None where it sees anything else. The dims of both are in
+    `order`."""
+    node, readers = found.logits, found.readers
+    while node not in CAT:
+        if not only_reader(node, *readers):
+            return None
+        maximum = own_maximum(node, order[-1])
+        source = operands(node)[0] if maximum is not None else argument(node, 0, "input")
+        if not isinstance(source, fx.Node) or (maximum is None and not casts_floats(node)):
+            return None
+        node, readers = source, (node,) if maximum is None else (node, maximum)
+    tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    if not only_reader(node, *readers) or not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
+        return None
+    scores, sink = tensors
+    if (
+        not isinstance(scores, fx.Node)
+        or not isinstance(sink, fx.Node)
+        or dim not in (order[-1], order[-1] - len(order))
+    ):
+        return None
+    size = shape_of(sink)[order[-1]]
+    if not isinstance(size, int) or size != 1:
+        return None
+    column = arranged(unexpanded(sink), order)
+    return WithSink(scores, (node,), Expr.of("squeeze", column, -1))

@@ -216,3 +216,20 @@ def test_calibration_measures_it() -> None:
     assert [len(site.measured) for site in plan.sites] == [3, 3]
     errors = [measured.rel_l2.worst for site in plan.sites for measured in site.measured]
     assert all(error is not None and 1e-4 < error < 0.1 for error in errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["hopper", "triton"])
+@pytest.mark.parametrize("precision", ["fast", "balanced", "accurate"])
+def test_kernels(kernel: str, precision: str) -> None:
+    q = torch.randn(2, 4, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 2, 1000, 64, device="cuda", dtype=q.dtype) for _ in range(2))
+    sinks = SINKS.to(q)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        mask = torch.full((1000, 1000), LOWEST, device=q.device, dtype=q.dtype).triu(1)
+        return gpt_oss(q, k, v, sinks, mask)
+
+    options = {"sage.kernel": kernel, "sage.precision": precision}
+    out = torch.compile(model, backend="sage_inductor", options=options)(q, k, v, sinks)
+    assert relative_l2(out, model(*(tensor.double() for tensor in (q, k, v, sinks)))) < 0.05

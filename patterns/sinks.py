@@ -29,6 +29,8 @@ def all_but_last(node: Any, dim: int) -> fx.Node | None:
     if not isinstance(source, fx.Node):
         return None
     rank = len(shape_of(source))
+    if rank != len(shape_of(node)):  # of several tensors, or a dim less
+        return None
     size = shape_of(source)[dim]
     if node in GETITEM:
         index = _slices(node.args[1], rank)

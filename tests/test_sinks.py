@@ -198,6 +198,17 @@ def test_no_column_was_added() -> None:
     assert sites == [] and torch.equal(out, model(*inputs))
 
 
+def test_items_are_no_columns() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, *_ = scores(q, k).softmax(-1).unbind(1)
+        second = scores(q, k).softmax(-1)[:, 1]
+        return first @ v[:, 0] + second @ v[:, 0]
+
+    inputs = qkv()
+    out, _ = run(model, *inputs)
+    assert torch.equal(out, model(*inputs))
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

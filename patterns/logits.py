@@ -172,8 +172,9 @@ def _complete(logits: Logits, node: fx.Node) -> Logits | None:
 def _new_zeros(bias: Value, node: fx.Node) -> bool:
     """Whether `bias` is zeros, made for `node` alone, so that nothing else can have written there: what `baddbmm` asks
     for where nothing is to be added."""
-    made = bias in ZEROS or (bias in LIKE and filled_with(bias) == 0)
-    return made and isinstance(bias, fx.Node) and only_reader(bias, node)
+    if not isinstance(bias, fx.Node) or not only_reader(bias, node):
+        return False
+    return bias in ZEROS or (bias in LIKE and filled_with(bias) == 0)
 
 
 _Update = Callable[[Logits], "Logits | None"]

@@ -147,8 +147,9 @@ def _attention(
     **options: Any,
 ) -> Tensor:
     out, lse = _run(query, key, value, attn_mask, is_causal, None, sink is not None, **options)
-    if sink is None or lse is None:
+    if sink is None:
         return out
+    assert lse is not None
     # What of all weight the keys have: exp(lse) / (exp(lse) + exp(sink)).
     return out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
 

@@ -21,7 +21,7 @@ from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 CONFIG = Config(kernel="reference", precision="accurate")
 # INT8 scores at these sizes give relative errors below .02; a wrong scale, mask or head order gives above .2.
 BOUND = 0.03
-LARGEST = 3 * BOUND  # of single elements: .065 of the largest was the worst of 400 draws at head_dim 16
+torch.manual_seed(0)  # the inputs below must not depend on what was imported before
 
 
 @pytest.fixture(autouse=True)
@@ -289,7 +289,7 @@ def test_written_out(name: str) -> None:
     expected = function(*(tensor.clone() for tensor in inputs))
     out, sites = run(function, *inputs)
     assert [(site.pattern, site.mask, site.reasons) for site in sites] == [("softmax_matmul", mask, ())]
-    assert relative_l2(out, expected) < BOUND and max_error(out, expected) < LARGEST
+    assert relative_l2(out, expected) < BOUND and max_error(out, expected) < 2 * BOUND
     assert out.dtype == expected.dtype and out.shape == expected.shape and out.stride() == expected.stride()
 
 

@@ -160,30 +160,6 @@ __device__ __forceinline__ u32 to_u8(float a, float b, float c, float d) {
 __device__ __forceinline__ u32 to_16_bits(float a, float b) { return PV == 3 ? to_f16(a, b) : to_bf16(a, b); }
 // Two elements of the output, where they are of 16 bits.
 __device__ __forceinline__ u32 to_output(float a, float b) { return OUT == 1 ? to_f16(a, b) : to_bf16(a, b); }
-// What lies in shared memory of a warpgroup's 64 rows of output, 16 bits an element.
-struct Stripe {
-    unsigned short* out;  // nullptr: there are no more
-    int rows, columns;    // that the output still has
-};
-// A warp writes a stripe from `source`, which may be written again afterwards.
-__device__ __forceinline__ void write_stripe(const Stripe& stripe, long long pitch, bool wide, u32 source, int lane) {
-    const int rows = min(stripe.rows, 64), columns = min(stripe.columns, OUT_COLUMNS);
-    if (wide) {
-#pragma unroll 1
-        for (int row = lane; row < rows; row += 32)
-            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                         ::"l"(stripe.out + row * pitch), "r"(source + row * OUT_PITCH), "r"(2 * columns) : "memory");
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-    } else {
-#pragma unroll 1
-        for (int row = 0; row < rows; row++)
-            for (int column = 2 * lane; column < columns; column += 64) {
-                u32 x;
-                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(source + row * OUT_PITCH + 2 * column) : "memory");
-                *(u32*)(stripe.out + row * pitch + column) = x;
-            }
-    }
-}
 // A warp's 16 rows from shared memory, a Word at a time.
 template <class Word> __device__ __forceinline__ void write_rows(unsigned short* out, long long pitch, u32 source, int lane,
                                                                 int rows, int columns) {
@@ -198,6 +174,26 @@ template <class Word> __device__ __forceinline__ void write_rows(unsigned short*
         else
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(((u32*)&x)[0]) : "r"(at) : "memory");
         if (row < rows && column < columns) *(Word*)(out + row * pitch + column) = x;
+    }
+}
+// What lies in shared memory of a warpgroup's 64 rows of output, 16 bits an element.
+struct Stripe {
+    unsigned short* out;  // nullptr: there are no more
+    int rows, columns;    // that the output still has
+};
+// A warp writes a stripe from `source`, which may be written again afterwards.
+__device__ __forceinline__ void write_stripe(const Stripe& stripe, long long pitch, bool wide, u32 source, int lane) {
+    if (wide) {
+        const int rows = min(stripe.rows, 64), columns = min(stripe.columns, OUT_COLUMNS);
+#pragma unroll 1
+        for (int row = lane; row < rows; row += 32)
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                         ::"l"(stripe.out + row * pitch), "r"(source + row * OUT_PITCH), "r"(2 * columns) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+    } else {
+#pragma unroll 1
+        for (int row = 0; row < 64; row += 16)
+            write_rows<u32>(stripe.out + row * pitch, pitch, source + row * OUT_PITCH, lane, stripe.rows - row, stripe.columns);
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from sage_inductor.aliasing import Writes, node_name, writes_in_place
 from sage_inductor.call import Expr, Value, example_tensor, leaves
 
+log = logging.getLogger(__name__)
+
 # Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
 # second and under a gigabyte on a CPU. A GPU holds four times that as easily.
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
 
 
 def constant_value(node: Value, writes: Writes) -> Tensor | None:
-    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise. `writes` are those
-    of its graph."""
+    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise, and where it cannot be
+    worked out. `writes` are those of its graph."""
     example = example_tensor(node)
     if example is None:
         return None
@@ -34,6 +37,16 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
     sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
     if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
         return None
+    try:
+        value = _worked_out(node, ancestors, device)
+    except RuntimeError as error:
+        # Eager mode refuses what Inductor takes, such as float32's lowest number in a tensor of bfloat16, and memory ends.
+        log.debug("the value of %s is not known: %s", node, error)
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def _worked_out(node: Value, ancestors: list[fx.Node], device: torch.device) -> Any:
     values: dict[fx.Node, Any] = {}
     with unset_fake_temporarily(), torch.no_grad():
         for ancestor in ancestors:
@@ -52,8 +65,7 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
             else:
                 assert callable(ancestor.target)
                 values[ancestor] = ancestor.target(*args, **kwargs)
-        value = _evaluated(node, values, device)
-    return value if isinstance(value, Tensor) else None
+        return _evaluated(node, values, device)
 
 
 def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:

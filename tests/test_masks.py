@@ -106,6 +106,21 @@ def test_what_only_looks_constant_is_read_at_run_time(make_mask: Any, kind: str)
     assert attend(make_mask) == kind
 
 
+def test_a_constant_that_eager_refuses_is_left_to_inductor() -> None:
+    """float32's lowest number is beyond bfloat16, where Inductor takes it for -inf."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lowest = torch.full((24, 24), torch.finfo(torch.float32).min, dtype=torch.bfloat16)
+        return F.scaled_dot_product_attention(q, k, v, lowest.triu(1))
+
+    q, k, v = (torch.randn(2, 4, 24, 32, dtype=torch.bfloat16) for _ in range(3))
+    with pytest.raises(RuntimeError, match="overflow"):
+        model(q, k, v)
+    options = {"sage.kernel": "reference", "sage.precision": "accurate"}
+    out = torch.compile(model, backend="sage_inductor", options=options)(q, k, v)
+    assert relative_l2(out, F.scaled_dot_product_attention(q, k, v, is_causal=True)) < 0.02
+
+
 def test_masks_from_inputs_are_read_at_run_time() -> None:
     assert attend(lambda m: m, 24, 24, triangle()) == "bool"
     torch._dynamo.reset()

@@ -238,7 +238,8 @@ def test_kernels(kernel: str, precision: str) -> None:
     sinks = SINKS.to(q)
 
     def model(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-        mask = torch.full((1000, 1000), LOWEST, device=q.device, dtype=q.dtype).triu(1)
+        lowest = torch.finfo(torch.bfloat16).min
+        mask = torch.full((1000, 1000), lowest, device=q.device, dtype=q.dtype).triu(1)
         return gpt_oss(q, k, v, sinks, mask)
 
     options = {"sage.kernel": kernel, "sage.precision": precision}

@@ -94,9 +94,13 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile("{ .reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
 }
-// One of the 16 barriers of the hardware, which are for whole warps: all wait until `threads` are there.
+// One of the 16 barriers of the hardware, which are for whole warps: opens when `threads` are there, those that do not wait
+// for it among them.
 __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -176,24 +180,22 @@ template <class Word> __device__ __forceinline__ void write_rows(unsigned short*
         if (row < rows && column < columns) *(Word*)(out + row * pitch + column) = x;
     }
 }
-// What lies in shared memory of a warpgroup's 64 rows of output, 16 bits an element.
-struct Stripe {
-    unsigned short* out;  // nullptr: there are no more
-    int rows, columns;    // that the output still has
-};
-// A warp writes a stripe from `source`, which may be written again afterwards.
-__device__ __forceinline__ void write_stripe(const Stripe& stripe, long long pitch, bool wide, u32 source, int lane) {
+// A warp writes a warpgroup's 64 rows from `source`, which may be written again afterwards; the output still has so many
+// rows and columns.
+__device__ __forceinline__ void write_stripe(unsigned short* out, long long pitch, bool wide, u32 source, int lane, int rows,
+                                             int columns) {
     if (wide) {
-        const int rows = min(stripe.rows, 64), columns = min(stripe.columns, OUT_COLUMNS);
+        rows = min(rows, 64);
+        columns = min(columns, OUT_COLUMNS);
 #pragma unroll 1
         for (int row = lane; row < rows; row += 32)
             asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                         ::"l"(stripe.out + row * pitch), "r"(source + row * OUT_PITCH), "r"(2 * columns) : "memory");
+                         ::"l"(out + row * pitch), "r"(source + row * OUT_PITCH), "r"(2 * columns) : "memory");
         asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
     } else {
 #pragma unroll 1
         for (int row = 0; row < 64; row += 16)
-            write_rows<u32>(stripe.out + row * pitch, pitch, source + row * OUT_PITCH, lane, stripe.rows - row, stripe.columns);
+            write_rows<u32>(out + row * pitch, pitch, source + row * OUT_PITCH, lane, rows - row, columns);
     }
 }
 
@@ -299,7 +301,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[4 + 4 * STAGES];
     __shared__ Item items[2];
-    __shared__ Stripe stripes[CONSUMERS];  // on their way
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
@@ -317,7 +318,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     if (threadIdx.x == 0) {
         for (int s = 0; s < 2; s++) {
             barrier_init(q_full(s), 1);
-            barrier_init(q_empty(s), CONSUMERS);
+            barrier_init(q_empty(s), HANDED_OVER ? 2 * CONSUMERS : CONSUMERS);  // those that write read the item, too
         }
         for (int s = 0; s < STAGES; s++) {
             barrier_init(k_full(s), 1);
@@ -375,14 +376,26 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 }
             }
         }
-        const int c = (threadIdx.x >> 5) - 1;
-        if (HANDED_OVER && c >= 0 && c < CONSUMERS) {  // these warps write, and may as well wait at both barriers
+        const int c = (threadIdx.x >> 5) - 1, lane = threadIdx.x & 31;
+        if (HANDED_OVER && c >= 0 && c < CONSUMERS) {  // these warps write
+            int q_stage = 0;
+            u32 q_phase = 0;
             while (true) {
-                named_barrier(STRIPE_EMPTY + c, 160);
+                barrier_wait(q_full(q_stage), q_phase);
+                const Item item = items[q_stage];
+                __syncwarp();
+                if (lane == 0) barrier_arrive(q_empty(q_stage));
+                __syncwarp();  // whole again, as named barriers want it
+                if (item.tile < 0) break;
+                q_stage ^= 1;
+                if (q_stage == 0) q_phase ^= 1;
+                if (SPLIT && item.part >= 0) continue;  // `combine` does
+                const Tile t(p, item);
+                const int row = t.m0 + c * 64, column = t.piece * V_HEAD_DIM;
+                unsigned short* const out = (unsigned short*)p.out + t.b * p.out_b + t.h * p.out_h + row * p.out_m + column;
+                named_barrier_arrive(STRIPE_EMPTY + c, 160);
                 named_barrier(STRIPE_FULL + c, 160);
-                const Stripe stripe = stripes[c];
-                if (!stripe.out) break;
-                write_stripe(stripe, p.out_m, p.wide, out_tiles + c * 64 * OUT_PITCH, threadIdx.x & 31);
+                write_stripe(out, p.out_m, p.wide, out_tiles + c * 64 * OUT_PITCH, lane, p.q_len - row, p.v_dim - column);
                 __syncwarp();
             }
         }
@@ -654,15 +667,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(to_output(x[0], x[1])) : "memory");
                     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * OUT_PITCH), "r"(to_output(x[2], x[3])) : "memory");
                 }
-                unsigned short* const out = (unsigned short*)p.out + at + c;
                 if (HANDED_OVER) {
-                    const int row = t.m0 + consumer * 64;
-                    if (leader) stripes[consumer] = {out + row * p.out_m, p.q_len - row, v_dim};
                     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will read it
-                    named_barrier(STRIPE_FULL + consumer, 160);
+                    named_barrier_arrive(STRIPE_FULL + consumer, 160);
                 } else {
                     __syncwarp();
                     const int row = t.m0 + first;
+                    unsigned short* const out = (unsigned short*)p.out + at + c;
                     if (p.wide) write_rows<uint4>(out + row * p.out_m, p.out_m, staged, lane, p.q_len - row, v_dim - c);
                     else write_rows<u32>(out + row * p.out_m, p.out_m, staged, lane, p.q_len - row, v_dim - c);
                 }
@@ -845,11 +856,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         part = item.part;
         if (!more) break;
         load_scales();
-    }
-    if (HANDED_OVER) {
-        named_barrier(STRIPE_EMPTY + consumer, 160);
-        if (leader) stripes[consumer] = {nullptr, 0, 0};
-        named_barrier(STRIPE_FULL + consumer, 160);
     }
 }
 

@@ -84,7 +84,7 @@ class Variant:
     @property
     def fits(self) -> bool:
         """Whether a multiprocessor has the shared memory, static variables included."""
-        static = 8 * (4 + 4 * self.stages) + 16 * (2 + self.consumers)  # barriers, items, stripes
+        static = 8 * (4 + 4 * self.stages) + 16 * 2  # barriers, items
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT

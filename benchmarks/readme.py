@@ -139,6 +139,8 @@ def figures() -> str:
 
 TFLOP/s on one {machine}; medians, side by side in one process, inputs rotated through more than the L2 cache. Batch times
 heads is 128 up to 4096 tokens and 32 above. Figures include quantisation (end to end) unless the column says kernel.
+Longer calls run at the power limit, which moves all of these by 5% and more, so that some are faster with quantisation than
+without; the [notes](benchmarks/notes.md) have kernels timed in turns.
 
 {attention_table(rows)}
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 # (precision, head_dim, is_causal) -> the least such kv_len. What is not listed is left to the next kernel.
 MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
-    ("fast", 64, False): 8192,
-    ("fast", 64, True): 32768,
+    ("fast", 64, False): 4096,
+    ("fast", 64, True): 16384,
     ("fast", 96, False): 4096,
     ("fast", 96, True): 4096,
     ("fast", 128, False): 4096,
     ("fast", 128, True): 4096,
+    ("balanced", 64, False): 8192,
     ("balanced", 64, True): 32768,
-    ("balanced", 96, False): 8192,
+    ("balanced", 96, False): 4096,
     ("balanced", 96, True): 8192,
     ("balanced", 128, False): 8192,
     ("balanced", 128, True): 16384,

@@ -53,6 +53,14 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def inference() -> Iterator[None]:
+    """No gradients, and nothing that Dynamo compiled before."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def fresh_compile() -> Iterator[None]:
     """Nothing compiled before, nothing found in a cache: every pass runs."""
     import torch._functorch.config as functorch_config

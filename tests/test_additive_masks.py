@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -18,13 +17,7 @@ from sage_inductor.testing import RewritingBackend, relative_l2
 CONFIG = Config(kernel="reference", precision="accurate")
 LOWEST = torch.finfo(torch.float32).min
 LENGTH = 24
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def band(low: int, high: int, q_len: int = LENGTH) -> Tensor:

@@ -18,12 +18,7 @@ from sage_inductor import rewrite_exported
 from sage_inductor.testing import graph_text, max_error, relative_l2
 
 BATCH, KV_HEADS, GROUP, QUERIES, KEYS, DIM = 2, 2, 3, 24, 40, 32
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def sizes(letters: str) -> tuple[int, ...]:

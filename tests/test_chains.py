@@ -6,18 +6,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from test_patterns import BOUND, run
 from torch import Tensor
 
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def shuffled(rng: random.Random, letters: str) -> str:

@@ -15,14 +15,7 @@ from sage_inductor import Config, backends, explain, kernels, ops, sage_attentio
 from sage_inductor.accuracy import DOCUMENTED as BOUNDS
 from sage_inductor.testing import relative_l2
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("inference")]
 
 
 class Block(nn.Module):

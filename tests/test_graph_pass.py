@@ -18,13 +18,7 @@ from sage_inductor.testing import RewritingBackend, capture, graph_text, relativ
 from sage_inductor.walk import rewrite_graph
 
 REFERENCE = Config(kernel="reference", precision="accurate")
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def nhd(batch: int = 2, seq: int = 16, heads: int = 4, dim: int = 32) -> Tensor:

@@ -14,13 +14,7 @@ from sage_inductor.masks import _classify_constant
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def attend(make_mask: Any, q_len: int = 24, kv_len: int = 24, *extra: Tensor) -> str:

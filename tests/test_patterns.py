@@ -22,13 +22,7 @@ CONFIG = Config(kernel="reference", precision="accurate")
 # INT8 scores at these sizes give relative errors below .02; a wrong scale, mask or head order gives above .2.
 BOUND = 0.03
 torch.manual_seed(0)  # the inputs below must not depend on what was imported before
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def run(function: Callable[..., Any], *inputs: Tensor, config: Config = CONFIG) -> tuple[Any, list[Site]]:

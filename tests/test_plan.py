@@ -72,11 +72,7 @@ def make_x(batch: int = 2, tokens: int = 48, seed: int = 1) -> Tensor:
     return torch.randn(batch, tokens, 64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ from sage_inductor.testing import RewritingBackend, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
 BOUND = 0.03  # INT8 scores at these sizes: below .02 an attention
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def attend(x: Tensor) -> Tensor:

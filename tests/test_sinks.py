@@ -18,13 +18,7 @@ CONFIG = Config(kernel="reference", precision="accurate")
 BOUND = 0.02
 SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
 LOWEST = torch.finfo(torch.float32).min
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def qkv(q_len: int = 24, kv_len: int = 24) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,7 @@ from torch import Tensor
 from sage_inductor import rewrite_exported
 from sage_inductor.testing import graph_text, max_error, relative_l2
 
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def normalised(exponential: Tensor) -> Tensor:

@@ -46,11 +46,7 @@ class Block(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, seq, dim))
 
 
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture

@@ -17,13 +17,7 @@ from sage_inductor import Config, rewrite_exported
 from sage_inductor.testing import RewritingBackend, graph_text, max_error, relative_l2
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Any:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def in_place(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:

@@ -316,6 +316,13 @@ def test_backend_classes(backend: type[AttentionBackend], name: str) -> None:
     )
 
 
+def test_metadata_as_a_dict() -> None:
+    mask = torch.ones(2, 16)
+    metadata = AttentionMetadataBuilder().build(3, mask, is_causal=True)
+    assert metadata.asdict_zerocopy()["attn_mask"] is mask
+    assert metadata.asdict_zerocopy({"attn_mask"}) == {"current_timestep": 3, "is_causal": True}
+
+
 def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "sage_inductor"):
         for impl in (SageAttentionImpl, SDPAImpl):

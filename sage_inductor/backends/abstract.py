@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -35,6 +35,11 @@ class AttentionMetadata:
     current_timestep: int
     attn_mask: Tensor | None = None
     is_causal: bool = False
+
+    def asdict_zerocopy(self, skip_fields: Collection[str] | None = None) -> dict[str, Any]:
+        """`{name: value}` of the fields but `skip_fields`; with the mask itself, of which `dataclasses.asdict` makes a copy."""
+        skipped = skip_fields or ()
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}
 
 
 class AttentionMetadataBuilder:

@@ -121,14 +121,14 @@ class Logits:
 
 
 def logits_of(
-    found: Softmax, order: Order, zeroed: fx.Node | None = None, has_sink: bool = False
+    found: Softmax, order: Order, zeroed: fx.Node | None = None, sink_at: int | None = None
 ) -> Logits | None:
     """Walk from the softmax back to the first product, gathering what lies between; None at anything unknown. The dims
     of the logits, in `order`, are `[*batch, queries, keys]`. Where `zeroed` is true the weights are set to zero
     afterwards."""
     readers, node, sink = found.readers, found.logits, None
-    if has_sink:
-        beside = without_sink(found, order)
+    if sink_at is not None:
+        beside = without_sink(found, order, sink_at)
         if beside is None:
             return None
         node, readers, sink = beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -23,8 +24,9 @@ from sage_inductor.patterns.nodes import (
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 
 
-def all_but_last(node: Any, dim: int) -> fx.Node | None:
-    """The tensor of which `node` holds all but the last entry along `dim`; None where it is anything else."""
+def left_out(node: Any, dim: int) -> int | None:
+    """Which entry along `dim` `node` leaves out of its first argument, of which it holds all others: 0 or -1; None where it
+    is anything else."""
     source = argument(node, 0, "input") if node in GETITEM or node in SLICE or node in NARROW else None
     if not isinstance(source, fx.Node):
         return None
@@ -32,6 +34,7 @@ def all_but_last(node: Any, dim: int) -> fx.Node | None:
     if rank != len(shape_of(node)):  # of several tensors, or a dim less
         return None
     size = shape_of(source)[dim]
+    others = size - 1 if isinstance(size, int) else None
     if node in GETITEM:
         index = _slices(node.args[1], rank)
         if index is None or any(item != slice(None) for at, item in enumerate(index) if at != dim):
@@ -42,11 +45,15 @@ def all_but_last(node: Any, dim: int) -> fx.Node | None:
     elif node in SLICE:
         start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step")
     else:
-        start, end, step = argument(node, 2, "start"), argument(node, 3, "length"), None
-    ends_there = isinstance(end, int) and (end == -1 or (isinstance(size, int) and end == size - 1))
-    if node in NARROW and end == -1:
+        start, length = argument(node, 2, "start"), argument(node, 3, "length")
+        whole = others is not None and length == others
+        return -1 if whole and start == 0 else 0 if whole and start == 1 else None
+    if step not in (None, 1):
         return None
-    return source if start in (None, 0) and step in (None, 1) and ends_there else None
+    if start in (None, 0):
+        return -1 if end == -1 or (others is not None and end == others) else None
+    to_the_end = end in (None, sys.maxsize) or (others is not None and isinstance(end, int) and end > others)
+    return 0 if start == 1 and to_the_end else None
 
 
 def _slices(index: Any, rank: int) -> list[slice] | None:
@@ -69,9 +76,9 @@ class WithSink(NamedTuple):
     sink: Value  # broadcasts to `[*batch, queries]`
 
 
-def without_sink(found: Softmax, order: Order) -> WithSink | None:
-    """The scores and the sink that the softmax sees together; None where it sees anything else. The dims of both are in
-    `order`."""
+def without_sink(found: Softmax, order: Order, at: int) -> WithSink | None:
+    """The scores and the sink that the softmax sees together, the sink first (`at` 0) or last (-1); None where it sees
+    anything else. The dims of both are in `order`."""
     node, readers = found.logits, found.readers
     while node not in CAT:
         if not only_reader(node, *readers):
@@ -84,7 +91,7 @@ def without_sink(found: Softmax, order: Order) -> WithSink | None:
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
     if not only_reader(node, *readers) or not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
         return None
-    scores, sink = tensors
+    scores, sink = tensors if at == -1 else reversed(tensors)
     if (
         not isinstance(scores, fx.Node)
         or not isinstance(sink, fx.Node)

@@ -35,7 +35,7 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
-from sage_inductor.patterns.sinks import all_but_last
+from sage_inductor.patterns.sinks import left_out
 from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 
 
@@ -49,7 +49,7 @@ class SoftmaxMatmul(Pattern):
             weights = _weights(outer, node)
             logits = None
             if weights is not None:
-                logits = logits_of(weights.softmax, weights.order, weights.zeroed, weights.has_sink)
+                logits = logits_of(weights.softmax, weights.order, weights.zeroed, weights.sink_at)
             if weights is not None and logits is not None:
                 return _call(node, outer, logits, weights.dropout)
         return _divided_afterwards(node)
@@ -91,27 +91,28 @@ def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
 @dataclass(frozen=True)
 class _Weights:
     """What the left operand of the second product comes from: a softmax, what dropout it went through, the mask where it
-    was set to zero, and whether the last column was left out, that of a sink."""
+    was set to zero, and which column was left out, that of a sink: 0, the first, or -1, the last."""
 
     softmax: Softmax
     order: Order
     dropout: float
     zeroed: fx.Node | None
-    has_sink: bool
+    sink_at: int | None
 
 
 def _weights(outer: WeightedSum, reader: fx.Node) -> _Weights | None:
-    dropout, zeroed, order, has_sink = 0.0, None, outer.order, False
+    dropout, zeroed, order = 0.0, None, outer.order
+    sink_at: int | None = None
     current: Any = outer.weights
     while isinstance(current, fx.Node) and only_reader(current, reader):
         found = softmax(current)
         if found is not None:
-            return _Weights(found, order, dropout, zeroed, has_sink) if found.dim == order[-1] else None
+            return _Weights(found, order, dropout, zeroed, sink_at) if found.dim == order[-1] else None
         source, moved = argument(current, 0, "input"), permutation(current)
-        if all_but_last(current, order[-1]) is not None:
-            if has_sink or zeroed is not None:
+        if (column := left_out(current, order[-1])) is not None:
+            if sink_at is not None or zeroed is not None:
                 return None
-            has_sink = True
+            sink_at = column
         elif moved is not None:
             if zeroed is not None:
                 return None

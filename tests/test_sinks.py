@@ -68,13 +68,25 @@ def of_each_query(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     return both.softmax(-1)[..., :-1] @ repeated(v)
 
 
+def first(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    both = torch.cat((column(sinks, q), scores(q, k)), dim=-1)
+    return both.softmax(-1)[..., 1:] @ repeated(v)
+
+
+def first_narrowed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    weights = torch.cat([column(sinks, q), scores(q, k)], 3).softmax(3)
+    return weights.narrow(3, 1, k.shape[2]) @ repeated(v)
+
+
 def run(function: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, list[Any]]:
     backend = RewritingBackend(CONFIG)
     return torch.compile(function, backend=backend, **options)(*inputs), backend.sites
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", [gpt_oss, flint, narrowed, by_size, of_each_query])
+@pytest.mark.parametrize(
+    "function", [gpt_oss, flint, narrowed, by_size, of_each_query, first, first_narrowed]
+)
 def test_found(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
     inputs = [tensor.to(dtype) for tensor in (*qkv(), SINKS)]
     expected = function(*inputs)
@@ -116,11 +128,12 @@ def test_queries_without_keys_give_all_weight_to_the_sink() -> None:
 
 def test_lengths_that_change() -> None:
     backend = RewritingBackend(CONFIG)
-    compiled = torch.compile(gpt_oss, backend=backend, dynamic=True)
-    for length in (24, 40, 56):
-        inputs = (*qkv(length, length), SINKS)
-        assert relative_l2(compiled(*inputs), gpt_oss(*inputs)) < BOUND
-    assert [site.rewritten for site in backend.sites] == [True]
+    for function in (gpt_oss, first):
+        compiled = torch.compile(function, backend=backend, dynamic=True)
+        for length in (24, 40, 56):
+            inputs = (*qkv(length, length), SINKS)
+            assert relative_l2(compiled(*inputs), function(*inputs)) < BOUND
+    assert [site.rewritten for site in backend.sites] == [True, True]
 
 
 def test_inductor_compiles_it() -> None:
@@ -166,6 +179,7 @@ LEFT: dict[str, Callable[..., Any]] = {
     "weight of the sink read": lambda both, v: both.softmax(-1)[..., :-1] @ v + both.softmax(-1)[..., -1:],
     "weights read": lambda both, v: (w := both.softmax(-1))[..., :-1] @ v + w.sum(),
     "another column left out": lambda both, v: both.softmax(-1)[..., 1:] @ v,
+    "the first two left out": lambda both, v: both.softmax(-1)[..., 2:] @ v[:, :, 1:],
     "two columns left out": lambda both, v: both.softmax(-1)[..., :-2] @ v[:, :, 1:],
     "rows left out": lambda both, v: (both.softmax(-1)[..., :-1, :-1]) @ v,
     "every other one": lambda both, v: both.softmax(-1)[..., :-1:2] @ v[:, :, ::2],

@@ -20,9 +20,13 @@ class Surroundings:
 
 
 def ambient_pin() -> tuple[str, ...] | None:
-    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned. The math
-    backend serves everything, so only an explicit choice ever excludes it, or leaves it alone."""
-    enabled = pinned_sdpa_backends()
+    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned."""
+    return _pin(pinned_sdpa_backends())
+
+
+def _pin(enabled: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The math backend serves everything, so only an explicit choice ever excludes it, or leaves it alone: who allows it
+    beside a faster one leaves the choice to torch."""
     return None if "MATH" in enabled and len(enabled) > 1 else enabled
 
 
@@ -38,8 +42,7 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
         return Surroundings(around.pinned, around.transforms[:-1])
     if name == "_sdpa_kernel":
         backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
-        everything = set(backends) >= set(pinned_sdpa_backends())
-        return Surroundings(ambient_pin() if everything else backends, around.transforms)
+        return Surroundings(_pin(backends), around.transforms)
     return around
 
 

@@ -334,6 +334,22 @@ def test_an_explicit_sdpa_backend_is_respected() -> None:
     assert "sdpa_kernel=CUDNN_ATTENTION, FLASH_ATTENTION" in site.reasons[0]
 
 
+def test_leaving_the_choice_to_torch_is_no_choice() -> None:
+    """Libraries name all backends that there were before cuDNN's, the one that serves everything among them."""
+    every = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def attend(q: Tensor) -> Tensor:
+        with sdpa_kernel(every):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    (site,) = judge(attend, nhd())
+    assert site.rewritten
+    with sdpa_kernel(every):
+        torch._dynamo.reset()
+        (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
+    assert site.rewritten
+
+
 def test_varlen_attention_is_a_site_that_stays() -> None:
     """Found in graphs of calls and of operators. A CPU traces it and cannot run it."""
     ((function, inputs),) = VarlenAttention().examples()

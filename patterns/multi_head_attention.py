@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sage_inductor.call import Expansion, OpaquePattern, example_tensor, example_value, trace
+from sage_inductor.patterns.nodes import reads_nothing
 
 FORWARD = F.multi_head_attention_forward
 ENCODER_LAYER = (torch._transformer_encoder_layer_fwd, torch.ops.aten._transformer_encoder_layer_fwd.default)
@@ -78,7 +79,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _reads_output_only(user: fx.Node) -> bool:
     if user.op != "call_function" or user.target is not operator.getitem:
         return False
-    return bool(user.args[1] == 0) or not user.users
+    return bool(user.args[1] == 0) or reads_nothing(user)
 
 
 def _autocast_of(node: fx.Node) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sage_inductor.call import Value, example_tensor
+from sage_inductor.call import Value, example_tensor, node_name
 
 aten = torch.ops.aten
 
@@ -262,16 +262,54 @@ def _inserted_dim(node: fx.Node) -> int | None:
     return rank - 1 if whole and (Ellipsis in index or len(index) == rank) else None
 
 
+# Without side effects, and of no use once nothing reads them.
+_PURE = (
+    "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
+    "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
+    "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
+    "unflatten", "half", "bfloat16", "mm", "amax", "detach", "cat", "concat", "concatenate", "narrow",
+    "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
+    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
+    "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
+    "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
+    "mean", "std", "var", "abs", "log", "min", "norm",
+)  # fmt: skip
+_FEW = 8  # nodes behind one: as many as the copies and casts that are kept for somebody who does not ask
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether `node` does nothing but give its value; of what is not known to, the answer is no."""
+    if isinstance(node.target, torch._ops.OpOverload) and not node.is_impure():
+        return True
+    if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
+        return False
+    return node_name(node) in _PURE
+
+
 def reads_nothing(node: fx.Node) -> bool:
     """Whether `node` can go with what it reads: what torch.export puts beside each cast, a check of the dtype that went
-    into it, or beside `x.max(-1)[0]`, the positions that nobody reads."""
-    unread = node.target is operator.getitem and not node.users
-    return unread or node.target is aten._assert_tensor_metadata.default
+    into it, or what nobody reads, nor what is made of it: the positions beside `x.max(-1)[0]`, a copy of the scores."""
+    return _leads_nowhere(node, shapes_count=True)
+
+
+def _leads_nowhere(node: fx.Node, *, shapes_count: bool) -> bool:
+    """Whether nothing comes of `node` but values that nobody reads. Who asks for a shape or dtype alone counts as a reader,
+    or does not."""
+    behind: list[fx.Node] = [node]
+    for current in behind:
+        checks = current.target is aten._assert_tensor_metadata.default
+        if not (checks or is_pure(current)) or len(behind) > _FEW:
+            return False
+        readers = (user for user in current.users if shapes_count or not _asks_for_shape(user, current))
+        behind.extend(user for user in readers if user not in behind)
+    return True
 
 
 def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
-    if reads_nothing(user):
-        return True
+    return _asks_for_shape(user, node) or _leads_nowhere(user, shapes_count=False)
+
+
+def _asks_for_shape(user: fx.Node, node: fx.Node) -> bool:
     if user in LIKE:
         return user.all_input_nodes == [node]
     if user in TAKES_AFTER:

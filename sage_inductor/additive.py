@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.aliasing import Writes, value_name
-from sage_inductor.call import AttentionCall, Expr, Value, example_tensor
+from sage_inductor.aliasing import Writes
+from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, value_name
 
 # Additive masks write "not allowed" as -inf or as the most negative number of float32 or bfloat16; half of that is as
 # final. (Not float16's: beside -65504, in float32, scores are not lost.)

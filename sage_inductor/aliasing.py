@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from sage_inductor.call import AttentionCall, Value, example_value, leaves
+from sage_inductor.call import AttentionCall, example_value, leaves, node_name, value_name
 from sage_inductor.inductor import storage_id, tensors_of
 
 # What may hold the same numbers: a storage that tracing saw, or the node that a value is, by its name, a view of
@@ -30,18 +30,6 @@ _VIEWS = (
 )  # fmt: skip
 # In-place methods that attention written out uses on its logits and weights.
 _ARITHMETIC = ("exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_")
-
-
-def node_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else value_name(node)
-
-
-def value_name(item: Value) -> str:
-    """What `item` calls: the name of a method, function or aten operator."""
-    target = item.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -45,6 +45,18 @@ class Expr:
         return node
 
 
+def node_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else value_name(node)
+
+
+def value_name(item: Value) -> str:
+    """What `item` calls: the name of a method, function or aten operator."""
+    target = item.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
 def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tensor:
     """What tracing would record for `value` after these methods, each with its arguments."""
     with tracing(value):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.aliasing import Writes, node_name, writes_in_place
-from sage_inductor.call import Expr, Value, example_tensor, leaves
+from sage_inductor.aliasing import Writes, writes_in_place
+from sage_inductor.call import Expr, Value, example_tensor, leaves, node_name
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.additive import allowed_keys, seeing_rows, with_uniform_rows
-from sage_inductor.aliasing import Writes, value_name
-from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves
+from sage_inductor.aliasing import Writes
+from sage_inductor.call import AttentionCall, Expr, Value, example_tensor, leaves, value_name
 from sage_inductor.constants import constant_value
 from sage_inductor.kernels import AttentionParams
 

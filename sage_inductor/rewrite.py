@@ -11,12 +11,20 @@ from torch import fx
 
 from sage_inductor import ops, training
 from sage_inductor.additive import with_uniform_rows
-from sage_inductor.aliasing import node_name
-from sage_inductor.call import AttentionCall, Expansion, Expr, example_tensor, example_value, traced, tracing
+from sage_inductor.call import (
+    AttentionCall,
+    Expansion,
+    Expr,
+    example_tensor,
+    example_value,
+    node_name,
+    traced,
+    tracing,
+)
 from sage_inductor.eligibility import output_order
 from sage_inductor.inductor import tensors_of
 from sage_inductor.masks import Mask
-from sage_inductor.patterns.nodes import reads_nothing
+from sage_inductor.patterns.nodes import is_pure, reads_nothing
 from sage_inductor.report import Site
 from sage_inductor.tuning import Choice
 
@@ -132,7 +140,7 @@ class Inlined:
                 item = self.output[user.args[1]]
                 if item is not None:
                     user.replace_all_uses_with(item)
-                node.graph.erase_node(user)
+                _erase_with_readers(user)
         node.graph.erase_node(node)
 
     def remove(self) -> None:
@@ -180,18 +188,7 @@ def _wanting_gradients(item: Any) -> Any:
     return item.detach().requires_grad_() if is_float else item
 
 
-# What a pattern looks through: nodes without side effects, of no use once nothing reads them.
-_PURE = (
-    "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
-    "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
-    "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
-    "unflatten", "half", "bfloat16", "mm", "amax", "detach", "cat", "concat", "concatenate", "narrow",
-    "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
-    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
-    "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
-    "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
-)  # fmt: skip
-# The same in place, on one of these values where nothing else reads it.
+# What a pattern looks through in place, on a value that nothing else reads.
 _PURE_ALONE = (
     "exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
 )  # fmt: skip
@@ -205,20 +202,18 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
         node = pending.pop()
         if node._erased:
             continue
-        unread = [user for user in node.users if reads_nothing(user)]
-        if len(unread) < len(node.users) or node.op not in ("call_method", "call_function"):
+        if not all(map(reads_nothing, node.users)) or node.op not in ("call_method", "call_function"):
             continue
-        if _is_pure(node) or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
+        if is_pure(node) or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
             inputs = node.all_input_nodes
-            for item in (*unread, node):
-                node.graph.erase_node(item)
+            _erase_with_readers(node)
             pending.extend(inputs)
 
 
-def _is_pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload) and not node.is_impure():
-        return True
-    return node_name(node) in _PURE
+def _erase_with_readers(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_readers(user)
+    node.graph.erase_node(node)
 
 
 def _writes_to_nothing_else(node: fx.Node) -> bool:

@@ -468,6 +468,7 @@ def calls(module: nn.Module, **kwargs: Any) -> Callable[[Tensor], Any]:
 OPAQUE_FORMS: dict[str, tuple[Callable[..., Any], str, int]] = {
     "MultiheadAttention": (calls(mha(), need_weights=False), "none", 1),
     "weights asked for, not read": (calls(mha()), "none", 1),
+    "weights kept, not read": (lambda x, m=mha(): (r := m(x, x, x), r[1].mean(0), r[0])[2], "none", 1),
     "sequence first": (calls(mha(batch_first=False)), "none", 1),
     "extra key and value": (calls(mha(add_bias_kv=True, add_zero_attn=True)), "none", 1),
     "no biases": (calls(mha(bias=False)), "none", 1),

@@ -349,6 +349,35 @@ def test_a_query_whose_keys_are_all_set_to_zero_gets_zero() -> None:
     assert relative_l2(out, attend(*inputs, hidden)) < BOUND
 
 
+# What modules keep for a caller who does not ask for it: Dynamo's graph holds it, and nobody reads it.
+KEPT: dict[str, Callable[..., Any]] = {
+    "a copy of the scores": lambda q, k, v: (s := q @ k.mT / 6, s.clone(), s.softmax(-1) @ v)[2],
+    "logits before and after a mask": lambda q, k, v: (
+        s := q @ k.mT / 6,
+        s.detach().clone(),
+        t := s.masked_fill(k[:, :, None, :, 0] > 2, -1e9),
+        t.clone(),
+        t.softmax(-1) @ v,
+    )[4],
+    "mean weights of the heads": lambda q, k, v: (
+        w := (q @ k.mT / 6).softmax(-1, dtype=torch.float32),
+        w.view(2, 4, 24, 24).type_as(q).transpose(0, 1).mean(dim=0),
+        F.dropout(w.type_as(w.type_as(q)), 0.1, training=False) @ v,
+    )[2],
+    "a copy whose shape is asked for": lambda q, k, v: (
+        (s := q @ k.mT / 6).softmax(-1) @ v + s.clone().shape[-1] * 1e-3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_nobody_reads_is_no_reader(name: str) -> None:
+    inputs = qkv()
+    out, sites = run(KEPT[name], *inputs)
+    assert [site.rewritten for site in sites] == [True]
+    assert relative_l2(out, KEPT[name](*inputs)) < BOUND
+
+
 def overwritten(tensor: int) -> Callable[..., Tensor]:
     """An operand changes between its use and the last product."""
 
@@ -390,6 +419,11 @@ LEFT: dict[str, Callable[..., Any]] = {
         s.masked_fill_(q[..., :1] > 0, -1e9),
         s.softmax(-1) @ v + total,
     )[3],
+    "a copy of the scores that is read": lambda q, k, v: (
+        s := q @ k.mT / 6,
+        c := s.clone(),
+        s.softmax(-1) @ v + c.mean(),
+    )[2],
     "mask multiplied in and nothing added": lambda q, k, v: (
         ((q @ k.mT / 6) * (q[..., :24] > 0).float()).softmax(-1) @ v
     ),

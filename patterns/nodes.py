@@ -272,7 +272,7 @@ _PURE = (
     "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
     "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
     "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
-    "mean", "std", "var", "abs", "log", "min", "norm",
+    "mean", "std", "var", "abs", "log", "min", "norm", "stack",
 )  # fmt: skip
 _FEW = 8  # nodes behind one: as many as the copies and casts that are kept for somebody who does not ask
 

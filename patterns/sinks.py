@@ -1,4 +1,4 @@
-"""Attention sinks (gpt-oss): a column beside those of the keys, which takes weight and has no value."""
+"""Attention sinks (gpt-oss): a column before or behind those of the keys, which takes weight and has no value."""
 
 from __future__ import annotations
 

@@ -283,6 +283,8 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
         return False
+    if node in DROPOUT and argument(node, 2, "training", True) and argument(node, 1, "p", 0.5):
+        return False  # draws random numbers
     return node_name(node) in _PURE
 
 

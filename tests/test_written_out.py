@@ -429,6 +429,11 @@ LEFT: dict[str, Callable[..., Any]] = {
         c := s.clone(),
         s.softmax(-1) @ v + c.mean(),
     )[2],
+    "a copy that random numbers are drawn for": lambda q, k, v: (
+        w := (q @ k.mT / 6).softmax(-1),
+        F.dropout(w, 0.5, training=True),
+        w @ v,
+    )[2],
     "mask multiplied in and nothing added": lambda q, k, v: (
         ((q @ k.mT / 6) * (q[..., :24] > 0).float()).softmax(-1) @ v
     ),

@@ -211,8 +211,8 @@ def _erase_unused(nodes: list[fx.Node]) -> None:
 
 
 def _erase_with_readers(node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_readers(user)
+    while node.users:
+        _erase_with_readers(next(iter(node.users)))
     node.graph.erase_node(node)
 
 

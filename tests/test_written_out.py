@@ -364,6 +364,11 @@ KEPT: dict[str, Callable[..., Any]] = {
         w.view(2, 4, 24, 24).type_as(q).transpose(0, 1).mean(dim=0),
         F.dropout(w.type_as(w.type_as(q)), 0.1, training=False) @ v,
     )[2],
+    "a sum of scores and a copy": lambda q, k, v: (
+        s := q @ k.mT / 6,
+        s + s.clone(),
+        s.softmax(-1) @ v,
+    )[2],
     "weights of all layers": lambda q, k, v: (
         w := (q @ k.mT / 6).softmax(-1),
         torch.stack([w, w]),

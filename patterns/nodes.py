@@ -194,7 +194,9 @@ def casts_floats(node: fx.Node) -> bool:
 
 def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
     """Whether `readers` alone read the values of `node`; others may ask for its shape or dtype."""
-    return {user for user in node.users if not _reads_shape_only(user, node)} == set(readers)
+    if not all(reader in node.users for reader in readers):
+        return False
+    return all(user in readers or _reads_shape_only(user, node) for user in node.users)
 
 
 def uncast(node: Any) -> Any:

@@ -177,7 +177,7 @@ def measure(problem: Problem, provider: Provider) -> dict[str, float | None]:
         if name == "e2e" and prepared[0].end_to_end is prepared[0].kernel:
             row["ms_e2e"], row["tflops_e2e"] = row["ms_kernel"], row["tflops_kernel"]
         elif calls:
-            # Long calls reach the power limit, which takes some 100 ms to slow the clock: fewer would tell of its start.
+            # Long calls reach the power limit, which slows the clock within some 100 ms: 40 ms would tell of before.
             ms = median_ms(calls, target_ms=40.0 if problem.seq < 8192 else 250.0)
             row[f"ms_{name}"] = round(ms, 5)
             row[f"tflops_{name}"] = round(problem.operations / ms / 1e9, 1)

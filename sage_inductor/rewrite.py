@@ -140,6 +140,7 @@ class Inlined:
                 item = self.output[user.args[1]]
                 if item is not None:
                     user.replace_all_uses_with(item)
+                assert reads_nothing(user), user
                 _erase_with_readers(user)
         node.graph.erase_node(node)
 

@@ -388,6 +388,22 @@ def test_what_nobody_reads_is_no_reader(name: str) -> None:
     assert relative_l2(out, KEPT[name](*inputs)) < BOUND
 
 
+@torch._dynamo.allow_in_graph
+def log(scores: Tensor) -> Tensor:
+    return scores.mean()
+
+
+def test_a_function_of_the_user_is_a_reader_whatever_its_name() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT / 6
+        log(scores)
+        return scores.softmax(-1) @ v
+
+    inputs = qkv()
+    out, sites = run(attend, *inputs)
+    assert sites == [] and torch.equal(out, attend(*inputs))
+
+
 def overwritten(tensor: int) -> Callable[..., Tensor]:
     """An operand changes between its use and the last product."""
 

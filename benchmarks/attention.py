@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,10 @@ from sage_inductor.kernels.base import AttentionParams
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIMS = (128, 64)
 HEADS = 32
+LONG = 8192  # tokens from which a call reaches the power limit
+ROUNDS = 3
+
+Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Problem:
         total = 4.0 * self.batch * HEADS * self.seq**2 * self.head_dim
         return total / 2 if self.is_causal else total
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self) -> Inputs:
         shape = self.batch, self.seq, HEADS, self.head_dim
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
         return q, k, v
@@ -160,32 +166,60 @@ def providers() -> Iterator[tuple[str, str, Provider]]:
             sys.stderr.write(f"{name} {precision}: {error}\n")
 
 
-def measure(problem: Problem, provider: Provider) -> dict[str, float | None]:
+class Contender:
+    """A provider on a problem: what it computes, how far it is from float64, and the times of its turns."""
+
+    def __init__(self, problem: Problem, provider: Provider, sets: list[Inputs]) -> None:
+        prepared = [provider(problem, *inputs) for inputs in sets]
+        self.calls = {
+            "kernel": [p.kernel for p in prepared if p.kernel is not None],
+            "e2e": [p.end_to_end for p in prepared if p.end_to_end is not None],
+        }
+        self.same = prepared[0].end_to_end is prepared[0].kernel
+        call = prepared[0].end_to_end or prepared[0].kernel
+        assert call is not None
+        self.error = sampled_error(*sets[0], call(), AttentionParams(is_causal=problem.is_causal))
+        self.times: dict[str, list[float]] = {"kernel": [], "e2e": []}
+
+    @property
+    def timed(self) -> list[str]:
+        """What of "kernel" and "e2e" there is to be timed."""
+        return [name for name, calls in self.calls.items() if calls and not (name == "e2e" and self.same)]
+
+    def take_turn(self, name: str, target_ms: float) -> None:
+        self.times[name].append(median_ms(self.calls[name], target_ms=target_ms, least=3))
+
+    def figures(self, operations: float) -> dict[str, float | None]:
+        row: dict[str, float | None] = {"rel_l2": round(self.error, 5)}
+        for name in ("kernel", "e2e"):
+            times = self.times["kernel" if self.same else name]
+            ms = statistics.median(times) if times else None
+            row[f"ms_{name}"] = None if ms is None else round(ms, 5)
+            row[f"tflops_{name}"] = None if ms is None else round(operations / ms / 1e9, 1)
+        return row
+
+
+def measure(
+    problem: Problem, available: list[tuple[str, str, Provider]]
+) -> list[tuple[str, str, dict[str, float | None]]]:
+    """(name, precision, figures) of all that can compute it. Long calls reach the power limit, and how fast one is
+    then depends on what ran in the 100 ms before it: so they take turns of about that long, each time in another
+    order."""
     bytes_per_set = 3 * 2 * problem.batch * HEADS * problem.seq * problem.head_dim
     sets = [problem.inputs() for _ in range(sets_beyond_l2(bytes_per_set))]
-    prepared = [provider(problem, *inputs) for inputs in sets]
-    row: dict[str, float | None] = {
-        "ms_kernel": None,
-        "ms_e2e": None,
-        "tflops_kernel": None,
-        "tflops_e2e": None,
-    }
-    for name, calls in (
-        ("kernel", [p.kernel for p in prepared if p.kernel is not None]),
-        ("e2e", [p.end_to_end for p in prepared if p.end_to_end is not None]),
-    ):
-        if name == "e2e" and prepared[0].end_to_end is prepared[0].kernel:
-            row["ms_e2e"], row["tflops_e2e"] = row["ms_kernel"], row["tflops_kernel"]
-        elif calls:
-            # Long calls reach the power limit, which slows the clock within some 100 ms: 40 ms would tell of before.
-            ms = median_ms(calls, target_ms=40.0 if problem.seq < 8192 else 250.0)
-            row[f"ms_{name}"] = round(ms, 5)
-            row[f"tflops_{name}"] = round(problem.operations / ms / 1e9, 1)
-    call = prepared[0].end_to_end or prepared[0].kernel
-    assert call is not None
-    params = AttentionParams(is_causal=problem.is_causal)
-    row["rel_l2"] = round(sampled_error(*sets[0], call(), params), 5)
-    return row
+    contenders = {}
+    for name, precision, provider in available:
+        try:
+            contenders[name, precision] = Contender(problem, provider, sets)
+        except RuntimeError as error:
+            sys.stderr.write(f"{name} {precision} {problem}: {str(error).splitlines()[0]}\n")
+    turns = [(contender, name) for contender in contenders.values() for name in contender.timed]
+    target_ms = 15.0 if problem.seq < LONG else 80.0
+    for _ in range(ROUNDS):
+        random.shuffle(turns)
+        for contender, name in turns:
+            contender.take_turn(name, target_ms)
+    return [(*key, contender.figures(problem.operations)) for key, contender in contenders.items()]
 
 
 def problems(sizes: tuple[int, ...], head_dims: tuple[int, ...]) -> Iterator[Problem]:
@@ -203,15 +237,10 @@ def run(
     facts, deadline = machine(), time.monotonic() + budget
     available = [provider for provider in providers() if names is None or provider[0] in names]
     for problem in problems(sizes, head_dims):
-        for name, precision, provider in available:
-            if time.monotonic() > deadline:
-                sys.stderr.write(f"stopped before {problem}: {budget} s are spent\n")
-                return rows
-            try:
-                figures = measure(problem, provider)
-            except RuntimeError as error:
-                sys.stderr.write(f"{name} {precision} {problem}: {str(error).splitlines()[0]}\n")
-                continue
+        if time.monotonic() > deadline:
+            sys.stderr.write(f"stopped before {problem}: {budget} s are spent\n")
+            return rows
+        for name, precision, figures in measure(problem, available):
             rows.append(
                 {**facts, "provider": name, "precision": precision, "D": problem.head_dim}
                 | {"causal": problem.is_causal, "S": problem.seq, "B": problem.batch, "H": HEADS}
@@ -283,6 +312,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     options = parser.parse_args()
     torch.manual_seed(0)
+    random.seed(0)
     if options.source is not None:
         rows = json.loads(options.source.read_text())
     else:

@@ -33,6 +33,8 @@ constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
 // time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
 constexpr bool IN_TURN = CONSUMERS == 3;
+// With Q in them, too, the tensor cores take less from shared memory; of 8-bit products none was faster for it.
+constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -421,10 +423,26 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     u32 phase = 0, k_phase = 0;
     int q_stage = 0;
     u32 q_phase = 0;
-    u64 q_matrix;
+    u64 q_matrix;                        // Q of the tile, in shared memory
+    u32 q_words[Q_IN_REGISTERS ? HEAD_DIM / 8 : 1];  // or the same as an operand
 
     auto advance = [&](int& s, u32& ph) {
         if (++s == STAGES) { s = 0; ph ^= 1; }
+    };
+    // From the Q and the item that have come to `q_stage`.
+    auto take_q = [&]() {
+        const u32 tile = q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES;
+        q_matrix = matrix<SPAN_BYTES>(tile);
+        if constexpr (Q_IN_REGISTERS) {
+            const u32 row = row_in_tile - consumer * 64;
+#pragma unroll
+            for (int j = 0; j < HEAD_DIM / 8; j++) {
+                // Fours of them: bytes 0-15 of 32 of both rows, then bytes 16-31. Swizzling adds bits of the row to those of the column.
+                const u32 byte = 32 * (j / 4) + 8 * (j & 2) + 4 * quad, at = (row + 8 * (j & 1)) * SPAN_BYTES + byte % SPAN_BYTES;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(q_words[j])
+                             : "r"(tile + byte / SPAN_BYTES * Q_SPAN_BYTES + (at ^ ((at >> 7) & (SPAN_BYTES / 16 - 1)) << 4)) : "memory");
+            }
+        }
     };
     auto multiply_qk = [&]() {
         constexpr int STEPS = SPAN_BYTES / 32;  // of 32 bytes of k; matrices count in 16
@@ -432,7 +450,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int k = 0; k < HEAD_DIM / 32; k++) {
             const u64 q = q_matrix + k / STEPS * (Q_SPAN_BYTES / 16) + 2 * (k % STEPS);
             const u64 key = matrix<SPAN_BYTES>(k_tiles + k_stage * K_BYTES) + k / STEPS * (K_SPAN_BYTES / 16) + 2 * (k % STEPS);
-            if constexpr (SHARED_REGISTERS) wgmma_qk(accumulators, q, key, k > 0);
+            if constexpr (Q_IN_REGISTERS) wgmma_qk(scores, q_words + 4 * k, key, k > 0);
+            else if constexpr (SHARED_REGISTERS) wgmma_qk(accumulators, q, key, k > 0);
             else wgmma_qk(scores, q, key, k > 0);
         }
         wgmma_commit();
@@ -586,7 +605,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         v_scale = p.v_scale + t.key_row / 128;
         load_block_scales(t.begin);
     };
-    q_matrix = matrix<SPAN_BYTES>(q_tiles + consumer * Q_BYTES);
+    take_q();
 #pragma unroll
     for (int j = 0; j < NT; j++) product[j] = 0;
 #pragma unroll
@@ -820,7 +839,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         barrier_wait(q_full(q_stage), q_phase);
         item = items[q_stage];
         const bool more = item.tile >= 0;
-        q_matrix = matrix<SPAN_BYTES>(q_tiles + q_stage * Q_TILE_BYTES + consumer * Q_BYTES);
+        take_q();
         if (more) barrier_wait(k_full(k_stage), k_phase);
         wgmma_fence();
         if (!IN_TURN) multiply_qk();

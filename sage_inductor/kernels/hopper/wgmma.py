@@ -11,9 +11,8 @@ def header(v_rows: int, pv: int) -> str:
         ("f32", "bf16.bf16", 16),
         ("f32", "f16.f16", 16),
     )[pv]
-    return _wrapper("wgmma_qk", 128, 32, "s32", "s8.s8", a_in_registers=False) + _wrapper(
-        "wgmma_pv", v_rows, k, accumulator, types, a_in_registers=True
-    )
+    scores = (_wrapper("wgmma_qk", 128, 32, "s32", "s8.s8", a_in_registers=where) for where in (False, True))
+    return "".join(scores) + _wrapper("wgmma_pv", v_rows, k, accumulator, types, a_in_registers=True)
 
 
 def _wrapper(name: str, n: int, k: int, accumulator: str, types: str, *, a_in_registers: bool) -> str:

@@ -23,7 +23,7 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("balanced", 128, False): 8192,
     ("balanced", 128, True): 16384,
     ("accurate", 64, False): 4096,
-    ("accurate", 64, True): 16384,
+    ("accurate", 64, True): 8192,
     ("accurate", 96, False): 4096,
     ("accurate", 96, True): 4096,
     ("accurate", 128, False): 4096,

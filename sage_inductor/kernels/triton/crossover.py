@@ -32,7 +32,7 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("balanced", 128, True): 8192,
     ("balanced", 160, False): 8192,
     ("balanced", 192, False): 16384,
-    ("accurate", 64, False): 32768,
+    ("accurate", 64, False): 16384,
     ("accurate", 64, True): 16384,
     ("accurate", 96, False): 16384,
     ("accurate", 96, True): 16384,

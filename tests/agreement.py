@@ -313,11 +313,18 @@ def _make_mask(case: Case, rng: random.Random) -> Guarded | None:
     dtype = torch.bool if kind == "bool" else case.variant.dtype
     guarded = Guarded(shape, Layout("HND", rng.choice([0, 0, 5])), dtype)
     attended = torch.rand(shape, device=DEVICE) > rng.choice([0.1, 0.6, 0.95])
+    if (
+        rng.random() < 0.3
+    ):  # a band, as windows and causal masks have: most blocks are ruled out or left whole
+        offset = torch.arange(shape[-1], device=DEVICE) - torch.arange(shape[-2], device=DEVICE)[:, None]
+        low, high = sorted(rng.randint(-case.kv_len, case.kv_len) for _ in range(2))
+        attended = ((offset >= low) & (offset <= high)).expand(shape).clone()
     if rng.random() < 0.3:  # padding: whole blocks of keys that no query attends to
         attended[..., rng.randint(1, case.kv_len) :] = False
     if kind != "bool":
         hidden = -math.inf if kind == "additive" else torch.finfo(dtype).min
-        attended = torch.where(attended, torch.randn(shape, device=DEVICE), hidden)
+        bias = torch.randn(shape, device=DEVICE) if rng.random() < 0.7 else torch.zeros(shape, device=DEVICE)
+        attended = torch.where(attended, bias, hidden)
     guarded.fill(attended)
     return guarded
 

@@ -3,8 +3,8 @@ dependent launch), one JSON object a kernel.
 
     python tests/compile_offline.py 90 fast 128 none
 
-Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys) or bias (float32, over
-keys). A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
+Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys), bias (float32, over
+keys) or queries (bool, a row for each query). A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.triton import launch
 
-KERNELS = ("statistics_kernel", "quantize_kernel", "attention_kernel")
+KERNELS = ("mask_blocks_kernel", "statistics_kernel", "quantize_kernel", "attention_kernel")
 
 
 class Driver:
@@ -84,7 +84,8 @@ def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None
     q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
     mask = None
     if mask_kind != "none":
-        mask = torch.empty(2, 1, 1, 256, dtype=torch.bool if mask_kind == "keys" else torch.float32)
+        queries = 256 if mask_kind == "queries" else 1
+        mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
     out, params = torch.empty_like(q), AttentionParams(precision=precision)
     launch.Call(q, k, v, mask, params, out, None)(q, k, v, mask, out, None)
 

@@ -3,6 +3,7 @@ interpreter."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -181,6 +182,105 @@ def test_masks_are_read_in_units_that_divide_their_strides_and_the_keys(
     q, k, v = randn(2, 2, 70, 64), randn(2, 2, kv_len, 64), randn(2, 2, kv_len, 64)
     assert Call(q, k, v, mask, AttentionParams(), torch.empty_like(q), None).mask.align == align
     check(q, k, v, mask)
+
+
+def _blocky(name: str, batch: int, q_len: int, kv_len: int) -> Tensor:
+    """bool `[batch, 1, q_len, kv_len]`: masks as models make them, of which most blocks are ruled out or left whole."""
+    i, j = torch.arange(q_len, device=DEVICE)[:, None], torch.arange(kv_len, device=DEVICE)[None]
+    padding = 150 * torch.arange(batch, device=DEVICE).view(batch, 1, 1, 1)
+    masks = {
+        "causal": i >= j,
+        "causal, padded on the left": (i >= j) & (j >= padding),
+        "causal, padded on the right": (i >= j) & (j < kv_len - padding),
+        "a window": (i - j).abs() < 140,
+        "documents": i // 170 == j // 170,
+        "a prefix": (j < 260) | (i >= j),
+        "two runs": (j < 256) | (j >= 384),
+        "nothing": i + j < 0,
+        "all but one": (i != 3) | (j != kv_len - 1),
+        "everything": i + j >= 0,
+    }
+    return masks[name].expand(batch, 1, q_len, kv_len).contiguous()
+
+
+BLOCKY = (
+    "causal", "causal, padded on the left", "causal, padded on the right", "a window", "documents", "a prefix",
+    "two runs", "nothing", "all but one", "everything",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("name", BLOCKY)
+def test_what_a_mask_leaves_of_each_block_is_found(name: str, additive: bool) -> None:
+    from sage_inductor.kernels.triton.launch import Call
+
+    q, k, v = randn(2, 4, 300, 64), randn(2, 4, 517, 64), randn(2, 4, 517, 64)
+    mask = _blocky(name, 2, 300, 517)
+    given = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, -math.inf) if additive else mask
+    call = Call(q, k, v, given, AttentionParams(), torch.empty_like(q), None)
+    assert call.mask_states is not None
+    m, n = call.plan.config.block_m, call.plan.config.block_n
+    states = call.mask_states.of(call.quantize(q, k, v, given)).view(2, -(-300 // m), -(-517 // n))
+    for (b, tile, block), state in zip(
+        itertools.product(*map(range, states.shape)), states.flatten().tolist(), strict=True
+    ):
+        part = mask[b, 0, tile * m : (tile + 1) * m, block * n : (block + 1) * n]
+        assert state == (2 if part.all() else 1 if part.any() else 0), (b, tile, block)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("name", BLOCKY)
+def test_masks_of_blocks(name: str, additive: bool) -> None:
+    mask = _blocky(name, 2, 300, 517)
+    given = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, -math.inf) if additive else mask
+    check(randn(2, 4, 300, 64), randn(2, 2, 517, 64), randn(2, 2, 517, 64), given, params_of("fast"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"is_causal": True}, {"is_causal": True, "bottom_right": True}, {"window_left": 200, "window_right": 90},
+        {"window_left": 30, "bottom_right": True},
+    ],
+)  # fmt: skip
+def test_masks_of_blocks_within_a_window(precision: str, kwargs: dict[str, Any]) -> None:
+    mask = _blocky("a prefix", 2, 300, 517) & _blocky("causal, padded on the left", 2, 300, 517)
+    q, k, v = randn(2, 4, 300, 64), randn(2, 4, 517, 64), randn(2, 4, 517, 64)
+    check(q, k, v, mask, params_of(precision, **kwargs))
+
+
+def test_masks_of_blocks_that_heads_or_batches_have_of_their_own() -> None:
+    q, k, v = randn(2, 8, 200, 64), randn(2, 8, 300, 64), randn(2, 8, 300, 64)
+    i, j = torch.arange(200, device=DEVICE)[:, None], torch.arange(300, device=DEVICE)
+    by_batch = j < torch.tensor([100, 300], device=DEVICE).view(2, 1, 1, 1) - i
+    by_head = j < torch.arange(40, 360, 40, device=DEVICE).view(1, 8, 1, 1) + 0 * i
+    for mask in (by_batch, by_head[:, :1], by_head, by_batch & by_head):
+        check(q, k, v, mask)
+    # One mask for several heads, by a stride of 0 and not by a size of 1.
+    check(q, k, v, by_batch.expand(2, 8, 200, 300))
+
+
+def test_a_mask_is_not_read_where_its_blocks_are_ruled_out_or_whole() -> None:
+    from sage_inductor.kernels.triton.launch import Call
+
+    q, k, v = randn(1, 4, 128, 64), randn(1, 4, 512, 64), randn(1, 4, 512, 64)
+    mask = (torch.arange(512, device=DEVICE) < 256).expand(1, 1, 128, 512).contiguous()
+    out = torch.empty_like(q)
+    call = Call(q, k, v, mask, AttentionParams(), out, None)
+    workspace = call.quantize(q, k, v, mask)
+    mask.logical_not_()  # too late
+    call.attend(workspace, mask, out, None)
+    expected, _ = run(q, k[:, :, :256], v[:, :, :256])
+    assert relative_l2(out, expected) <= math.sqrt(2) * DOCUMENTED["fast"]
+
+
+def test_nan_in_an_additive_mask_shows() -> None:
+    q, k, v = (randn(1, 4, 256, 64) for _ in range(3))
+    mask = torch.zeros(256, 256, device=DEVICE)
+    mask[7, 100] = math.nan
+    out, _ = run(q, k, v, mask)
+    assert out[:, :, 7].isnan().all() and out.isnan().sum() == 4 * 64
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -534,6 +634,8 @@ def test_importing_the_kernel_does_not_import_its_device_code() -> None:
         (90, "balanced", 128, "bias"),
         (80, "balanced", 64, "none"),
         (80, "accurate", 64, "keys"),
+        (90, "fast", 128, "queries"),
+        (90, "accurate", 64, "queries"),
     ],
 )
 def test_compiles_without_spills_where_there_is_no_gpu(
@@ -547,14 +649,13 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [kernel["kernel"] for kernel in kernels] == [
-        "statistics_kernel",
-        "quantize_kernel",
-        "attention_kernel",
-    ]
+    names = [kernel["kernel"] for kernel in kernels]
+    before = ["mask_blocks_kernel"] if mask == "queries" else []
+    assert names == [*before, "statistics_kernel", "quantize_kernel", "attention_kernel"]
     assert [kernel for kernel in kernels if kernel["stack"]] == []
     # What starts before the kernel in front has ended must wait for it.
-    assert [kernel["waits"] > 0 for kernel in kernels] == [False, capability >= 90, capability >= 90]
+    waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]
+    assert waits == [False, capability >= 90, capability >= 90]
 
 
 # --------------------------------------------------------------------------------------------------- random

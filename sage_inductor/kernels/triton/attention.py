@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .mask_blocks import used_blocks, whole_blocks
 from .numerics import (
     dot_float,
     exp2,
@@ -280,6 +281,8 @@ _UNSPECIALIZED = [
     "stride_mb",
     "stride_mh",
     "stride_mm",
+    "mask_batch",
+    "mask_heads",
 ]
 
 
@@ -297,6 +300,7 @@ def attention_kernel(
     v_tile0,
     v_tile1,
     scales,
+    mask_states,
     q_size,
     batch,
     heads,
@@ -318,6 +322,8 @@ def attention_kernel(
     stride_mh,
     stride_mm,
     stride_mn,
+    mask_batch,
+    mask_heads,
     OUT_ALIGN: tl.constexpr,
     MASK_ALIGN: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -326,6 +332,7 @@ def attention_kernel(
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
     SKIP_BLOCKS: tl.constexpr,
+    MASK_BLOCKS: tl.constexpr,
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -343,7 +350,8 @@ def attention_kernel(
     """out (and lse) from the workspace that quantize.py describes: `*_tile0` and `*_tile1` give its tiles
     (`_load_tile`).
 
-    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. Strides but the last of out come
+    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. MASK_BLOCKS: `mask_states` has what it
+    leaves of each block (mask_blocks.py), for as many batches and heads as it has. Strides but the last of out come
     in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and
     kv_len are the longest of a varlen call. A 1-D grid of batch * heads * ceil(q_len / BLOCK_M) programs: the
     tiles of `together` heads follow each other, so that those that run at a time share K and V in L2, and the
@@ -404,12 +412,20 @@ def attention_kernel(
         used_keys = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
         begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)
         end = tl.minimum(end, tl.cdiv(tl.load(used_keys + 1), BLOCK_N))
-    if MASK != 0:
+    if MASK_BLOCKS:
+        blocks = tl.cdiv(kv_len, BLOCK_N)
+        mask_states += (((b % mask_batch) * mask_heads + h % mask_heads) * tiles + tile) * blocks
+        first_used, last_used = used_blocks(mask_states, blocks)
+        begin = tl.maximum(begin, first_used)
+        end = tl.minimum(end, last_used)
+    elif MASK != 0:
         full_begin = begin  # every block needs the mask
         full_end = begin
     end = tl.maximum(end, begin)
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    if MASK_BLOCKS:
+        full_begin, full_end = whole_blocks(mask_states, full_begin, full_end)
 
     mask_end = kv_len // MASK_ALIGN * MASK_ALIGN
     if MASK != 0:
@@ -427,9 +443,9 @@ def attention_kernel(
     value_row = kv_h * (DV0 + DV1)
     value_col = block0 * _KEY_BLOCK
     value_pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-    # Ascending: blocks cut by the window, blocks that all rows attend to in full, blocks cut by the diagonal
-    # or the end.
-    if HAS_LOW and MASK == 0:
+    # Ascending: blocks cut by the window or the mask, blocks that all rows attend to in full, blocks cut by the diagonal,
+    # the mask or the end.
+    if (HAS_LOW and MASK == 0) or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
@@ -437,7 +453,7 @@ def attention_kernel(
             mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
         )  # fmt: skip
-    if MASK == 0:
+    if MASK == 0 or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,

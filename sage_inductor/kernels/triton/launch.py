@@ -1,5 +1,5 @@
-"""Host side of the Triton kernels: what attention calls of one kind have in common, worked out once, and the three
-launches of each call."""
+"""Host side of the Triton kernels: what attention calls of one kind have in common, worked out once, and the
+launches of each call: three, and one more for some masks."""
 
 # Triton has no type information.
 # mypy: disable-error-code="import-untyped"
@@ -18,12 +18,17 @@ from ..base import AttentionParams, Prepared, without_keys
 from . import capability
 from .attention import attention_kernel
 from .launcher import Launch, Part, Tile
+from .mask_blocks import mask_blocks_kernel
 from .plan import INTERPRETED, SAMPLE_GROUP, make_plan
 from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
 from .tuning import LaunchConfig
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
+# From so many keys on, a mask over queries and keys that so many heads have in common is looked at before: blocks that it
+# rules out are passed over. For one head alone that would be to read it twice.
+MASK_BLOCKS_KEYS = 256
+MASK_BLOCKS_HEADS = 4
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]
@@ -62,6 +67,9 @@ class Mask(NamedTuple):
     units: Strides = (0, 0, 0, 0)  # the strides in units of `align`
     over_keys: bool = False  # the same for every query
     skip_blocks: bool = False  # the same for every head, too
+    batch: int = 1  # of which there are different ones
+    heads: int = 1
+    by_blocks: bool = False  # what it leaves of each block is found out before
 
     @classmethod
     def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> Mask:
@@ -69,13 +77,21 @@ class Mask(NamedTuple):
             return _NO_MASK
         attn_mask = attn_mask.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
         strides = attn_mask.stride()
+        over_keys = strides[2] == 0 or sizes.q_len == 1
+        batch, heads = (
+            1 if stride == 0 else size for stride, size in zip(strides, attn_mask.shape[:2], strict=False)
+        )
+        shared_by = sizes.batch * sizes.heads // max(batch * heads, 1)
         return cls(
             attn_mask.dtype,
             1 if attn_mask.dtype == torch.bool else 2,
             strides,
             *_in_units(strides, sizes.kv_len),
-            strides[2] == 0 or sizes.q_len == 1,
+            over_keys,
             is_key_mask(attn_mask),
+            batch,
+            heads,
+            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and shared_by >= MASK_BLOCKS_HEADS,
         )
 
 
@@ -117,11 +133,12 @@ class Call:
         self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31
         self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
         self._prepare_attention(params, out, lse)
+        self._prepare_mask()
 
     def together(self, params: AttentionParams) -> int:
         """Heads whose tiles are dealt out together, longest first, where a mask makes tiles of different lengths: with
         those of one head after the other, long tiles of the last heads would be left for the end."""
-        if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None):
+        if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None) and not self.mask.by_blocks:
             return 1
         batch, heads, kv_heads, _, kv_len, *_ = self.sizes
         kv_bytes = kv_len * (self.plan.d + self.plan.dv * self.plan.v_dtype.itemsize)
@@ -136,6 +153,10 @@ class Call:
         self.k8 = self._part(rows * plan.d, torch.int8)
         self.v8 = self._part(rows * plan.dv, plan.v_dtype)
         self.scales = self._part(scales, torch.float32)
+        self.mask_states: Part | None = None
+        if self.mask.by_blocks:
+            blocks = -(-sizes.q_len // plan.config.block_m) * -(-sizes.kv_len // plan.config.block_n)
+            self.mask_states = self._part(self.mask.batch * self.mask.heads * blocks, torch.int8)
 
     def _part(self, elements: int, dtype: torch.dtype) -> Part:
         """The next part of the workspace."""
@@ -202,21 +223,38 @@ class Call:
             attention_kernel,
             -(-q_len // plan.config.block_m) * batch * heads,
             dtypes=(mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
-            own=(*self._tiles(), self.scales),
+            own=(*self._tiles(), self.scales, self.mask_states),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
-                *out_strides, *lse_strides, *mask.units,
+                *out_strides, *lse_strides, *mask.units, mask.batch, mask.heads,
             ),
             specialized=(out_strides[3], mask.units[3]),
             variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
-                mask.over_keys, mask.skip_blocks, varlen, lse is not None,
+                mask.over_keys, mask.skip_blocks, mask.by_blocks, varlen, lse is not None,
             ),
             constants=plan.attention,
             index=self.index,
             direct=self.direct,
         )  # fmt: skip
+
+    def _prepare_mask(self) -> None:
+        mask = self.mask
+        self.mask_blocks: Launch | None = None
+        if self.mask_states is not None:
+            self.mask_blocks = Launch(
+                mask_blocks_kernel,
+                self.mask_states.elements,
+                dtypes=(mask.dtype,),
+                own=(self.mask_states,),
+                numbers=(mask.heads, self.sizes.q_len, self.sizes.kv_len, *mask.units),
+                specialized=(mask.units[3],),
+                variant=(mask.align, mask.kind),
+                constants=self.plan.mask_blocks,
+                index=self.index,
+                direct=self.direct,
+            )
 
     def _tiles(self) -> tuple[Tile | Part | None, ...]:
         """First and second tile of Q's, K's and V's part; None where a head dim is a single tile."""
@@ -245,6 +283,8 @@ class Call:
         """The workspace for `attend`: uint8, its parts as quantize.py describes them."""
         stream = self.stream()
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        if self.mask_blocks is not None:
+            self.mask_blocks(stream, (attn_mask,), workspace)
         key_mask = attn_mask if self.mask.skip_blocks else None
         inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
         self.statistics(stream, inputs, workspace)

@@ -295,7 +295,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def _used(values, MASK: tl.constexpr):
+def used_keys_of(values, MASK: tl.constexpr):
     """Which keys a mask does not rule out, from its values."""
     if MASK == 1:
         return values != 0
@@ -307,7 +307,7 @@ def _used(values, MASK: tl.constexpr):
 def _counts(n, exists, mask, stride_mn, MASK: tl.constexpr):
     """Which of the keys n exist and are not ruled out by a mask over keys."""
     if MASK != 0:
-        exists = exists & _used(tl.load(mask + n.to(tl.int64) * stride_mn, mask=exists, other=0), MASK)
+        exists = exists & used_keys_of(tl.load(mask + n.to(tl.int64) * stride_mn, mask=exists, other=0), MASK)
     return exists
 
 

@@ -124,6 +124,23 @@ def never_slower_sentence() -> str:
     )
 
 
+def masks_sentence() -> str:
+    rows = json.loads((RESULTS / f"masks_{GPU}.json").read_text())
+    ms = {
+        row["mask"]: row["ms"]
+        for row in rows
+        if (row["D"], row["S"], row["precision"]) == (128, 8192, "fast")
+    }
+    causal, padded, worst = ms["causal"], ms["padded on the left, additive"], ms["random"]
+    return (
+        "Under a mask that differs from query to query and comes as a tensor (`benchmarks/masks.py`; head_dim 128, 8,192 tokens, 32\n"
+        "heads, quantisation and a look at the mask included; ms, SDPA with the same mask in brackets): causal "
+        f"{causal['triton']:.2f} ({causal['sdpa']:.2f}; with\n`is_causal` instead it has {causal['sdpa is_causal']:.2f}), padded on the "
+        f"left besides {padded['triton']:.2f} ({padded['sdpa']:.2f}), random, which leaves no block whole, {worst['triton']:.2f} "
+        f"({worst['sdpa']:.2f})."
+    )
+
+
 def figures() -> str:
     rows = json.loads((RESULTS / f"attention_{GPU}.json").read_text())
     first = rows[0]
@@ -160,6 +177,8 @@ there was `hopper`. Cells: ms (speed against plain `torch.compile`, timed in tur
 
 The Llama speed-up is more than the kernel's: transformers builds its causal mask as a tensor, which keeps SDPA off its causal
 kernels; here the mask is recognised. Its error is that of random weights, where attention averages noise.
+
+{masks_sentence()}
 
 {never_slower_sentence()}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -84,3 +85,48 @@ def test_sanitize_runs_each_tool_and_counts_findings(
         ("memcheck", "clean"),
         ("racecheck", "FOUND SOMETHING"),
     ]
+
+
+def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    masks = load("masks")
+    monkeypatch.setattr(masks, "HEADS", 1)
+    monkeypatch.setattr(masks, "ROUNDS", 1)
+    monkeypatch.setattr(masks, "CONFIGS", masks.CONFIGS[:1])
+    file = tmp_path / "masks.json"
+    small = [
+        "--sizes",
+        "260",
+        "--head-dims",
+        "32",
+        "--precisions",
+        "fast",
+        "--device",
+        "cpu",
+        "--out",
+        str(file),
+    ]
+    assert masks.main([*small, "--budget", "-1"]) == [] and "stopped" in capsys.readouterr().err
+    found = list(masks.masks(16, "cpu"))
+    assert [name for name, _ in found] == ["causal", "padded on the left, additive", "random"]
+    assert found[0][1].sum() == 136 and found[1][1].isneginf().sum() == 256 - 136 + 2 * 15 + 1
+
+    monkeypatch.setattr(masks, "masks", lambda size, device: [("causal", torch.ones(size, size).tril() > 0)])
+    rows = masks.main([*small, "--tune"])
+    ours = [
+        "triton",
+        "triton, read everywhere",
+        "triton 64x64 4 warps",
+        "triton 64x64 4 warps, read everywhere",
+    ]
+    assert [list(row["ms"]) for row in rows] == [["sdpa", "sdpa is_causal", *ours]]
+    assert rows == json.loads(file.read_text()) and all(ms > 0 for row in rows for ms in row["ms"].values())
+
+    reads = masks.launch.Call.attend
+    monkeypatch.setattr(
+        masks.launch.Call, "attend", lambda self, workspace, mask, *rest: reads(self, workspace, ~mask, *rest)
+    )
+    with pytest.raises(SystemExit, match="triton.* under causal, .*: relative L2 .* from SDPA"):
+        masks.main(small)

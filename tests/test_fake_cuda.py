@@ -102,13 +102,16 @@ def test_cross_attention_and_odd_head_dims() -> None:
     assert "triton: head_dim=36 (supported: 16 to 256 in steps of 8)" in odd.reasons
 
 
-def test_masks_that_differ_from_query_to_query_are_left_causal_ones_are_not() -> None:
+def test_masks_that_differ_from_query_to_query_are_taken_where_they_were_measured() -> None:
     shape = (1, 16, 16384, 128)
 
     def masked(q: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, mask > 0)
 
     site = site_of(judge(masked, shape, (1, 1, 16384, 16384)))
+    assert site.rewritten and (site.mask, site.kernel) == ("bool", "triton")
+    torch._dynamo.reset()
+    site = site_of(judge(masked, shape, (1, 16, 16384, 16384)))
     assert not site.rewritten and any("attn_mask=one row per query" in reason for reason in site.reasons)
     torch._dynamo.reset()
     site = site_of(judge(masked, shape, (1, 1, 1, 16384)))

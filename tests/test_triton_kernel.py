@@ -588,16 +588,68 @@ def test_auto_leaves_what_sdpa_does_faster(problem: AttentionProblem, reasons: l
     assert slower_than_sdpa(problem, (9, 0)) == reasons
 
 
-def test_auto_leaves_masks_that_differ_from_query_to_query() -> None:
-    problem = sized(1, 32, 16384, 128)
-    for shape, stride, chosen in (
-        ((1, 1, 1, 16384), (16384, 16384, 16384, 1), True),
-        ((1, 1, 16384, 16384), (0, 0, 0, 1), True),
-        ((16384,), (1,), True),
-        ((16384, 16384), (16384, 1), False),
-    ):
-        mask = TensorSpec(shape, stride, torch.bool, problem.query.device)
-        assert (slower_than_sdpa(replace(problem, attn_mask=mask), (9, 0)) == []) == chosen
+@pytest.mark.parametrize(
+    ("problem", "mask", "dtype", "reasons"),
+    [
+        (sized(1, 32, 16384, 64), (1, 1, 1, 16384), torch.bool, []),  # the same for every query
+        (sized(1, 32, 16384, 64), (16384,), torch.bool, []),
+        (sized(1, 32, 16384, 128), (16384, 16384), torch.bool, []),
+        (sized(4, 32, 4096, 128), (4, 1, 4096, 4096), torch.bool, []),
+        (
+            sized(1, 32, 16384, 64),
+            (1, 1, 16384, 16384),
+            torch.bool,
+            ["head_dim=64, 64 (faster than SDPA: 128 for masked 'fast' on sm_90)"],
+        ),
+        (
+            sized(1, 32, 16384, 128),
+            (16384, 16384),
+            torch.bfloat16,
+            ["attn_mask dtype=bfloat16 (one row per query, faster than SDPA on sm_90: bool)"],
+        ),
+        (
+            sized(1, 32, 16384, 128, is_causal=True),
+            (16384, 16384),
+            torch.bool,
+            ["attn_mask=one row per query, and a window (faster than SDPA on sm_90: one of them)"],
+        ),
+        (
+            sized(2, 32, 16384, 128),
+            (1, 32, 16384, 16384),
+            torch.bool,
+            [
+                "attn_mask=one row per query, for 2 of batch * heads (faster than SDPA on sm_90: shared by 4 and more)"
+            ],
+        ),
+        (
+            sized(8, 32, 2048, 128),
+            (2048, 2048),
+            torch.bool,
+            [
+                "kv_len=2048 (faster than SDPA from 4096 on sm_90)",
+                "q_len=2048 (faster than SDPA from 4096 per kv head on sm_90)",
+            ],
+        ),
+    ],
+)
+def test_auto_takes_masks_that_differ_from_query_to_query_where_they_were_measured(
+    problem: AttentionProblem, mask: tuple[int, ...], dtype: torch.dtype, reasons: list[str]
+) -> None:
+    stride = torch.empty(mask, device="meta").stride()
+    problem = replace(problem, attn_mask=TensorSpec(mask, stride, dtype, problem.query.device))
+    assert slower_than_sdpa(problem, (9, 0)) == reasons
+
+
+def test_auto_takes_masks_over_keys_by_their_strides() -> None:
+    problem = sized(1, 32, 16384, 64)
+    mask = TensorSpec((1, 1, 16384, 16384), (0, 0, 0, 1), torch.bool, problem.query.device)
+    assert slower_than_sdpa(replace(problem, attn_mask=mask), (9, 0)) == []
+    mask = replace(mask, stride=(16384**2, 16384**2, 16384, 1))
+    problem = replace(sized(1, 32, 16384, 128), attn_mask=mask)
+    assert slower_than_sdpa(problem, (9, 0)) == []
+    assert slower_than_sdpa(problem, (8, 9)) == [
+        "attn_mask=one row per query (measured on sm_90 only, not on 8.9)"
+    ]
 
 
 def test_auto_leaves_gpus_that_nobody_measured() -> None:
@@ -635,7 +687,7 @@ def test_importing_the_kernel_does_not_import_its_device_code() -> None:
         (80, "balanced", 64, "none"),
         (80, "accurate", 64, "keys"),
         (90, "fast", 128, "queries"),
-        (90, "accurate", 64, "queries"),
+        (90, "balanced", 96, "queries"),
     ],
 )
 def test_compiles_without_spills_where_there_is_no_gpu(

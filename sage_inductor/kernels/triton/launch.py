@@ -17,6 +17,7 @@ from sage_inductor.reference import is_key_mask
 from ..base import AttentionParams, Prepared, without_keys
 from . import capability
 from .attention import attention_kernel
+from .crossover import MASK_SHARED_BY
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .plan import INTERPRETED, SAMPLE_GROUP, make_plan
@@ -25,10 +26,9 @@ from .tuning import LaunchConfig
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
-# From so many keys on, a mask over queries and keys that so many heads have in common is looked at before: blocks that it
-# rules out are passed over. For one head alone that would be to read it twice.
+# From so many keys on, a mask over queries and keys that several heads share is looked at before: blocks that it rules out
+# are passed over. For one head alone that would be to read it twice.
 MASK_BLOCKS_KEYS = 256
-MASK_BLOCKS_HEADS = 4
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]
@@ -91,7 +91,7 @@ class Mask(NamedTuple):
             is_key_mask(attn_mask),
             batch,
             heads,
-            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and shared_by >= MASK_BLOCKS_HEADS,
+            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and shared_by >= MASK_SHARED_BY,
         )
 
 
@@ -127,7 +127,10 @@ class Call:
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         masked = mask.kind != 0 and not mask.over_keys
         dims = query.shape[-1], value.shape[-1]
-        self.plan = make_plan(arch, params.precision, query.dtype, *dims, masked, self.V_TRANSPOSED, config)
+        mask_align = mask.align if masked else 0
+        self.plan = make_plan(
+            arch, params.precision, query.dtype, *dims, masked, mask_align, self.V_TRANSPOSED, config
+        )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
         self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31

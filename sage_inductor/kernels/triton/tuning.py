@@ -71,20 +71,14 @@ def override(
 
 
 def launch_config(
-    capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False
+    capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False, mask_align: int = 16
 ) -> LaunchConfig:
     """The attention kernel's configuration; d and dv are the padded head dims of K and V, `masked` stands for
-    an attn_mask that differs from query to query."""
+    an attn_mask that differs from query to query, `mask_align` for how many of its elements can be read at once."""
     if (capability, precision, max(d, dv), masked) in _overrides:
         return _overrides[capability, precision, max(d, dv), masked]
     if masked:
-        # A tile of the mask and its addresses take registers. Where kv_len or a stride is odd it is read byte by
-        # byte, and with 4 warps threads spill up to 2.5 kB each, which was 20 times slower at head dim 64
-        # (H200); these spill nothing at head dims 64, 96, 128 and 192 by the compiler's report, little at 160
-        # and 256. Where wider reads are possible 4 warps spill nothing up to 128, but were not timed.
-        # "accurate" with a mask of float32 would take 104 KiB with 128 keys, of the 99 of sm_86 and sm_89.
-        wide = max(d, dv) == 128 and (capability[0] == 9 or precision != "accurate")
-        return LaunchConfig(block_n=128 if wide else 64, num_warps=8)
+        return _masked_config(capability, precision, max(d, dv), mask_align)
     table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]
     config = next(config for limit, config in table if max(d, dv) <= limit)
     if capability[0] == 9:
@@ -97,6 +91,24 @@ def launch_config(
     if tile * config.num_stages > 72 * 1024:
         config = replace(config, num_stages=1)
     return config
+
+
+def _masked_config(
+    capability: tuple[int, int], precision: str, head_dim: int, mask_align: int
+) -> LaunchConfig:
+    """A tile of the mask and its addresses take registers, the more the fewer elements are read at once."""
+    if capability[0] == 9 and head_dim in (*range(32, 129, 32), 192):
+        # Measured on an H100 at head dims 64, 96, 128 and 192, bool and bfloat16, lengths of 8,192 and 8,191: with 8 warps
+        # everything takes twice as long, and 128 keys of a mask that is read byte by byte up to 14 times.
+        if head_dim == 128:
+            return LaunchConfig()
+        if head_dim == 192 or mask_align < 8:
+            return LaunchConfig(block_n=64)
+        return LaunchConfig(max_registers=168 if head_dim <= 64 else None)
+    # 4 warps would spill up to 2.5 kB a thread. "accurate" with a mask of float32 would take 104 KiB with 128 keys, of the
+    # 99 of sm_86 and sm_89.
+    wide = head_dim == 128 and precision != "accurate"
+    return LaunchConfig(block_n=128 if wide else 64, num_warps=8)
 
 
 def quantize_config(head_dim: int) -> LaunchConfig:

@@ -1,0 +1,143 @@
+"""Attention under masks that differ from query to query and come as tensors: ms of the Triton kernel and of SDPA.
+
+    python benchmarks/masks.py --out results.json            # as it is launched
+    python benchmarks/masks.py --tune --sizes 8191           # and in other launch configurations
+
+Masks are shared by all heads: causal (bool); causal without the first eighth of the keys, as padding on the left leaves
+it (bfloat16, 0 and -inf); and random (bool), of which no block is whole and none ruled out. A row of the JSON has gpu,
+torch, triton, D, S, B, H, precision, mask and ms, by name: "sdpa" with the mask, "sdpa is_causal" without it, "triton", and
+configurations; "read everywhere": without a look at the blocks before. Everything from bf16 to bf16, quantisation
+included, medians of five calls in turns; beyond 10% of SDPA's output a call counts as wrong and ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import machine
+from torch import Tensor
+
+from sage_inductor.kernels.base import AttentionParams
+from sage_inductor.kernels.triton import launch
+from sage_inductor.kernels.triton.tuning import LaunchConfig
+from sage_inductor.metrics import relative_l2
+from sage_inductor.timing import gpu_ms, host_ms
+
+HEADS = 32
+ROUNDS = 5
+CONFIGS = (
+    LaunchConfig(64, 64, 4),
+    LaunchConfig(64, 128, 4),
+    LaunchConfig(64, 128, 4, max_registers=168),
+    LaunchConfig(64, 64, 8),
+    LaunchConfig(64, 128, 8),
+    LaunchConfig(128, 64, 8),
+    LaunchConfig(128, 128, 8),
+)
+
+
+def masks(size: int, device: str) -> Iterator[tuple[str, Tensor]]:
+    i, j = torch.arange(size, device=device)[:, None], torch.arange(size, device=device)
+    causal = i >= j
+    yield "causal", causal
+    bias = torch.zeros(size, size, device=device, dtype=torch.bfloat16)
+    yield "padded on the left, additive", bias.masked_fill_(~(causal & (j >= size // 8)), -torch.inf)
+    yield "random", torch.rand(size, size, device=device) > 0.5
+
+
+def contenders(
+    q: Tensor, k: Tensor, v: Tensor, name: str, mask: Tensor, precision: str, tune: bool
+) -> dict[str, Callable[[], Tensor]]:
+    calls: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask)}
+    if name == "causal":
+        calls["sdpa is_causal"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    limit = launch.MASK_BLOCKS_KEYS
+    for config in (None, *(CONFIGS if tune else ())):
+        for least in (limit, sys.maxsize):
+            launch.MASK_BLOCKS_KEYS = least
+            out = torch.empty_like(q)
+            call = launch.Call(q, k, v, mask, AttentionParams(precision=precision), out, None, config=config)
+
+            def run(call: launch.Call = call, out: Tensor = out) -> Tensor:
+                call(q, k, v, mask, out, None)
+                return out
+
+            label = "triton" if config is None else f"triton {described(config)}"
+            calls[label if least == limit else f"{label}, read everywhere"] = run
+    launch.MASK_BLOCKS_KEYS = limit
+    # Rows that see no key are 0 in the one and may be NaN in the other.
+    expected = calls["sdpa"]().nan_to_num()
+    for label, call in calls.items():
+        if (error := relative_l2(call().nan_to_num(), expected)) > 0.1:
+            raise SystemExit(f"{label} under {name}, {tuple(q.shape)}: relative L2 {error:.3f} from SDPA")
+    return calls
+
+
+def described(config: LaunchConfig) -> str:
+    registers = f" {config.max_registers} registers" if config.max_registers else ""
+    return f"{config.block_m}x{config.block_n} {config.num_warps} warps{registers}"
+
+
+def measure(
+    calls: dict[str, Callable[[], Tensor]], timer: Callable[[Callable[[], Any]], float]
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in random.sample(list(calls.items()), len(calls)):
+            call()
+            times[name].append(timer(call))
+    return {name: round(statistics.median(found), 4) for name, found in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("masks.json"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=(4096, 8192))
+    parser.add_argument("--head-dims", type=int, nargs="+", default=(128, 64))
+    parser.add_argument("--precisions", nargs="+", default=("fast", "accurate"))
+    parser.add_argument("--tune", action="store_true", help="time other launch configurations, too")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the script")
+    options = parser.parse_args(argv)
+    timer = gpu_ms if options.device == "cuda" else host_ms
+    torch.manual_seed(0)
+    random.seed(0)
+    deadline = time.monotonic() + options.budget
+    rows: list[dict[str, Any]] = []
+    for precision in options.precisions:
+        for head_dim in options.head_dims:
+            for size in options.sizes:
+                batch = 4 if size <= 4096 else 1
+                shape = batch, size, HEADS, head_dim
+                q, k, v = (
+                    torch.randn(shape, device=options.device, dtype=torch.bfloat16).transpose(1, 2)
+                    for _ in range(3)
+                )
+                for name, mask in masks(size, options.device):
+                    if time.monotonic() > deadline:
+                        sys.stderr.write(f"stopped: {options.budget} s are spent\n")
+                        return rows
+                    ms = measure(contenders(q, k, v, name, mask, precision, options.tune), timer)
+                    rows.append(
+                        {**machine(), "D": head_dim, "S": size, "B": batch, "H": HEADS}
+                        | {"precision": precision, "mask": name, "ms": ms}
+                    )
+                    text = ", ".join(f"{label} {value:.3f}" for label, value in ms.items())
+                    sys.stdout.write(f"{precision} {head_dim}, {batch} x {size}, {name}: {text}\n")
+                    options.out.write_text(json.dumps(rows, indent=0) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -313,9 +313,8 @@ def _make_mask(case: Case, rng: random.Random) -> Guarded | None:
     dtype = torch.bool if kind == "bool" else case.variant.dtype
     guarded = Guarded(shape, Layout("HND", rng.choice([0, 0, 5])), dtype)
     attended = torch.rand(shape, device=DEVICE) > rng.choice([0.1, 0.6, 0.95])
-    if (
-        rng.random() < 0.3
-    ):  # a band, as windows and causal masks have: most blocks are ruled out or left whole
+    # A band, as windows and causal masks have: most blocks are ruled out or left whole.
+    if case.variant.mask_dims[2] and rng.random() < 0.3:
         offset = torch.arange(shape[-1], device=DEVICE) - torch.arange(shape[-2], device=DEVICE)[:, None]
         low, high = sorted(rng.randint(-case.kv_len, case.kv_len) for _ in range(2))
         attended = ((offset >= low) & (offset <= high)).expand(shape).clone()

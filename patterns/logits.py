@@ -121,11 +121,15 @@ class Logits:
 
 
 def logits_of(
-    found: Softmax, order: Order, zeroed: fx.Node | None = None, sink_at: int | None = None
+    found: Softmax,
+    order: Order,
+    zeroed: fx.Node | None = None,
+    sink_at: int | None = None,
+    trail: list[fx.Node] | None = None,
 ) -> Logits | None:
     """Walk from the softmax back to the first product, gathering what lies between; None at anything unknown. The dims
     of the logits, in `order`, are `[*batch, queries, keys]`. Where `zeroed` is true the weights are set to zero
-    afterwards."""
+    afterwards. The nodes on the way are appended to `trail`: the last is what is unknown."""
     readers, node, sink = found.readers, found.logits, None
     if sink_at is not None:
         beside = without_sink(found, order, sink_at)
@@ -135,6 +139,8 @@ def logits_of(
     views = (ordered(shape_of(node), order),)
     logits: Logits | None = Logits(order, views=views, zeroed=zeroed, sink=sink)
     while logits is not None:
+        if trail is not None:
+            trail.append(node)
         if not only_reader(node, *readers):
             return None
         if is_product(node, broadcast=True):
@@ -314,12 +320,18 @@ def _holds_product(node: fx.Node, broadcast: bool = False) -> bool:
             return any(
                 isinstance(arg, fx.Node) and _holds_product(arg, broadcast) for arg in current.args[1:]
             )
-        kinds = (CAST, SAME, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
-        is_view = current.op == "call_method" and current.target in ("transpose", "permute")
-        if not (is_view or any(current in kind for kind in kinds)):
+        if not is_known_step(current):
             return False
         current = next((arg for arg in current.args if isinstance(arg, fx.Node)), None)
     return False
+
+
+def is_known_step(node: fx.Node) -> bool:
+    """Whether `node` is of a kind that may stand between product and softmax."""
+    if node.op == "call_method" and node.target in ("transpose", "permute"):
+        return True
+    kinds = (ADD, SUB, WHERE, CAST, SAME, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
+    return any(node in kind for kind in kinds)
 
 
 def _flooring(node: fx.Node) -> _Step | None:

@@ -46,7 +46,7 @@ class SoftmaxMatmul(Pattern):
 
     def match(self, node: fx.Node) -> AttentionCall | None:
         for outer in weighted_sums(node):
-            weights = _weights(outer, node)
+            weights = weights_of(outer, node)
             logits = None
             if weights is not None:
                 logits = logits_of(weights.softmax, weights.order, weights.zeroed, weights.sink_at)
@@ -89,7 +89,7 @@ def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """What the left operand of the second product comes from: a softmax, what dropout it went through, the mask where it
     was set to zero, and which column was left out, that of a sink: 0, the first, or -1, the last."""
 
@@ -100,14 +100,20 @@ class _Weights:
     sink_at: int | None
 
 
-def _weights(outer: WeightedSum, reader: fx.Node) -> _Weights | None:
+def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None = None) -> Weights | None:
+    """Walk from the second product, `reader`, back to the softmax; None at anything unknown. The nodes on the way are
+    appended to `trail`: the last is what is unknown."""
     dropout, zeroed, order = 0.0, None, outer.order
     sink_at: int | None = None
     current: Any = outer.weights
-    while isinstance(current, fx.Node) and only_reader(current, reader):
+    while isinstance(current, fx.Node):
+        if trail is not None:
+            trail.append(current)
+        if not only_reader(current, reader):
+            return None
         found = softmax(current)
         if found is not None:
-            return _Weights(found, order, dropout, zeroed, sink_at) if found.dim == order[-1] else None
+            return Weights(found, order, dropout, zeroed, sink_at) if found.dim == order[-1] else None
         source, moved = argument(current, 0, "input"), permutation(current)
         if (column := left_out(current, order[-1])) is not None:
             if sink_at is not None or zeroed is not None:

@@ -22,7 +22,8 @@ from sage_inductor.inductor import (
     without_leaving_dynamo_entries,
 )
 from sage_inductor.plan import Plan
-from sage_inductor.report import Report, Site, unique_names
+from sage_inductor.report import Report, Site, Unread, unique_names
+from sage_inductor.unread import unread
 from sage_inductor.walk import rewrite_graph
 
 
@@ -107,6 +108,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     chosen = Config.of(config)
     sites: list[Site] = []
     graphs = 0
+    not_read: list[Unread] = []
 
     def collect(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
@@ -114,6 +116,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         judged = copy.deepcopy(graph_module)
         try:
             sites.extend(rewrite_graph(judged.graph, chosen))
+            not_read.extend(unread(judged.graph))
         except NotEligibleError as error:
             raise surfaced(error) from None
         return graph_module.forward
@@ -124,7 +127,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     if isinstance(chosen.plan, Plan):
         found = {site.name for site in sites}
         missing = tuple(name for name in chosen.plan.decisions() if name not in found)
-    return Report(unique_names(sites), graphs, missing)
+    return Report(unique_names(sites), graphs, missing, tuple(not_read))
 
 
 def rewrite_exported(

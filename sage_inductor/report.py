@@ -66,6 +66,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """What looks like attention written out by hand but is in no form that is known: it stays as it is."""
+
+    module: str
+    """The module path ("blocks.0.attn1")."""
+    source: str
+    """The line of the product with the values ("model.py:123")."""
+    obstacle: str
+    """What stands in the way, with its value: "scores=tanh between product and softmax (known: ...)"."""
+    code: str = ""
+    """The text of that line, where its file is at hand."""
+
+    def __str__(self) -> str:
+        return f"{self.module} at {self.source}: {self.obstacle}"
+
+
+@dataclass(frozen=True)
 class Report:
     """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
     data, `to_html()` a page to look at."""
@@ -75,6 +92,8 @@ class Report:
     """Graphs that Dynamo made of the model: 1 means that nothing broke it."""
     missing: tuple[str, ...] = ()
     """Sites of the plan that the model does not have."""
+    unread: tuple[Unread, ...] = ()
+    """What looks like attention and is no site."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -85,13 +104,14 @@ class Report:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "sites": [{name, source, pattern,
-        query, ...}, ...]}`."""
+        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "unread": [{module, source, obstacle,
+        code}, ...], "sites": [{name, source, pattern, query, ...}, ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
             "missing": list(self.missing),
+            "unread": [asdict(item) for item in self.unread],
             "sites": [asdict(site) for site in self.sites],
         }
         return to_json(data, indent)
@@ -123,8 +143,8 @@ class Report:
         return f"{plain_table(header, rows)}\n{self.summary()}"
 
     def summary(self) -> str:
-        """One line: how many sites, rewritten and left, in how many graphs; one more where the plan has sites that the
-        model lacks."""
+        """One line: how many sites, rewritten and left, in how many graphs; more where the plan has sites that the model
+        lacks, and where something looks like attention and is no site."""
         if self.sites:
             found = (
                 f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
@@ -132,7 +152,11 @@ class Report:
             )
         else:
             found = f"no attention found in {self.graphs} graph(s)"
-        return f"{found}\n{self.plan_mismatch()}" if self.missing else found
+        return "\n".join([found, *([self.plan_mismatch()] if self.missing else []), *self.unread_lines()])
+
+    def unread_lines(self) -> list[str]:
+        """What looks like attention and is no site, a line each, under a heading; empty where there is none."""
+        return ["not recognised, and left as it is:", *map(str, self.unread)] if self.unread else []
 
     def plan_mismatch(self) -> str:
         """The sites of the plan that the model lacks; empty where it has them all."""

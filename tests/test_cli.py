@@ -53,6 +53,13 @@ def with_both():
 def without_attention():
     return nn.Linear(4, 4), (torch.randn(3, 4),)
 
+class Both(Attention):
+    def forward(self, x):
+        return super().forward(x), ((x @ x.mT).tanh() * 5).softmax(-1) @ x
+
+def with_softcap():
+    return Both(), (torch.randn(2, 40, 64),)
+
 def that_raises():
     return Raises(), (torch.randn(2, 40, 64),)
 
@@ -248,6 +255,9 @@ def test_require_all(run: Any) -> None:
     assert run("explain", "net.py:without_attention").code == 0
     done = run("explain", "net.py:without_attention", "--require-all")
     assert done.code == 3 and "no attention found" in done.out
+    done = run("explain", "net.py:with_softcap", "--kernel", "reference", "--require-all")
+    assert done.code == 3 and "1 attention(s): 1 rewritten, 0 left" in done.out
+    assert "scores=tanh between product and softmax" in done.out
 
 
 def test_gradients_count_only_with_training(run: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sage_inductor import Config, Site, explain, walk
@@ -338,6 +340,7 @@ LEFT: dict[str, Callable[..., Any]] = {
     "weights summed": lambda q, k, v: ((w := (q @ k.mT / 6).softmax(-1)) @ v) + w.sum(),
     "logits returned": lambda q, k, v: ((s := q @ k.mT / 6).softmax(-1) @ v, s),
     "softcap": lambda q, k, v: ((q @ k.mT / 6).tanh() * 5).softmax(-1) @ v,
+    "softcap and a bias": lambda q, k, v: ((q @ k.mT / 6).tanh() * 5 + q[:1, :1, :, :24]).softmax(-1) @ v,
     "sigmoid": lambda q, k, v: (q @ k.mT / 6).sigmoid() @ v,
     "relu": lambda q, k, v: (q @ k.mT / 6).relu() @ v,
     "linear attention": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
@@ -359,6 +362,66 @@ LEFT: dict[str, Callable[..., Any]] = {
     "clamped": lambda q, k, v: (q @ k.mT).clamp(-3, 3).softmax(-1) @ v,
     "key not transposed": lambda q, k, v: (q[..., :24, :24] @ k[..., :24, :24]).softmax(-1) @ v,
 }
+
+
+BETWEEN = " between product and softmax (known: factors, terms, masks, casts, views)"
+BEHIND = " between softmax and product (known: dropout, zeros, casts, views)"
+OTHER_DIM = "softmax=over another dim than the keys"
+OBSTACLES = {
+    "weights returned": "weights=read by output, too",
+    "weights summed": "weights=read by sum, too",
+    "logits returned": "scores=read by output, too",
+    "softcap": f"scores=tanh{BETWEEN}",
+    "softcap and a bias": f"scores=tanh{BETWEEN}",
+    "softmax over queries": OTHER_DIM,
+    "softmax over heads": OTHER_DIM,
+    "softmax over the batch": OTHER_DIM,
+    "value on the left": OTHER_DIM,
+    "relative positions from queries": f"scores=add{BETWEEN}",
+    "scores multiplied by a tensor": f"scores=mul{BETWEEN}",
+    "weights renormalised": f"weights=normalize{BEHIND}",
+    "sparse fill": f"scores=masked_fill{BETWEEN}",
+    "talking heads": f"weights=einsum{BEHIND}",
+    "transposed weights": OTHER_DIM,
+    "clamped": f"scores=clamp{BETWEEN}",
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_look_alikes_lack_is_reported(name: str) -> None:
+    report = explain(LEFT[name], *qkv())
+    expected = [OBSTACLES[name]] if name in OBSTACLES else []
+    assert [item.obstacle for item in report.unread] == expected
+    assert all(item.source.startswith("test_patterns.py:") for item in report.unread)
+    assert len(report.sites) == (name == "key not transposed")
+
+
+def test_attention_that_is_a_site_is_not_reported_again() -> None:
+    """Neither where it is refused, nor inside a transform; and what a checkpointed block holds is."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cap: float) -> torch.Tensor:
+        scores = q @ k.mT / 6
+        return (scores if cap == 0 else cap * (scores / cap).tanh()).softmax(-1) @ v
+
+    refused = explain(attend, *qkv(), 0.0, config=Config(kernel="auto"))
+    assert len(refused.refused) == 1 and refused.unread == () and "recognised" not in str(refused)
+
+    def mapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda q, k, v: attend(q, k, v, 5.0))(q, k, v)
+
+    assert explain(mapped, *qkv()).unread == ()
+
+    def checkpointed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(attend, q, k, v, 5.0, use_reentrant=False)
+
+    inputs = [tensor.requires_grad_() for tensor in qkv()]
+    with torch.enable_grad():
+        report = explain(checkpointed, *inputs, config=Config(training=True))
+    assert [item.obstacle for item in report.unread] == [f"scores=tanh{BETWEEN}"]
+    text = str(report).splitlines()
+    assert text[-2] == "not recognised, and left as it is:" and text[-1] == str(report.unread[0])
+    assert json.loads(report.to_json())["unread"][0]["obstacle"] == report.unread[0].obstacle
+    assert f"scores=tanh{BETWEEN}" in report.to_html()
 
 
 @pytest.mark.parametrize("name", LEFT)

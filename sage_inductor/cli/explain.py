@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--html", metavar="FILE", help="also write a page to look at")
     parser.add_argument(
-        "--require-all", action="store_true", help="fail where any attention stays, or none is found"
+        "--require-all",
+        action="store_true",
+        help="fail where any attention stays, recognised or not, or none is found",
     )
     add_config(parser, config_fields())
 
@@ -38,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         show_json(report.to_json())
     else:
         show_report(options.model, report)
-    short = bool(report.refused) or not report.sites
+    short = bool(report.refused or report.unread) or not report.sites
     return NOT_AS_ASKED if options.require_all and short else 0
 
 

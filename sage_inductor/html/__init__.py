@@ -144,6 +144,10 @@ def _summary(report: Report, look: Look) -> str:
     graphs = f"{report.graphs} graph{'' if report.graphs == 1 else 's'}"
     mismatch = report.plan_mismatch()
     missing = f'<p class="about" id="missing">{escape(mismatch)}</p>' if mismatch else ""
+    if report.unread:
+        heading, *lines = report.unread_lines()
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        missing += f'<div class="about" id="unread"><p>{escape(heading)}</p><ul>{items}</ul></div>'
     if not report.sites:
         return f'<p class="about">No attention found in {graphs}.</p>{missing}'
     counts = _counts(map(decision, report.sites))

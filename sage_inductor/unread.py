@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from sage_inductor.aliasing import submodule_of
+from sage_inductor.aliasing import Writes, submodule_of
 from sage_inductor.call import example_tensor, node_name
 from sage_inductor.origin import module_path, source_code, source_line
 from sage_inductor.patterns import ALL
@@ -30,19 +30,20 @@ def unread(graph: fx.Graph, around: Surroundings | None = None) -> tuple[Unread,
     product again. Inside functorch transforms nothing is looked for."""
     around = Surroundings(ambient_pin()) if around is None else around
     found: dict[object, Unread] = {}
+    writes = Writes(graph)
     for node in graph.nodes:
         around = enter(node, around)
         submodule = submodule_of(node)
         if submodule is not None:
             found.update((item, item) for item in unread(submodule.graph, around))
-        elif not around.transforms and (seen := _seen(node)) is not None:
+        elif not around.transforms and (seen := _seen(node, writes)) is not None:
             # Of products one behind the other, as where heads are mixed, the last is that with the values.
             behind, obstacle = seen
             found[behind.logits] = Unread(module_path(node), source_line(node), obstacle, source_code(node))
     return tuple(found.values())
 
 
-def _seen(node: fx.Node) -> tuple[Softmax, str] | None:
+def _seen(node: fx.Node, writes: Writes) -> tuple[Softmax, str] | None:
     """The softmax behind `node`, and what stands in the way, where `node` looks like a product with values."""
     for outer in weighted_sums(node):
         found = _behind(outer.weights, softmax)
@@ -51,8 +52,11 @@ def _seen(node: fx.Node) -> tuple[Softmax, str] | None:
             or _behind(found.logits, lambda item: is_product(item, broadcast=True) or None) is None
         ):
             continue
-        known = any(pattern.match(node) is not None for pattern in ALL)
-        return None if known else (found, _what_stands_between(node, outer, found))
+        call = next(filter(None, (pattern.match(node) for pattern in ALL)), None)
+        if call is None:
+            return found, _what_stands_between(node, outer, found)
+        # A site, unless its operands are not what they were any more.
+        return (found, "operands=written to in place meanwhile") if writes.overwrite(call) else None
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor import Config
+from sage_inductor import Config, explain
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -91,7 +91,10 @@ def test_attention_written_out(name: str) -> None:
         WRITES[name](key)
         return scores.softmax(-1) @ value
 
-    agrees(model, *inputs())
+    assert agrees(model, *inputs()).sites == []
+    with torch.no_grad():
+        (item,) = explain(model, *inputs(), config=CONFIG).unread
+    assert item.obstacle == "operands=written to in place meanwhile"
 
 
 @pytest.mark.parametrize("name", [name for name in WRITES if name != "checkpoint"])

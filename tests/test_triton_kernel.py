@@ -687,7 +687,7 @@ def test_importing_the_kernel_does_not_import_its_device_code() -> None:
         (80, "balanced", 64, "none"),
         (80, "accurate", 64, "keys"),
         (90, "fast", 128, "queries"),
-        (90, "balanced", 96, "queries"),
+        (90, "accurate", 128, "queries"),
     ],
 )
 def test_compiles_without_spills_where_there_is_no_gpu(

@@ -28,6 +28,10 @@ def folded(query: Value, key: Value, value: Value) -> Grouped | None:
     of their own heads, each of which then serves a group of query heads. None where sizes do not fit, or are not known.
     """
     batch, *inner = shape_of(query)[:-2]
+    for item in (key, value):  # of more heads than the queries, by a repetition too: so many the output has
+        heads = zip(shape_of(item)[1:-2], inner, strict=False)
+        if any(isinstance(own, int) and own not in (1, of_query) for own, of_query in heads):
+            return None
     for candidates in ((_unrepeated(key), _unrepeated(value)), (key, value)):
         (kv_batch, *kv_inner), (value_batch, *value_inner) = (shape_of(item)[:-2] for item in candidates)
         # Of a symbolic batch, these are known.

@@ -146,6 +146,26 @@ def test_other_repetitions_are_not_taken_for_gqa(repeat: Any) -> None:
     assert relative_l2(out, attend(*inputs)) < 0.02
 
 
+@pytest.mark.parametrize("which", ["key", "value", "both"])
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 1, 3), (2, 2, 2, 1)])
+def test_keys_and_values_repeated_beyond_the_heads_of_the_queries(shape: tuple[int, ...], which: str) -> None:
+    """The output has as many heads as they, which no kernel gives: left alone, without an error."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        more = [6 if size == 1 else -1 for size in shape]
+        k = k if which == "value" else k.expand(*more, -1, -1)
+        v = v if which == "key" else v.expand(*more, -1, -1)
+        return (q @ k.mT * 0.2).softmax(-1) @ v
+
+    q, k, v = (torch.randn(*shape, length, 16) for length in (12, 20, 20))
+    backend = RewritingBackend(Config(kernel="reference", precision="accurate"))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(attend, backend=backend)(q, k, v), attend(q, k, v))
+        report = explain(attend, q, k, v)
+    assert backend.sites == []
+    assert [item.obstacle for item in report.unread] == ["shapes=not those of query, key and value"]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_five_dims_and_more_are_folded(masked: bool) -> None:
     q, k, v = (torch.randn(2, 3, 2, 4, 16, 32) for _ in range(3))

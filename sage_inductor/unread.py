@@ -24,33 +24,34 @@ from sage_inductor.surroundings import Surroundings, ambient_pin, enter
 _NEAR = 32
 
 
-def unread(graph: fx.Graph, around: Surroundings | None = None) -> tuple[Unread, ...]:
+def unread(graph: fx.Graph) -> tuple[Unread, ...]:
     """What of `graph`, which has been rewritten, and of the graphs of its submodules looks like attention and is none
     that is known: a product, of whose operand a softmax is behind values of the same size, and behind that such a
     product again. Inside functorch transforms nothing is looked for."""
-    around = Surroundings(ambient_pin()) if around is None else around
-    found: dict[object, Unread] = {}
+    return tuple(_by_logits(graph, Surroundings(ambient_pin())).values())
+
+
+def _by_logits(graph: fx.Graph, around: Surroundings) -> dict[fx.Node, Unread]:
+    """The same, by what the softmax is of: a subgraph may be referred to twice."""
+    found: dict[fx.Node, Unread] = {}
     writes = Writes(graph)
     for node in graph.nodes:
         around = enter(node, around)
         submodule = submodule_of(node)
         if submodule is not None:
-            found.update((item, item) for item in unread(submodule.graph, around))
+            found |= _by_logits(submodule.graph, around)
         elif not around.transforms and (seen := _seen(node, writes)) is not None:
             # Of products one behind the other, as where heads are mixed, the last is that with the values.
             behind, obstacle = seen
             found[behind.logits] = Unread(module_path(node), source_line(node), obstacle, source_code(node))
-    return tuple(found.values())
+    return found
 
 
 def _seen(node: fx.Node, writes: Writes) -> tuple[Softmax, str] | None:
     """The softmax behind `node`, and what stands in the way, where `node` looks like a product with values."""
     for outer in weighted_sums(node):
         found = _behind(outer.weights, softmax)
-        if (
-            found is None
-            or _behind(found.logits, lambda item: is_product(item, broadcast=True) or None) is None
-        ):
+        if found is None or _behind(found.logits, _product) is None:
             continue
         call = next(filter(None, (pattern.match(node) for pattern in ALL)), None)
         if call is None:
@@ -58,6 +59,10 @@ def _seen(node: fx.Node, writes: Writes) -> tuple[Softmax, str] | None:
         # A site, unless its operands are not what they were any more.
         return (found, "operands=written to in place meanwhile") if writes.overwrite(call) else None
     return None
+
+
+def _product(node: fx.Node) -> fx.Node | None:
+    return node if is_product(node, broadcast=True) else None
 
 
 def _behind(start: fx.Node, wanted: Callable[[fx.Node], Any]) -> Any:
@@ -96,11 +101,11 @@ def _what_stands_between(node: fx.Node, outer: WeightedSum, behind: Softmax) -> 
             return "softmax=over another dim than the keys"
         return f"weights={node_name(last)} between softmax and product (known: dropout, zeros, casts, views)"
     trail = []
-    if logits_of(weights.softmax, weights.order, weights.zeroed, weights.sink_at, trail) is None and trail:
-        last = trail[-1]
+    if logits_of(weights.softmax, weights.order, weights.zeroed, weights.sink_at, trail) is None:
+        last = trail[-1] if trail else weights.softmax.logits  # a sink that is not understood comes first
         if (others := _other_readers(last, trail, *weights.softmax.readers)) is not None:
             return f"scores={others}"
-        if is_product(last, broadcast=True):
+        if _product(last) is not None:
             return f"scores={node_name(last)} in front of the softmax (known: queries times keys)"
         name = node_name(_unknown_term(last))
         return f"scores={name} between product and softmax (known: factors, terms, masks, casts, views)"
@@ -116,7 +121,7 @@ def _unknown_term(node: fx.Node) -> fx.Node:
         return None if item is node or is_known_step(item) else item
 
     found = _behind(node, opaque)
-    return node if found is None or is_product(found, broadcast=True) else found
+    return node if found is None or _product(found) is not None else found
 
 
 def _other_readers(last: fx.Node, trail: list[fx.Node], *first: fx.Node) -> str | None:

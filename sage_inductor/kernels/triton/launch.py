@@ -67,7 +67,7 @@ class Mask(NamedTuple):
     units: Strides = (0, 0, 0, 0)  # the strides in units of `align`
     over_keys: bool = False  # the same for every query
     skip_blocks: bool = False  # the same for every head, too
-    batch: int = 1  # of which there are different ones
+    batch: int = 1  # sequences, and heads, that have one of their own; 1: all share it
     heads: int = 1
     by_blocks: bool = False  # what it leaves of each block is found out before
 
@@ -125,11 +125,10 @@ class Call:
         self.sizes = sizes = Sizes.of(query, key, lse is not None, varlen)
         self.mask = mask = Mask.of(attn_mask, sizes)
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
-        masked = mask.kind != 0 and not mask.over_keys
         dims = query.shape[-1], value.shape[-1]
-        mask_align = mask.align if masked else 0
+        mask_align = 0 if mask.kind == 0 or mask.over_keys else mask.align
         self.plan = make_plan(
-            arch, params.precision, query.dtype, *dims, masked, mask_align, self.V_TRANSPOSED, config
+            arch, params.precision, query.dtype, *dims, mask_align, self.V_TRANSPOSED, config
         )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]

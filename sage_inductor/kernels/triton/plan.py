@@ -50,8 +50,7 @@ def make_plan(
     dtype: torch.dtype,
     head_dim: int,
     v_head_dim: int,
-    masked: bool,
-    mask_align: int,
+    mask_align: int,  # 0 without a mask that differs from query to query
     v_transposed: bool,
     config: LaunchConfig | None,
 ) -> Plan:
@@ -60,7 +59,7 @@ def make_plan(
     if dv0 == 256 and precision != "accurate":
         dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv, masked, mask_align)
+    config = config or launch_config(arch, precision, d, dv, mask_align > 0, mask_align)
     n = config.block_n
     if precision == "fast":
         v_dtype = torch.float8_e4m3fn

@@ -27,6 +27,7 @@ KERNELS = (
     "combine",
     "quantize",
     "statistics",
+    "mask_blocks",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does
 

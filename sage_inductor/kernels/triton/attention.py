@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .mask_blocks import used_blocks, whole_blocks
+from .mask_blocks import add_bits, used_blocks, whole_blocks
 from .numerics import (
     dot_float,
     exp2,
@@ -37,6 +37,7 @@ _LOG2_448 = tl.constexpr(8.807354922057604)  # P in FP8 spans e4m3's range, up t
 _LOG2_127 = tl.constexpr(6.9886846867721655)  # P in INT8
 # Below every score; finite, so that no row ever computes inf - inf.
 _LOWEST = tl.constexpr(-1.0e30)
+_SMALLEST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal float32: any score times it is 0 to softmax
 # "balanced": blocks whose maximum is this far (log2) below the row's are rounded against a higher reference,
 # so that the accumulator's unit cannot overflow. They weigh less than 2**-32.
 _REFERENCE_RANGE = tl.constexpr(32.0)
@@ -158,6 +159,8 @@ def _attend_blocks(
     mask_end,
     stride_mm,
     stride_mn,
+    mask_bits,
+    mask_block0,
     D0: tl.constexpr,
     D1: tl.constexpr,
     DV0: tl.constexpr,
@@ -170,6 +173,7 @@ def _attend_blocks(
     HAS_HIGH: tl.constexpr,
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
+    MASK_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -199,17 +203,27 @@ def _attend_blocks(
                 v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
             )
         if MASKED:
-            x = s.to(tl.float32) * scale[:, None]
             cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            if MASK != 0:
+            x = s.to(tl.float32)
+            if MASK == 2:
+                x *= scale[:, None]
+                scale = tl.full([BLOCK_M], 1.0, tl.float32)
+            else:
+                # What is ruled out becomes -inf before the scale, which the exponential's argument takes up in one
+                # instruction. A scale of 0 would make NaN of it; where it is NaN the row is to be.
+                scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+            if MASK == 1 and MASK_BLOCKS:
+                x = add_bits(x, mask_bits, mask_block0 + block, BLOCK_M, BLOCK_N)
+            elif MASK != 0:
                 x = _add_mask(x, mask, stride_mm, stride_mn, rows, cols, q_len, mask_end, MASK, KEY_MASK)
-            keep = (cols < kv_len)[None, :]
-            if HAS_HIGH:
-                keep = keep & (cols[None, :] <= (rows + high)[:, None])
-            if HAS_LOW:
-                keep = keep & (cols[None, :] >= (rows + low)[:, None])
-            x = tl.where(keep, x, float("-inf"))
-            block_max = tl.max(x, 1)
+            if MASK != 1 or HAS_HIGH or HAS_LOW:  # a bool mask is False beyond kv_len
+                keep = (cols < kv_len)[None, :]
+                if HAS_HIGH:
+                    keep = keep & (cols[None, :] <= (rows + high)[:, None])
+                if HAS_LOW:
+                    keep = keep & (cols[None, :] >= (rows + low)[:, None])
+                x = tl.where(keep, x, float("-inf"))
+            block_max = tl.max(x, 1) * scale
         else:
             # The maximum of the integers: integer maxima are cheaper, and the scale is the row's.
             block_max = tl.max(s, 1).to(tl.float32) * scale
@@ -225,10 +239,9 @@ def _attend_blocks(
             new_reference = new_max
             shift = new_max
         row_max = new_max
-        if MASKED:
-            p = exp2(x - shift[:, None], PTX)
-        else:
-            p = exp2(s.to(tl.float32) * scale[:, None] - shift[:, None], PTX)
+        if not MASKED:
+            x = s.to(tl.float32)
+        p = exp2(x * scale[:, None] - shift[:, None], PTX)
         drop = reference - new_reference
         reference = new_reference
         rescale = exp2(drop, PTX)
@@ -301,6 +314,7 @@ def attention_kernel(
     v_tile1,
     scales,
     mask_states,
+    mask_bits,
     q_size,
     batch,
     heads,
@@ -351,7 +365,8 @@ def attention_kernel(
     (`_load_tile`).
 
     Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. MASK_BLOCKS: `mask_states` has what it
-    leaves of each block (mask_blocks.py), for as many batches and heads as it has. Strides but the last of out come
+    leaves of each block and, if it is bool, `mask_bits` the rest (mask_blocks.py), for as many batches and heads as it
+    has. Strides but the last of out come
     in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and
     kv_len are the longest of a varlen call. A 1-D grid of batch * heads * ceil(q_len / BLOCK_M) programs: the
     tiles of `together` heads follow each other, so that those that run at a time share K and V in L2, and the
@@ -412,9 +427,11 @@ def attention_kernel(
         used_keys = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
         begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)
         end = tl.minimum(end, tl.cdiv(tl.load(used_keys + 1), BLOCK_N))
+    mask_block0 = 0
     if MASK_BLOCKS:
         blocks = tl.cdiv(kv_len, BLOCK_N)
-        mask_states += (((b % mask_batch) * mask_heads + h % mask_heads) * tiles + tile) * blocks
+        mask_block0 = (((b % mask_batch) * mask_heads + h % mask_heads) * tiles + tile) * blocks
+        mask_states += mask_block0
         first_used, last_used = used_blocks(mask_states, blocks)
         begin = tl.maximum(begin, first_used)
         end = tl.minimum(end, last_used)
@@ -450,24 +467,27 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
-            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
+            MASK_BLOCKS, TMA, PTX,
         )  # fmt: skip
     if MASK == 0 or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
-            BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
+            MASK_BLOCKS, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, D0, D1, DV0, DV1,
-            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK, TMA, PTX,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
+            MASK_BLOCKS, TMA, PTX,
         )  # fmt: skip
 
     seen = tl.where(total == 0, 0.0, 1.0)  # a row that attends to nothing is 0

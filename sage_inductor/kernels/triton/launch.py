@@ -17,7 +17,6 @@ from sage_inductor.reference import is_key_mask
 from ..base import AttentionParams, Prepared, without_keys
 from . import capability
 from .attention import attention_kernel
-from .crossover import MASK_SHARED_BY
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .plan import INTERPRETED, SAMPLE_GROUP, make_plan
@@ -26,9 +25,10 @@ from .tuning import LaunchConfig
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
-# From so many keys on, a mask over queries and keys that several heads share is looked at before: blocks that it rules out
-# are passed over. For one head alone that would be to read it twice.
+# From so many keys on, a mask over queries and keys is looked at before: blocks that it rules out are passed over, and a
+# bool one is packed into bits. An additive one is read again for each head, so that for less than so many it does not pay.
 MASK_BLOCKS_KEYS = 256
+MASK_SHARED_BY = 4
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
 
 Strides = tuple[int, int, int, int]
@@ -70,6 +70,7 @@ class Mask(NamedTuple):
     batch: int = 1  # sequences, and heads, that have one of their own; 1: all share it
     heads: int = 1
     by_blocks: bool = False  # what it leaves of each block is found out before
+    packed: bool = False  # and written down in bits
 
     @classmethod
     def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> Mask:
@@ -82,17 +83,27 @@ class Mask(NamedTuple):
             1 if stride == 0 else size for stride, size in zip(strides, attn_mask.shape[:2], strict=False)
         )
         shared_by = sizes.batch * sizes.heads // max(batch * heads, 1)
+        is_bool = attn_mask.dtype == torch.bool
+        by_blocks = (
+            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and (is_bool or shared_by >= MASK_SHARED_BY)
+        )
         return cls(
             attn_mask.dtype,
-            1 if attn_mask.dtype == torch.bool else 2,
+            1 if is_bool else 2,
             strides,
             *_in_units(strides, sizes.kv_len),
             over_keys,
             is_key_mask(attn_mask),
             batch,
             heads,
-            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and shared_by >= MASK_SHARED_BY,
+            by_blocks,
+            by_blocks and is_bool,
         )
+
+    @property
+    def read_at_once(self) -> int:
+        """How many elements of a row the attention kernel can read at once; 0 if it reads none for a query and a key."""
+        return 0 if self.kind == 0 or self.over_keys or self.packed else self.align
 
 
 _NO_MASK = Mask()
@@ -126,9 +137,15 @@ class Call:
         self.mask = mask = Mask.of(attn_mask, sizes)
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
-        mask_align = 0 if mask.kind == 0 or mask.over_keys else mask.align
         self.plan = make_plan(
-            arch, params.precision, query.dtype, *dims, mask_align, self.V_TRANSPOSED, config
+            arch,
+            params.precision,
+            query.dtype,
+            *dims,
+            mask.kind != 0 and not mask.over_keys,
+            mask.read_at_once,
+            self.V_TRANSPOSED,
+            config,
         )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
@@ -156,9 +173,13 @@ class Call:
         self.v8 = self._part(rows * plan.dv, plan.v_dtype)
         self.scales = self._part(scales, torch.float32)
         self.mask_states: Part | None = None
+        self.mask_bits: Part | None = None
         if self.mask.by_blocks:
-            blocks = -(-sizes.q_len // plan.config.block_m) * -(-sizes.kv_len // plan.config.block_n)
-            self.mask_states = self._part(self.mask.batch * self.mask.heads * blocks, torch.int8)
+            m, n = plan.config.block_m, plan.config.block_n
+            blocks = self.mask.batch * self.mask.heads * -(-sizes.q_len // m) * -(-sizes.kv_len // n)
+            self.mask_states = self._part(blocks, torch.int8)
+            if self.mask.packed:
+                self.mask_bits = self._part(4 * blocks * m, {64: torch.int16, 128: torch.int32}[n])
 
     def _part(self, elements: int, dtype: torch.dtype) -> Part:
         """The next part of the workspace."""
@@ -225,7 +246,7 @@ class Call:
             attention_kernel,
             -(-q_len // plan.config.block_m) * batch * heads,
             dtypes=(mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
-            own=(*self._tiles(), self.scales, self.mask_states),
+            own=(*self._tiles(), self.scales, self.mask_states, self.mask_bits),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
@@ -242,15 +263,16 @@ class Call:
         )  # fmt: skip
 
     def _prepare_mask(self) -> None:
-        mask = self.mask
+        mask, sizes, config = self.mask, self.sizes, self.plan.config
         self.mask_blocks: Launch | None = None
         if self.mask_states is not None:
+            runs = -(-sizes.kv_len // (config.block_n * self.plan.mask_blocks["BLOCKS"]))
             self.mask_blocks = Launch(
                 mask_blocks_kernel,
-                self.mask_states.elements,
+                mask.batch * mask.heads * -(-sizes.q_len // config.block_m) * runs,
                 dtypes=(mask.dtype,),
-                own=(self.mask_states,),
-                numbers=(mask.heads, self.sizes.q_len, self.sizes.kv_len, *mask.units),
+                own=(self.mask_states, None if self.mask_bits is None else self.mask_bits.as_bytes()),
+                numbers=(mask.heads, sizes.q_len, sizes.kv_len, *mask.units),
                 specialized=(mask.units[3],),
                 variant=(mask.align, mask.kind),
                 constants=self.plan.mask_blocks,

@@ -33,6 +33,9 @@ class Part(NamedTuple):
     def of(self, workspace: Tensor) -> Tensor:
         return workspace[self.offset : self.offset + self.elements * self.dtype.itemsize].view(self.dtype)
 
+    def as_bytes(self) -> Part:
+        return Part(self.offset, self.elements * self.dtype.itemsize, torch.int8)
+
 
 class Tile(NamedTuple):
     """A part as a matrix `[rows, columns]` that TMA reads in the blocks of `template`."""

@@ -21,6 +21,7 @@ INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 
 # Channels of one program of the statistics kernel: few enough for three programs on an SM.
 SAMPLE_GROUP = 16
+MASK_BLOCKS = 4  # blocks of a mask that one program looks at
 # Triton 3.9 asks to be told; from 3.10 on it would not fuse multiplications with additions, of which softmax is full.
 _FUSED = {"enable_fp_fusion": True}
 
@@ -50,7 +51,8 @@ def make_plan(
     dtype: torch.dtype,
     head_dim: int,
     v_head_dim: int,
-    mask_align: int,  # 0 without a mask that differs from query to query
+    masked: bool,  # by a mask that differs from query to query
+    mask_align: int,  # as in `launch_config`
     v_transposed: bool,
     config: LaunchConfig | None,
 ) -> Plan:
@@ -59,7 +61,7 @@ def make_plan(
     if dv0 == 256 and precision != "accurate":
         dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv, mask_align > 0, mask_align)
+    config = config or launch_config(arch, precision, d, dv, masked, mask_align)
     n = config.block_n
     if precision == "fast":
         v_dtype = torch.float8_e4m3fn
@@ -124,7 +126,13 @@ def make_plan(
             **overlapped,
             **_FUSED,
         },
-        mask_blocks={"BLOCK_M": config.block_m, "BLOCK_N": n, "num_warps": 4, **_FUSED},
+        mask_blocks={
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": n,
+            "BLOCKS": MASK_BLOCKS,
+            "num_warps": 4,
+            **_FUSED,
+        },
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
         k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
         v_tiles=_templates(

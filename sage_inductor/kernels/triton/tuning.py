@@ -74,10 +74,11 @@ def launch_config(
     capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False, mask_align: int = 16
 ) -> LaunchConfig:
     """The attention kernel's configuration; d and dv are the padded head dims of K and V, `masked` stands for
-    an attn_mask that differs from query to query, `mask_align` for how many of its elements can be read at once."""
+    an attn_mask that differs from query to query, `mask_align` for how many of its elements can be read at once, 0 if it
+    comes packed in bits: they need two registers."""
     if (capability, precision, max(d, dv), masked) in _overrides:
         return _overrides[capability, precision, max(d, dv), masked]
-    if masked:
+    if masked and (mask_align or capability[0] != 9):
         return _masked_config(capability, precision, max(d, dv), mask_align)
     table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]
     config = next(config for limit, config in table if max(d, dv) <= limit)

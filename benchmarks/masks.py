@@ -3,11 +3,12 @@
     python benchmarks/masks.py --out results.json            # as it is launched
     python benchmarks/masks.py --tune --sizes 8191           # and in other launch configurations
 
-Masks are shared by all heads: causal (bool); causal without the first eighth of the keys, as padding on the left leaves
-it (bfloat16, 0 and -inf); and random (bool), of which no block is whole and none ruled out. A row of the JSON has gpu,
-torch, triton, D, S, B, H, precision, mask and ms, by name: "sdpa" with the mask, "sdpa is_causal" without it, "triton", and
-configurations; "read everywhere": without a look at the blocks before. Everything from bf16 to bf16, quantisation
-included, medians of five calls in turns; beyond 10% of SDPA's output a call counts as wrong and ends the run.
+Masks are causal (bool); causal without the first eighth of the keys, as padding on the left leaves it (bfloat16, 0 and
+-inf); random (bool), of which no block is whole and none ruled out; and a bias (bfloat16, normal numbers): shared by all
+heads, the last two also one for each head of a sequence. A row of the JSON has gpu, torch, triton, D, S, B, H, precision,
+mask and ms, by name: "sdpa" with the mask, "sdpa is_causal" without it, "triton", and configurations; "read everywhere":
+without a look at the blocks before. Everything from bf16 to bf16, quantisation included, medians of five calls in turns;
+beyond 10% of SDPA's output a call counts as wrong and ends the run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sage_inductor.metrics import relative_l2
 from sage_inductor.timing import gpu_ms, host_ms
 
 HEADS = 32
+PAIRS = 2**26  # of a query and a key, in all sequences together
 ROUNDS = 5
 CONFIGS = (
     LaunchConfig(64, 64, 4),
@@ -52,7 +54,9 @@ def masks(size: int, device: str) -> Iterator[tuple[str, Tensor]]:
     yield "causal", causal
     bias = torch.zeros(size, size, device=device, dtype=torch.bfloat16)
     yield "padded on the left, additive", bias.masked_fill_(~(causal & (j >= size // 8)), -torch.inf)
-    yield "random", torch.rand(size, size, device=device) > 0.5
+    for name, shape in (("", (size, size)), (", one a head", (HEADS, size, size))):
+        yield f"random{name}", torch.rand(shape, device=device) > 0.5
+        yield f"bias{name}", torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
 def contenders(
@@ -63,7 +67,8 @@ def contenders(
         calls["sdpa is_causal"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     limit = launch.MASK_BLOCKS_KEYS
     for config in (None, *(CONFIGS if tune else ())):
-        for least in (limit, sys.maxsize):
+        label = "triton" if config is None else f"triton {described(config)}"
+        for suffix, least in (("", limit), (", read everywhere", sys.maxsize)):
             launch.MASK_BLOCKS_KEYS = least
             out = torch.empty_like(q)
             call = launch.Call(q, k, v, mask, AttentionParams(precision=precision), out, None, config=config)
@@ -72,8 +77,9 @@ def contenders(
                 call(q, k, v, mask, out, None)
                 return out
 
-            label = "triton" if config is None else f"triton {described(config)}"
-            calls[label if least == limit else f"{label}, read everywhere"] = run
+            calls[label + suffix] = run
+            if not call.mask.by_blocks:
+                break
     launch.MASK_BLOCKS_KEYS = limit
     # Rows that see no key are 0 in the one and may be NaN in the other.
     expected = calls["sdpa"]().nan_to_num()
@@ -103,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("masks.json"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=(4096, 8192))
-    parser.add_argument("--head-dims", type=int, nargs="+", default=(128, 64))
-    parser.add_argument("--precisions", nargs="+", default=("fast", "accurate"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=(2048, 4096, 8191, 8192))
+    parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 96, 128, 192))
+    parser.add_argument("--precisions", nargs="+", default=("fast", "balanced", "accurate"))
     parser.add_argument("--tune", action="store_true", help="time other launch configurations, too")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the script")
@@ -118,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for precision in options.precisions:
         for head_dim in options.head_dims:
             for size in options.sizes:
-                batch = 4 if size <= 4096 else 1
+                batch = max(1, PAIRS // size**2)
                 shape = batch, size, HEADS, head_dim
                 q, k, v = (
                     torch.randn(shape, device=options.device, dtype=torch.bfloat16).transpose(1, 2)

@@ -132,12 +132,14 @@ def masks_sentence() -> str:
         if (row["D"], row["S"], row["precision"]) == (128, 8192, "fast")
     }
     causal, padded, worst = ms["causal"], ms["padded on the left, additive"], ms["random"]
+    gains = [row["ms"]["sdpa"] / row["ms"]["triton"] for row in rows if row["mask"] == "random"]
     return (
         "Under a mask that differs from query to query and comes as a tensor (`benchmarks/masks.py`; head_dim 128, 8,192 tokens, 32\n"
         "heads, quantisation and a look at the mask included; ms, SDPA with the same mask in brackets): causal "
         f"{causal['triton']:.2f} ({causal['sdpa']:.2f}; with\n`is_causal` instead it has {causal['sdpa is_causal']:.2f}), padded on the "
         f"left besides {padded['triton']:.2f} ({padded['sdpa']:.2f}), random, which leaves no block whole, {worst['triton']:.2f} "
-        f"({worst['sdpa']:.2f})."
+        f"({worst['sdpa']:.2f}).\nUnder random bool masks, for which the kernel can do least, it is {min(gains):.2f} to "
+        f"{max(gains):.2f} times as fast as SDPA, over all precisions,\nhead dims from 64 to 192 and 2,048 to 8,192 tokens."
     )
 
 

@@ -94,6 +94,7 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     masks = load("masks")
     monkeypatch.setattr(masks, "HEADS", 1)
     monkeypatch.setattr(masks, "ROUNDS", 1)
+    monkeypatch.setattr(masks, "PAIRS", 260**2)
     monkeypatch.setattr(masks, "CONFIGS", masks.CONFIGS[:1])
     file = tmp_path / "masks.json"
     small = [
@@ -110,7 +111,14 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     ]
     assert masks.main([*small, "--budget", "-1"]) == [] and "stopped" in capsys.readouterr().err
     found = list(masks.masks(16, "cpu"))
-    assert [name for name, _ in found] == ["causal", "padded on the left, additive", "random"]
+    assert [(name, mask.shape) for name, mask in found] == [
+        ("causal", (16, 16)),
+        ("padded on the left, additive", (16, 16)),
+        ("random", (16, 16)),
+        ("bias", (16, 16)),
+        ("random, one a head", (1, 16, 16)),
+        ("bias, one a head", (1, 16, 16)),
+    ]
     assert found[0][1].sum() == 136 and found[1][1].isneginf().sum() == 256 - 136 + 2 * 15 + 1
 
     monkeypatch.setattr(masks, "masks", lambda size, device: [("causal", torch.ones(size, size).tril() > 0)])
@@ -124,9 +132,9 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     assert [list(row["ms"]) for row in rows] == [["sdpa", "sdpa is_causal", *ours]]
     assert rows == json.loads(file.read_text()) and all(ms > 0 for row in rows for ms in row["ms"].values())
 
-    reads = masks.launch.Call.attend
+    reads = masks.launch.Call.quantize
     monkeypatch.setattr(
-        masks.launch.Call, "attend", lambda self, workspace, mask, *rest: reads(self, workspace, ~mask, *rest)
+        masks.launch.Call, "quantize", lambda self, q, k, v, mask, *rest: reads(self, q, k, v, ~mask, *rest)
     )
     with pytest.raises(SystemExit, match="triton.* under causal, .*: relative L2 .* from SDPA"):
         masks.main(small)

@@ -46,13 +46,14 @@ def test_tables_are_what_was_measured(kernel: str, table: dict[tuple[str, int, b
 
 
 def test_masked_table_is_what_was_measured() -> None:
-    """At least 2% faster than SDPA with it under every mask, at every length from there on, and at 8191, where a mask cannot
-    be read in wide words; what was not measured under all of them does not count."""
-    rows = [row for row in json.loads((RESULTS / "masks_h100.json").read_text()) if "triton" in row["ms"]]
+    """At least 2% faster than SDPA with it under every bool mask, at every length from there on, and at 8191, where a mask
+    cannot be read in wide words; what was not measured under all of them does not count."""
+    rows = json.loads((RESULTS / "masks_h100.json").read_text())
     gains: dict[tuple[str, int], dict[int, list[float]]] = {}
     for row in rows:
-        by_length = gains.setdefault((row["precision"], row["D"]), {})
-        by_length.setdefault(row["S"], []).append(row["ms"]["sdpa"] / row["ms"]["triton"])
+        if row["mask"] in ("causal", "random", "random, one a head"):
+            by_length = gains.setdefault((row["precision"], row["D"]), {})
+            by_length.setdefault(row["S"], []).append(row["ms"]["sdpa"] / row["ms"]["triton"])
     expected = {}
     for key, by_length in gains.items():
         faster = {length for length, found in by_length.items() if len(found) == 3 and min(found) >= 1.02}

@@ -40,14 +40,15 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("accurate", 96, True): 16384,
     ("accurate", 160, False): 8192,
 }
-# (precision, head_dim) -> the same with a bool mask of a row per query that at least so many heads share, even one that
-# leaves no block whole and rules none out: benchmarks/results/masks_h100.json. Other head dims are 3 to 6 times as fast as
-# SDPA under causal masks and padding, but 64 and 96 not under others, and 192 was not measured under all: `tune="measure"`.
+# (precision, head_dim) -> the same with a bool mask of a row per query, even one that each head has of its own, that leaves no
+# block whole and rules none out, and that cannot be read in wide words; 2048 is the shortest that was measured:
+# benchmarks/results/masks_h100.json. Additive ones are 1.5 to 7 times as fast as SDPA where they rule blocks out, but up to head
+# dim 128 only .6 to 1.1 times where they do not: `tune="measure"`.
 MASKED_MIN_KV_LEN: dict[tuple[str, int], int] = {
-    ("fast", 128): 4096,
-    ("accurate", 128): 8192,
+    (precision, head_dim): 2048
+    for precision in ("fast", "balanced", "accurate")
+    for head_dim in (64, 96, 128, 192)
 }
-MASK_SHARED_BY = 4
 MIN_Q_LEN = 4096  # queries times query heads per kv head: fewer do not pay for quantising the keys
 # batch * heads * q_len * kv_len: 8 heads of 8192 tokens (0.5e9) are no faster, 4 x 32 heads of 4096 (2.1e9)
 # are.
@@ -92,10 +93,11 @@ def slower_than_sdpa(
         return []
     reasons = []
     limit = limits[head_dim]
+    min_q_len = min(MIN_Q_LEN, limit) if kind == "masked " else MIN_Q_LEN
     if kv_len < limit:
         reasons.append(f"kv_len={kv_len} (faster than SDPA from {limit} on sm_90)")
-    if q_len * (heads // max(kv_heads, 1)) < MIN_Q_LEN:
-        reasons.append(f"q_len={q_len} (faster than SDPA from {MIN_Q_LEN} per kv head on sm_90)")
+    if q_len * (heads // max(kv_heads, 1)) < min_q_len:
+        reasons.append(f"q_len={q_len} (faster than SDPA from {min_q_len} per kv head on sm_90)")
     pairs = batch * heads * q_len * kv_len
     if not reasons and pairs < MIN_PAIRS:
         reasons.append(f"batch * heads * q_len * kv_len={pairs} (faster than SDPA from {MIN_PAIRS} on sm_90)")
@@ -113,15 +115,6 @@ def _masked_reasons(problem: AttentionProblem, mask: TensorSpec, capability: tup
         ]
     if params.is_causal or params.window_left >= 0 or params.window_right >= 0:
         return ["attn_mask=one row per query, and a window (faster than SDPA on sm_90: one of them)"]
-    shared = 1
-    for dim, size in ((-3, problem.query.shape[1]), (-4, problem.query.shape[0])):
-        if len(mask.shape) < -dim or size_hint(mask.shape[dim]) == 1 or mask.stride[dim] == 0:
-            shared *= size_hint(size) or 1
-    if shared < MASK_SHARED_BY:
-        return [
-            f"attn_mask=one row per query, for {shared} of batch * heads (faster than SDPA on sm_90: shared by "
-            f"{MASK_SHARED_BY} and more)"
-        ]
     return []
 
 

@@ -729,8 +729,10 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
     assert names == [*before, "statistics_kernel", "quantize_kernel", "attention_kernel"]
-    # 8 bytes: a value that is needed after the loop only. What the loop needs takes more.
-    assert [kernel for kernel in kernels if kernel["stack"] > 8] == []
+    # 8 bytes of the attention kernel: a value that is needed after the loop only. Those that are held to 80 registers, for
+    # three programs on an SM, may spill a few under Triton 3.6.
+    allowed = {"statistics_kernel": 24, "quantize_kernel": 24, "attention_kernel": 8}
+    assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
     waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]
     assert waits == [False, capability >= 90, capability >= 90]

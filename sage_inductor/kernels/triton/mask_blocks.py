@@ -86,7 +86,7 @@ def mask_blocks_kernel(
             else:
                 every = every & (tl.min(((values == 0) | (exists == 0)).to(tl.int32)) > 0)
                 some = some | (tl.max(used.to(tl.int32)) > 0)
-        tl.store(states + block, some.to(tl.int8) + (some & every).to(tl.int8))
+        tl.store(states + block, tl.where(some, tl.where(every, _ALL, _SOME), 0).to(tl.int8))
 
 
 @triton.jit

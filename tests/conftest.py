@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sage_inductor-tests-")
     # Neither are choices among kernels to be those of an earlier day.
     os.environ["XDG_CACHE_HOME"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/xdg"
+# NVRTC leaves the report of ptxas out of the log of what it finds in the driver's cache.
+os.environ.setdefault("CUDA_CACHE_DISABLE", "1")
 # Inductor's pool of compile processes takes seconds to start, more than the small graphs here take to
 # compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

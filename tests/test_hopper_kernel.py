@@ -50,7 +50,11 @@ VARIANTS = list(
 def compiled() -> dict[Variant, Compiled]:
     if reasons := compiler_reasons():
         pytest.skip("; ".join(reasons))
-    return {variant: compilation.compile_variant(variant) for variant in VARIANTS}
+    results = {variant: compilation.compile_variant(variant) for variant in VARIANTS}
+    assert not [
+        variant for variant, result in results.items() if "registers" not in result.log
+    ]  # ptxas has reported
+    return results
 
 
 def test_wgmma_runs_side_by_side(compiled: dict[Variant, Compiled]) -> None:

@@ -112,7 +112,14 @@ def test_masks_that_differ_from_query_to_query_are_taken_where_they_were_measure
     assert site.rewritten and (site.mask, site.kernel) == ("bool", "triton")
     torch._dynamo.reset()
     site = site_of(judge(masked, shape, (1, 16, 16384, 16384)))
-    assert not site.rewritten and any("attn_mask=one row per query" in reason for reason in site.reasons)
+    assert site.rewritten and (site.mask, site.kernel) == ("bool", "triton")
+    torch._dynamo.reset()
+
+    def biased(q: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    site = site_of(judge(biased, shape, (1, 1, 16384, 16384)))
+    assert not site.rewritten and any("attn_mask dtype=" in reason for reason in site.reasons)
     torch._dynamo.reset()
     site = site_of(judge(masked, shape, (1, 1, 1, 16384)))
     assert site.rewritten and site.mask == "key_padding"

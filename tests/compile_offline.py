@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels for a GPU that is not there: registers, stack and waits for the kernel in front (programmatic
-dependent launch), one JSON object a kernel.
+"""Compiles the Triton kernels for a GPU that is not there: registers, stack, what the attention kernel's loop moves to and
+from that on Hopper, and waits for the kernel in front (programmatic dependent launch), one JSON object a kernel.
 
     python tests/compile_offline.py 90 fast 128 none
 
@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -57,7 +58,12 @@ class Compiled:
         def launch(*args: Any, **kwargs: Any) -> SimpleNamespace:
             asm = self.kernel.warmup(*args, grid=grid, **kwargs).asm
             waits = asm["ptx"].count("griddepcontrol.wait")
-            print(json.dumps({"kernel": self.kernel.__name__, "waits": waits, **usage(asm["cubin"])}))
+            found = {"kernel": self.kernel.__name__, "waits": waits, **usage(asm["cubin"])}
+            if found["kernel"] == "attention_kernel" and ".target sm_90a" in asm["ptx"]:
+                with tempfile.TemporaryDirectory() as folder:
+                    loop = sass.disassemble(asm["cubin"], Path(folder), found["kernel"]).main_loop()
+                found["spills_in_loop"] = [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
+            print(json.dumps(found))
             return SimpleNamespace()
 
         return launch

@@ -82,7 +82,7 @@ class Code:
         return seen
 
 
-def disassemble(cubin: bytes, folder: Path) -> Code:
+def disassemble(cubin: bytes, folder: Path, kernel: str = "attention") -> Code:
     """By the disassembler that triton brings; `folder` is for the file."""
     spec = find_spec("triton")
     assert spec is not None and spec.origin is not None
@@ -92,7 +92,7 @@ def disassemble(cubin: bytes, folder: Path) -> Code:
     # nvdisasm, which it calls, lies beside it.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     text = subprocess.run(
-        [tool, "-sass", "--function", "attention", path],
+        [tool, "-sass", "--function", kernel, path],
         capture_output=True,
         text=True,
         check=True,

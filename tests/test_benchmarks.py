@@ -66,6 +66,19 @@ def test_gpu_names_make_file_names(load: Any, monkeypatch: pytest.MonkeyPatch) -
         assert model.gpu_name() == expected
 
 
+def test_sanitize_looks_at_every_kernel(load: Any) -> None:
+    pytest.importorskip("triton")
+    from sage_inductor.kernels import hopper
+    from sage_inductor.kernels.triton import launch
+
+    source = (Path(hopper.__file__).parent / "attention.cu").read_text()
+    kernels = re.findall(r"__global__[^{]*?(\w+)\(const __grid_constant__", source)
+    kernels += [name for name in vars(launch) if name.endswith("_kernel")]
+    assert len(kernels) == 6
+    known = load("sanitize").KERNELS
+    assert [kernel for kernel in kernels if not any(part in kernel for part in known)] == []
+
+
 def test_sanitize_runs_each_tool_and_counts_findings(
     load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

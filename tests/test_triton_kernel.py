@@ -3,6 +3,7 @@ interpreter."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -736,9 +737,15 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
     assert names == [*before, "statistics_kernel", "quantize_kernel", "attention_kernel"]
-    # 8 bytes of the attention kernel: a value that is needed after the loop only. Those that are held to 80 registers, for
-    # three programs on an SM, may spill a few under Triton 3.6.
-    allowed = {"statistics_kernel": 24, "quantize_kernel": 24, "attention_kernel": 8}
+    assert kernels[-1].get("spills_in_loop", []) == [] and (
+        capability == 80 or "spills_in_loop" in kernels[-1]
+    )
+    allowed = {}
+    if (head_dim, mask) == (64, "keys"):
+        allowed["attention_kernel"] = 8  # what is needed after the loop only
+    if importlib.metadata.version("triton").startswith("3.6."):
+        # Held to 80 registers, for three programs on an SM.
+        allowed |= {"statistics_kernel": 24, "quantize_kernel": 24}
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
     waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]

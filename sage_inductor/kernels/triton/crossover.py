@@ -74,10 +74,10 @@ def slower_than_sdpa(
         if (name, causal) == (params.precision, is_causal)
     }
     mask = problem.attn_mask
-    kind = "causal " if is_causal else ""
+    kind, min_q_len = "causal " if is_causal else "", MIN_Q_LEN
     if mask is not None and len(mask.shape) > 1 and size_hint(mask.shape[-2]) != 1 and mask.stride[-2] != 0:
         limits = {dim: limit for (name, dim), limit in MASKED_MIN_KV_LEN.items() if name == params.precision}
-        kind = "masked "
+        kind, min_q_len = "masked ", min([MIN_Q_LEN, *limits.values()])
         reasons = _masked_reasons(problem, mask, capability)
         if reasons:
             return reasons
@@ -93,7 +93,6 @@ def slower_than_sdpa(
         return []
     reasons = []
     limit = limits[head_dim]
-    min_q_len = min(MIN_Q_LEN, limit) if kind == "masked " else MIN_Q_LEN
     if kv_len < limit:
         reasons.append(f"kv_len={kv_len} (faster than SDPA from {limit} on sm_90)")
     if q_len * (heads // max(kv_heads, 1)) < min_q_len:

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import kernels
-from sage_inductor.accuracy import sampled_error
 from sage_inductor.kernels.base import AttentionParams
+from sage_inductor.measurement.ground_truth import sampled_error
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIMS = (128, 64)

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.triton import launch
-from sage_inductor.kernels.triton.tuning import LaunchConfig
-from sage_inductor.metrics import relative_l2
-from sage_inductor.timing import gpu_ms, host_ms
+from sage_inductor.kernels.triton.configs import LaunchConfig
+from sage_inductor.measurement.metrics import relative_l2
+from sage_inductor.measurement.timers import gpu_ms, host_ms
 
 HEADS = 32
 PAIRS = 2**26  # of a query and a key, in all sequences together

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sage_inductor import Config, kernels, ops
+from sage_inductor import Config, kernels
+from sage_inductor.operators import inference as ops
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import capture
-from sage_inductor.walk import rewrite_graph
 
 
 def microseconds(function: Callable[[], Any], calls: int = 5000, rounds: int = 7) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sage_inductor.timing import median_ms, sets_beyond_l2
+from sage_inductor.measurement.timers import median_ms, sets_beyond_l2
 
 __all__ = ["machine", "median_ms", "sets_beyond_l2"]
 

@@ -6,7 +6,7 @@ if __name__ != "sage_inductor.patterns":
         "of the patterns would not be the one in use. Import sage_inductor.patterns."
     )
 
-from sage_inductor.call import OpaquePattern, Pattern
+from sage_inductor.graph.call import OpaquePattern, Pattern
 from sage_inductor.patterns.flex_attention import FlexAttention
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
 from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.nodes import MATRIX_TRANSPOSE, PERMUTE, TRANSPOSE, T, argument, shape_of
 
 Order: TypeAlias = tuple[int, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.call import Expansion, OpaquePattern
+from sage_inductor.graph.call import Expansion, OpaquePattern
 
 
 class FlexAttention(OpaquePattern):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sage_inductor.call import Expr, Value
+from sage_inductor.graph.call import Expr, Value
 from sage_inductor.patterns.axes import regrouped
 from sage_inductor.patterns.nodes import shape_of, unexpanded
 from sage_inductor.patterns.products import Steps

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.nodes import (
     ADD,
     CAST,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.axes import Order, arranged, as_they_stand, ordered, permutation, viewed
 from sage_inductor.patterns.hiding import HIDES, hiding, negated
 from sage_inductor.patterns.nodes import (

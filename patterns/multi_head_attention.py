@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sage_inductor.call import Expansion, OpaquePattern, example_tensor, example_value, trace
+from sage_inductor.graph.call import Expansion, OpaquePattern, example_tensor, example_value, trace
 from sage_inductor.patterns.nodes import reads_nothing
 
 FORWARD = F.multi_head_attention_forward

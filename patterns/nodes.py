@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sage_inductor.call import Value, example_tensor, node_name
+from sage_inductor.graph.call import Value, example_tensor, node_name
 
 aten = torch.ops.aten
 

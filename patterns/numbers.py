@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from sage_inductor.call import example_tensor, example_value
+from sage_inductor.graph.call import example_tensor, example_value
 from sage_inductor.patterns.nodes import DIV, LIKE, MUL, argument, casts_floats, operands
 
 _FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from sage_inductor.call import Expr, Value, example_tensor
+from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.axes import Order, untransposed
 from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, argument, shape_of
 

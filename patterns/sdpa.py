@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Pattern, example_tensor
+from sage_inductor.graph.call import AttentionCall, Pattern, example_tensor
 from sage_inductor.patterns.heads import folded
 from sage_inductor.patterns.nodes import shape_of
 

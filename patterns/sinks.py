@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from sage_inductor.call import Expr, Value
+from sage_inductor.graph.call import Expr, Value
 from sage_inductor.patterns.axes import Order, arranged
 from sage_inductor.patterns.nodes import (
     CAT,

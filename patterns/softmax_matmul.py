@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.call import AttentionCall, Expr, Pattern, Value, example_tensor, laid_out_as, traced
+from sage_inductor.graph.call import AttentionCall, Expr, Pattern, Value, example_tensor, laid_out_as, traced
 from sage_inductor.patterns.axes import Order, ordered, permutation, viewed
 from sage_inductor.patterns.heads import folded, lifted, unfolded
 from sage_inductor.patterns.logits import Logits, logits_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.call import Expansion, OpaquePattern
+from sage_inductor.graph.call import Expansion, OpaquePattern
 
 # What `torch.nn.attention.varlen.varlen_attn` and `varlen_attn_out` call.
 OPERATORS = ("torch_attn._varlen_attn", "torch_attn._varlen_attn_out")

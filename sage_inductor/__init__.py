@@ -1,16 +1,23 @@
 """8-bit attention for people who use `torch.compile`: finds, judges, substitutes and reports every attention."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# patterns/ lies beside this folder in the sources and inside it in an installed package. Python started in the root of a
+# clone finds the sources first, whatever is installed; there the folder beside is searched, too.
+if not (Path(__file__).parent / "patterns").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported
-from sage_inductor.calibration import calibrate
+from sage_inductor.calibration.calibrate import calibrate
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.functional import sage_attention
-from sage_inductor.plan import Plan
-from sage_inductor.report import Report, Site
-from sage_inductor.stepped import SteppedModel, compile_steps
+from sage_inductor.operators.functional import sage_attention
+from sage_inductor.plan.plan import Plan
+from sage_inductor.plan.stepped import SteppedModel, compile_steps
+from sage_inductor.report.report import Report
+from sage_inductor.report.site import Site
 
 if TYPE_CHECKING:
     from sage_inductor.graph_pass import SageAttentionPass

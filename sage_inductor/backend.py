@@ -12,8 +12,13 @@ import torch
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.exported import rewrite_program
-from sage_inductor.inductor import (
+from sage_inductor.plan.plan import Plan
+from sage_inductor.report.report import Report
+from sage_inductor.report.site import Site, Unread, unique_names
+from sage_inductor.rewriting.driver import rewrite_graph
+from sage_inductor.rewriting.exported import rewrite_program
+from sage_inductor.rewriting.unrecognised import unread
+from sage_inductor.torch_internals import (
     compile_with_inductor,
     configured_pre_grad_pass,
     inductor_modes,
@@ -21,10 +26,6 @@ from sage_inductor.inductor import (
     surfaced,
     without_leaving_dynamo_entries,
 )
-from sage_inductor.plan import Plan
-from sage_inductor.report import Report, Site, Unread, unique_names
-from sage_inductor.unread import unread
-from sage_inductor.walk import rewrite_graph
 
 
 def sage_inductor(

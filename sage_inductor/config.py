@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from sage_inductor.kernels import KERNELS, PRECISIONS
-from sage_inductor.plan import Plan
+from sage_inductor.plan.plan import Plan
 
 OPTION_PREFIX = "sage."
 FALLBACKS = ("sdpa", "warn", "error")

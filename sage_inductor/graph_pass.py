@@ -10,9 +10,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sage_inductor.config import Config
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.tuning.choice import is_makeshift
 from sage_inductor.tuning.machine import digest, machines, source_files, version
-from sage_inductor.walk import rewrite_graph
 
 __all__ = ["SageAttentionPass", "rewrite_graph", "source_hash"]
 

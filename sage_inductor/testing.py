@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.call import example_value
 from sage_inductor.config import Config
-from sage_inductor.metrics import max_error as max_error  # for tests to import from here
-from sage_inductor.metrics import relative_l2 as relative_l2
-from sage_inductor.report import Site
-from sage_inductor.walk import rewrite_graph
+from sage_inductor.graph.call import example_value
+from sage_inductor.measurement.metrics import max_error as max_error  # for tests to import from here
+from sage_inductor.measurement.metrics import relative_l2 as relative_l2
+from sage_inductor.report.site import Site
+from sage_inductor.rewriting.driver import rewrite_graph
 
 
 def capture(

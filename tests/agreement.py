@@ -1,4 +1,4 @@
-"""When a kernel agrees with the oracle (sage_inductor.reference), and random problems to see it on.
+"""When a kernel agrees with the oracle (sage_inductor.kernels.reference.algorithm), and random problems to see it on.
 
 Shared by the kernels' tests and by sweep.py. Every tensor that a kernel is given lies inside a larger buffer of NaN:
 a read outside it shows in the output, a write outside it, or to an input, in the buffer.
@@ -15,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor import reference
-from sage_inductor.accuracy import DOCUMENTED, EPS, LARGEST_STEP, LSE_TOLERANCE, float64_attention
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
-from sage_inductor.metrics import relative_l2
+from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.measurement.ground_truth import (
+    DOCUMENTED,
+    EPS,
+    LARGEST_STEP,
+    LSE_TOLERANCE,
+    float64_attention,
+)
+from sage_inductor.measurement.metrics import relative_l2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ("fast", "balanced", "accurate")

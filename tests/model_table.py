@@ -24,10 +24,11 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from zoo import FAMILIES, Entry, entries
 
-from sage_inductor import Config, ops
-from sage_inductor.report import Site
+from sage_inductor import Config
+from sage_inductor.operators import inference as ops
+from sage_inductor.report.site import Site
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import max_error, relative_l2
-from sage_inductor.walk import rewrite_graph
 
 DOC = Path(__file__).parent.parent / "docs" / "models.md"
 HEADER = """\

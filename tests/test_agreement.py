@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor import kernels
-from sage_inductor.kernels.reference import ReferenceKernel
+from sage_inductor.kernels.reference.kernel import ReferenceKernel
 
 
 def kernel_with(defect: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> ReferenceKernel:

@@ -18,9 +18,10 @@ import torch
 from test_selftest import Crashes, IgnoresMask, WrongStream, Zeros, recorded
 
 import sage_inductor
-from sage_inductor import Config, Plan, kernels, selftest
+from sage_inductor import Config, Plan, kernels
 from sage_inductor.cli import main
-from sage_inductor.kernels.reference import ReferenceKernel
+from sage_inductor.kernels.reference.kernel import ReferenceKernel
+from sage_inductor.measurement import selftest
 
 HAS_GPU = torch.cuda.is_available()
 MODEL = """
@@ -207,7 +208,7 @@ def test_doctor_shows_every_case_when_asked(run: Any) -> None:
 def test_doctor_shows_on_a_terminal_what_it_is_at(
     has_rich: bool, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sage_inductor import progress
+    from sage_inductor.measurement import progress
 
     if not has_rich:
         monkeypatch.setattr(progress, "_bar", lambda: None)
@@ -485,7 +486,7 @@ def test_bench_counts_graph_breaks(run: Any, folder: Path) -> None:
 
 
 def test_the_timer() -> None:
-    from sage_inductor.timing import median_ms
+    from sage_inductor.measurement.timers import median_ms
 
     calls: list[str] = []
     ms = median_ms(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sage_inductor import Config, backends, explain, kernels, ops, sage_attention
-from sage_inductor.accuracy import DOCUMENTED as BOUNDS
+from sage_inductor import Config, backends, explain, kernels, sage_attention
+from sage_inductor.measurement.ground_truth import DOCUMENTED as BOUNDS
+from sage_inductor.operators import inference as ops
 from sage_inductor.testing import relative_l2
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("inference")]

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config, NotEligibleError, Site, explain
 from sage_inductor.patterns import ALL, VarlenAttention
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import RewritingBackend, capture, graph_text, relative_l2
-from sage_inductor.walk import rewrite_graph
 
 REFERENCE = Config(kernel="reference", precision="accurate")
 pytestmark = pytest.mark.usefixtures("inference")

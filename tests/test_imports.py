@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PATTERNS = sorted((ROOT / "patterns").rglob("*.py"))
-KERNELS = sorted((ROOT / "sage_inductor" / "kernels").rglob("*.py"))
-BELOW_KERNELS = ("sage_inductor.kernels", "sage_inductor.reference", "sage_inductor.errors")
+sys.path.append(str(ROOT / "tools"))
 
+import import_graph  # noqa: E402
+from import_graph import Import  # noqa: E402
 
-def module_name(path: Path) -> str:
-    """The module's name, a package's own being that of its `__init__`."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(("sage_inductor", *parts) if parts[0] == "patterns" else parts)
-
-
-def modules_imported(source: str, module: str) -> Iterator[str]:
-    """Absolute names of all that `module` imports, inside functions too.
-
-    `from package import name` gives `package.name`: the name can be a module.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = module.split(".")[: -node.level] if node.level else []
-            base += [node.module] if node.module else []
-            yield from (".".join([*base, alias.name]) for alias in node.names)
-
-
-def outside(imported: Iterator[str], allowed: tuple[str, ...]) -> list[str]:
-    return [
-        name for name in imported if not any((name + ".").startswith(package + ".") for package in allowed)
-    ]
+MODULES = import_graph.modules()
+IMPORTS = import_graph.imports(MODULES)
 
 
 def run(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -70,30 +46,46 @@ print(sage_inductor.sage_attention(x, x, x, kernel="reference").shape)
     assert done.stdout == "torch.Size([1, 2, 8, 16])\n", done.stdout + done.stderr
 
 
-def test_relative_imports_are_resolved() -> None:
-    source = "from ..base import Kernel\nfrom . import tuning\nimport torch.fx\ndef f():\n  from a.b import c"
-    assert list(modules_imported(source, "sage_inductor.kernels.triton.__init__")) == [
-        "sage_inductor.kernels.base.Kernel",
-        "sage_inductor.kernels.triton.tuning",
-        "torch.fx",
-        "a.b.c",
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert import_graph.circles(IMPORTS) == []
+
+
+def test_no_room_imports_from_one_above_it() -> None:
+    assert import_graph.upward(IMPORTS) == []
+
+
+def test_imports_are_read_from_functions_and_relative_names() -> None:
+    source = (
+        "from ..base import Kernel\nfrom . import configs\nimport torch.fx\ndef f():\n  from a.b import c"
+    )
+    assert list(import_graph.imported_names(source, "sage_inductor.kernels.triton", is_package=True)) == [
+        ("sage_inductor.kernels.base.Kernel", 1),
+        ("sage_inductor.kernels.triton.configs", 2),
+        ("torch.fx", 3),
+        ("a.b.c", 5),
     ]
-    assert outside(
-        iter(["sage_inductor.call.Pattern", "sage_inductor.callback"]), ("sage_inductor.call",)
-    ) == ["sage_inductor.callback"]
 
 
-@pytest.mark.parametrize("path", PATTERNS, ids=module_name)
-def test_patterns_import_only_the_call_record_and_each_other(path: Path) -> None:
-    allowed = ("sage_inductor.call", "sage_inductor.patterns", "torch", *sys.stdlib_module_names)
-    assert outside(modules_imported(path.read_text(), module_name(path)), allowed) == []
+def test_a_circle_and_an_upward_import_are_found() -> None:
+    """The two tests above can fail."""
+    plan, file, report = (f"sage_inductor.{name}" for name in ("plan.plan", "plan.file", "report.report"))
+    edges = [Import(plan, file, 1), Import(file, report, 2), Import(report, plan, 3)]
+    assert import_graph.circles(edges) == [sorted([plan, file, report])]
+    assert import_graph.upward(edges) == [Import(report, plan, 3)]
+    with pytest.raises(ValueError, match="attic"):
+        import_graph.upward([Import(plan, "sage_inductor.attic.box", 1)])
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=module_name)
-def test_kernels_import_nothing_above_them(path: Path) -> None:
-    imported = modules_imported(path.read_text(), module_name(path))
-    own_package = (name for name in imported if name.split(".")[0] in ("sage_inductor", "patterns"))
-    assert outside(own_package, BELOW_KERNELS) == []
+def test_patterns_import_only_facts_about_nodes() -> None:
+    rooms = {
+        import_graph.room(edge.imported) for edge in IMPORTS if import_graph.room(edge.importer) == "patterns"
+    }
+    assert rooms == {"graph", "patterns"}
+
+
+def test_the_packages_own_folder_is_short() -> None:
+    entries = {path.name for path in (ROOT / "sage_inductor").iterdir() if path.name != "__pycache__"}
+    assert len(entries) <= 20, sorted(entries)
 
 
 def test_patterns_cannot_be_imported_by_the_name_of_the_folder() -> None:

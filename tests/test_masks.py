@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import Config
-from sage_inductor.masks import _classify_constant
+from sage_inductor.rewriting.masks.classify import _classify_constant
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")

@@ -27,11 +27,12 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
-from sage_inductor import Config, explain, ops, sage_attention
-from sage_inductor.origin import module_path
-from sage_inductor.report import Site
+from sage_inductor import Config, explain, sage_attention
+from sage_inductor.graph.origin import module_path
+from sage_inductor.operators import inference as ops
+from sage_inductor.report.site import Site
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import relative_l2
-from sage_inductor.walk import rewrite_graph
 
 for package in ("transformers", "diffusers"):
     pytest.importorskip(package)

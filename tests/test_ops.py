@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from sage_inductor import NotEligibleError, kernels, ops, sage_attention
+from sage_inductor import NotEligibleError, kernels, sage_attention
 from sage_inductor.kernels.cache import Cache
+from sage_inductor.operators import inference as ops
 from sage_inductor.testing import relative_l2
 
 REFERENCE = {"kernel_name": "reference"}
@@ -380,7 +381,7 @@ def test_dispatched_calls_pass_opcheck() -> None:
 
 
 def test_training_dispatches_too() -> None:
-    from sage_inductor.training import attention_training
+    from sage_inductor.operators.training import attention_training
 
     q, k, v = (nhd().requires_grad_() for _ in range(3))
     out = attention_training(q, k, v, **REFERENCE, min_kv_len=1000)

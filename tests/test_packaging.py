@@ -126,7 +126,7 @@ def modules() -> set[str]:
 def test_wheel_holds_every_module_and_nothing_else(distributions: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(distributions[1]).namelist()
     assert {name for name in names if name.endswith(".py")} == modules()
-    for data in ("py.typed", "html/page.css", "html/page.js"):
+    for data in ("py.typed", "report/html/page.css", "report/html/page.js"):
         assert f"sage_inductor/{data}" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sage_inductor"}
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from sage_inductor import Config, Site, explain, walk
+from sage_inductor import Config, Site, explain
+from sage_inductor.rewriting import driver
 from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -749,7 +750,7 @@ def test_the_smallest_pattern_of_the_readme_works(monkeypatch: pytest.MonkeyPatc
     namespace: dict[str, Any] = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), namespace)
     pattern = namespace["MyLibAttention"]()
-    monkeypatch.setattr(walk, "ALL", (pattern,))
+    monkeypatch.setattr(driver, "ALL", (pattern,))
     for function, inputs in pattern.examples():
         out, (site,) = run(function, *inputs)
         assert site.rewritten and site.pattern == "mylib" and site.mask == "causal"

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import sage_inductor
 from sage_inductor import Config, NotEligibleError, Plan, calibrate, compile_steps, explain, rewrite_exported
-from sage_inductor.kernels.reference import ReferenceKernel
-from sage_inductor.metrics import METRICS, compare, relative_l2
-from sage_inductor.plan import Figure, Fingerprint
+from sage_inductor.kernels.reference.kernel import ReferenceKernel
+from sage_inductor.measurement.metrics import METRICS, compare, relative_l2
+from sage_inductor.plan.sites import Figure, Fingerprint
 from sage_inductor.testing import RewritingBackend
 
 BAD = 2  # the layer with outliers
@@ -147,7 +147,7 @@ def test_errors_by_hand() -> None:
 
 
 def test_errors_are_the_same_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sage_inductor import metrics
+    from sage_inductor.measurement import metrics
 
     a, e = torch.randn(2, 3, 50, 4).transpose(1, 2), torch.randn(2, 50, 3, 4)
     whole = compare(a, e)
@@ -646,7 +646,10 @@ def site_of(data: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(format="onnx"), "not a plan: format='onnx' (valid: 'sage_inductor.plan')"),
+        (
+            lambda data: data.update(format="onnx"),
+            "not a plan: format='onnx' (valid: 'sage_inductor.plan.plan')",
+        ),
         (lambda data: data.clear(), "not a plan: format=None"),
         (lambda data: data.update(version=2), "version=2 (valid: 1; made by a newer sage_inductor)"),
         (lambda data: data.update(version="1"), "version='1' (valid: an integer)"),

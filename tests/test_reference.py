@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor import reference
-from sage_inductor.accuracy import DOCUMENTED as BOUNDS
 from sage_inductor.kernels import AttentionParams
+from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.measurement.ground_truth import DOCUMENTED as BOUNDS
 from sage_inductor.testing import max_error, relative_l2
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sage_inductor import Report, Site
-from sage_inductor.html import module_tree, reason_kinds
-from sage_inductor.report import TensorInfo
+from sage_inductor.report.html.page import module_tree, reason_kinds
+from sage_inductor.report.site import TensorInfo
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

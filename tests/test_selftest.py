@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from sage_inductor import kernels, reference
-from sage_inductor.accuracy import DOCUMENTED
+from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams
-from sage_inductor.kernels.reference import ReferenceKernel
-from sage_inductor.selftest import CASES, Finding, check
+from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.kernels.reference.kernel import ReferenceKernel
+from sage_inductor.measurement.ground_truth import DOCUMENTED
+from sage_inductor.measurement.selftest import CASES, Finding, check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sage_inductor
-from sage_inductor import Config, ops
+from sage_inductor import Config
+from sage_inductor.operators import inference as ops
 from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")

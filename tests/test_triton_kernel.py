@@ -22,11 +22,11 @@ import torch
 from agreement import DEVICE, DOCUMENTED, PRECISIONS
 from torch import Tensor
 
-from sage_inductor.accuracy import LSE_TOLERANCE
-from sage_inductor.accuracy import float64_attention as exact
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.triton import TritonKernel, attention_varlen
 from sage_inductor.kernels.triton.crossover import slower_than_sdpa
+from sage_inductor.measurement.ground_truth import LSE_TOLERANCE
+from sage_inductor.measurement.ground_truth import float64_attention as exact
 from sage_inductor.testing import max_error, relative_l2
 
 pytest.importorskip("triton")
@@ -692,15 +692,15 @@ def test_auto_leaves_gpus_that_nobody_measured() -> None:
 
 
 def test_a_measured_configuration_overrides_the_table() -> None:
-    from sage_inductor.kernels.triton import tuning
+    from sage_inductor.kernels.triton import configs
 
     config = tuning.LaunchConfig(block_m=128, num_warps=8)
-    assert tuning.launch_config((8, 7), "fast", 128, 64) != config
-    tuning.override((8, 7), "fast", 128, config)
-    assert tuning.launch_config((8, 7), "fast", 128, 64) == config
-    assert tuning.launch_config((8, 7), "fast", 128, 64, masked=True) != config
-    tuning.override((8, 7), "fast", 128, config, masked=True)
-    assert tuning.launch_config((8, 7), "fast", 128, 64, masked=True) == config
+    assert configs.launch_config((8, 7), "fast", 128, 64) != config
+    configs.override((8, 7), "fast", 128, config)
+    assert configs.launch_config((8, 7), "fast", 128, 64) == config
+    assert configs.launch_config((8, 7), "fast", 128, 64, masked=True) != config
+    configs.override((8, 7), "fast", 128, config, masked=True)
+    assert configs.launch_config((8, 7), "fast", 128, 64, masked=True) == config
 
 
 def test_importing_the_kernel_does_not_import_its_device_code() -> None:
@@ -812,12 +812,13 @@ def test_work_goes_to_the_current_stream() -> None:
 
 
 @pytest.mark.gpu
-def test_measure_times_configurations() -> None:
-    from sage_inductor.kernels.triton.tuning import LaunchConfig, measure
+def test_launch_configurations_are_ranked_by_speed() -> None:
+    from sage_inductor.kernels.triton.configs import LaunchConfig
+    from sage_inductor.kernels.triton.search import rank_launch_configs
 
     candidates = [LaunchConfig(), LaunchConfig(block_n=64)]
     for masked in (False, True):
-        results = measure(64, "fast", seq=512, heads=4, candidates=candidates, masked=masked)
+        results = rank_launch_configs(64, "fast", seq=512, heads=4, candidates=candidates, masked=masked)
         assert {config for _, config in results} == set(candidates)
         assert results[0][0] >= results[1][0] > 0
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sage_inductor import Config, kernels, timing
+from sage_inductor import Config, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.measurement import timers as timing
 from sage_inductor.testing import RewritingBackend
 from sage_inductor.tuning import Comparison, SdpaCall, choice, measure
 from sage_inductor.tuning.measure import CannotMeasure

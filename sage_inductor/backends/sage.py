@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor import kernels, ops
-from sage_inductor.backends import masks
+from sage_inductor import kernels
+from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
 from sage_inductor.backends.sdpa import exact_attention, is_grouped
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
+from sage_inductor.operators import inference
 
 NHD_MEMORY = [0, 2, 1, 3]  # of `[batch, heads, seq, dim]`: contiguous as `[batch, seq, heads, dim]`
 
@@ -90,8 +91,8 @@ class SageAttentionImpl(AttentionImpl):
         by name cannot run the call. float16, bfloat16 and float32; inference only (with "auto", inputs that
         need gradients get exact attention)."""
         self.check_inputs(query, key, value)
-        attn_mask, is_causal = masks.of_metadata(attn_metadata)
-        attn_mask = masks.normalized(attn_mask, query, key)
+        attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
+        attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal
         if _needs_gradients(query, key, value, attn_mask):
             if self.kernel != "auto":
@@ -108,9 +109,9 @@ class SageAttentionImpl(AttentionImpl):
             "precision": self.precision,
         }
         if output is not None:
-            ops.attention_out(*inputs, **options, output=output.transpose(1, 2))
+            inference.attention_out(*inputs, **options, output=output.transpose(1, 2))
             return output
-        result: Tensor = ops.attention(*inputs, **options, memory_order=NHD_MEMORY)
+        result: Tensor = inference.attention(*inputs, **options, memory_order=NHD_MEMORY)
         return result.transpose(1, 2)
 
 

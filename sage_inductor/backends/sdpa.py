@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor.backends import masks
+from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
 
 
@@ -54,8 +54,8 @@ class SDPAImpl(AttentionImpl):
         output: Tensor | None = None,
     ) -> Tensor:
         self.check_inputs(query, key, value)
-        attn_mask, is_causal = masks.of_metadata(attn_metadata)
-        attn_mask = masks.normalized(attn_mask, query, key)
+        attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
+        attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal
         result = exact_attention(query, key, value, attn_mask, is_causal, self.softmax_scale, self.dropout_p)
         return result.contiguous() if output is None else output.copy_(result)
@@ -70,11 +70,11 @@ def exact_attention(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """SDPA of `[batch, seq, heads, head_dim]` tensors, with a mask that `masks.normalized` gave and causal at
+    """SDPA of `[batch, seq, heads, head_dim]` tensors, with a mask that `metadata_masks.normalized` gave and causal at
     once."""
     if attn_mask is not None:
         if is_causal:
-            attn_mask = masks.with_causal(attn_mask, query.shape[1], key.shape[1])
+            attn_mask = metadata_masks.with_causal(attn_mask, query.shape[1], key.shape[1])
         if attn_mask.is_floating_point():
             attn_mask = attn_mask.to(query.dtype)
     result = F.scaled_dot_product_attention(

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import kernels
-from sage_inductor.accuracy import sampled_error
 from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.timing import median_ms, sets_beyond_l2
+from sage_inductor.measurement.ground_truth import sampled_error
+from sage_inductor.measurement.timers import median_ms, sets_beyond_l2
 
 SDPA: dict[str, SDPBackend | None] = {
     "sdpa": None,

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from sage_inductor import kernels, selftest
+from sage_inductor import kernels
 from sage_inductor.cli.errors import FAILED, NOT_AS_ASKED
 from sage_inductor.cli.options import add_device, add_kernels, chosen_device
 from sage_inductor.cli.output import Cell, bad, good, show_json, show_lines, show_table, weak
-from sage_inductor.progress import ProgressCallback, shown
+from sage_inductor.measurement import selftest
+from sage_inductor.measurement.progress import ProgressCallback, shown
 
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -17,7 +17,8 @@ from sage_inductor.cli.model import Subject, add_model, failing, load
 from sage_inductor.cli.options import add_config, chosen_config, config_fields
 from sage_inductor.cli.output import Cell, good, show_json, show_lines, show_table, weak, write_file
 from sage_inductor.config import Config
-from sage_inductor.report import Report, Site
+from sage_inductor.report.report import Report
+from sage_inductor.report.site import Site
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

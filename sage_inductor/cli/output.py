@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sage_inductor.cli.errors import CommandError
-from sage_inductor.report import plain_table, to_json
+from sage_inductor.report.text import plain_table, to_json
 
 
 @dataclass(frozen=True)

@@ -217,3 +217,11 @@ def _text(value: object) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(_text(item) for item in value)
     return str(value)
+
+
+def is_key_mask(attn_mask: Tensor) -> bool:
+    """Whether a mask that was expanded to `[batch, heads, q_len, kv_len]` is one over keys: the same for every
+    head and query, by its strides. All kernels go by this."""
+    heads, q_len = attn_mask.shape[1:3]
+    _, head_stride, row_stride, _ = attn_mask.stride()
+    return (head_stride == 0 or heads == 1) and (row_stride == 0 or q_len == 1)

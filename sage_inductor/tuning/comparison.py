@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from sage_inductor.inductor import pinned_sdpa_backends
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import size_hint
+from sage_inductor.torch_internals import pinned_sdpa_backends
 
 # Lengths that are data (without a hint) are judged at this one; the crossover decides at run time.
 UNKNOWN_LENGTH = 4096

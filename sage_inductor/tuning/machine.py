@@ -53,11 +53,8 @@ def machines() -> list[Machine]:
 @cache
 def _machine(device_type: str, index: int | None) -> Machine:
     package = Path(__file__).parent.parent
-    sources = [
-        *source_files([package / "kernels", package / "tuning"]),
-        package / "ops.py",
-        package / "exact.py",
-    ]
+    measuring = [package / name for name in ("kernels", "operators", "measurement", "tuning")]
+    sources = [*source_files(measuring), package / "torch_internals.py"]
     is_cuda = device_type == "cuda"
     return Machine(
         device=_gpu(index) if is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor import ops
-from sage_inductor.inductor import outside_tracing
 from sage_inductor.kernels import AttentionProblem, TensorSpec
-from sage_inductor.timing import gpu_ms, host_ms
+from sage_inductor.measurement.timers import gpu_ms, host_ms
+from sage_inductor.operators import inference
+from sage_inductor.torch_internals import outside_tracing
 from sage_inductor.tuning.comparison import Comparison, SdpaCall
 from sage_inductor.tuning.store import Result, Timing
 
@@ -81,7 +81,7 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
 def _kernel(comparison: Comparison, name: str, inputs: _Inputs) -> Call:
     problem, params = comparison.problem, comparison.problem.params
     args = inputs.of(problem)
-    return lambda: ops.attention(
+    return lambda: inference.attention(
         *args,
         params.is_causal,
         scale=params.scale,

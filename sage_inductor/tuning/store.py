@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sage_inductor.kernels.folder import default_folder
+from sage_inductor.kernels.cache_folder import default_folder
 from sage_inductor.tuning.comparison import BUCKET_WIDTH
 from sage_inductor.tuning.machine import Machine
 

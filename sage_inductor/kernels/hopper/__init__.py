@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..base import AttentionParams, AttentionProblem, Prepared, reason
-from ..triton import MAX_KEYS, TritonKernel, capability, has_gpu, interpreted
+from ..device import capability, has_gpu, interpreted
+from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
 from .crossover import MIN_KV_LEN
 

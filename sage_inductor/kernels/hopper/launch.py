@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base import AttentionParams
-from ..folder import default_folder
+from ..cache_folder import default_folder
 from ..triton.launch import Call
 from ..triton.quantize import KEY_BLOCK
 from . import driver

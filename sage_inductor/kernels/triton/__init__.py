@@ -6,9 +6,7 @@ triton, which CPU wheels of torch do not bring.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, expanded_dim, reason
 from ..cache import Cache
+from ..device import capability, capability_reasons, has_gpu, interpreted
 from .crossover import slower_than_sdpa
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class TritonKernel(Kernel):
         if torch.version.cuda is None or not torch.cuda.is_available():
             return [reason("device", "no NVIDIA GPU", self.device_types)]
         indices = range(torch.cuda.device_count()) if device is None else [device.index]
-        return _capability_reasons(max(capability(index) for index in indices), min(MIN_CAPABILITY.values()))
+        return capability_reasons(max(capability(index) for index in indices), min(MIN_CAPABILITY.values()))
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         reasons = super().not_supported_reasons(problem)
@@ -60,7 +59,7 @@ class TritonKernel(Kernel):
         if interpreted() and device.type == "cpu":
             reasons = [text for text in reasons if not text.startswith("device=")]
         elif device.type == "cuda" and has_gpu() and problem.params.precision in MIN_CAPABILITY:
-            reasons += _capability_reasons(capability(device.index), MIN_CAPABILITY[problem.params.precision])
+            reasons += capability_reasons(capability(device.index), MIN_CAPABILITY[problem.params.precision])
         for name, spec in (("key dtype", problem.key), ("value dtype", problem.value)):
             if spec.dtype != problem.query.dtype:
                 reasons.append(
@@ -192,31 +191,8 @@ def _check_varlen(
     if precision not in MIN_CAPABILITY:
         problems.append(reason("precision", precision, TritonKernel.precisions))
     elif query.device.type == "cuda":
-        problems += _capability_reasons(capability(query.device.index), MIN_CAPABILITY[precision])
+        problems += capability_reasons(capability(query.device.index), MIN_CAPABILITY[precision])
     elif not interpreted():
         problems.append(reason("device", query.device.type, TritonKernel.device_types))
     if problems:
         raise ValueError("attention_varlen: " + "; ".join(problems))
-
-
-def has_gpu() -> bool:
-    """Whether there is a GPU to ask; traced CUDA tensors need none."""
-    return torch.cuda.is_available()
-
-
-@cache
-def capability(index: int | None) -> tuple[int, int]:
-    """Compute capability of a CUDA device, asked for once (the driver takes microseconds to answer)."""
-    return torch.cuda.get_device_capability(index)
-
-
-def interpreted() -> bool:
-    """Whether triton runs (or will run) kernels on the CPU, which its own environment variable decides at
-    import."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-def _capability_reasons(found: tuple[int, int], least: tuple[int, int]) -> list[str]:
-    if found >= least:
-        return []
-    return [reason("compute capability", "{}.{}".format(*found), "{}.{} and newer".format(*least))]

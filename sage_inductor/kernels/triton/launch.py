@@ -12,16 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from sage_inductor.reference import is_key_mask
-
-from ..base import AttentionParams, Prepared, without_keys
-from . import capability
+from ..base import AttentionParams, Prepared, is_key_mask, without_keys
+from ..device import capability
 from .attention import attention_kernel
+from .configs import LaunchConfig
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
-from .plan import INTERPRETED, SAMPLE_GROUP, make_plan
 from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
-from .tuning import LaunchConfig
+from .variant import INTERPRETED, SAMPLE_GROUP, make_variant
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
@@ -137,7 +135,7 @@ class Call:
         self.mask = mask = Mask.of(attn_mask, sizes)
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
-        self.plan = make_plan(
+        self.plan = make_variant(
             arch,
             params.precision,
             query.dtype,

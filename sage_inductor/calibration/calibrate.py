@@ -1,0 +1,215 @@
+"""`calibrate`: runs a model on samples, measures every attention both ways, and decides site by site."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sage_inductor.calibration.probe import Key, Prober, figure
+from sage_inductor.calibration.samples import Phase, Sample, phases_of
+from sage_inductor.config import Config
+from sage_inductor.measurement.metrics import METRICS, compare
+from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
+from sage_inductor.plan.plan import Plan
+from sage_inductor.plan.sites import SDPA, Figure, Measured, PlannedSite, steps_text
+from sage_inductor.torch_internals import (
+    tensors_of,
+    without_leaving_dynamo_entries,
+    without_limit_of_recompiles,
+)
+
+log = logging.getLogger(__name__)
+
+EFFECTS = ("decided", "all", "none")
+Output: TypeAlias = "Callable[[Any], Tensor | Sequence[Tensor]]"
+
+
+def calibrate(
+    model: Callable[..., Any],
+    inputs: Any,
+    *,
+    tolerance: float | None = None,
+    metric: str = "rel_l2",
+    effect: str = "decided",
+    output: Output | None = None,
+    config: Config | None = None,
+    progress: ProgressCallback | None = None,
+) -> Plan:
+    """Measure what each precision does to each attention of `model`, and give each the fastest one that holds.
+
+    Every site runs on its own exact inputs: unquantised attention flows on through the model, while "fast",
+    "balanced" and "accurate" run beside it on the same tensors, one after another, and only their errors are kept.
+    Then the sites are quantised one at a time, and in the end all as decided, for the effect on the model's output.
+
+        plan = sage_inductor.calibrate(model, [(x1,), (x2,)], tolerance=0.05)
+        plan.save("plan.json")
+        torch.compile(model, backend="sage_inductor", options={"sage.plan": "plan.json"})
+
+    Args:
+        model: a module or function, in the state (dtype, device, eval) in which it will be compiled. Runs without
+            gradients. State that it keeps from call to call (a static KV cache) is not put back between runs.
+        inputs: a tuple of arguments, a dict of keyword arguments, or an iterable of such: samples of the lengths
+            and content that will be met. For a model that is run in steps (diffusion), a dict of any of these by
+            step, `{0: sample, 20: sample}`, gives decisions for ranges of steps: each calibrated step speaks for
+            those up to the next, the first also for those before it. Keys (first, last) name the ranges.
+            `compile_steps` runs the result; applied as it is, a plan takes the most careful decision of all steps.
+        tolerance: what the worst of all samples must hold; None: the metric's default.
+        metric: of the site's output, "rel_l2" and "max_error" (at most the tolerance; default .05), "cosine" (at
+            least; .99875), "sqnr_db" (at least; 26); or "output_rel_l2", the relative L2 error of the model's output
+            with this site alone quantised (at most; .01).
+        effect: for which precisions the model's output is measured: the "decided" one of each site (one run of the
+            model per site and sample), "all" of them (three), or "none".
+        output: the tensors of the model's output that count, from what it returns. By default all floating-point
+            ones; the error is that of the worst. Those of all samples are kept while calibrating.
+        config: `kernel`, `include` and `exclude` are used. "auto" measures with every kernel that can run the site,
+            also where it would not choose it for its speed, and keeps the worst: which one runs depends on the lengths,
+            the machine and `tune`. Where there is none, as on a CPU, it measures with the reference.
+        progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
+            default a bar on a terminal (with `rich` installed), and the log at level INFO.
+
+    Raises:
+        ValueError, TypeError: an argument that is not valid, named, with what is.
+        NotEligibleError: a kernel asked for by name cannot run on this machine.
+        RuntimeError: Dynamo made no graph of the model.
+    """
+    goal = _Goal.of(metric, tolerance, effect)
+    chosen = Config.of(config)
+    if chosen.plan is not None:
+        raise ValueError("config.plan (valid: None; calibrate makes a plan)")
+    phases = phases_of(inputs)
+    units = sum(len(phase.samples) + (effect != "none") for phase in phases)
+    with shown(progress) as callback, without_leaving_dynamo_entries(), without_limit_of_recompiles():
+        prober = Prober(chosen, Progress(callback, units))
+        compiled = torch.compile(model, backend=prober.backend, dynamic=False)
+        with torch.no_grad():
+            results = [_Phase(phase, goal, prober, _Runner(compiled, output)).run() for phase in phases]
+    sites = [site for decided, _ in results for site in decided]
+    if not sites:
+        log.warning("no attention found in %d graph(s): the plan is empty", prober.graphs)
+    outputs = tuple((phase.steps, total) for phase, (_, total) in zip(phases, results, strict=True) if total)
+    return Plan(goal.metric, goal.tolerance, tuple(sites), outputs, prober.made_with())
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What a site has to hold, and what is run to find out."""
+
+    metric: str
+    tolerance: float
+    effect: str
+
+    @classmethod
+    def of(cls, metric: str, tolerance: float | None, effect: str) -> _Goal:
+        if metric not in METRICS:
+            raise ValueError(f"metric={metric!r} (valid: {', '.join(METRICS)})")
+        if effect not in EFFECTS:
+            raise ValueError(f"effect={effect!r} (valid: {', '.join(EFFECTS)})")
+        if effect == "none" and metric == "output_rel_l2":
+            raise ValueError("effect='none' with metric='output_rel_l2' (valid: decided, all)")
+        criterion = METRICS[metric]
+        if tolerance is None:
+            return cls(metric, criterion.default, effect)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+            raise TypeError(f"tolerance={tolerance!r} (valid: a number)")
+        if not criterion.low < tolerance < criterion.high:
+            raise ValueError(
+                f"tolerance={tolerance} of {metric} (valid: between {criterion.low:g} and {criterion.high:g})"
+            )
+        return cls(metric, float(tolerance), effect)
+
+    def holds(self, figure: Figure | None) -> bool:
+        return figure is not None and METRICS[self.metric].holds(figure.worst, self.tolerance)
+
+
+class _Phase:
+    """The decisions for one range of steps."""
+
+    def __init__(self, phase: Phase, goal: _Goal, prober: Prober, runner: _Runner) -> None:
+        self.phase = phase
+        self.goal = goal
+        self.prober = prober
+        self.runner = runner
+        self.exact: list[list[Tensor]] = []  # the model's output for each sample
+
+    def run(self) -> tuple[list[PlannedSite], Figure | None]:
+        """The sites, and the error of the model's output with all of the decisions."""
+        with self.prober.measure() as measured:
+            self.exact = [self.runner.run(sample) for sample in self.phase.samples]
+        if not self.prober.graphs:
+            raise RuntimeError(
+                "Dynamo made no graph of the model, nothing was measured (is it compiled already, and at Dynamo's "
+                "limit of recompiles? torch._dynamo.reset())"
+            )
+        sites = [self._decide(key, results) for key, results in measured.items()]
+        total = None
+        if self.goal.effect != "none":
+            kept = {(site.name, site.fingerprint): site.decision for site in sites if site.decision != SDPA}
+            total = self._effect_of(kept)
+        sites += [self.prober.planned(key, SDPA) for key in self.prober.reasons if key not in measured]
+        return [replace(site, steps=self.phase.steps) for site in sites], total
+
+    def _decide(self, key: Key, measured: dict[str, Measured]) -> PlannedSite:
+        """The fastest precision that holds the tolerance. Effects on the output are measured as far as asked for."""
+        goal, results = self.goal, dict(measured)
+        if goal.effect == "all":
+            for precision in results:
+                self._add_effect(key, precision, results)
+        decision = SDPA
+        for precision in results:  # the fastest first
+            if goal.metric == "output_rel_l2":
+                self._add_effect(key, precision, results)
+            if goal.holds(getattr(results[precision], goal.metric)):
+                decision = precision
+                break
+        if goal.effect != "none":
+            if decision != SDPA:
+                self._add_effect(key, decision, results)
+            self.prober.progress.tick(f"{key[0]}: {decision}")
+        log.info("%s, steps %s: %s", key[0], steps_text(self.phase.steps), decision)
+        return self.prober.planned(key, decision, tuple(results.values()))
+
+    def _add_effect(self, key: Key, precision: str, results: dict[str, Measured]) -> None:
+        if results[precision].output_rel_l2 is None:
+            effect = self._effect_of({key: precision})
+            results[precision] = replace(results[precision], output_rel_l2=effect)
+
+    def _effect_of(self, precisions: Mapping[Key, str]) -> Figure:
+        """The error of the model's output with these sites in these precisions."""
+        with self.prober.quantising(precisions):
+            errors = [
+                _output_error(self.runner.run(sample), exact)
+                for sample, exact in zip(self.phase.samples, self.exact, strict=True)
+            ]
+        return figure("output_rel_l2", errors)
+
+
+class _Runner:
+    """Runs the model as often as needed, each time alike."""
+
+    def __init__(self, compiled: Callable[..., Any], output: Output | None) -> None:
+        self.compiled = compiled
+        self.output = output
+
+    def run(self, sample: Sample) -> list[Tensor]:
+        """The tensors of the output. Inputs are copied, and chance begins with the same seed."""
+        sample = sample.copied()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            result = self.compiled(*sample.args, **sample.kwargs)
+        tensors = tensors_of(result if self.output is None else self.output(result))
+        return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def _output_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    """The relative L2 error of the worst tensor."""
+    if not exact:
+        raise ValueError(
+            "the model's output holds no floating-point tensor (valid: output=..., effect='none')"
+        )
+    errors = [compare(a, e).rel_l2 for a, e in zip(actual, exact, strict=True)]
+    return METRICS["output_rel_l2"].worst(errors)

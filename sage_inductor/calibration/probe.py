@@ -1,0 +1,235 @@
+"""Measuring stands in a graph: every eligible attention gives way to one that runs it both ways."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from sage_inductor import kernels
+from sage_inductor.config import Config
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
+from sage_inductor.measurement.progress import Progress
+from sage_inductor.operators import inference
+from sage_inductor.plan.sites import Figure, Fingerprint, Measured, PlannedSite, calls_per_module
+from sage_inductor.report.site import Site
+from sage_inductor.rewriting.driver import rewrite_sites
+
+Key: TypeAlias = "tuple[str, Fingerprint]"
+PARAMS = ("is_causal", "bottom_right", "window_left", "window_right", "scale")
+
+
+def figure(metric: str, values: Sequence[float]) -> Figure:
+    """The worst and the mean of one metric."""
+    worst, mean = METRICS[metric].worst(values), statistics.fmean(values)
+    return Figure(worst if math.isfinite(worst) else None, mean if math.isfinite(mean) else None)
+
+
+class Prober:
+    """Puts probes into the graphs of a model (`backend`, for `torch.compile`) and keeps what they measure.
+
+    A site that is met in several graphs (recompiled for another shape, or behind a graph break where names repeat) is
+    one site with all their measurements: what it is then decided on holds for each of them.
+    """
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.kernel = config.kernel
+        # The oracle runs on every device: what it can serve may be measured. The kernels judge again when a plan is
+        # applied.
+        self.config = Config(
+            kernel="reference", precision="accurate", include=config.include, exclude=config.exclude
+        )
+        self.progress = progress
+        self.graphs = 0
+        self.measuring = False
+        self.quantised: Mapping[Key, str] = {}
+        self.reasons: dict[Key, tuple[str, ...]] = {}
+        """Why sites are not measured."""
+        self._sites: dict[Key, tuple[Site, int]] = {}
+        self._errors: dict[Key, dict[str, list[Errors]]] = {}
+        self._kernels: dict[tuple[Key, str], dict[str, float]] = {}
+        """The largest relative L2 error of each kernel that was measured."""
+        self._device: torch.device | None = None
+
+    def backend(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A Dynamo backend: runs the graph eagerly, with a probe in the place of each eligible attention."""
+        sites = rewrite_sites(graph_module.graph, self.config)
+        calls = calls_per_module(sites)
+        keys = {site.name: (site.name, Fingerprint.of(site, calls[site.module])) for site in sites}
+        for site in sites:
+            key = keys[site.name]
+            self._sites.setdefault(key, (site, self.graphs))
+            if not site.rewritten:
+                self.reasons[key] = site.reasons
+        for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
+            for node in list(module.graph.nodes):
+                if node.op == "call_function" and node.target is inference.attention:
+                    _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]]))
+            module.recompile()
+        self.graphs += 1
+        self.progress.sites = len(self._sites) - len(self.reasons)
+        return graph_module.forward
+
+    @contextmanager
+    def measure(self) -> Iterator[dict[Key, dict[str, Measured]]]:
+        """Inside, the probes measure; behind it, the dict holds what they have measured, by site and precision."""
+        measured: dict[Key, dict[str, Measured]] = {}
+        self._errors = {}
+        self.measuring = True
+        try:
+            yield measured
+        finally:
+            self.measuring = False
+        for key, by_precision in self._errors.items():
+            measured[key] = {
+                precision: _measured(
+                    precision, ", ".join(self._kernels[key, precision]), by_precision[precision]
+                )
+                for precision in PRECISIONS
+                if precision in by_precision
+            }
+
+    @contextmanager
+    def quantising(self, precisions: Mapping[Key, str]) -> Iterator[None]:
+        """Inside, these sites give their quantised output to the model, and all others the exact one."""
+        self.quantised = precisions
+        try:
+            yield
+        finally:
+            self.quantised = {}
+
+    def planned(self, key: Key, decision: str, measured: tuple[Measured, ...] = ()) -> PlannedSite:
+        site, graph = self._sites[key]
+        return PlannedSite(
+            name=site.name,
+            fingerprint=key[1],
+            decision=decision,
+            graph=graph,
+            source=site.source,
+            query=str(site.query),
+            key=str(site.key),
+            value=str(site.value),
+            mask=site.mask,
+            measured=measured,
+            reasons=() if measured else self.reasons.get(key, ()),
+        )
+
+    def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, tuple[str, ...]]:
+        """`{precision: kernels}` of what is measured: everything that may run the site where it is chosen. "auto" takes
+        one kernel at one length and another at the next, so that its figures are those of the worst."""
+        self._device = problem.query.device
+        if self.kernel != "auto":
+            missing = kernels.get(self.kernel).unavailable_reasons(self._device)
+            if missing:
+                raise NotEligibleError(f"kernel={self.kernel}", missing)
+        able: dict[str, tuple[str, ...]] = {}
+        against: list[str] = []
+        for precision in PRECISIONS:
+            wanted = replace(problem, params=replace(problem.params, precision=precision))
+            runnable: list[Kernel] = []
+            if self.kernel != "auto":
+                kernel, reasons = kernels.select(wanted, self.kernel)
+                runnable, against = [] if kernel is None else [kernel], against + reasons
+            elif not kernels.no_choice_reasons(wanted):  # whatever their speed
+                runnable, _ = kernels.candidates(wanted)
+            if runnable:
+                able[precision] = tuple(kernel.name for kernel in runnable)
+        if not able and self.kernel == "auto":
+            able = dict.fromkeys(PRECISIONS, ("reference",))
+        if not able:
+            self.reasons[key] = tuple(dict.fromkeys(against))
+        return able
+
+    def record(self, key: Key, precision: str, errors: Mapping[str, Errors]) -> None:
+        """Keep the worst of the `errors` of one call, by kernel."""
+        self._errors.setdefault(key, defaultdict(list))[precision].append(worst_of(list(errors.values())))
+        known = self._kernels.setdefault((key, precision), {})
+        for kernel, error in errors.items():
+            known[kernel] = METRICS["rel_l2"].worst([error.rel_l2, known.get(kernel, error.rel_l2)])
+
+    def worst_kernel(self, key: Key, precision: str, able: Sequence[str]) -> str:
+        """That of `able` with the largest error in what was recorded."""
+        known = self._kernels.get((key, precision), {})
+        return max(able, key=lambda kernel: _by_size(known.get(kernel, -math.inf)))
+
+    def made_with(self) -> dict[str, str]:
+        """What the measurements depend on beside the model."""
+        device = "none" if self._device is None else self._device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self._device)
+        versions = {name: metadata.version(name) for name in ("sage_inductor", "torch")}
+        return {**versions, "device": device, "kernel": self.kernel}
+
+
+class _Probe(nn.Module):
+    """Stands in a graph for one attention: exact attention flows on, unless this site is the one being quantised."""
+
+    def __init__(self, prober: Prober, key: Key) -> None:
+        super().__init__()
+        self.prober = prober
+        self.key = key
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the operator takes: `Prober.backend` puts it in the operator's place."""
+        exact = self._attention(args, kwargs, inference.EXACT, "fast")
+        wanted = self.prober.quantised.get(self.key)
+        if wanted is None and not self.prober.measuring:
+            return exact
+        able = self.prober.kernels_for(self.key, _problem(args, kwargs, exact))
+        if wanted is not None:
+            if wanted not in able:
+                return exact
+            return self._attention(
+                args, kwargs, self.prober.worst_kernel(self.key, wanted, able[wanted]), wanted
+            )
+        for precision, names in able.items():
+            errors = {name: compare(self._attention(args, kwargs, name, precision), exact) for name in names}
+            self.prober.record(self.key, precision, errors)
+        self.prober.progress.tick(self.key[0])
+        return exact
+
+    @staticmethod
+    def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Tensor:
+        out: Tensor = inference.attention(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
+        return out
+
+
+def _by_size(error: float) -> float:
+    """What errors are ordered by: NaN is the largest."""
+    return math.inf if math.isnan(error) else error
+
+
+def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> AttentionProblem:
+    """The problem of the operator's arguments, in the dtype that autocast gave its output."""
+    query, key, value, *mask = args
+    params = AttentionParams(**{name: kwargs[name] for name in PARAMS if name in kwargs})
+    problem = inference.make_problem(query, key, value, mask[0] if mask else None, params)
+    q, k, v = (replace(spec, dtype=exact.dtype) for spec in (problem.query, problem.key, problem.value))
+    return replace(problem, query=q, key=k, value=v)
+
+
+def _put_probe(owner: fx.GraphModule, node: fx.Node, probe: _Probe) -> None:
+    """`probe` in the place of the operator's `node`."""
+    name = f"sage_probe_{node.name}"
+    owner.add_module(name, probe)
+    with owner.graph.inserting_before(node):
+        new = owner.graph.call_module(name, node.args, node.kwargs)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    owner.graph.erase_node(node)
+
+
+def _measured(precision: str, kernel: str, errors: Sequence[Errors]) -> Measured:
+    names = ("rel_l2", "max_error", "cosine", "sqnr_db")
+    figures = {name: figure(name, [getattr(error, name) for error in errors]) for name in names}
+    return Measured(precision, kernel, len(errors), **figures)

@@ -1,0 +1,2 @@
+"""Facts about the nodes of an FX graph: what they are, what they write, where they come from, what surrounds them. Nothing
+here decides."""

@@ -1,0 +1,206 @@
+"""Writing in place, which a graph before functionalisation still holds: what a node's value is, and until when."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import operator
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from sage_inductor.graph.call import AttentionCall, example_value, leaves, node_name, value_name
+from sage_inductor.torch_internals import storage_id, tensors_of
+
+# What may hold the same numbers: a storage that tracing saw, or the node that a value is, by its name, a view of
+# (storages of tensor subclasses say nothing).
+Memory: TypeAlias = "frozenset[int | fx.Node]"
+
+_IN_PLACE_OPERATORS = (
+    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
+    "ior", "ixor", "ilshift", "irshift",
+)  # fmt: skip
+# Their value may share memory with their first argument.
+_VIEWS = (
+    "view", "reshape", "expand", "expand_as", "transpose", "permute", "getitem", "unsqueeze", "squeeze", "flatten",
+    "unflatten", "contiguous", "to", "float", "detach", "t", "mT", "mH", "numpy_T", "matrix_H", "adjoint", "select", "narrow", "chunk", "split", "unbind",
+    "view_as", "swapaxes", "movedim", "slice", "alias", "type", "type_as", "getattr", "diagonal",
+)  # fmt: skip
+# In-place methods that attention written out uses on its logits and weights.
+_ARITHMETIC = ("exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_")
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return bool(_written_operands(node))
+    overload = _overload(target)
+    if overload is not None:
+        return overload._schema.is_mutable
+    name = node_name(node)
+    if node.kwargs.get("out") is not None or name.strip("_") in _IN_PLACE_OPERATORS or _is_inplace(node):
+        return True
+    # `operator.and_` ends like an in-place method, but only because `and` is a keyword.
+    return name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    """Whether `node` is called with `inplace=True`, as `F.relu` and `F.dropout` can be."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op != "call_function" or not any(argument is True for argument in node.args):
+        return False
+    position = _position_of_inplace(node.target)
+    return position is not None and len(node.args) > position and node.args[position] is True
+
+
+@cache
+def _position_of_inplace(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins of torch, which have no such argument
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _written(writer: fx.Node) -> list[fx.Node]:
+    """The nodes that `writer` overwrites."""
+    if isinstance(writer.target, torch._ops.HigherOrderOperator):
+        return _written_operands(writer)
+    overload = _overload(writer.target)
+    if overload is not None:
+        written: list[Any] = []
+        for position, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                by_name = writer.kwargs.get(argument.name)
+                written.append(writer.args[position] if len(writer.args) > position else by_name)
+        return _nodes_in(written)
+    return _nodes_in([writer.args[:1] or list(writer.kwargs.values())[:1], writer.kwargs.get("out")])
+
+
+def _overload(target: Any) -> torch._ops.OpOverload | None:
+    if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads():
+        return target.default
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found
+
+
+def _written_operands(node: fx.Node) -> list[fx.Node]:
+    """What a higher-order operator overwrites: all it is given, where its kernel or its body writes to an operand."""
+    operands = node.all_input_nodes
+    bodies = [body for body in map(submodule_of, operands) if body is not None]
+    writes = "mutation" in value_name(node) or any(map(_overwrites_an_operand, bodies))
+    return [operand for operand in operands if submodule_of(operand) is None] if writes else []
+
+
+def _overwrites_an_operand(body: fx.GraphModule) -> bool:
+    writes = Writes(body.graph)
+    return any(writes.touch(node) for node in body.graph.nodes if node.op == "placeholder")
+
+
+def submodule_of(node: fx.Node) -> fx.GraphModule | None:
+    """The graph that `node` refers to; None where it refers to none."""
+    if node.op not in ("get_attr", "call_module"):
+        return None
+    owner = node.graph.owning_module
+    try:
+        target = None if owner is None else operator.attrgetter(str(node.target))(owner)
+    except AttributeError:
+        return None
+    return target if isinstance(target, fx.GraphModule) else None
+
+
+class Writes:
+    """What the nodes of one graph overwrite; as it is when this is made."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        writers = [node for node in graph.nodes if writes_in_place(node)]
+        # With the nodes written to: while these are held, no other value can get their storage.
+        self.writers = [(writer, (targets := _written(writer)), _memory_of(targets)) for writer in writers]
+        self.written: Memory = frozenset().union(*(written for _, _, written in self.writers))
+
+    def touch(self, node: fx.Node) -> bool:
+        """Whether something writes, at any time, to memory in which the value of `node` may lie."""
+        return bool(self.written) and not _memory_of([node]).isdisjoint(self.written)
+
+    def overwrite(self, call: AttentionCall) -> bool:
+        """Whether an operand of `call`, or a value on the way from there, which the call takes the place of, has been
+        written to by the time that the call's own node is reached."""
+        if not self.writers:
+            return False
+        position = {node: index for index, node in enumerate(call.node.graph.nodes)}
+        inputs = {
+            leaf
+            for item in (call.query, call.key, call.value, call.attn_mask, call.sink)
+            for leaf in leaves(item)
+        }
+        replaced = _between(call.node, inputs)
+        for value in inputs | (replaced - {call.node}):
+            memory = _memory_of([value])
+            if memory.isdisjoint(self.written):
+                continue
+            if value in inputs:
+                reads = [
+                    position[user] for user in value.users if user in replaced and not writes_in_place(user)
+                ]
+                first = min(reads, default=position[value])
+            else:
+                first = position[value]
+            for writer, _, written in self.writers:
+                if writer not in position or (writer in replaced and value not in inputs):
+                    continue  # rewritten by now, or understood by the pattern
+                if first < position[writer] < position[call.node] and not memory.isdisjoint(written):
+                    return True
+        return False
+
+
+def _memory_of(nodes: list[fx.Node]) -> Memory:
+    storages = (storage_id(tensor) for node in nodes for tensor in tensors_of(example_value(node)))
+    return frozenset({*map(_root, nodes), *(storage for storage in storages if storage is not None)})
+
+
+def follow_in_place(graph: fx.Graph) -> None:
+    """After `scores.masked_fill_(...)`, readers of scores read what the method returns, which is the same tensor:
+    then the graph shows the order in which its values came about."""
+    writers = [node for node in graph.nodes if node.op == "call_method" and node.target in _ARITHMETIC]
+    if not writers:
+        return
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for writer in writers:
+        source = writer.args[0] if writer.args else None
+        if isinstance(source, fx.Node) and source.op in ("call_function", "call_method"):
+            for user in list(source.users):
+                if position[user] > position[writer]:
+                    user.replace_input_with(source, writer)
+
+
+def _between(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
+    """`node` and what it depends on, as far as `inputs`."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found and current not in inputs:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The tensor whose memory `node` may be a view of."""
+    while node.op in ("call_function", "call_method") and (
+        node_name(node) in _VIEWS or writes_in_place(node)
+    ):
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node

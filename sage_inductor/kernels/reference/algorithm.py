@@ -1,0 +1,294 @@
+"""The quantised algorithm in plain PyTorch, on any device: the oracle that every faster kernel is compared
+with.
+
+SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8
+PV): K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is
+INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
+128-key block; "accurate" P and V in 16 bits. V in 8 bits is smoothed too (rows of softmax add up to one, so the
+vector is added to the output) and has one factor per channel and one per 128-key block.
+
+Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel
+that follows the same steps differs only by the rounding of exp2 and of the float32 sums.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor.kernels.base import is_key_mask
+
+KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
+SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
+V_CHANNEL_FLOOR = (
+    1 / 64
+)  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
+OUTLIER = 8.0  # times a channel's size: no value of V counts for more in its mean
+LEAST_MEAN = 0.25  # of a channel's size: V's mean is not subtracted below
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
+SCORES_AT_ONCE = 2**24  # float32 scores held at a time (64 MiB)
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """K and V of one call in the form the attention loop reads; integers and e4m3 values are held as
+    float32."""
+
+    k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
+    k_scale: Tensor  # [batch, kv_heads, blocks]
+    k_mean: Tensor  # [batch, kv_heads, 1, head_dim]
+    v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
+    v_block: Tensor  # [batch, kv_heads, blocks]
+    v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
+    v_mean: Tensor  # the same shape; zeros for "accurate"
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    bounds: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    precision: str = "fast",
+) -> tuple[Tensor, Tensor]:
+    """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
+    `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
+    `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`.
+
+    Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the
+    natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
+    holds at most `SCORES_AT_ONCE` scores, or one row of every head where that is more.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_len = key.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
+    kv = quantize_kv(key, value, precision, used_keys(attn_mask))
+    out = query.new_empty(batch, heads, q_len, value.shape[-1])
+    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
+    step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
+    for start in range(0, q_len, step):
+        stop = min(start + step, q_len)
+        allowed, bias = _mask(attn_mask, bounds, start, stop, kv_len, kv.k.shape[2], query.device)
+        chunk_out, chunk_lse = _attend(query[:, :, start:stop], kv, allowed, bias, scale, precision)
+        out[:, :, start:stop] = chunk_out
+        lse[:, :, start:stop] = chunk_lse
+    return out, lse
+
+
+def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """INT8 per token of `query * scale * log2(e)`: integers as float32, and their scales (fp32, never
+    negative)."""
+    scaled = query.float() * (scale * LOG2E)
+    q_scale = _scale_for(scaled.abs().amax(-1, keepdim=True), INT8_MAX)
+    return torch.nan_to_num((scaled / q_scale).round()), q_scale
+
+
+def used_keys(attn_mask: Tensor | None) -> Tensor | None:
+    """What a mask over keys does not rule out, bool `[batch, kv_len]`; None for other (expanded) masks, where that
+    differs from query to query."""
+    if attn_mask is None or attn_mask.numel() == 0 or not is_key_mask(attn_mask):
+        return None
+    row = attn_mask[:, 0, 0]
+    return row if row.dtype == torch.bool else row != -math.inf
+
+
+def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None = None) -> QuantizedKV:
+    """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros.
+
+    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count, and are 0 in 8
+    bits.
+    """
+    unused = None if used is None else ~used[:, None, :, None]
+    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
+    k_mean = (_sampled(key, rows) * weight).sum(2, keepdim=True)
+    k_blocks = _blocked(_without(unused, key.float() - k_mean))
+    k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
+    k = torch.nan_to_num((k_blocks / k_scale).round())
+
+    if precision == "accurate":
+        v_channel = value.new_ones(*value.shape[:2], 1, value.shape[-1], dtype=torch.float32)
+        v_mean = torch.zeros_like(v_channel)
+        v = _blocked(value.to(_pv_dtype(value.dtype)).float())
+        v_block = torch.ones_like(k_scale)
+    else:
+        sample = _sampled(value, rows)
+        # The square of the mean root, of values and of their magnitudes: one outlier among the sampled tokens hardly
+        # moves it, where it would carry the mean off for all others. From there the mean, outliers limited, and the
+        # size of what is left. The blocks' own factors keep the range exact.
+        root = sample.abs().sqrt()
+        centre = (root.copysign(sample) * weight).sum(2, keepdim=True)
+        centre = centre * centre.abs()
+        limit = OUTLIER * (root * weight).sum(2, keepdim=True).square()
+        deviation = sample - centre
+        v_mean = centre + (deviation.clamp(-limit, limit) * weight).sum(2, keepdim=True)
+        v_size = (deviation.abs().sqrt() * weight).sum(2, keepdim=True).square()
+        # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
+        # smaller than that, and the rounding of P would not spare what is added back.
+        v_mean = torch.where(v_mean.abs() > LEAST_MEAN * v_size, v_mean, 0.0)
+        v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
+        v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
+        v = _blocked(_without(unused, (value.float() - v_mean) / v_channel))
+        v_block = _scale_for(
+            v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
+        )
+        if precision == "fast":
+            # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only what lies beyond
+            # its range needs a factor. Kernels can add up blocks that share one.
+            v_block = v_block.clamp(min=1.0)
+        v = torch.nan_to_num(v / v_block)
+        v = _e4m3(v) if precision == "fast" else v.round()
+    return QuantizedKV(
+        k.flatten(2, 3), k_scale[..., 0, 0], k_mean, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
+    )
+
+
+def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Up to SAMPLED_KEYS keys, evenly spaced between the first and the last one that is used: their numbers,
+    `[batch, samples]`, and what each counts for, `[batch, 1, samples, 1]`, which adds up to 1, or to 0 where no key
+    is used."""
+    if used is None:
+        used = torch.ones(batch, kv_len, dtype=torch.bool, device=device)
+    keys = torch.arange(kv_len, device=device)
+    first = torch.where(used, keys, kv_len).amin(-1, keepdim=True)
+    end = torch.where(used, keys + 1, 0).amax(-1, keepdim=True)
+    length = (end - first).clamp(min=0)
+    count = length.clamp(max=SAMPLED_KEYS)
+    i = torch.arange(min(kv_len, SAMPLED_KEYS), device=device)
+    rows = torch.where(i < count, first + i * length // count.clamp(min=1), 0)
+    counted = used.gather(1, rows) & (i < count)
+    weight = counted / counted.sum(-1, keepdim=True).clamp(min=1)
+    return rows, weight[:, None, :, None]
+
+
+def _sampled(x: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of `[batch, heads, keys, dim]`, 0 for what is not finite."""
+    index = rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.nan_to_num(x.gather(2, index).float(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _attend(
+    query: Tensor, kv: QuantizedKV, allowed: Tensor | None, bias: Tensor | None, scale: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of some queries over all keys: what an online softmax over 128-key blocks computes."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, blocks = kv.k_scale.shape[1:]
+    groups = heads // kv_heads
+    q, q_scale = quantize_query(query, scale)
+
+    def per_query_head(x: Tensor) -> Tensor:  # [batch, kv_heads, blocks] -> [batch, heads, 1, blocks]
+        return x.repeat_interleave(groups, 1)[:, :, None]
+
+    scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(
+        batch, heads, rows, blocks, KEY_BLOCK
+    )
+    x = scores * (q_scale * per_query_head(kv.k_scale))[..., None]
+    if bias is not None:
+        x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK)
+    if allowed is not None:
+        x = x.masked_fill(~allowed.view(*allowed.shape[:3], blocks, KEY_BLOCK), -math.inf)
+
+    block_max = x.amax(-1).clamp(min=FULLY_MASKED)
+    running_max = block_max.cummax(-1).values
+    final_max = running_max[..., -1:]
+    # "balanced" quantises P against the maximum of its own block, which an 8-bit integer needs; the
+    # floating-point forms of P are as precise against the running maximum.
+    reference_max = block_max if precision == "balanced" else running_max
+    p_max = {"fast": E4M3_MAX, "balanced": INT8_MAX, "accurate": 1.0}[precision]
+    p = torch.exp2(x - (reference_max - math.log2(p_max))[..., None])
+    weight = torch.exp2(reference_max - final_max)
+    row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
+    if precision == "fast":
+        p = _e4m3(p)
+    elif precision == "balanced":
+        p = p.round()
+    else:
+        p = p.to(_pv_dtype(query.dtype)).float()
+    weight = weight * per_query_head(kv.v_block)
+
+    weighted = (p * weight[..., None]).view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK)
+    out = (weighted @ kv.v).view(batch, heads, rows, -1)
+    out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1) + kv.v_mean.repeat_interleave(groups, 1)
+    masked_out = row_sum == 0
+    out = torch.where(masked_out, 0.0, out)
+
+    lse = (final_max + row_sum.log2() - math.log2(p_max)) * LN2
+    lse = lse + scale * (query.float() @ kv.k_mean.repeat_interleave(groups, 1).mT)
+    lse = torch.where(masked_out, -math.inf, lse)
+    return out.to(query.dtype), lse[..., 0]
+
+
+def _mask(
+    attn_mask: Tensor | None,
+    bounds: tuple[int | None, int | None],
+    start: int,
+    stop: int,
+    kv_len: int,
+    padded_len: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(allowed, bias) for queries start..stop over the padded keys, `[1 or batch, 1 or heads, rows,
+    padded_len]`."""
+    low, high = bounds
+    allowed = bias = None
+    if attn_mask is not None:
+        rows = F.pad(attn_mask[:, :, start:stop], (0, padded_len - kv_len))
+        if rows.dtype == torch.bool:
+            allowed = rows
+        else:
+            bias = _log2_bias(rows)
+    if low is not None or high is not None or padded_len != kv_len:
+        keys = torch.arange(padded_len, device=device)
+        distance = keys - torch.arange(start, stop, device=device)[:, None]
+        band = (keys < kv_len).expand(stop - start, -1)
+        if low is not None:
+            band = band & (distance >= low)
+        if high is not None:
+            band = band & (distance <= high)
+        allowed = band[None, None] if allowed is None else allowed & band
+    return allowed, bias
+
+
+def _log2_bias(mask: Tensor) -> Tensor:
+    """An additive mask in the exponent's units. The most negative finite number stays finite, so that a row
+    made of it attends to all keys alike, as in SDPA; -inf stays -inf."""
+    bias = mask.float() * LOG2E
+    return torch.where(mask == -math.inf, -math.inf, bias.clamp(min=FULLY_MASKED))
+
+
+def _scale_for(amax: Tensor, largest: float) -> Tensor:
+    """amax / largest; 1 for zeros, so that 0 / 0 never arises, and NaN where the input was not finite, so
+    that a quantised inf or NaN still shows in the output."""
+    scale = torch.where(amax > 0, amax / largest, 1.0)
+    return torch.where(amax.isfinite(), scale, math.nan)
+
+
+def _without(unused: Tensor | None, x: Tensor) -> Tensor:
+    return x if unused is None else x.masked_fill(unused, 0.0)
+
+
+def _blocked(x: Tensor) -> Tensor:
+    """`[batch, heads, keys, dim]` -> `[batch, heads, blocks, 128, dim]`, padded with zeros."""
+    batch, heads, keys, dim = x.shape
+    padded = F.pad(x, (0, 0, 0, -keys % KEY_BLOCK))
+    return padded.reshape(batch, heads, -1, KEY_BLOCK, dim)
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()  # the cast itself makes NaN above 464
+
+
+def _pv_dtype(dtype: torch.dtype) -> torch.dtype:
+    """FP16 for float16 inputs; BF16 for the rest, whose range FP16 does not hold (V above 65504)."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16

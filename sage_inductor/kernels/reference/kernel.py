@@ -1,0 +1,45 @@
+"""The eager quantised oracle as a kernel: right on every device, fast on none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sage_inductor.kernels.base import PRECISIONS, AttentionParams, Kernel
+from sage_inductor.kernels.reference import algorithm as reference
+
+
+class ReferenceKernel(Kernel):
+    """Plain PyTorch. Never chosen by "auto": it defines what the others must compute, it saves no time."""
+
+    name = "reference"
+    precisions = tuple(PRECISIONS)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    device_types = ("cpu", "cuda")
+    head_dims = range(1, 1025)  # |int8 dot| < 2^24, the integers float32 holds exactly
+
+    def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
+        return []
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        result, result_lse = reference.attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            bounds=params.bounds(query.shape[2], key.shape[2]),
+            scale=params.scale,
+            precision=params.precision,
+        )
+        out.copy_(result)
+        if lse is not None:
+            lse.copy_(result_lse)

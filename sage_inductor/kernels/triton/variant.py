@@ -1,0 +1,145 @@
+"""What a call of the Triton kernels depends on besides its sizes: compile-time constants, worked out once."""
+
+# Triton has no type information.
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .attention import attention_kernel
+from .configs import LaunchConfig, launch_config, quantize_config
+from .quantize import padded_head_dim
+
+INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
+
+# Channels of one program of the statistics kernel: few enough for three programs on an SM.
+SAMPLE_GROUP = 16
+MASK_BLOCKS = 4  # blocks of a mask that one program looks at
+# Triton 3.9 asks to be told; from 3.10 on it would not fuse multiplications with additions, of which softmax is full.
+_FUSED = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Variant:
+    d: int  # padded head dims
+    dv: int
+    v_dtype: torch.dtype
+    v_transposed: bool
+    tma: bool
+    overlap: bool  # each kernel after the first starts beside the end of the one in front of it
+    config: LaunchConfig
+    statistics: dict[str, Any]  # constexprs and options of each kernel
+    quantize: dict[str, Any]
+    attention: dict[str, Any]
+    mask_blocks: dict[str, Any]
+    q_tiles: tuple[TensorDescriptor, ...]  # templates, one or two per tensor: the blocks that TMA reads
+    k_tiles: tuple[TensorDescriptor, ...]
+    v_tiles: tuple[TensorDescriptor, ...]
+
+
+@cache
+def make_variant(
+    arch: tuple[int, int],
+    precision: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_head_dim: int,
+    masked: bool,  # by a mask that differs from query to query
+    mask_align: int,  # as in `launch_config`
+    v_transposed: bool,
+    config: LaunchConfig | None,
+) -> Variant:
+    d0, d1 = padded_head_dim(head_dim)
+    dv0, dv1 = padded_head_dim(v_head_dim)
+    if dv0 == 256 and precision != "accurate":
+        dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
+    d, dv = d0 + d1, dv0 + dv1
+    config = config or launch_config(arch, precision, d, dv, masked, mask_align)
+    n = config.block_n
+    if precision == "fast":
+        v_dtype = torch.float8_e4m3fn
+    elif precision == "balanced":
+        v_dtype = torch.int8
+    else:
+        v_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
+    padded = {"D": d, "DV": dv, "D_POW2": triton.next_power_of_2(d), "DV_POW2": triton.next_power_of_2(dv)}
+    quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
+    quantize_options.pop("num_stages")
+    ptx = not INTERPRETED
+    v_transposed = v_transposed or precision != "accurate"
+    tma = arch[0] >= 9
+    overlap = tma and not INTERPRETED  # programmatic dependent launch
+    overlapped = {"launch_pdl": True} if overlap else {}
+    return Variant(
+        d=d,
+        dv=dv,
+        v_dtype=v_dtype,
+        v_transposed=v_transposed,
+        tma=tma,
+        overlap=overlap,
+        config=config,
+        statistics={
+            **dims,
+            "D": d,
+            "DV": dv,
+            "D_POW2": padded["D_POW2"],
+            "Q_ROWS": 64 if padded["D_POW2"] == 256 else 128,
+            "V_STATISTICS": precision != "accurate",
+            "GROUP": SAMPLE_GROUP,
+            "OVERLAP": overlap,
+            "num_warps": 8,
+            "maxnreg": 80,
+            **_FUSED,
+        },
+        quantize={
+            **dims,
+            **padded,
+            "PRECISION": precision,
+            "V_TRANSPOSED": v_transposed,
+            "PTX": ptx,
+            "OVERLAP": overlap,
+            **quantize_options,
+            **overlapped,
+            **_FUSED,
+        },
+        attention={
+            "V_HEAD_DIM": v_head_dim,
+            "D0": d0,
+            "D1": d1,
+            "DV0": dv0,
+            "DV1": dv1,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": n,
+            "PRECISION": precision,
+            "TMA": tma,
+            "PTX": ptx,
+            "OVERLAP": overlap,
+            **config.options(),
+            **overlapped,
+            **_FUSED,
+        },
+        mask_blocks={
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": n,
+            "BLOCKS": MASK_BLOCKS,
+            "num_warps": 4,
+            **_FUSED,
+        },
+        q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
+        k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
+        v_tiles=_templates(
+            v_dtype, [[n, size] if v_dtype.itemsize == 2 else [size, n] for size in (dv0, dv1) if size]
+        ),
+    )
+
+
+def _templates(dtype: torch.dtype, blocks: list[list[int]]) -> tuple[TensorDescriptor, ...]:
+    return tuple(TensorDescriptor(torch.empty(256, dtype=dtype), block, [256, 1], block) for block in blocks)

@@ -1,0 +1,133 @@
+"""`sage_attention`: the kernels called directly, with the signature of `F.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor import kernels
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels.base import reason
+from sage_inductor.operators import inference
+
+
+def sage_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    kernel: str = "auto",
+    precision: str = "fast",
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """8-bit attention with SDPA's arguments and semantics.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`, or the same without batch, or without batch and heads.
+        key: `[batch, kv_heads, kv_len, head_dim]`; kv_heads is heads, or a divisor of it with `enable_gqa`.
+        value: `[batch, kv_heads, kv_len, value_head_dim]`. All three float16, bfloat16 or float32, in any
+            memory layout.
+        attn_mask: bool (True: attend) or additive, broadcasts to `[batch, heads, q_len, kv_len]`, or a causal bias of
+            `torch.nn.attention.bias`. A query that may attend no key gets 0.
+        dropout_p: only 0 can be served by a quantised kernel.
+        is_causal: query i sees keys 0 .. i (top-left alignment); excludes attn_mask.
+        scale: factor of the scores, `head_dim ** -0.5` when None.
+        kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
+            there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
+        precision: "fast", "balanced" or "accurate".
+        return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
+        out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
+            strides.
+
+    Returns:
+        `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
+
+    Raises:
+        NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
+        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse.
+        TypeError: an input is no tensor.
+        ValueError: an unknown kernel or precision.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
+            raise TypeError(f"{name} is a {type(tensor).__name__} (valid: a tensor)")
+        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
+            raise RuntimeError(f"{name} is nested or sparse (valid: a strided tensor that is not nested)")
+    if kernel not in ("auto", *kernels.KERNELS):
+        raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
+    if precision not in tuple(kernels.PRECISIONS):
+        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p={dropout_p!r} (valid: 0 to 1)")
+    if return_lse and out is not None:
+        raise ValueError("return_lse=True with out: only one of them is valid")
+
+    as_given, bottom_right = attn_mask, False
+    if type(attn_mask) is not Tensor and attn_mask is not None:
+        attn_mask, is_causal, bottom_right = _seen_through(attn_mask, query, key)
+    needs = _needs_of_exact_attention(query, key, value, attn_mask, dropout_p)
+    if needs:
+        if kernel != "auto" or return_lse or out is not None:
+            raise NotEligibleError(f"kernel={kernel}", needs)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            as_given,
+            dropout_p,
+            is_causal and as_given is None,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    if return_lse:
+        pair: tuple[Tensor, Tensor] = inference.attention_lse(
+            query, key, value, attn_mask, is_causal,
+            scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision,
+        )  # fmt: skip
+        return pair
+    if out is not None:
+        inference.attention_out(
+            query, key, value, attn_mask, is_causal,
+            scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision, output=out,
+        )  # fmt: skip
+        return out
+    result: Tensor = inference.attention(
+        query, key, value, attn_mask, is_causal,
+        scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision,
+    )  # fmt: skip
+    return result
+
+
+def _seen_through(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool, bool]:
+    """(attn_mask, is_causal, bottom_right) of a subclass of Tensor: what `causal_lower_right` and `causal_upper_left` of
+    `torch.nn.attention.bias` make stands for no data."""
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias):
+        return attn_mask, False, False
+    lengths, expected = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if lengths != expected:
+        raise RuntimeError(
+            f"sage_attention: attn_mask is a causal bias for lengths {lengths}, not {expected}"
+        )
+    return None, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+
+
+def _needs_of_exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> list[str]:
+    """What a quantised inference kernel cannot give: dropout, and gradients."""
+    reasons = []
+    if dropout_p > 0.0:
+        reasons.append(reason("dropout_p", dropout_p, 0.0))
+    wanting = inference.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    return reasons if wanting is None else [*reasons, wanting]

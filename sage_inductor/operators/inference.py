@@ -1,0 +1,395 @@
+"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first
+run.
+
+    sage_inductor::attention        -> output
+    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called
+    out) sage_inductor::attention_lse    -> output and LSE
+
+They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose
+inputs need gradients belongs to `sage_inductor::attention_training` in training.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sage_inductor import kernels
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import Prepared, expanded_dim, reason, without_keys
+from sage_inductor.kernels.cache import Cache
+from sage_inductor.operators.unquantised import exact_lse, sdpa
+
+NAMESPACE = "sage_inductor"
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
+# kernel_name: Inductor's lowering has an argument of its own called kernel. Fewer than min_q_len queries or min_kv_len
+# keys get exact attention, by which lengths that change from call to call are dispatched.
+PARAMS = (
+    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
+    "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0"
+)
+EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
+# Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another
+# layout.
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+_Library: Any = torch.library.Library  # torch leaves it untyped
+LIBRARY = _Library(NAMESPACE, "FRAGMENT")
+# sink: logits beside those of the keys, which take weight and have no value; they broadcast to `[batch, heads, q_len]`.
+LIBRARY.define(
+    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None) -> Tensor", tags=TAGS
+)
+LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
+LIBRARY.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
+
+
+def validate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    enable_gqa: bool,
+    out: Tensor | None = None,
+) -> None:
+    """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced
+    tensors."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not 2 <= tensor.dim() <= 4:
+            raise _misfit(f"{name} has {tensor.dim()} dimensions (valid: 2 to 4)")
+        if tensor.dim() != query.dim():
+            raise _misfit(f"{name} has {tensor.dim()} dimensions, query has {query.dim()}")
+        if tensor.dtype != query.dtype:
+            raise _misfit(f"{name} is {tensor.dtype}, query is {query.dtype}")
+        if tensor.device != query.device:
+            raise _misfit(f"{name} is on {tensor.device}, query on {query.device}")
+        if query.dim() == 4 and tensor.shape[0] != query.shape[0]:
+            raise _misfit(f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}")
+    if not query.is_floating_point():
+        raise _misfit(f"query, key and value are {query.dtype} (valid: a floating-point dtype)")
+    if query.shape[-1] != key.shape[-1]:
+        raise _misfit(f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}")
+    if key.shape[-2] != value.shape[-2]:
+        raise _misfit(f"kv_len of key is {key.shape[-2]}, of value {value.shape[-2]}")
+    if query.dim() >= 3:
+        heads, kv_heads = query.shape[-3], key.shape[-3]
+        if value.shape[-3] != kv_heads:
+            raise _misfit(f"value has {value.shape[-3]} heads, key has {kv_heads}")
+        if enable_gqa and (kv_heads == 0 or heads % kv_heads != 0):
+            raise _misfit(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+        if not enable_gqa and heads != kv_heads:
+            raise _misfit(f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
+    if attn_mask is not None:
+        _validate_mask(query, key, attn_mask)
+    if out is not None:
+        expected = (*query.shape[:-1], value.shape[-1])
+        if tuple(out.shape) != expected:
+            raise _misfit(f"out is {tuple(out.shape)}, the output {expected}")
+        if out.dtype != query.dtype:
+            raise _misfit(f"out is {out.dtype}, query is {query.dtype}")
+        if out.device != query.device:
+            raise _misfit(f"out is on {out.device}, query on {query.device}")
+        if (dim := expanded_dim(out)) is not None:
+            raise _misfit(f"out is expanded in dim {dim}: its {out.shape[dim]} elements are one in memory")
+
+
+def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
+    if attn_mask.device != query.device:
+        raise _misfit(f"attn_mask is on {attn_mask.device}, query on {query.device}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        valid = dict.fromkeys(map(str, (torch.bool, torch.float32, query.dtype)))
+        raise _misfit(f"attn_mask is {attn_mask.dtype} (valid: {', '.join(valid)})")
+    scores = (*query.shape[:-1], key.shape[-2])
+    if attn_mask.dim() > len(scores):
+        raise _misfit(f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")
+    for size, expected in zip(reversed(attn_mask.shape), reversed(scores), strict=False):
+        if size != 1 and size != expected:
+            raise _misfit(f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}")
+
+
+def _misfit(message: str) -> RuntimeError:
+    return RuntimeError(f"sage_inductor attention: {message}")
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA
+    gives its output, `[0, 2, 1, 3]` for a query in NHD memory."""
+    strides = tensor.stride()
+    last = len(strides) - 1
+    return [*sorted(range(last), key=strides.__getitem__, reverse=True), last]
+
+
+def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
+    if order is None:
+        order = memory_order(query)
+    elif sorted(order) != list(range(query.dim())):
+        raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
+    shape = (*query.shape[:-1], value.shape[-1])
+    return torch.empty_permuted(shape, list(order), dtype=query.dtype, device=query.device)
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    sink: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, sink is not None, **options)
+    if sink is None:
+        return out
+    assert lse is not None
+    # What of all weight the keys have: exp(lse) / (exp(lse) + exp(sink)).
+    return out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
+
+
+def _attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    output: Tensor,
+    **options: Any,
+) -> None:
+    _run(query, key, value, attn_mask, is_causal, output, False, **options)
+
+
+def _attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, True, **options)
+    assert lse is not None
+    return out, lse
+
+
+class _Resolved(NamedTuple):
+    """What calls of one kind come down to."""
+
+    run: Prepared | None  # None: exact attention
+    params: AttentionParams
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+
+
+# It depends on shapes, strides and options alone, so it is worked out once for each: the checks and all the numbers that
+# kernels take would otherwise cost more than the launches.
+_resolved: Cache[tuple[Any, ...], _Resolved] = Cache(4096)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    out: Tensor | None,
+    return_lse: bool,
+    *,
+    memory_order: Sequence[int] | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bottom_right: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    kernel_name: str = "auto",
+    precision: str = "fast",
+    min_q_len: int = 0,
+    min_kv_len: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """(output, LSE if asked for); the output is `out` where that is given."""
+    if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
+        raise NotEligibleError(f"kernel={kernel_name}", [wanting])
+    kind = (
+        query.shape, query.stride(), query.dtype, query.device,
+        key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device,
+        None if attn_mask is None
+        else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device),
+        None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+        None if memory_order is None else tuple(memory_order),
+        return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
+        min_q_len, min_kv_len,
+    )  # fmt: skip
+    resolved = _resolved.get(kind)
+    if resolved is None:
+        validate(query, key, value, attn_mask, enable_gqa, out)
+    given, lse = out, _empty_lse(query) if return_lse else None
+    if out is None:
+        if resolved is None:
+            out = _empty_output(query, value, memory_order)
+        else:
+            out = torch.empty_strided(
+                resolved.out_shape, resolved.out_strides, dtype=query.dtype, device=query.device
+            )
+    result = out, lse
+    if query.dim() != 4:
+        query, key, value, out = (as_4d(tensor) for tensor in (query, key, value, out))
+        lse = None if lse is None else lse.view(query.shape[:-1])
+    if attn_mask is not None:
+        attn_mask = as_4d(attn_mask)
+    if resolved is None:
+        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
+        run = _resolve(query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len))
+        resolved = _Resolved(run, params, result[0].shape, result[0].stride())
+        _resolved.keep(kind, resolved)
+    if resolved.run is not None:
+        resolved.run(query, key, value, attn_mask, out, lse)
+        return result
+    exact = sdpa(query, key, value, attn_mask, resolved.params)
+    if lse is not None:
+        exact_lse(query, key, attn_mask, resolved.params, lse)
+    if given is None and out is result[0] and exact.stride() == out.stride():
+        return exact, lse  # nobody else has seen ours
+    out.copy_(exact)
+    return result
+
+
+def _resolve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    out: Tensor,
+    lse: Tensor | None,
+    name: str,
+    least: tuple[int, int],
+) -> Prepared | None:
+    """What to run; None for exact attention, asked for, fallen back to by "auto", or for fewer than `least` queries and
+    keys."""
+    if params.precision not in kernels.PRECISIONS:
+        raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    chosen = None
+    if name != EXACT:
+        problem = make_problem(query, key, value, attn_mask, params, lse is not None)
+        chosen, reasons = kernels.select(problem, name)
+        if chosen is None and name != "auto":
+            raise NotEligibleError(f"kernel={name}", reasons)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return without_keys
+    if chosen is None or query.shape[2] < least[0] or key.shape[2] < least[1]:
+        return None
+    return chosen.prepare(query, key, value, attn_mask, params, out, lse)
+
+
+def wanting_gradients(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """The reason against an inference kernel when an input requires gradients."""
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    return reason("requires_grad", wanting, "none; use torch.no_grad()") if wanting else None
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    return_lse: bool = False,
+) -> AttentionProblem:
+    """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
+    mask = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
+    q, k, v = (TensorSpec.of(tensor).as_4d() for tensor in (query, key, value))
+    return AttentionProblem(q, k, v, mask, params, return_lse)
+
+
+def as_4d(tensor: Tensor) -> Tensor:
+    """`[..., seq, head_dim]` seen as `[batch, heads, seq, head_dim]`; masks alike."""
+    while tensor.dim() < 4:
+        tensor = tensor.unsqueeze(0)
+    return tensor
+
+
+def fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+    memory_order: Sequence[int] | None = None,
+    **params: Any,
+) -> Tensor:
+    validate(query, key, value, attn_mask, enable_gqa)
+    return _empty_output(query, value, memory_order)
+
+
+def fake_attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+    output: Tensor,
+    **params: Any,
+) -> None:
+    validate(query, key, value, attn_mask, enable_gqa, output)
+
+
+def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return fake_attention(query, *args, **kwargs), _empty_lse(query)
+
+
+def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is
+    left."""
+    keys = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def rule(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                return tensor
+            return tensor.to(dtype) if tensor.device.type == device_type else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(cast(query), cast(key), cast(value), cast(attn_mask), *args, **kwargs)
+
+    return rule
+
+
+def _register() -> None:
+    for name, implementation, fake in (
+        ("attention", _attention, fake_attention),
+        ("attention.out", _attention_out, fake_attention_out),
+        ("attention_lse", _attention_lse, fake_attention_lse),
+    ):
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.sage_inductor, packet), overload or "default")
+        for backend in ("CPU", "CUDA"):
+            LIBRARY.impl(name, implementation, backend)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(name, autocast_rule(op, device_type), key)
+
+
+_register()
+attention = torch.ops.sage_inductor.attention.default
+attention_out = torch.ops.sage_inductor.attention.out
+attention_lse = torch.ops.sage_inductor.attention_lse.default

@@ -1,0 +1,81 @@
+"""Unquantised attention over SDPA: what "auto" falls back to, and what gradients are taken of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor.kernels import AttentionParams
+from sage_inductor.kernels.reference.algorithm import SCORES_AT_ONCE
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, params: AttentionParams
+) -> Tensor:
+    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses."""
+    bounds = params.bounds(query.shape[2], key.shape[2])
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds)
+    gqa = query.shape[1] != key.shape[1]
+    if gqa and attn_mask is not None:
+        # SDPA's memory-efficient kernel takes masks but no GQA; writing out all scores instead would cost far more than
+        # these copies.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+        gqa = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
+    )
+
+
+def exact_lse(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, params: AttentionParams, lse: Tensor
+) -> None:
+    """Write the LSE of the exact scores of 4-D inputs into `lse`, which SDPA does not give."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *params.bounds(q_len, kv_len))
+    scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    step = max(1, SCORES_AT_ONCE // max(1, query.shape[0] * query.shape[1] * kv_len))
+    mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], kv_len)
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        scores = query[:, :, rows].float() @ keys.mT * scale
+        if plain_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1 + start), -math.inf)
+        elif mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask[:, :, rows], -math.inf)
+        elif mask is not None:
+            scores = scores + mask[:, :, rows]
+        lse[:, :, rows] = scores.logsumexp(-1)
+
+
+def combined_mask(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, low: int | None, high: int | None
+) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) for SDPA, which takes one or the other, out of a mask and the bounds of a
+    band."""
+    if low is None and high is None:
+        band = None
+    elif low is None and high == 0 and attn_mask is None:
+        return None, True
+    else:
+        q_len, kv_len = query.shape[-2], key.shape[-2]
+        distance = (
+            torch.arange(kv_len, device=query.device) - torch.arange(q_len, device=query.device)[:, None]
+        )
+        band = torch.ones_like(distance, dtype=torch.bool)
+        if low is not None:
+            band &= distance >= low
+        if high is not None:
+            band &= distance <= high
+    if attn_mask is None:
+        return band, False
+    if band is not None:
+        attn_mask = (
+            attn_mask & band if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~band, -math.inf)
+        )
+    if attn_mask.dtype == torch.float32 != query.dtype:
+        attn_mask = attn_mask.to(query.dtype)
+    return attn_mask, False

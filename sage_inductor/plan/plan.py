@@ -1,0 +1,195 @@
+"""What each attention of a model may be replaced by, as measured: the records of a plan, and how the pass reads them.
+
+`calibrate` makes plans, `file.py` writes and reads them, `Config(plan=...)` applies them. A decision belongs to a
+site by its name *and* its fingerprint, so that a plan made for another model, or for another state of this one,
+is never applied to the wrong site: the site stays SDPA and says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+
+from sage_inductor.kernels import PRECISIONS
+from sage_inductor.plan import file
+from sage_inductor.plan.sites import (
+    DECISIONS,
+    SDPA,
+    Figure,
+    Fingerprint,
+    PlannedSite,
+    Steps,
+    Verdict,
+    steps_text,
+)
+from sage_inductor.report.text import plain_table
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Decisions for the attention sites of one model, with the measurements behind them.
+
+    Make one with `sage_inductor.calibrate`, keep it with `save` and `load`, and apply it by
+    `torch.compile(..., options={"sage.plan": plan_or_path})` or `Config(plan=...)`.
+    """
+
+    metric: str
+    tolerance: float
+    sites: tuple[PlannedSite, ...]
+    output_rel_l2: tuple[tuple[Steps | None, Figure], ...] = ()
+    """Of the model's output with the whole plan applied, for each range of steps."""
+    made_with: Mapping[str, str] = field(default_factory=dict)
+    """Versions and device of the calibration."""
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON. The same plan gives the same bytes."""
+        file.write(self._fields(), path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """The plan in a file. Raises OSError where it cannot be read, and ValueError, naming the file and the field,
+        where it is no plan, was made by a newer version, or holds a value that is not valid."""
+        return cls(**file.read(path))
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return file.to_json(self._fields())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """The plan that `to_json` gave. Raises ValueError as `load` does."""
+        return cls(**file.from_json(text))
+
+    def _fields(self) -> file.PlanFields:
+        return file.PlanFields(
+            metric=self.metric,
+            tolerance=self.tolerance,
+            sites=self.sites,
+            output_rel_l2=self.output_rel_l2,
+            made_with=self.made_with,
+        )
+
+    def ranges(self) -> tuple[Steps, ...]:
+        """The ranges of steps with decisions of their own; empty for a plan that does not depend on the step."""
+        return tuple(
+            sorted({site.steps for site in self.sites if site.steps is not None}, key=lambda r: r[0])
+        )
+
+    def at(self, step: int) -> Plan:
+        """The part of the plan for `step`, which does not depend on the step any more.
+
+        Raises ValueError for a step outside of all ranges.
+        """
+        ranges = self.ranges()
+        inside = [steps for steps in ranges if steps[0] <= step and (steps[1] is None or step <= steps[1])]
+        if ranges and not inside:
+            valid = ", ".join(map(steps_text, ranges))
+            raise ValueError(f"step={step} is in no range of the plan (valid: {valid})")
+        return replace(
+            self,
+            sites=tuple(replace(site, steps=None) for site in self.sites if site.covers(step)),
+            output_rel_l2=tuple((None, figure) for steps, figure in self.output_rel_l2 if steps in inside),
+        )
+
+    def decisions(self) -> dict[str, str]:
+        """`{site name: "fast" | "balanced" | "accurate" | "sdpa"}`; the most careful of several of one name."""
+        result: dict[str, str] = {}
+        for site in self.sites:
+            result[site.name] = _most_careful([site.decision, result.get(site.name, DECISIONS[0])])
+        return result
+
+    def verdict(self, name: str, fingerprint: Fingerprint) -> Verdict:
+        """The decision for a site of a graph.
+
+        Of several that fit (ranges of steps, graphs in which the site was met) the most careful one counts.
+        """
+        named = [site for site in self.sites if site.name == name]
+        if not named:
+            return Verdict(
+                None, reason=f"plan has no site {name!r} (its sites: {self._names()})", known=False
+            )
+        fitting = [site for site in named if not fingerprint.disagreements(site.fingerprint)]
+        # A site that could not be measured in one graph (one query, as in decoding) says nothing of others.
+        fitting = [site for site in fitting if not site.reasons] or fitting
+        fitting = [site for site in fitting if site.fingerprint == fingerprint] or fitting
+        if not fitting:
+            differences = ", ".join(fingerprint.disagreements(named[0].fingerprint))
+            return Verdict(None, reason=f"plan is for another {name!r}: {differences}", known=False)
+        decision = _most_careful([site.decision for site in fitting])
+        if decision == SDPA:
+            kept = next(site for site in fitting if site.decision == SDPA)
+            return Verdict(None, reason=f"plan=sdpa ({'; '.join(kept.reasons) or self._why_sdpa(kept)})")
+        errors = [site.of_decision() for site in fitting if site.decision == decision]
+        worst = [
+            error.rel_l2.worst for error in errors if error is not None and error.rel_l2.worst is not None
+        ]
+        return Verdict(decision, rel_l2=max(worst, default=None))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Sites that the plan met in one graph with some of `names`, and that are not among them."""
+        here = set(names)
+        graphs = {site.graph for site in self.sites if site.name in here}
+        return list(
+            dict.fromkeys(site.name for site in self.sites if site.graph in graphs and site.name not in here)
+        )
+
+    def _why_sdpa(self, site: PlannedSite) -> str:
+        figures = [(error.precision, getattr(error, self.metric)) for error in site.measured]
+        shown = [f"{precision} {_figure_text(figure)}" for precision, figure in figures]
+        return f"{self.metric}: {', '.join(shown) or 'not measured'}; tolerance {self.tolerance:g}"
+
+    def _names(self, at_most: int = 4) -> str:
+        names = list(self.decisions())
+        more = f", ... {len(names) - at_most} more" if len(names) > at_most else ""
+        return (", ".join(names[:at_most]) or "none") + more
+
+    def __repr__(self) -> str:
+        """Short, and different for plans of different content: it is part of `Config`'s, which names a compiled
+        graph in caches."""
+        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
+        return f"Plan({len(self.sites)} sites, sha256={digest})"
+
+    def __hash__(self) -> int:
+        return hash((self.metric, self.tolerance, self.sites))
+
+    def __str__(self) -> str:
+        header = ("site", "steps", "decision", *PRECISIONS, "of the output")
+        rows = []
+        for site in self.sites:
+            by_precision = {error.precision: error for error in site.measured}
+            figures = [getattr(by_precision.get(precision), self.metric, None) for precision in PRECISIONS]
+            chosen = site.of_decision()
+            rows.append(
+                (
+                    site.name,
+                    steps_text(site.steps),
+                    site.decision,
+                    *map(_figure_text, figures),
+                    _figure_text(chosen.output_rel_l2 if chosen else None),
+                )
+            )
+        lines = [plain_table(header, rows)]
+        counts = Counter(site.decision for site in self.sites)
+        lines.append(
+            f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in DECISIONS)}; "
+            f"worst {self.metric}, tolerance {self.tolerance:g}"
+        )
+        lines += [
+            f"the model's output with all of it{'' if steps is None else f', steps {steps_text(steps)}'}: "
+            f"relative L2 {_figure_text(figure)}"
+            for steps, figure in self.output_rel_l2
+        ]
+        return "\n".join(lines)
+
+
+def _most_careful(decisions: list[str]) -> str:
+    return max(decisions, key=DECISIONS.index)
+
+
+def _figure_text(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    return "not finite" if figure.worst is None else f"{figure.worst:.3g}"

@@ -1,0 +1,157 @@
+"""The records of a plan: a site by its name and fingerprint, what was measured there, and what was decided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TypeAlias
+
+from sage_inductor.kernels import PRECISIONS
+from sage_inductor.report.site import Site, TensorInfo
+
+SDPA = "sdpa"
+
+
+DECISIONS: tuple[str, ...] = (*PRECISIONS, SDPA)  # the fastest first
+
+
+Steps: TypeAlias = "tuple[int, int | None]"  # first and last step of a range, None: no end
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What has to agree for a plan's site to be a model's site. Batch, lengths and dtype may differ."""
+
+    pattern: str
+    code: str
+    """"model.py: out = F.scaled_dot_product_attention(q, k, v)": the file and the text of the line that calls."""
+    calls: int
+    """Attention calls in the same module and graph: what "#2" in a name counts."""
+    heads: int | None
+    kv_heads: int | None
+    """None where heads are folded into the batch, or symbolic."""
+    head_dim: int | None
+    value_head_dim: int | None
+    mask: str
+    """"none", "causal", "window", or "runtime" for one that is read when the model runs. That can be any mask, and
+    a causal one becomes so under dynamic shapes: it agrees with all."""
+
+    @classmethod
+    def of(cls, site: Site, calls: int) -> Fingerprint:
+        return cls(
+            pattern=site.pattern,
+            code=f"{site.source.rpartition(':')[0]}: {site.code}",
+            calls=calls,
+            heads=_heads(site.query),
+            kv_heads=_heads(site.key),
+            head_dim=_size(site.query, -1),
+            value_head_dim=_size(site.value, -1),
+            mask=_mask_class(site.mask),
+        )
+
+    def disagreements(self, planned: Fingerprint) -> list[str]:
+        """ "heads=8 (plan: 4)" for each part in which this site is not the planned one."""
+        return [
+            f"{part.name}={here} (plan: {there})"
+            for part in fields(self)
+            if (here := getattr(self, part.name)) != (there := getattr(planned, part.name))
+            and not (part.name == "mask" and "runtime" in (here, there))
+        ]
+
+
+def _heads(tensor: TensorInfo | None) -> int | None:
+    return _size(tensor, 1) if tensor is not None and len(tensor.shape) == 4 else None
+
+
+def _size(tensor: TensorInfo | None, dim: int) -> int | None:
+    size = None if tensor is None else tensor.shape[dim]
+    return size if isinstance(size, int) else None
+
+
+_READ_AT_RUN_TIME = ("key_padding", "bool", "additive", "unknown")
+
+
+def _mask_class(mask: str) -> str:
+    """The class of `str(masks.Mask)`, e.g. "causal, key_padding"."""
+    if any(kind in mask for kind in _READ_AT_RUN_TIME):
+        return "runtime"
+    if mask.startswith("causal"):
+        return "causal"
+    return "window" if mask.startswith(("sliding_window", "band")) else "none"
+
+
+def calls_per_module(sites: Iterable[Site]) -> Counter[str]:
+    """How many sites of one graph have each module path."""
+    return Counter(site.module for site in sites)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric over all samples and calls. None stands for a value that is not finite, and holds no tolerance."""
+
+    worst: float | None
+    mean: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One precision at one site, on the site's own exact inputs, against SDPA's output there. `kernel` names all that may
+    run it ("hopper, triton"); figures are those of the worst."""
+
+    precision: str
+    kernel: str
+    samples: int
+    rel_l2: Figure
+    max_error: Figure
+    cosine: Figure
+    sqnr_db: Figure
+    output_rel_l2: Figure | None = None
+    """Of the model's output, with this site alone in this precision; None where it was not run."""
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One attention of the model, and what may take its place, in a range of steps or (None) always."""
+
+    name: str
+    fingerprint: Fingerprint
+    decision: str
+    steps: Steps | None = None
+    graph: int = 0
+    """Sites of one number were in one graph when the model was calibrated."""
+    source: str = "?"
+    query: str = "?"
+    key: str = "?"
+    value: str = "?"
+    mask: str = "?"
+    measured: tuple[Measured, ...] = ()
+    reasons: tuple[str, ...] = ()
+    """Why the site was not measured, and so stays SDPA."""
+
+    def of_decision(self) -> Measured | None:
+        return next((measured for measured in self.measured if measured.precision == self.decision), None)
+
+    def covers(self, step: int) -> bool:
+        if self.steps is None:
+            return True
+        first, last = self.steps
+        return first <= step and (last is None or step <= last)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a plan says of one site of a graph: the precision to run it in, or the reason why it stays SDPA."""
+
+    precision: str | None
+    rel_l2: float | None = None
+    reason: str | None = None
+    known: bool = True
+    """False for a site that the plan was not made for."""
+
+
+def steps_text(steps: Steps | None) -> str:
+    if steps is None:
+        return "all"
+    first, last = steps
+    return f"{first}-" if last is None else f"{first}-{last}"

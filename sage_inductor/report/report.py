@@ -1,0 +1,102 @@
+"""What was decided for every attention of a model, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from sage_inductor.report.html.page import page
+from sage_inductor.report.site import Site, Unread
+from sage_inductor.report.text import plain_table, to_json
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
+    data, `to_html()` a page to look at."""
+
+    sites: tuple[Site, ...] = field(default_factory=tuple)
+    graphs: int = 1
+    """Graphs that Dynamo made of the model: 1 means that nothing broke it."""
+    missing: tuple[str, ...] = ()
+    """Sites of the plan that the model does not have."""
+    unread: tuple[Unread, ...] = ()
+    """What looks like attention and is no site."""
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.rewritten)
+
+    @property
+    def refused(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if not site.rewritten)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "unread": [{module, source, obstacle,
+        code}, ...], "sites": [{name, source, pattern, query, ...}, ...]}`."""
+        data = {
+            "graphs": self.graphs,
+            "rewritten": len(self.rewritten),
+            "refused": len(self.refused),
+            "missing": list(self.missing),
+            "unread": [asdict(item) for item in self.unread],
+            "sites": [asdict(site) for site in self.sites],
+        }
+        return to_json(data, indent)
+
+    def to_html(self, title: str = "Attention report") -> str:
+        """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
+        there are measurements, bars. Needs no network, and no script to be read."""
+        return page(
+            title,
+            self.sites,
+            graphs=self.graphs,
+            plan_mismatch=self.plan_mismatch(),
+            unread=self.unread_lines(),
+            data=self.to_json(indent=None),
+        )
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return self.summary()
+        header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
+        rows = [
+            (
+                site.name,
+                site.source,
+                site.pattern,
+                str(site.query or "?"),
+                "x".join(map(str, site.key.shape)) if site.key else "?",
+                site.mask,
+                _decision(site),
+                "; ".join(site.reasons),
+            )
+            for site in self.sites
+        ]
+        return f"{plain_table(header, rows)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """One line: how many sites, rewritten and left, in how many graphs; more where the plan has sites that the model
+        lacks, and where something looks like attention and is no site."""
+        if self.sites:
+            found = (
+                f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
+                f"{self.graphs} graph(s)"
+            )
+        else:
+            found = f"no attention found in {self.graphs} graph(s)"
+        return "\n".join([found, *([self.plan_mismatch()] if self.missing else []), *self.unread_lines()])
+
+    def unread_lines(self) -> list[str]:
+        """What looks like attention and is no site, a line each, under a heading; empty where there is none."""
+        return ["not recognised, and left as it is:", *map(str, self.unread)] if self.unread else []
+
+    def plan_mismatch(self) -> str:
+        """The sites of the plan that the model lacks; empty where it has them all."""
+        return f"the plan has sites that the model lacks: {', '.join(self.missing)}" if self.missing else ""
+
+
+def _decision(site: Site) -> str:
+    if not site.rewritten:
+        return "SDPA"
+    measured = "" if site.speedup is None else f" {site.speedup:.2f}x"
+    return f"{site.kernel} {site.precision}{measured}"

@@ -1,0 +1,111 @@
+"""The records of a report: one attention of the model, with its inputs, and what looks like one and is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape (symbolic sizes as text), dtype and memory layout ("HND", "NHD", or the strides) of an input."""
+
+    shape: tuple[int | str, ...]
+    dtype: str
+    layout: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+        return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor))
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the model.
+
+    `name` is the module path ("blocks.0.attn1"; "#2" marks a second call in the same module), `source` the
+    line that made the call ("model.py:123"). `rewritten` is true when `kernel` takes the place of what was
+    there; else `reasons` says all that spoke against it.
+    """
+
+    name: str
+    source: str
+    pattern: str
+    query: TensorInfo | None
+    key: TensorInfo | None
+    value: TensorInfo | None
+    mask: str
+    kernel: str | None
+    precision: str
+    rewritten: bool
+    reasons: tuple[str, ...] = ()
+    code: str = ""
+    """The text of that line, where its file is at hand."""
+    speedup: float | None = None
+    """SDPA's time over the kernel's, quantisation included, as measured on this GPU while compiling."""
+    rel_l2: float | None = None
+    """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
+    module: str = ""
+    """The module path alone, which several calls may share."""
+
+    def __str__(self) -> str:
+        decision = (
+            f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
+        )
+        return f"{self.name} at {self.source}: {decision}"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What looks like attention written out by hand but is in no form that is known: it stays as it is."""
+
+    module: str
+    """The module path ("blocks.0.attn1")."""
+    source: str
+    """The line of the product with the values ("model.py:123")."""
+    obstacle: str
+    """What stands in the way, with its value: "scores=tanh between product and softmax (known: ...)"."""
+    code: str = ""
+    """The text of that line, where its file is at hand."""
+
+    def __str__(self) -> str:
+        return f"{self.module} at {self.source}: {self.obstacle}"
+
+
+def layout_of(tensor: Tensor) -> str:
+    """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, else its strides."""
+    if tensor.dim() == 4 and isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1:
+        heads, seq = tensor.stride(1), tensor.stride(2)
+        return "NHD" if seq > heads else "HND"
+    if tensor.dim() in (2, 3):
+        return "HND"
+    return f"strides {tuple(tensor.stride())}"
+
+
+class Names:
+    """Gives sites their names, in order: "#2", "#3" behind a name that occurs again."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[str] = Counter()
+        self._given: set[str] = set()
+
+    def next(self, name: str) -> str:
+        while True:
+            self._calls[name] += 1
+            numbered = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+            if numbered not in self._given:  # by a module that is called "attn#2"
+                self._given.add(numbered)
+                return numbered
+
+
+def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The same sites, of several graphs, with names of their own."""
+    names = Names()
+    return tuple(replace(site, name=names.next(site.module or site.name)) for site in sites)

@@ -1,0 +1,175 @@
+"""The rules that hold for every kernel: why an attention call must stay what it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from sage_inductor.config import Config
+from sage_inductor.graph.call import AttentionCall, example_tensor, example_value
+from sage_inductor.graph.surroundings import Surroundings
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import reason
+from sage_inductor.operators.inference import memory_order
+from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.tuning import SdpaCall
+
+
+def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: Surroundings) -> list[str]:
+    """Every reason, true of all kernels, why `call` cannot be rewritten; empty when it can."""
+    reasons = []
+    if around.transforms:
+        reasons.append(reason("transform", around.transforms, "none"))
+    if around.pinned is not None:
+        reasons.append(reason("sdpa_kernel", around.pinned, "no explicit choice of an SDPA backend"))
+    if not isinstance(call.dropout_p, (int, float)) or call.dropout_p != 0.0:
+        reasons.append(reason("dropout_p", call.dropout_p, 0.0))
+    if not isinstance(call.is_causal, bool):
+        reasons.append(reason("is_causal", call.is_causal, "True or False known while compiling"))
+    if isinstance(call.scale, fx.Node) and not isinstance(
+        example_value(call.scale), (int, float, torch.SymFloat)
+    ):
+        reasons.append(reason("scale", f"node {call.scale}", "a number"))
+    if call.attn_mask is not None and call.is_causal is True:
+        reasons.append("attn_mask with is_causal=True (SDPA refuses it)")
+
+    tensors = {"query": call.query, "key": call.key, "value": call.value}
+    values = {name: example_tensor(node) for name, node in tensors.items()}
+    missing = [name for name, value in values.items() if value is None]
+    if missing or call.output() is None:
+        return [*reasons, f"no traced shape of {', '.join(missing) or 'the output'}"]
+    present = {name: value for name, value in values.items() if value is not None}
+    reasons += _gradient_reasons(call, present, config)
+    return reasons + _shape_reasons(call, present)
+
+
+def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: Config) -> list[str]:
+    output = call.output()
+    if output is None or not output.requires_grad:
+        return []
+    if call.sink is not None:
+        return [reason("requires_grad", "output", "none beside an attention sink; torch.no_grad()")]
+    mask = example_tensor(call.attn_mask)
+    if mask is not None and mask.requires_grad:
+        return [reason("requires_grad", "attn_mask", "query, key and value, with training=True")]
+    if config.training:
+        return []
+    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    return [reason("requires_grad", wanting or "output", "none; torch.no_grad() or training=True")]
+
+
+def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
+    """Why gradients that flow through an opaque node forbid to open it."""
+    values = example_value(node)
+    outputs = values if isinstance(values, (tuple, list)) else [values]
+    if config.training or not any(isinstance(value, Tensor) and value.requires_grad for value in outputs):
+        return []
+    return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
+
+
+def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    dims = {tensor.dim() for tensor in tensors.values()}
+    empty = [
+        name
+        for name, tensor in tensors.items()
+        if any(type(size) is int and size == 0 for size in tensor.shape)
+    ]
+    if empty:
+        return [reason(f"shape of {name}", tuple(tensors[name].shape), "no dim of 0") for name in empty]
+    if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors.values()):
+        return [reason("layout", {str(tensor.layout) for tensor in tensors.values()}, "strided, not nested")]
+    if len(dims) != 1 or not dims <= {2, 3, 4}:
+        return [reason("dimensions", sorted(dims), "2, 3 or 4, alike for query, key and value")]
+    reasons = []
+    if query.dim() == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
+        batches = [tensor.shape[0] for tensor in (query, key, value)]
+        reasons.append(reason("batch", batches, "alike for query, key and value"))
+    if query.dim() >= 3:
+        heads, kv_heads, value_heads = (tensor.shape[-3] for tensor in (query, key, value))
+        if kv_heads != value_heads or (heads != kv_heads and not (call.enable_gqa and heads % kv_heads == 0)):
+            reasons.append(
+                reason("heads", [heads, kv_heads, value_heads], "alike, or a multiple with enable_gqa")
+            )
+    lengths = [tensor.shape[-2] for tensor in (key, value)]
+    if all(isinstance(length, int) for length in lengths) and lengths[0] != lengths[1]:
+        # What SDPA does then depends on the device.
+        reasons.append(reason("kv_len", lengths, "alike for key and value"))
+    devices = {str(tensor.device) for tensor in (query, key, value)}
+    if len(devices) != 1:
+        reasons.append(reason("devices", sorted(devices), "one"))
+    if _is_one(query.shape[-2]):
+        reasons.append(
+            "q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)"
+        )
+    reasons += _stride_reasons(call)
+    return reasons
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _stride_reasons(call: AttentionCall) -> list[str]:
+    output = call.output()
+    assert output is not None
+    if output_order(output) is None:
+        return [reason("output strides", tuple(output.stride()), "dense, head_dim innermost")]
+    return []
+
+
+def output_order(output: Tensor) -> list[int] | None:
+    """The memory order of the output that users of the node may rely on; None when no dense tensor has its
+    strides."""
+    order = memory_order(output)
+    expected = 1
+    for dim in reversed(order):
+        # The stride of a dim of one element says nothing.
+        if not _is_one(output.shape[dim]) and output.stride(dim) != expected:
+            return None
+        expected *= output.shape[dim]
+    return order
+
+
+def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
+    """The problem that kernels judge, None where its shapes do not make one. Its dtype is that of the output,
+    which autocast decides."""
+    output = call.output()
+    tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
+    if output is None or any(tensor is None or not 2 <= tensor.dim() <= 4 for tensor in tensors):
+        return None
+    attn_mask = example_tensor(mask.attn_mask)
+    scale = call.scale if isinstance(call.scale, (int, float)) else None
+    params = AttentionParams(
+        mask.is_causal, mask.bottom_right, mask.window_left, mask.window_right, scale, config.precision
+    )
+    q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
+    spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
+    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
+
+
+def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
+    """SDPA as `call`, before anything in it was seen through, stands for it; None where it has no shapes."""
+    output = call.output()
+    tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
+    mask = example_tensor(call.attn_mask)
+    if output is None or any(tensor is None for tensor in tensors):
+        return None
+    query, key, value = (_spec_as_cast(tensor, output) for tensor in tensors if tensor is not None)
+    return SdpaCall(
+        query,
+        key,
+        value,
+        None if mask is None else _spec_as_cast(mask, output),
+        is_causal=call.is_causal is True,
+        scale=call.scale if isinstance(call.scale, (int, float)) else None,
+        enable_gqa=call.enable_gqa,
+    )
+
+
+def _spec_as_cast(tensor: Tensor, output: Tensor) -> TensorSpec:
+    """`tensor` as it is when attention reads it: autocast turns floats into the dtype of the output."""
+    spec = TensorSpec.of(tensor)
+    return replace(spec, dtype=output.dtype) if tensor.is_floating_point() else spec

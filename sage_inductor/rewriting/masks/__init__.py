@@ -1,0 +1,1 @@
+"""What the mask of a call means: a band, padding, or data that a kernel has to read."""

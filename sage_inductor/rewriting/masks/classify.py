@@ -1,0 +1,265 @@
+"""What the mask of a call means: nothing, a causal or sliding-window band, padding, or data known only at run
+time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves, value_name
+from sage_inductor.graph.writes import Writes
+from sage_inductor.kernels import AttentionParams
+from sage_inductor.rewriting.masks.additive import allowed_keys, seeing_rows, with_uniform_rows
+from sage_inductor.rewriting.masks.constants import constant_value
+
+# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
+# final.
+MASKED_OUT_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The classified mask of one call. `kind` is one of
+
+    none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
+    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time);
+    chunked_causal (causal within chunks of `chunk` tokens, which is no band: read like a bool mask).
+    `attn_mask` is what a kernel must still read, None where the band says it all; a constant band joined with data
+    (causal and padding) is a band and the data, "causal, key_padding".
+    """
+
+    kind: str
+    attn_mask: Value | None = None
+    is_causal: bool = False
+    bottom_right: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    chunk: int = 0
+    seeing: Value | None = None
+    """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
+    finite number hid them); None where that does not happen."""
+
+    def __str__(self) -> str:
+        kind, _, read = self.kind.partition(", ")
+        if self.chunk:
+            return f"{kind} size={self.chunk}"
+        if kind not in ("causal", "sliding_window", "band"):
+            return self.kind
+        right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
+        left = str(self.window_left) if self.window_left >= 0 else "all"
+        window = "" if kind == "causal" else f" left={left} right={right}"
+        return kind + window + (" bottom-right" if self.bottom_right else "") + (f", {read}" if read else "")
+
+
+def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
+    """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
+    graph, `writes` are those of the graph."""
+    if call.attn_mask is None:
+        return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
+    mask = example_tensor(call.attn_mask)
+    query, key = example_tensor(call.query), example_tensor(call.key)
+    if mask is None or query is None or key is None:
+        return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    constant = _remembered_constant(call.attn_mask, constants, writes)
+    if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
+        known = _classify_constant(constant, q_len, kv_len)
+        if known is not None:
+            return known
+        chunk = _chunk(constant, q_len, kv_len)
+        if chunk is not None:
+            return Mask("chunked_causal", call.attn_mask, chunk=chunk)
+    joined = _classify_conjunction(call.attn_mask, q_len, kv_len, writes) or _classify_additive(
+        call, q_len, kv_len, writes
+    )
+    # What the mask was made of is read later than the mask was made.
+    if joined is not None and not any(map(writes.touch, leaves(joined.attn_mask) + leaves(joined.seeing))):
+        return joined
+    return Mask(_runtime_kind(mask, q_len), call.attn_mask)
+
+
+def _runtime_kind(mask: Tensor, q_len: int) -> str:
+    if _is_key_padding(mask, q_len):
+        return "key_padding"
+    return "bool" if mask.dtype == torch.bool else "additive"
+
+
+def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
+    """A bool mask that is a constant band and something else, as transformers joins causality and padding: the
+    band, and the rest for the kernel to read."""
+    parts = _conjuncts(mask, writes)
+    constants = {id(part): constant_value(part, writes) for part in parts}
+    fixed = [constant for constant in constants.values() if constant is not None]
+    rest: list[Value] = [part for part in parts if constants[id(part)] is None]
+    if not rest or (len(rest) == 1 and rest[0] is mask):
+        return None
+    band = Mask("all_true")
+    if fixed:
+        if not isinstance(q_len, int) or not isinstance(kv_len, int):
+            return None
+        together = functools.reduce(torch.logical_and, fixed)
+        classified = _classify_constant(together, q_len, kv_len)
+        if classified is None:
+            return None
+        band = classified
+    read = functools.reduce(lambda left, right: Expr.of(torch.logical_and, left, right), rest)
+    tensor = example_tensor(read)
+    assert tensor is not None
+    kind = _runtime_kind(tensor, q_len)
+    return dataclasses.replace(
+        band, kind=kind if band.kind == "all_true" else f"{band.kind}, {kind}", attn_mask=read
+    )
+
+
+def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
+    """An additive mask that hides keys and does nothing else, as the bools it was made of, where those are a band, a
+    row of padding, or both."""
+    found = None if call.attn_mask is None else allowed_keys(call.attn_mask, writes)
+    if found is None:
+        return None
+    allowed, lowest = found
+    tensor = example_tensor(allowed)
+    known = _classify_conjunction(allowed, q_len, kv_len, writes)
+    if known is None and tensor is not None and _is_key_padding(tensor, q_len):
+        known = Mask("key_padding", allowed)
+    if known is None or lowest == -math.inf:
+        return known
+    padding = example_tensor(known.attn_mask)
+    if padding is None or padding.dim() < 2 or padding.shape[-2] != 1:
+        return None  # which queries see nothing would cost as much as the mask
+    if padding.shape[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
+        return None
+    assert known.attn_mask is not None
+    band = AttentionParams(known.is_causal, known.bottom_right, known.window_left, known.window_right)
+    seeing = seeing_rows(known.attn_mask, *band.bounds(q_len, kv_len), q_len)
+    output = call.output()
+    if seeing is None or output is None or _is_one(q_len):
+        return None
+    # Users rely on the strides that the call would have given.
+    filled = with_uniform_rows(Expr("output", (), value=output), seeing, call)
+    same = example_tensor(filled)
+    if same is None or same.stride() != output.stride() or same.shape != output.shape:
+        return None
+    return dataclasses.replace(known, seeing=seeing)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+_AND = ("and_", "__and__", "logical_and", "bitwise_and")
+_OR = ("or_", "__or__", "logical_or", "bitwise_or")
+_NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
+_EXPAND = ("expand", "expand_as", "broadcast_to")
+
+
+def _conjuncts(mask: Value, writes: Writes) -> list[Value]:
+    """The values whose logical and `mask` is, each of which broadcasts to it."""
+    tensor = example_tensor(mask)
+    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask, writes):
+        return [mask]
+    operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
+    name = value_name(mask)
+    if name in _EXPAND and operands:
+        return _conjuncts(operands[0], writes)
+    if name in _AND and len(operands) == 2:
+        return [part for operand in operands for part in _conjuncts(operand, writes)]
+    if name in _NOT and len(operands) == 1 and _is_function(operands[0], writes):
+        (negated,) = operands
+        inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
+        if value_name(negated) in _NOT and len(inner) == 1:
+            return _conjuncts(inner[0], writes)
+        if value_name(negated) in _OR and len(inner) == 2:
+            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item), writes)]
+    return [mask]
+
+
+def _is_function(item: Value, writes: Writes) -> bool:
+    """Whether the value of `item` is what its target gives for its arguments, and stays so."""
+    if isinstance(item, Expr):
+        return True
+    return item.op in ("call_function", "call_method") and not writes.touch(item)
+
+
+def _remembered_constant(
+    mask: Value, constants: dict[fx.Node, Tensor | None], writes: Writes
+) -> Tensor | None:
+    if not isinstance(mask, fx.Node):
+        return constant_value(mask, writes)
+    if mask not in constants:
+        constants[mask] = constant_value(mask, writes)
+    return constants[mask]
+
+
+def _is_key_padding(mask: Tensor, q_len: int) -> bool:
+    """The same keys for every query: one row, or one row expanded."""
+    if mask.dim() < 2 or q_len == 1:
+        return mask.dim() == 1
+    return bool(mask.shape[-2] == 1 or mask.stride(-2) == 0)
+
+
+def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
+    """The band that `mask` is, or None when it is none (or differs between batches or heads)."""
+    additive = mask.dtype != torch.bool
+    if additive:
+        if bool((mask == 0).all()):
+            return Mask("zero_bias")
+        masked_out = mask <= torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
+        if not bool((masked_out | (mask == 0)).all()):
+            return None
+        mask = ~masked_out
+    mask = mask.expand(*([1] * (2 - mask.dim())), *mask.shape) if mask.dim() < 2 else mask
+    mask = mask.expand(*mask.shape[:-2], q_len, kv_len)
+    rows = mask.reshape(-1, q_len, kv_len)
+    allowed = rows[0]
+    if rows.shape[0] > 1 and not bool((rows == allowed).all()):
+        return None
+    if bool(allowed.all()):
+        return Mask("all_true")
+    seeing = allowed.any(-1)
+    if not bool(seeing.any()) or (additive and not bool(seeing.all())):
+        return None  # a row of finite minima attends to everything alike, not to nothing
+    positions = torch.arange(q_len, device=mask.device)
+    first = allowed.int().argmax(-1) - positions
+    last = kv_len - 1 - allowed.flip(-1).int().argmax(-1) - positions
+    low, high = int(first[seeing].min()), int(last[seeing].max())
+    distance = torch.arange(kv_len, device=mask.device) - positions[:, None]
+    if not torch.equal((distance >= low) & (distance <= high), allowed):
+        return None
+    return _band(low if low > -(q_len - 1) else None, high if high < kv_len - 1 else None, kv_len - q_len)
+
+
+def _chunk(mask: Tensor, q_len: int, kv_len: int) -> int | None:
+    """The chunk size of a bool mask that is causal within chunks, as Llama 4's local layers have it."""
+    if mask.dtype != torch.bool or q_len != kv_len or mask.dim() < 2:
+        return None
+    rows = mask.expand(*mask.shape[:-2], q_len, kv_len).reshape(-1, q_len, kv_len)
+    blind = (~rows[0, :, 0]).nonzero()  # to the first key: the next chunk has begun
+    if blind.numel() == 0 or int(blind[0]) == 0:
+        return None
+    chunk = int(blind[0])
+    positions = torch.arange(q_len, device=mask.device)
+    same_chunk = positions[:, None] // chunk == positions // chunk
+    return chunk if bool((rows == (same_chunk & (positions <= positions[:, None]))).all()) else None
+
+
+def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask | None:
+    """Keys i + low .. i + high as a window around the top-left or the bottom-right diagonal."""
+    offsets = [0, bottom_right_offset]
+    if high == bottom_right_offset:
+        offsets.reverse()  # causal from that corner is the simpler description
+    for offset in offsets:
+        left = -1 if low is None else offset - low
+        right = -1 if high is None else high - offset
+        if (low is not None and left < 0) or (high is not None and right < 0):
+            continue
+        is_causal = right == 0
+        kind = "band" if not is_causal else "causal" if low is None else "sliding_window"
+        return Mask(kind, None, is_causal, offset != 0, left, -1 if is_causal else right)
+    return None

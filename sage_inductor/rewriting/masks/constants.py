@@ -1,0 +1,147 @@
+"""Values of a graph that depend on nothing but constants, worked out while compiling."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sage_inductor.graph.call import Expr, Value, example_tensor, leaves, node_name
+from sage_inductor.graph.writes import Writes, writes_in_place
+
+log = logging.getLogger(__name__)
+
+# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
+# second and under a gigabyte on a CPU. A GPU holds four times that as easily.
+MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
+
+
+def constant_value(node: Value, writes: Writes) -> Tensor | None:
+    """The value of `node` when nothing in it depends on inputs, parameters or chance; None otherwise, and where it cannot be
+    worked out. `writes` are those of its graph."""
+    example = example_tensor(node)
+    if example is None:
+        return None
+    nodes = leaves(node)
+    ancestors = _constant_ancestors(nodes, writes) if nodes else []
+    if ancestors is None:
+        return None
+    device = torch.device(example.device.type)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")
+    limit = MAX_CONSTANT_SCORES.get(device.type)
+    sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
+    if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
+        return None
+    try:
+        value = _worked_out(node, ancestors, device)
+    except RuntimeError as error:
+        # Eager mode refuses what Inductor takes, such as float32's lowest number in a tensor of bfloat16, and memory ends.
+        log.debug("the value of %s is not known: %s", node, error)
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def _worked_out(node: Value, ancestors: list[fx.Node], device: torch.device) -> Any:
+    values: dict[fx.Node, Any] = {}
+    with unset_fake_temporarily(), torch.no_grad():
+        for ancestor in ancestors:
+            filled, cast = _filled(ancestor), example_tensor(ancestor)
+            if filled is not None:
+                values[ancestor] = torch.full(filled.shape, filled.number, dtype=filled.dtype, device=device)
+                continue
+            if cast is not None and _takes_dtype_only(ancestor):
+                values[ancestor] = values[ancestor.all_input_nodes[0]].to(cast.dtype)
+                continue
+            args, kwargs = fx.node.map_aggregate(
+                (ancestor.args, ancestor.kwargs), lambda item: _materialised(item, values, device)
+            )
+            if ancestor.op == "call_method":
+                values[ancestor] = getattr(args[0], str(ancestor.target))(*args[1:], **kwargs)
+            else:
+                assert callable(ancestor.target)
+                values[ancestor] = ancestor.target(*args, **kwargs)
+        return _evaluated(node, values, device)
+
+
+def _evaluated(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    if not isinstance(item, Expr):
+        return _materialised(item, values, device)
+    args = [_evaluated(arg, values, device) for arg in item.args]
+    function = getattr(torch.Tensor, item.target) if isinstance(item.target, str) else item.target
+    return function(*args, **item.kwargs)
+
+
+def _materialised(item: Any, values: dict[fx.Node, Any], device: torch.device) -> Any:
+    """An argument for evaluation: nodes by their values, devices by the one we evaluate on."""
+    if isinstance(item, fx.Node):
+        return values[item]
+    if isinstance(item, torch.device) or (
+        isinstance(item, str) and item.partition(":")[0] in ("cpu", "cuda")
+    ):
+        return device
+    return item
+
+
+def _constant_ancestors(nodes: list[fx.Node], writes: Writes) -> list[fx.Node] | None:
+    """`nodes` and all they depend on, in graph order; None when something there is not a pure function of
+    constants."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        current = pending.pop()
+        if current in found:
+            continue
+        if current.op not in ("call_function", "call_method") or not _is_pure(current):
+            return None
+        found.add(current)
+        if _filled(current) is None:
+            inputs = current.all_input_nodes
+            pending.extend(inputs[:1] if _takes_dtype_only(current) else inputs)
+    # What anything writes to, through whatever view, is more than a function of its arguments.
+    if any(map(writes.touch, found)):
+        return None
+    return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
+
+
+_FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
+
+
+@dataclass(frozen=True)
+class _Filled:
+    shape: tuple[int, ...]
+    number: float
+    dtype: torch.dtype
+
+
+def _filled(node: fx.Node) -> _Filled | None:
+    """What `node` is where it is filled with a number, and takes but its shape and dtype from other tensors."""
+    tensor = example_tensor(node)
+    fill = _FILLS.get(node_name(node))
+    position = {"full_like": 1, "new_full": 2}.get(node_name(node))
+    if position is not None:
+        given = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
+        fill = given if isinstance(given, (int, float)) else None
+    return None if fill is None or tensor is None else _Filled(tuple(tensor.shape), fill, tensor.dtype)
+
+
+def _takes_dtype_only(node: fx.Node) -> bool:
+    """Whether `node` is a cast to the dtype of another tensor."""
+    return node_name(node) == "type_as" and len(node.args) == 2
+
+
+_RANDOM = (
+    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
+    "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
+)  # fmt: skip
+
+
+def _is_pure(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    functorch = "functorch" in module or "batch_dim" in node_name(node)
+    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return node_name(node) not in _RANDOM and not writes_in_place(node) and not functorch and not higher_order

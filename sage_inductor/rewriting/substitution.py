@@ -1,0 +1,229 @@
+"""The substitution: an eligible call becomes a node of our operator, with its metadata and its output
+strides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sage_inductor.graph.call import (
+    AttentionCall,
+    Expansion,
+    Expr,
+    example_tensor,
+    example_value,
+    node_name,
+    traced,
+    tracing,
+)
+from sage_inductor.operators import inference, training
+from sage_inductor.patterns.nodes import is_pure, reads_nothing
+from sage_inductor.report.site import Site
+from sage_inductor.rewriting.eligibility import output_order
+from sage_inductor.rewriting.masks.additive import with_uniform_rows
+from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.torch_internals import tensors_of
+from sage_inductor.tuning import Choice
+
+NHD = [0, 2, 1, 3]
+DEFAULTS: dict[str, Any] = {
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+    "bottom_right": False,
+    "window_left": -1,
+    "window_right": -1,
+    "memory_order": None,
+    "min_q_len": 0,
+    "min_kv_len": 0,
+}
+
+
+def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.Node:
+    """Replace `call` in its graph by the site's kernel, from the lengths of `choice` on; returns the new node. Options
+    at their defaults are not written out."""
+    graph, old = call.node.graph, call.node
+    query, output = example_tensor(call.query), call.output()
+    assert query is not None and output is not None
+    order = output_order(output)
+    # Where a sink takes what masked keys do not, no row attends to all keys alike.
+    seeing = mask.seeing if call.sink is None else None
+    if seeing is None and _is_transposed_and_copied(call):
+        order = NHD
+        wants_gradients = output.requires_grad
+        with tracing(output):
+            output = torch.empty_permuted(
+                output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
+            )
+    options: dict[str, Any] = {
+        "is_causal": mask.is_causal,
+        "scale": call.scale,
+        "enable_gqa": call.enable_gqa,
+        "bottom_right": mask.bottom_right,
+        "window_left": mask.window_left,
+        "window_right": mask.window_right,
+        # Users of the node rely on the strides SDPA would have given: name them where ours would be others.
+        "memory_order": None if order == inference.memory_order(query) else order,
+        "min_q_len": choice.min_q_len,
+        "min_kv_len": choice.min_kv_len,
+    }
+    kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+    kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
+    target = training.attention_training if output.requires_grad else inference.attention
+    inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
+    with graph.inserting_before(old):
+        args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
+        if call.sink is not None:
+            kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
+        new = graph.call_function(target, args, kwargs)
+        new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
+        if seeing is not None:
+            new = with_uniform_rows(new, seeing, call).insert(graph)
+            new.meta = {**old.meta, "example_value": output}
+        for method, arguments in call.restore:
+            value = traced(new.meta["example_value"], ((method, arguments),))
+            new = graph.call_method(method, (new, *arguments))
+            new.meta = {**old.meta, "example_value": value}
+    old.replace_all_uses_with(new)
+    if order == NHD and not call.restore:
+        for user in new.users:
+            if _is_transposed(user):
+                user.meta = {**user.meta, "example_value": new.meta["example_value"].transpose(1, 2)}
+    former_inputs = old.all_input_nodes
+    graph.erase_node(old)
+    _erase_unused(former_inputs)
+    return new
+
+
+def _is_transposed_and_copied(call: AttentionCall) -> bool:
+    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that, or a view where it needs none:
+    laid out in that order to begin with, it needs none, and nobody sees the other strides. (Of two copies, each may be
+    written to; two views would be written to at once.)"""
+    if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
+        return False
+    users = list(call.node.users)
+    readers = [reader for user in users for reader in user.users]
+    return len(readers) == 1 and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    """Whether `node` is `x.transpose(1, 2)` of a 4-D x."""
+    arguments = node.args[1:] if not node.kwargs else ()
+    if node_name(node) == "transpose":
+        return sorted(dim % 4 for dim in arguments if isinstance(dim, int)) == [1, 2]
+    dims = arguments[0] if len(arguments) == 1 else arguments
+    return node_name(node) == "permute" and isinstance(dims, (tuple, list)) and tuple(dims) == (0, 2, 1, 3)
+
+
+def _takes_any_strides(node: fx.Node) -> bool:
+    if node_name(node) == "contiguous":
+        return len(node.args) == 1 and not node.kwargs
+    return node_name(node) in ("reshape", "flatten")
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """An expansion's nodes in the graph, before it is decided whether they take the place of the opaque node."""
+
+    nodes: list[fx.Node]
+    output: Any  # nodes in the structure of the opaque node's value
+
+    def replace(self, node: fx.Node) -> None:
+        """Give the users of the opaque `node` our values, and erase it."""
+        if isinstance(self.output, fx.Node):
+            node.replace_all_uses_with(self.output)
+        else:
+            for user in list(node.users):  # getitem(node, i); nothing reads an item that is None
+                item = self.output[user.args[1]]
+                if item is not None:
+                    user.replace_all_uses_with(item)
+                assert reads_nothing(user), user
+                _erase_with_readers(user)
+        node.graph.erase_node(node)
+
+    def remove(self) -> None:
+        for node in reversed(self.nodes):
+            node.graph.erase_node(node)
+
+
+def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
+    """The nodes of `expansion` before the opaque `node`, with its place in the model."""
+    graph = node.graph
+    placeholders = [inner for inner in expansion.graph.nodes if inner.op == "placeholder"]
+    mapping: dict[fx.Node, Any] = dict(zip(placeholders, expansion.inputs, strict=True))
+    wants_gradients = any(tensor.requires_grad for tensor in tensors_of(example_value(node)))
+    inherited = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+    copied = []
+    output: Any = None
+    with graph.inserting_before(node):
+        for inner in expansion.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                output = fx.node.map_arg(inner.args[0], lambda argument: mapping[argument])
+                continue
+            assert inner.op == "call_function", f"an expansion holds {inner.op} {inner.target}"
+            mapping[inner] = graph.node_copy(inner, lambda argument: mapping[argument])
+            value = (
+                _with_gradients(inner.meta["val"], mapping[inner]) if wants_gradients else inner.meta["val"]
+            )
+            mapping[inner].meta = {**inherited, "example_value": value}
+            copied.append(mapping[inner])
+    return Inlined(copied, output)
+
+
+def _with_gradients(value: Any, node: fx.Node) -> Any:
+    """`value`, which tracing kept without gradients, wanting them where an input of its `node` does."""
+    inputs = map(example_tensor, node.all_input_nodes)
+    if not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return value
+    with tracing(value), torch.enable_grad():
+        return fx.node.map_aggregate(value, _wanting_gradients)
+
+
+def _wanting_gradients(item: Any) -> Any:
+    is_float = isinstance(item, torch.Tensor) and item.is_floating_point()
+    return item.detach().requires_grad_() if is_float else item
+
+
+# What a pattern looks through in place, on a value that nothing else reads.
+_PURE_ALONE = (
+    "exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
+)  # fmt: skip
+_FRESH = ("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
+
+
+def _erase_unused(nodes: list[fx.Node]) -> None:
+    """Remove what the call no longer reads (repeated heads, scores, weights) where nothing else reads it."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node._erased:
+            continue
+        if not all(map(reads_nothing, node.users)) or node.op not in ("call_method", "call_function"):
+            continue
+        if is_pure(node) or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
+            inputs = node.all_input_nodes
+            _erase_with_readers(node)
+            pending.extend(inputs)
+
+
+def _erase_with_readers(node: fx.Node) -> None:
+    while node.users:
+        _erase_with_readers(next(iter(node.users)))
+    node.graph.erase_node(node)
+
+
+def _writes_to_nothing_else(node: fx.Node) -> bool:
+    """Whether what `node` overwrites is a fresh tensor of which there is no other reader."""
+    target = node.args[0] if node.args else None
+    if not isinstance(target, fx.Node) or set(target.users) != {node}:
+        return False
+    if target.op not in ("call_method", "call_function"):
+        return False
+    return node_name(target) in _FRESH or (
+        node_name(target) in _PURE_ALONE and _writes_to_nothing_else(target)
+    )

@@ -694,7 +694,7 @@ def test_auto_leaves_gpus_that_nobody_measured() -> None:
 def test_a_measured_configuration_overrides_the_table() -> None:
     from sage_inductor.kernels.triton import configs
 
-    config = tuning.LaunchConfig(block_m=128, num_warps=8)
+    config = configs.LaunchConfig(block_m=128, num_warps=8)
     assert configs.launch_config((8, 7), "fast", 128, 64) != config
     configs.override((8, 7), "fast", 128, config)
     assert configs.launch_config((8, 7), "fast", 128, 64) == config

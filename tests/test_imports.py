@@ -83,6 +83,13 @@ def test_patterns_import_only_facts_about_nodes() -> None:
     assert rooms == {"graph", "patterns"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "patterns").glob("*.py")), ids=lambda path: path.stem)
+def test_patterns_import_no_library_whose_attention_they_find(path: Path) -> None:
+    names = import_graph.imported_names(path.read_text(), f"sage_inductor.patterns.{path.stem}", False)
+    packages = {name.split(".")[0] for name, _ in names}
+    assert packages <= {"sage_inductor", "torch", *sys.stdlib_module_names}
+
+
 def test_the_packages_own_folder_is_short() -> None:
     entries = {path.name for path in (ROOT / "sage_inductor").iterdir() if path.name != "__pycache__"}
     assert len(entries) <= 20, sorted(entries)

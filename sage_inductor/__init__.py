@@ -1,5 +1,6 @@
 """8-bit attention for people who use `torch.compile`: finds, judges, substitutes and reports every attention."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ if not (Path(__file__).parent / "patterns").is_dir():
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported
-from sage_inductor.calibration.calibrate import calibrate
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.operators.functional import sage_attention
@@ -20,6 +20,7 @@ from sage_inductor.report.report import Report
 from sage_inductor.report.site import Site
 
 if TYPE_CHECKING:
+    from sage_inductor.calibration.calibrate import calibrate
     from sage_inductor.graph_pass import SageAttentionPass
 
 __all__ = [
@@ -41,10 +42,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`SageAttentionPass` on first use: its base class is Inductor's, whose import takes seconds and brings triton."""
-    if name == "SageAttentionPass":
-        from sage_inductor.graph_pass import SageAttentionPass
+# Imported on first use. The pass's base class is Inductor's, whose import takes seconds and brings triton; few calibrate.
+_ON_FIRST_USE = {
+    "SageAttentionPass": "sage_inductor.graph_pass",
+    "calibrate": "sage_inductor.calibration.calibrate",
+}
 
-        return SageAttentionPass
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from sage_inductor.report.html.page import page
 from sage_inductor.report.site import Site, Unread
 from sage_inductor.report.text import plain_table, to_json
 
@@ -46,6 +45,8 @@ class Report:
     def to_html(self, title: str = "Attention report") -> str:
         """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
         there are measurements, bars. Needs no network, and no script to be read."""
+        from sage_inductor.report.html.page import page  # few ask for it
+
         return page(
             title,
             self.sites,

@@ -185,6 +185,14 @@ def _result(comparison: Comparison, names: Sequence[str], config: Config, here: 
         raise
     for name, text in result.failed.items():
         log.warning("kernel %s failed while it was measured, and is not used: %s", name, text)
+    for name, timing in result.kernels.items():
+        if timing.scattered is not None and abs(timing.scattered - timing.ratio) > MARGIN:
+            log.info(
+                "%s takes %.2f of SDPA's time with a mask as models have it, which decides, and %.2f with keys left at random",
+                name,
+                timing.ratio,
+                timing.scattered,
+            )
     _known[where] = [result, *(other for other in _known[where] if (other.q_len, other.kv_len) != lengths)]
     if not result.failed:  # what failed may have done so for a passing reason: later processes try again
         store.save(key, result)

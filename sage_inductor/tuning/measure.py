@@ -27,7 +27,7 @@ ROUNDS_MS = 150.0
 ROUNDS = (5, 40)  # at least and at most; each times every call once
 # Beside the inputs: outputs, and workspaces of a kernel (8 bits each of query, key and value) and of SDPA.
 WORKSPACE_SHARE = 1.5
-KEPT_KEYS = 0.9  # of a bool mask
+KEPT_KEYS = 0.9  # of a bool mask, on average over the batch
 
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]
@@ -75,6 +75,11 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
             failed[name] = f"{type(error).__name__}: {_first_line(error)}"
     times = interleaved(calls, clock_of(device))
     timings = {name: _against(times[name], times["sdpa"]) for name in calls if name != "sdpa"}
+    if inputs.scatter_masks():
+        scattered = interleaved(calls, clock_of(device))
+        for name, timing in timings.items():
+            other = _against(scattered[name], scattered["sdpa"])
+            timings[name] = replace(timing, scattered=other.ratio)
     return Result(*comparison.lengths, statistics.median(times["sdpa"]), timings, failed)
 
 
@@ -129,14 +134,52 @@ class _Inputs:
         return _buffer(spec).normal_(generator=self.generator)
 
     def _mask(self, spec: TensorSpec) -> Tensor:
-        """A bool mask that leaves every query its first key, or a bias."""
+        """A bool mask as models have it, or a bias of normal numbers."""
         if spec.dtype != torch.bool:
             return self._normal(spec)
-        buffer = _buffer(spec).bernoulli_(KEPT_KEYS, generator=self.generator)
-        # Without expanded dims, which cannot be written to.
-        sizes = [1 if stride == 0 else size for size, stride in zip(spec.shape, spec.stride, strict=True)]
-        buffer.as_strided(sizes, spec.stride)[..., 0] = True
+        buffer = _buffer(spec)
+        _writable(buffer, spec).copy_(usual_mask(_own_shape(spec), spec.device))
         return buffer
+
+    def scatter_masks(self) -> bool:
+        """Whether there is a bool mask; each now leaves keys drawn at random, and every query its first one. Kernels that
+        pass over what a mask rules out in one piece find nothing to pass over."""
+        masks = [(spec, buffer) for (_, spec), buffer in self.known.items() if spec.dtype == torch.bool]
+        for spec, buffer in masks:
+            buffer.bernoulli_(KEPT_KEYS, generator=self.generator)
+            _writable(buffer, spec)[..., 0] = True
+        return bool(masks)
+
+
+def usual_mask(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """A bool mask of `shape` as models have it: `[..., 1, keys]` or `[..., q_len, kv_len]`, True: attend.
+
+    Over keys it leaves a prefix, of another length for each entry of the batch: padding behind. Where it differs from
+    query to query it is causal at the lower right and leaves out some first keys of each entry but the first: padding in
+    front. In both `KEPT_KEYS` of the keys are left on average. Every query keeps its first key.
+    """
+    *batch, q_len, kv_len = (1,) * (2 - len(shape)) + shape
+    entries = math.prod(batch)
+    keys = torch.arange(kv_len, device=device)
+    least = 2 * KEPT_KEYS - 1
+    shares = torch.linspace(1.0, least, entries, device=device) if entries > 1 else torch.tensor([KEPT_KEYS])
+    left = (shares.to(device) * kv_len).round().clamp(min=1)[:, None, None]
+    if q_len == 1:
+        mask = keys < left
+    else:
+        rows = torch.arange(q_len, device=device)[:, None] + max(0, kv_len - q_len)
+        padding = kv_len - left if entries > 1 else torch.zeros_like(left)
+        mask = (keys <= rows) & ((keys >= padding) | (keys == 0))
+    return mask.expand(entries, q_len, kv_len).reshape(shape)
+
+
+def _own_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """With 1 for each expanded dim, which cannot be written to."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(spec.shape, spec.stride, strict=True))
+
+
+def _writable(buffer: Tensor, spec: TensorSpec) -> Tensor:
+    return buffer.as_strided(_own_shape(spec), spec.stride)
 
 
 def _without_leading_ones(spec: TensorSpec) -> TensorSpec:

@@ -1,7 +1,7 @@
 """Results on disk, one small file for each machine and bucket of problems, read again by every later process.
 
     <folder>/<fingerprint of the machine>/<hash of the key>.json
-    {"format": 1, "machine": {...}, "key": {...}, "results": [{"q_len", "kv_len", "sdpa_ms", "kernels", "failed"}]}
+    {"format": 2, "machine": {...}, "key": {...}, "results": [{"q_len", "kv_len", "sdpa_ms", "kernels", "failed"}]}
 
 Files are replaced as a whole, so a reader never sees half of one, and of two processes that write at once the
 later wins (what the other measured is measured again when it is next asked for). A file that cannot be read, or
@@ -28,16 +28,21 @@ from sage_inductor.tuning.machine import Machine
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One kernel against SDPA: `ms` per call, `ratio` of its time to SDPA's, `noise` of that ratio."""
+    """One kernel against SDPA: `ms` per call, `ratio` of its time to SDPA's, `noise` of that ratio.
+
+    With a bool mask these hold for the masks that models have (`measure.usual_mask`). `scattered` is the ratio where the
+    keys that a mask leaves are drawn at random; None without a bool mask. The usual case decides.
+    """
 
     ms: float
     ratio: float
     noise: float
+    scattered: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ class Result:
     def of_json(cls, data: dict[str, Any]) -> Result:
         """Raises KeyError, TypeError or ValueError for what is no result."""
         kernels = {
-            str(name): Timing(*(float(timing[key]) for key in ("ms", "ratio", "noise")))
+            str(name): Timing(
+                *(float(timing[key]) for key in ("ms", "ratio", "noise")),
+                scattered=None if timing["scattered"] is None else float(timing["scattered"]),
+            )
             for name, timing in dict(data["kernels"]).items()
         }
         failed = {str(name): str(text) for name, text in dict(data["failed"]).items()}
@@ -76,6 +84,7 @@ class Result:
         times = [
             result.sdpa_ms,
             *(value for timing in kernels.values() for value in (timing.ms, timing.ratio)),
+            *(timing.scattered for timing in kernels.values() if timing.scattered is not None),
         ]
         if not all(math.isfinite(time) and time > 0 for time in times):
             raise ValueError(f"times {times}")

@@ -1,0 +1,97 @@
+"""The masks that kernels are timed with: those of models, and scattered ones beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.tuning import Comparison, SdpaCall, measure
+from sage_inductor.tuning.machine import machine
+from sage_inductor.tuning.measure import KEPT_KEYS, usual_mask
+from sage_inductor.tuning.store import Result, Store, Timing
+
+
+def comparison(mask: Tensor | None) -> Comparison:
+    q = TensorSpec.of(torch.empty(4, 2, 48, 32))
+    spec = None if mask is None else TensorSpec.of(mask)
+    problem = AttentionProblem(q, q, q, None if spec is None else spec.as_4d(), AttentionParams())
+    return Comparison(problem, SdpaCall(q, q, q, spec, False, None, False))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 100), (4, 2, 1, 100), (1, 100), (1, 1, 1, 100), (7,), (3, 1, 1)])
+def test_masks_over_keys_leave_a_prefix(shape: tuple[int, ...]) -> None:
+    mask = usual_mask(shape)
+    assert mask.shape == shape and mask.dtype == torch.bool and bool(mask[..., 0].all())
+    rows = mask.reshape(-1, shape[-1])
+    assert bool((rows.int().diff(dim=-1) <= 0).all())  # no key behind one that is left out
+    if shape[-1] == 100:
+        assert abs(float(rows.float().mean()) - KEPT_KEYS) < 0.02
+    if rows.shape[0] == 4:
+        assert len(set(rows.sum(-1).tolist())) == 4 and bool(rows[0].all())  # ragged over the batch
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 40, 40), (40, 40), (2, 3, 8, 40), (1, 1, 40, 8), (3, 40, 40)])
+def test_masks_of_a_row_per_query_are_causal_and_padded_in_front(shape: tuple[int, ...]) -> None:
+    mask = usual_mask(shape)
+    q_len, kv_len = shape[-2:]
+    causal = torch.ones(q_len, kv_len, dtype=torch.bool).tril(max(0, kv_len - q_len))
+    entries = mask.reshape(-1, q_len, kv_len)
+    assert mask.shape == shape and bool(entries[..., 0].all()) and torch.equal(entries[0], causal)
+    assert not bool((entries & ~causal).any())
+    for entry in entries[1:]:
+        assert not bool(entry[:, 1].any()) or shape[-1] == 8  # padding in front
+
+
+@pytest.mark.parametrize("mask", ["none", "keys", "queries", "bias"])
+def test_only_bool_masks_are_timed_scattered_too(mask: str) -> None:
+    tensors = {
+        "none": None,
+        "keys": torch.ones(4, 1, 1, 48, dtype=torch.bool),
+        "queries": torch.ones(4, 1, 48, 48, dtype=torch.bool),
+        "bias": torch.zeros(48, 48),
+    }
+    result = measure.measure(comparison(tensors[mask]), ["reference"])
+    scattered = result.kernels["reference"].scattered
+    assert (scattered is not None and scattered > 0) == (mask in ("keys", "queries"))
+
+
+def test_the_second_time_is_that_of_scattered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args[3].clone())
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(measure.F, "scaled_dot_product_attention", spy)
+    mask = torch.ones(4, 1, 1, 48, dtype=torch.bool).expand(4, 2, 48, 48)
+    measure.measure(comparison(mask), ["reference"])
+    first, last = seen[0], seen[-1]
+    assert torch.equal(first, usual_mask((4, 1, 1, 48)).expand(4, 2, 48, 48))
+    assert bool((last[:, 0, 0].int().diff(dim=-1) > 0).any()) and bool(last[..., 0].all())
+
+
+def test_the_store_keeps_both_and_ignores_what_earlier_versions_wrote(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), machine(torch.device("cpu")))
+    key = comparison(torch.ones(4, 1, 1, 48, dtype=torch.bool)).key()
+    result = Result(48, 48, 1.0, {"triton": Timing(0.9, 0.9, 0.0, 1.4), "hopper": Timing(0.7, 0.7, 0.0)})
+    store.save(key, result)
+    assert store.load(key) == [result]
+    (file,) = tmp_path.rglob("*.json")
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"format": 1}))
+    assert store.load(key) == []
+    for bad in (-1.0, "nan", "much"):
+        damaged = json.loads(json.dumps(data))
+        damaged["results"][0]["kernels"]["triton"]["scattered"] = bad
+        file.write_text(json.dumps(damaged))
+        assert store.load(key) == []
+    assert replace(result.kernels["triton"], scattered=None) == Timing(0.9, 0.9, 0.0)

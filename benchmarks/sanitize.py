@@ -1,4 +1,4 @@
-"""The sweep (tests/sweep.py) under NVIDIA's compute-sanitizer: a few ragged problems with each of its tools.
+"""The sweep (tests/helpers/sweep.py) under NVIDIA's compute-sanitizer: a few ragged problems with each of its tools.
 
     python benchmarks/sanitize.py --kernel triton
     python benchmarks/sanitize.py --tools memcheck --sanitizer /usr/local/cuda/bin/compute-sanitizer
@@ -38,7 +38,7 @@ def command(sanitizer: str, tool: str, sweep: Sequence[str]) -> list[str]:
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     for name in KERNELS:
         quiet += ["--kernel-name", f"kns={name}"]
-    script = str(ROOT / "tests" / "sweep.py")
+    script = str(ROOT / "tests" / "helpers" / "sweep.py")
     return [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR), *quiet, sys.executable, script, *sweep]
 
 

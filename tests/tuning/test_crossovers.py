@@ -12,7 +12,7 @@ from agreement import PRECISIONS
 from sage_inductor.kernels.hopper import crossover as hopper
 from sage_inductor.kernels.triton import crossover as triton
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROWS = [
     row
     for name in ("attention_h100", "attention_wide_h100")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "sage_inductor", "patterns")
 
 # Run away from the repository, so that only what was installed is found. The package is never imported by hand.

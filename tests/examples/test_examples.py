@@ -17,7 +17,7 @@ import torch
 
 from sage_inductor import kernels
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARED = ("comparison", "sentence_corpus")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU that is not there: registers, stack, what the attention kernel's loop moves to and
 from that on Hopper, and waits for the kernel in front (programmatic dependent launch), one JSON object a kernel.
 
-    python tests/compile_offline.py 90 fast 128 none
+    python tests/helpers/compile_offline.py 90 fast 128 none
 
 Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys), bias (float32, over
 keys) or queries (bool, a row for each query). A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.

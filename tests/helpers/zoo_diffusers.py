@@ -38,7 +38,7 @@ def net(
 
 
 def known(name: str) -> Entry:
-    """A model that tests/models.py has."""
+    """A model that tests/helpers/models.py has."""
     return Entry(name, lambda implementation: BY_NAME[name].build(), SDPA)
 
 

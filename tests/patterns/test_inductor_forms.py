@@ -1,7 +1,7 @@
 """The forms of attention that Inductor's own fusion knows (`_sfdp_pattern_1` to `_30` of torch 2.13), and what its tests
 say it must not fuse: each found and right here, or left alone, as docs/patterns.md lists them.
 
-`python tests/test_inductor_forms.py` prints the table for docs/patterns.md.
+`python tests/patterns/test_inductor_forms.py` prints the table for docs/patterns.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 CONFIG = Config(kernel="reference", precision="accurate")
 # INT8 scores at these sizes give relative errors below .02; a wrong scale, mask or head order gives above .2.
 BOUND = 0.03
-DOC = Path(__file__).parent.parent / "docs" / "patterns.md"
+DOC = Path(__file__).parents[2] / "docs" / "patterns.md"
 BATCH, LENGTH, HEADS, DIM = 4, 24, 2, 32
 
 

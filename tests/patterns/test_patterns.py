@@ -737,7 +737,7 @@ def test_a_thousand_mutations_are_never_wrong() -> None:
 
 
 def test_the_smallest_pattern_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parent.parent / "patterns" / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "patterns" / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
     library = types.ModuleType("mylib")
 

@@ -1,6 +1,6 @@
 """The model table: what the pass makes of tiny models of transformers, diffusers and timm.
 
-`python tests/model_table.py` writes docs/models.md. The sections of families that are not installed (timm needs
+`python tests/helpers/model_table.py` writes docs/models.md. The sections of families that are not installed (timm needs
 torchvision, which CPU builds of torch 2.13 do not go with) are kept from the file as it is.
 """
 
@@ -30,12 +30,12 @@ from sage_inductor.report.site import Site
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import max_error, relative_l2
 
-DOC = Path(__file__).parent.parent / "docs" / "models.md"
+DOC = Path(__file__).parents[2] / "docs" / "models.md"
 HEADER = """\
 # Models
 
 What `backend="sage_inductor"` finds in tiny, randomly initialised models, with `kernel="reference"` in `fast` precision on a
-CPU. Written by `python tests/model_table.py`; `tests/test_model_table.py` checks a part of it.
+CPU. Written by `python tests/helpers/model_table.py`; `tests/whole_models/test_model_table.py` checks a part of it.
 
 - attention: sites found; 8-bit: rewritten. Others stay for the reason given.
 - left: calls of SDPA and softmaxes of rows of scores that remain in the graphs, refused sites among them (but not

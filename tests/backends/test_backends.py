@@ -582,7 +582,7 @@ def test_refused_request_names_every_kernel(fast_kernel: FastKernel, monkeypatch
 
 
 def test_example(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).parent.parent / "examples" / "explicit_backend.py"
+    path = Path(__file__).parents[2] / "examples" / "explicit_backend.py"
     spec = importlib.util.spec_from_file_location("explicit_backend", path)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)

@@ -726,7 +726,7 @@ def test_importing_the_kernel_does_not_import_its_device_code() -> None:
 def test_compiles_without_spills_where_there_is_no_gpu(
     capability: int, precision: str, head_dim: int, mask: str, tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("compile_offline.py")
+    script = Path(__file__).parents[1] / "helpers" / "compile_offline.py"
     done = subprocess.run(
         [sys.executable, script, str(capability), precision, str(head_dim), mask],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},

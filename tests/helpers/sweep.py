@@ -1,8 +1,8 @@
 """Random problems of a kernel against the oracle: seeded, resumable, on a GPU or through Triton's interpreter.
 
-    python tests/sweep.py --kernel triton --seeds 0 2000 --budget 500 --jobs 8
-    python tests/sweep.py --kernel triton --seeds 1234 1235          # one failure again
-    python tests/sweep.py --kernel triton --seeds 0 1000 --step 25   # one problem of each variant
+    python tests/helpers/sweep.py --kernel triton --seeds 0 2000 --budget 500 --jobs 8
+    python tests/helpers/sweep.py --kernel triton --seeds 1234 1235          # one failure again
+    python tests/helpers/sweep.py --kernel triton --seeds 0 1000 --step 25   # one problem of each variant
 
 Shapes, strides, masks, dtypes, precisions, grouped heads, causality, windows and packed sequences are drawn from the
 seed (agreement.py); all tensors lie in buffers of NaN and so does the kernels' workspace. Seeds that the state file

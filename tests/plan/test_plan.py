@@ -648,7 +648,7 @@ def site_of(data: dict[str, Any]) -> dict[str, Any]:
     [
         (
             lambda data: data.update(format="onnx"),
-            "not a plan: format='onnx' (valid: 'sage_inductor.plan.plan')",
+            "not a plan: format='onnx' (valid: 'sage_inductor.plan')",
         ),
         (lambda data: data.clear(), "not a plan: format=None"),
         (lambda data: data.update(version=2), "version=2 (valid: 1; made by a newer sage_inductor)"),

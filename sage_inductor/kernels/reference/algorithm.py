@@ -29,6 +29,7 @@ V_CHANNEL_FLOOR = (
 )  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
 OUTLIER = 8.0  # times a channel's size: no value of V counts for more in its mean
 LEAST_MEAN = 0.25  # of a channel's size: V's mean is not subtracted below
+LEAST_AMAX = 2.0**-100  # the largest number of what is quantised counts as no less, as in the kernels
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LOG2E = math.log2(math.e)
@@ -90,9 +91,10 @@ def attention(
 def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """INT8 per token of `query * scale * log2(e)`: integers as float32, and their scales (fp32, never
     negative)."""
-    scaled = query.float() * (scale * LOG2E)
-    q_scale = _scale_for(scaled.abs().amax(-1, keepdim=True), INT8_MAX)
-    return torch.nan_to_num((scaled / q_scale).round()), q_scale
+    # The factor goes into the scale and not into the numbers, which it could carry out of float32's range.
+    q = query.float()
+    unit = _scale_for(q.abs().amax(-1, keepdim=True), INT8_MAX)
+    return torch.nan_to_num((q / unit).round()) * math.copysign(1.0, scale), unit * abs(scale * LOG2E)
 
 
 def used_keys(attn_mask: Tensor | None) -> Tensor | None:
@@ -269,8 +271,9 @@ def _log2_bias(mask: Tensor) -> Tensor:
 
 def _scale_for(amax: Tensor, largest: float) -> Tensor:
     """amax / largest; 1 for zeros, so that 0 / 0 never arises, and NaN where the input was not finite, so
-    that a quantised inf or NaN still shows in the output."""
-    scale = torch.where(amax > 0, amax / largest, 1.0)
+    that a quantised inf or NaN still shows in the output. At least LEAST_AMAX / largest: a quotient below float32's
+    normal numbers is rounded coarsely, or to 0."""
+    scale = torch.where(amax > 0, amax.clamp(min=LEAST_AMAX) / largest, 1.0)
     return torch.where(amax.isfinite(), scale, math.nan)
 
 

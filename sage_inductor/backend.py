@@ -102,8 +102,9 @@ class _Sequence:
 def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
-    Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in
-    Dynamo's caches of a model that was not compiled before. With `tune="measure"` (the default) it measures what a
+    Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in Dynamo's caches
+    that another call would find or that counts against its limit of recompiles. Other threads may call it, or run and
+    compile models, at the same time: one call of `explain` or `calibrate` is under way at a time, others wait. With `tune="measure"` (the default) it measures what a
     compile would have to measure, which then finds the results. Raises NotEligibleError as the backend does.
     """
     chosen = Config.of(config)
@@ -122,7 +123,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
             raise surfaced(error) from None
         return graph_module.forward
 
-    with without_leaving_dynamo_entries():
+    with without_leaving_dynamo_entries(collect):
         torch.compile(model, backend=collect)(*args, **kwargs)
     missing: tuple[str, ...] = ()
     if isinstance(chosen.plan, Plan):

@@ -17,11 +17,7 @@ from sage_inductor.measurement.metrics import METRICS, compare
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import SDPA, Figure, Measured, PlannedSite, steps_text
-from sage_inductor.torch_internals import (
-    tensors_of,
-    without_leaving_dynamo_entries,
-    without_limit_of_recompiles,
-)
+from sage_inductor.torch_internals import tensors_of, without_leaving_dynamo_entries
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +41,7 @@ def calibrate(
     Every site runs on its own exact inputs: unquantised attention flows on through the model, while "fast",
     "balanced" and "accurate" run beside it on the same tensors, one after another, and only their errors are kept.
     Then the sites are quantised one at a time, and in the end all as decided, for the effect on the model's output.
+    Threads may call it; one call of `calibrate` or `explain` is under way at a time, others wait.
 
         plan = sage_inductor.calibrate(model, [(x1,), (x2,)], tolerance=0.05)
         plan.save("plan.json")
@@ -83,10 +80,10 @@ def calibrate(
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
     phases = phases_of(inputs)
     units = sum(len(phase.samples) + (effect != "none") for phase in phases)
-    with shown(progress) as callback, without_leaving_dynamo_entries(), without_limit_of_recompiles():
+    with shown(progress) as callback:
         prober = Prober(chosen, Progress(callback, units))
-        compiled = torch.compile(model, backend=prober.backend, dynamic=False)
-        with torch.no_grad():
+        with without_leaving_dynamo_entries(prober.backend), torch.no_grad():
+            compiled = torch.compile(model, backend=prober.backend, dynamic=False)
             results = [_Phase(phase, goal, prober, _Runner(compiled, output)).run() for phase in phases]
     sites = [site for decided, _ in results for site in decided]
     if not sites:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # A test on a warm cache tests the run that filled it: graphs found there were rewritten by the code of that
 # day. Workers of pytest-xdist inherit the folder of the process that started them.
@@ -49,26 +50,53 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
+# What the package remembers as long as a process lives, by module: dictionaries, sets and cached functions.
+REMEMBERED = {
+    "sage_inductor.graph_pass": ("source_hash",),
+    "sage_inductor.kernels": ("get",),
+    "sage_inductor.kernels.hopper.launch": ("_placed",),
+    "sage_inductor.kernels.sageattention": ("_device_reasons",),
+    "sage_inductor.kernels.triton.launcher": ("_rest",),
+    "sage_inductor.operators.inference": ("_resolved",),
+    "sage_inductor.tuning.choice": ("_known", "_unmeasurable", "_warned"),
+    "sage_inductor.tuning.machine": ("_machine",),
+    "sage_inductor.tuning.store": ("_warned",),
+}
+
+
+def forget() -> None:
+    """As in a new process: nothing compiled, nothing known. Modules that were not imported have nothing to forget."""
+    for module, names in REMEMBERED.items():
+        if module in sys.modules:
+            for name in names:
+                remembered = getattr(sys.modules[module], name)
+                (getattr(remembered, "cache_clear", None) or remembered.clear)()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def new_process() -> Iterator[Callable[[], None]]:
+    """Every test starts seeded and as in a new process; one that needs to do so again in its middle calls this."""
     torch.manual_seed(0)
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture
 def inference() -> Iterator[None]:
-    """No gradients, and nothing that Dynamo compiled before."""
-    torch._dynamo.reset()
+    """No gradients."""
     with torch.no_grad():
         yield
 
 
 @pytest.fixture
 def fresh_compile() -> Iterator[None]:
-    """Nothing compiled before, nothing found in a cache: every pass runs."""
+    """Nothing is found in Inductor's caches: every pass runs."""
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
 
-    torch._dynamo.reset()
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield
-    torch._dynamo.reset()

@@ -426,7 +426,6 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_compiles_whole_and_once_for_all_lengths(impl: str, masked: bool, causal: bool) -> None:
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     layer = Layer(MAKE[impl](4, 64, causal, None, 2))
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
@@ -442,7 +441,6 @@ def test_compiles_whole_and_once_for_all_lengths(impl: str, masked: bool, causal
 
 @pytest.mark.parametrize("impl", ["sage", "sdpa"])
 def test_compiles_with_inductor_and_output_buffer(impl: str) -> None:
-    torch._dynamo.reset()
     attention = MAKE[impl](4, 64, True, None, 2)
 
     @torch.compile(fullgraph=True)

@@ -13,7 +13,7 @@ import torch
 
 from sage_inductor import kernels
 from sage_inductor.testing import relative_l2
-from sage_inductor.tuning import choice, measure
+from sage_inductor.tuning import measure
 from sage_inductor.tuning.store import Result, Timing
 
 FACTS = {"gpu": "none", "torch": torch.__version__, "triton": "none"}
@@ -41,9 +41,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(kernels, "AUTO_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "AUTO_ORDER", ("reference",))
-    choice._known.clear()
     yield never_slower
-    choice._known.clear()
     for name in ("never_slower", "attention", "timing"):
         sys.modules.pop(name, None)
 

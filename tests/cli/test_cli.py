@@ -86,7 +86,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    torch._dynamo.reset()
     return tmp_path
 
 
@@ -114,11 +113,11 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def planted(monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> Callable[..., None]:
     """Registers kernels of test_selftest.py as the only ones; on a CPU, with an emulated capture."""
 
     def plant(*classes: type[ReferenceKernel]) -> None:
-        kernels.get.cache_clear()
+        new_process()  # kernels are instances, made once
         monkeypatch.setattr(
             kernels, "KERNELS", {cls.name: f"{cls.__module__}:{cls.__name__}" for cls in classes}
         )
@@ -128,8 +127,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 selftest, "check", lambda *args, progress=None: check(*args, ["accurate"], recorded, progress)
             )
 
-    yield plant
-    kernels.get.cache_clear()
+    return plant
 
 
 def test_doctor_on_this_machine(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

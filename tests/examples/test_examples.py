@@ -26,7 +26,6 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs an example's main(arguments) in this process; scripts find each other as when started."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    torch._dynamo.reset()
     return lambda name, *arguments: importlib.import_module(name).main([*arguments, "--device", "cpu"])
 
 

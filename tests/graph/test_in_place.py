@@ -51,7 +51,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def agrees(function: Callable[..., Tensor], *inputs: Tensor) -> RewritingBackend:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(CONFIG)
     with torch.no_grad():
         expected = function(*(tensor.clone() for tensor in inputs))

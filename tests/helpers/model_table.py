@@ -151,7 +151,7 @@ def run(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
 
 
 def compiled_run(model: nn.Module, inputs: dict[str, Any], recorder: Recorder) -> tuple[Tensor, int, Any]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(model, backend=recorder)
     return run(compiled, inputs), sum(counters["graph_break"].values()), compiled

@@ -149,8 +149,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[St
         monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
         return stands
 
-    yield make
-    launcher._rest.cache_clear()
+    return make
 
 
 def counts(stands: list[Stand]) -> list[tuple[int, int]]:
@@ -465,7 +464,6 @@ def hopper(stand_ins: Any, monkeypatch: pytest.MonkeyPatch) -> list[Numbers]:
     monkeypatch.setattr(driver, "launch", driver_launch)
     monkeypatch.setattr(host, "loaded", lambda index, variant: ("attention", "combine"))
     monkeypatch.setattr(host, "multiprocessors", lambda index: 132)
-    host._placed.cache_clear()
     return launches
 
 

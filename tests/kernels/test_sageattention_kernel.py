@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -354,7 +355,7 @@ def problem(
 
 
 @pytest.fixture
-def version(monkeypatch: pytest.MonkeyPatch) -> Any:
+def version(monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) -> Any:
     def pretend(
         text: str | None, capability: tuple[int, int] | None = None, interpreted: bool = False
     ) -> None:
@@ -365,10 +366,9 @@ def version(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        sageattention._device_reasons.cache_clear()
+        new_process()  # what a device can run is found out once
 
-    yield pretend
-    sageattention._device_reasons.cache_clear()
+    return pretend
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_v2_aligns_rows(stand: Stand) -> None:
 
 
 def test_v2_refuses_a_build_that_computes_wrong(
-    stand: Stand, version: Any, monkeypatch: pytest.MonkeyPatch
+    stand: Stand, version: Any, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
     version("2.2.0", (9, 0))
     reasons = sageattention._self_test_reasons
@@ -567,12 +567,12 @@ def test_v2_refuses_a_build_that_computes_wrong(
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert KERNEL.unavailable_reasons(torch.device("cuda")) == []
     assert KERNEL.broken_reasons(torch.device("cuda")) == []
-    sageattention._device_reasons.cache_clear()
+    new_process()
     stand.wrong = True
     (reason,) = KERNEL.unavailable_reasons(torch.device("cuda"))
     assert reason == "self-test error of sageattention 2.2.0=1.00 (supported: below 0.2)"
     assert KERNEL.broken_reasons(torch.device("cuda")) == [reason]
-    sageattention._device_reasons.cache_clear()
+    new_process()
     stand.SM90_ENABLED = False
     (reason,) = KERNEL.unavailable_reasons(torch.device("cuda"))
     assert "built without kernels for compute capability 9.0" in reason

@@ -232,7 +232,7 @@ def table() -> str:
 
 
 def compiled(form: Form, *inputs: Any, **kwargs: Any) -> tuple[Any, RewritingBackend]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(CONFIG)
     with torch.no_grad():
         return torch.compile(form.attend, backend=backend, fullgraph=True)(*inputs, **kwargs), backend

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 
 def run(function: Callable[..., Any], *inputs: Tensor, config: Config = CONFIG) -> tuple[Any, list[Site]]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(config)
     return torch.compile(function, backend=backend)(*inputs), backend.sites
 
@@ -560,7 +560,7 @@ def test_opaque_nodes(name: str) -> None:
     assert [site.rewritten for site in sites] == [True] * count, sites
     assert {site.mask for site in sites} == {mask}
     assert relative_l2(out, expected) < BOUND
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert out.stride() == torch.compile(function, backend="eager")(X).stride()
 
 

@@ -163,11 +163,11 @@ def test_a_sink_that_is_written_to_is_read_before() -> None:
     assert relative_l2(out, model(*inputs)) < BOUND
 
 
-def test_gradients_keep_it_exact() -> None:
+def test_gradients_keep_it_exact(new_process: Callable[[], None]) -> None:
     q, k, v = qkv()
     sinks = SINKS.clone().requires_grad_()
     for config in (CONFIG, Config(kernel="reference", training=True)):
-        torch._dynamo.reset()
+        new_process()
         backend = RewritingBackend(config)
         with torch.enable_grad():
             out = torch.compile(gpt_oss, backend=backend)(q, k, v, sinks)

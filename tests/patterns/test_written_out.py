@@ -541,7 +541,7 @@ def test_nothing_of_the_scores_is_left_behind() -> None:
 
 def layout(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """The `memory_order` of the one operator, and the output's numbers and strides checked."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(CONFIG)
     out = torch.compile(function, backend=backend)(*inputs)
     expected = function(*inputs)

@@ -82,7 +82,7 @@ def plan() -> Plan:
 
 
 def run(model: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Tensor, RewritingBackend]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(Config(kernel="reference", **options))
     return torch.compile(model, backend=backend)(*inputs), backend
 
@@ -391,7 +391,9 @@ def test_a_plan_is_not_calibrated_under_another(plan: Plan) -> None:
 # How a plan is applied
 
 
-def test_every_way_in_applies_the_plan(plan: Plan, tmp_path: Path, fresh_compile: None) -> None:
+def test_every_way_in_applies_the_plan(
+    plan: Plan, tmp_path: Path, fresh_compile: None, new_process: Callable[[], None]
+) -> None:
     path = tmp_path / "plan.json"
     plan.save(path)
     model, x = make(), make_x()
@@ -402,9 +404,9 @@ def test_every_way_in_applies_the_plan(plan: Plan, tmp_path: Path, fresh_compile
     limit = relative_l2(run(model, x)[0], expected) / 50
     assert limit > 1e-4
     options = {"sage.kernel": "reference", "sage.plan": str(path)}
-    torch._dynamo.reset()
+    new_process()
     assert relative_l2(torch.compile(model, backend="sage_inductor", options=options)(x), expected) < limit
-    torch._dynamo.reset()
+    new_process()
     with sage_inductor.enabled(Config(kernel="reference", plan=plan)):
         assert relative_l2(torch.compile(model)(x), expected) < limit
     program = rewrite_exported(torch.export.export(model, (x,)), Config(kernel="reference", plan=plan))
@@ -430,7 +432,6 @@ def test_the_plan_overrules_precision(plan: Plan) -> None:
 
 def test_batch_and_length_may_differ_dynamic_shapes_too(plan: Plan) -> None:
     model = make()
-    torch._dynamo.reset()
     backend = RewritingBackend(Config(kernel="reference", plan=plan))
     compiled = torch.compile(model, backend=backend, dynamic=True)
     for batch, tokens in ((2, 33), (3, 70)):
@@ -459,7 +460,7 @@ with torch.no_grad():
     if sys.argv[1] == "make":
         plan = calibrate(model, (x,), effect="none")
         plan.save(sys.argv[2])
-        torch._dynamo.reset()
+        torch.compiler.reset()
     else:
         plan = sys.argv[2]
     backend = RewritingBackend(Config(kernel="reference", plan=plan))
@@ -712,13 +713,13 @@ def test_every_cut_of_a_file_is_refused(plan: Plan) -> None:
             Plan.from_json(text[:length])
 
 
-def test_bad_files_leave_dynamo_as_value_errors(tmp_path: Path) -> None:
+def test_bad_files_leave_dynamo_as_value_errors(tmp_path: Path, new_process: Callable[[], None]) -> None:
     model, x = make(None, layers=1), make_x()
     for name, content, message in (("a", "{}", "not a plan"), ("b", None, "cannot be read")):
         path = tmp_path / name
         if content is not None:
             path.write_text(content)
-        torch._dynamo.reset()
+        new_process()
         with pytest.raises(ValueError, match=message):
             torch.compile(model, backend="sage_inductor", options={"sage.plan": str(path)})(x)
     with pytest.raises(TypeError, match="valid: a Plan, the path of one, None"):
@@ -768,7 +769,7 @@ def test_without_a_step_the_most_careful_decision_counts(stepped_plan: Plan) -> 
 
 
 def test_compile_steps_dispatches_and_compiles_once_per_set_of_decisions(
-    stepped_plan: Plan, monkeypatch: pytest.MonkeyPatch
+    stepped_plan: Plan, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
     from sage_inductor import backend
 
@@ -782,7 +783,7 @@ def test_compile_steps_dispatches_and_compiles_once_per_set_of_decisions(
     model, x = make_sensitive(), make_x()
     results = {step: run(model, x, plan=stepped_plan.at(step))[0] for step in (0, 10, 20)}
     assert torch.equal(results[0], results[20]) and not torch.equal(results[0], results[10])
-    torch._dynamo.reset()
+    new_process()
     stepped = compile_steps(model, stepped_plan, options={"sage.kernel": "reference"}, fullgraph=True)
     assert stepped.blocks is model.blocks
     for step in (0, 1, 10, 11, 20, 5, 15):
@@ -797,7 +798,7 @@ def test_compile_steps_dispatches_and_compiles_once_per_set_of_decisions(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_plan_is_measured_with_the_kernel_that_runs() -> None:
+def test_on_a_gpu_the_plan_is_measured_with_the_kernel_that_runs(new_process: Callable[[], None]) -> None:
     """Short enough for "auto" to prefer SDPA: measured nevertheless, and applied by the kernel's name."""
     torch.manual_seed(0)
     model = make(dim=256, heads=2).to("cuda", torch.bfloat16)
@@ -808,7 +809,7 @@ def test_on_a_gpu_the_plan_is_measured_with_the_kernel_that_runs() -> None:
     assert plan.made_with["device"] == torch.cuda.get_device_name()
     left = [name for name, decision in plan.decisions().items() if decision != "fast"]
     assert left == [f"blocks.{BAD}"]
-    torch._dynamo.reset()
+    new_process()
     exact = model(x)
     planned = torch.compile(
         model, backend="sage_inductor", options={"sage.kernel": "triton", "sage.plan": plan}

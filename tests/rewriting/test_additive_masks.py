@@ -41,6 +41,7 @@ def qkv(layout: str = "HND") -> list[Tensor]:
 def mask_of(function: Callable[..., Tensor], *inputs: Tensor, dynamic: bool | None = None) -> str:
     """What the mask of the one site is taken for; checks numbers and strides. float32's rounding in the softmax of
     eager is far below the bound, INT8 scores give .008 at these sizes, a query that is served wrongly .15."""
+    torch.compiler.reset()
     backend = RewritingBackend(CONFIG)
     out = torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
     expected = function(*inputs)
@@ -148,7 +149,6 @@ def test_what_cannot_be_told_apart_is_read_as_it_is() -> None:
         return by_hand(q, k, v, torch.where(band(-99, 0) & p[:, None, None], q[0, 0, 0, 0], LOWEST))
 
     for attend in (two, small, written, from_data):
-        torch._dynamo.reset()
         assert mask_of(attend, *qkv(), padding()) == "additive"
 
 
@@ -165,7 +165,6 @@ def test_dynamic_lengths() -> None:
         return by_hand(q, k, v, torch.where(p[:, None, None], 0.0, LOWEST))
 
     assert mask_of(causal, *qkv(), padding(), dynamic=True) == "additive"
-    torch._dynamo.reset()
     assert mask_of(padded, *qkv(), padding(), dynamic=True) == "key_padding"
     compiled = torch.compile(padded, backend=RewritingBackend(CONFIG), dynamic=True)
     for length in (5, 17, 40):
@@ -185,5 +184,4 @@ def test_chunked_causal_masks_are_named() -> None:
         return attend
 
     for size, kind in ((8, "chunked_causal size=8"), (7, "chunked_causal size=7"), (24, "causal")):
-        torch._dynamo.reset()
         assert mask_of(chunked(size), *qkv()) == kind

@@ -26,10 +26,12 @@ def nhd(batch: int = 2, seq: int = 16, heads: int = 4, dim: int = 32) -> Tensor:
 
 
 def judge(function: Any, *args: Any, config: Config = REFERENCE, **kwargs: Any) -> tuple[Site, ...]:
+    torch.compiler.reset()
     return explain(function, *args, config=config, **kwargs).sites
 
 
 def run(function: Any, *args: Any, config: Config = REFERENCE) -> tuple[Any, RewritingBackend]:
+    torch.compiler.reset()
     backend = RewritingBackend(config)
     return torch.compile(function, backend=backend)(*args), backend
 
@@ -216,7 +218,6 @@ def test_every_form_of_the_call_is_bound_by_schema() -> None:
     )
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     for form in forms:
-        torch._dynamo.reset()
         out, backend = run(form, q, k, v)
         assert [site.mask for site in backend.sites] == ["causal"]
         assert relative_l2(out, expected) < 0.02
@@ -237,7 +238,6 @@ def test_output_strides_are_those_of_sdpa() -> None:
     ):
         q, k, v = make(), make(), make()
         expected = F.scaled_dot_product_attention(q, k, v)
-        torch._dynamo.reset()
         out, backend = run(F.scaled_dot_product_attention, q, k, v)
         assert backend.sites[0].rewritten and out.stride() == expected.stride()
 
@@ -308,7 +308,6 @@ def test_an_ineligible_site_is_bit_identical() -> None:
 
 
 def refused(function: Any, *args: Any, config: Config = REFERENCE) -> str:
-    torch._dynamo.reset()
     (site,) = judge(function, *args, config=config)
     assert not site.rewritten and site.kernel is None
     return "; ".join(site.reasons)
@@ -349,7 +348,6 @@ def test_an_explicit_sdpa_backend_is_respected() -> None:
     inside, outside = judge(attend, nhd())
     assert "sdpa_kernel=MATH" in inside.reasons[0] and outside.rewritten
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-        torch._dynamo.reset()
         (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
     assert "sdpa_kernel=CUDNN_ATTENTION, FLASH_ATTENTION" in site.reasons[0]
 
@@ -365,7 +363,6 @@ def test_leaving_the_choice_to_torch_is_no_choice() -> None:
     (site,) = judge(attend, nhd())
     assert site.rewritten
     with sdpa_kernel(every):
-        torch._dynamo.reset()
         (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
     assert site.rewritten
 
@@ -379,7 +376,6 @@ def test_varlen_attention_is_a_site_that_stays() -> None:
         graphs.append(module.graph)
         return lambda *args: (torch.empty_like(inputs[0]),)
 
-    torch._dynamo.reset()
     torch.compile(function, backend=backend)(*inputs)
     (graph,) = graphs
     text = graph_text(graph)
@@ -422,7 +418,6 @@ def test_functorch_transforms_are_left_alone() -> None:
     assert "transform=grad (supported: none)" in refused(differentiated, x)
     assert judge(after, x)[0].rewritten
     for function in (batched, differentiated, after):
-        torch._dynamo.reset()
         assert relative_l2(run(function, x)[0], function(x)) < 0.03
 
 
@@ -438,7 +433,6 @@ def test_subgraphs_are_searched_once_each() -> None:
 
     x = nhd()
     for function, count in ((branches, 2), (checkpointed, 1)):
-        torch._dynamo.reset()
         out, backend = run(function, x)
         assert [site.rewritten for site in backend.sites] == [True] * count
         assert relative_l2(out, function(x)) < 0.02
@@ -494,7 +488,6 @@ def test_rewriting_twice_changes_nothing() -> None:
 def test_every_pattern_finds_its_own_examples(pattern: Any) -> None:
     count = 0
     for function, inputs in pattern.examples():
-        torch._dynamo.reset()
         out, backend = run(function, *inputs)
         assert [site.pattern for site in backend.sites] == [pattern.name]
         assert relative_l2(out, function(*inputs)) < 0.02

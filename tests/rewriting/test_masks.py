@@ -24,6 +24,7 @@ def attend(make_mask: Any, q_len: int = 24, kv_len: int = 24, *extra: Tensor) ->
     def model(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, make_mask(*extra))
 
+    torch.compiler.reset()
     backend = RewritingBackend(CONFIG)
     out = torch.compile(model, backend=backend)(q, k, v, *extra)
     assert relative_l2(out, model(q, k, v, *extra)) < 0.02
@@ -61,9 +62,7 @@ def test_constant_masks(make_mask: Any, kind: str) -> None:
 
 def test_constant_masks_of_unequal_lengths() -> None:
     assert attend(lambda: triangle(10, 24), 10, 24) == "causal"
-    torch._dynamo.reset()
     assert attend(lambda: triangle(10, 24, 14), 10, 24) == "causal bottom-right"
-    torch._dynamo.reset()
     assert (
         attend(lambda: triangle(10, 24, 14) & ~triangle(10, 24, 9), 10, 24)
         == "sliding_window left=4 right=0 bottom-right"
@@ -117,16 +116,12 @@ def test_a_constant_that_eager_refuses_is_left_to_inductor() -> None:
 
 def test_masks_from_inputs_are_read_at_run_time() -> None:
     assert attend(lambda m: m, 24, 24, triangle()) == "bool"
-    torch._dynamo.reset()
     assert attend(lambda m: triangle() | m[:, None, None], 24, 24, torch.rand(2, 24) > 0.3) == "bool"
-    torch._dynamo.reset()
     assert attend(lambda m: m[:, None, None, :], 24, 24, torch.rand(2, 24) > 0.3) == "key_padding"
-    torch._dynamo.reset()
     assert (
         attend(lambda m: m[:, None, None, :].expand(2, 1, 24, 24), 24, 24, torch.rand(2, 24) > 0.3)
         == "key_padding"
     )
-    torch._dynamo.reset()
     assert attend(lambda m: m, 24, 24, torch.randn(4, 24, 24)) == "additive"
 
 
@@ -201,19 +196,14 @@ def test_causality_joined_with_padding_is_taken_apart() -> None:
 
     padding = torch.rand(2, 24) > 0.3
     assert attend(joined, 24, 24, padding) == "causal, key_padding"
-    torch._dynamo.reset()
     window = lambda p: triangle() & ~triangle(diagonal=-5) & p[:, None, None]  # noqa: E731
     assert attend(window, 24, 24, padding) == "sliding_window left=4 right=0, key_padding"
-    torch._dynamo.reset()
     everything = lambda p: (torch.arange(24) >= 0)[None, None, :, None] & p[:, None, None]  # noqa: E731
     assert attend(everything, 24, 24, padding) == "key_padding"
-    torch._dynamo.reset()
     two = lambda p: triangle() & p[:, None, None] & p.flip(1)[:, None, None]  # noqa: E731
     assert attend(two, 24, 24, padding) == "causal, key_padding"
-    torch._dynamo.reset()
     no_band = lambda p: (torch.arange(576).view(24, 24) % 3 != 0) & p[:, None, None]  # noqa: E731
     assert attend(no_band, 24, 24, padding) == "bool"
-    torch._dynamo.reset()
     assert attend(lambda p: triangle() | p[:, None, None], 24, 24, padding) == "bool"
 
 

@@ -27,7 +27,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sageattention.SageAttentionKernel, "unavailable_reasons", lambda self, device=None: missing
     )
     monkeypatch.setattr(triton, "has_gpu", lambda: True)
-    torch._dynamo.reset()
     with torch.no_grad():
         yield
 
@@ -37,6 +36,7 @@ def judge(
 ) -> RewritingBackend:
     """`function` of fake bfloat16 CUDA tensors of these shapes, by the shipped table: a GPU that is there is not the
     one that is pretended."""
+    torch.compiler.reset()
     backend = RewritingBackend(Config(tune="table") if config is None else config)
     with FakeTensorMode():
         inputs = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
@@ -97,7 +97,6 @@ def test_cross_attention_and_odd_head_dims() -> None:
 
     text = site_of(judge(attend, (1, 12, 32760, 128), (1, 12, 512, 128), (1, 12, 512, 128)))
     assert not text.rewritten and "kv_len=512" in text.reasons[0]
-    torch._dynamo.reset()
     odd = site_of(judge(attend, *[(1, 16, 16384, 36)] * 3))
     assert "triton: head_dim=36 (supported: 16 to 256 in steps of 8)" in odd.reasons
 
@@ -110,20 +109,16 @@ def test_masks_that_differ_from_query_to_query_are_taken_where_they_were_measure
 
     site = site_of(judge(masked, shape, (1, 1, 16384, 16384)))
     assert site.rewritten and (site.mask, site.kernel) == ("bool", "triton")
-    torch._dynamo.reset()
     site = site_of(judge(masked, shape, (1, 16, 16384, 16384)))
     assert site.rewritten and (site.mask, site.kernel) == ("bool", "triton")
-    torch._dynamo.reset()
 
     def biased(q: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, mask)
 
     site = site_of(judge(biased, shape, (1, 1, 16384, 16384)))
     assert not site.rewritten and any("attn_mask dtype=" in reason for reason in site.reasons)
-    torch._dynamo.reset()
     site = site_of(judge(masked, shape, (1, 1, 1, 16384)))
     assert site.rewritten and site.mask == "key_padding"
-    torch._dynamo.reset()
 
     def causal(q: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -146,11 +141,9 @@ def test_without_a_gpu_the_table_decides_and_says_so() -> None:
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=Config()))
     assert site.reasons[-1] == "tune=measure: no GPU to measure on (decided by the shipped table)"
     assert any("triton: kv_len=512 (faster than SDPA from" in reason for reason in site.reasons)
-    torch._dynamo.reset()
     shape = (1, 16, 16384, 128)
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=Config()))
     assert site.kernel == "triton" and site.speedup is None
-    torch._dynamo.reset()
     small = (2, 8, 512, 64)
     site = site_of(judge(F.scaled_dot_product_attention, small, small, small, config=Config(tune="off")))
     assert site.kernel == "triton"
@@ -161,10 +154,8 @@ def test_older_and_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "capability", lambda index: (8, 6))
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape))
     assert "triton: compute capability=8.6 (supported: 8.9 and newer)" in site.reasons  # no FP8 on Ampere
-    torch._dynamo.reset()
     balanced = Config(precision="balanced", tune="table")
     assert site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=balanced)).rewritten
-    torch._dynamo.reset()
     monkeypatch.setattr(triton, "capability", lambda index: (10, 0))
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape))
     assert any("compute capability=10.0 (measured up to 9.0)" in reason for reason in site.reasons)

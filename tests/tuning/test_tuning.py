@@ -67,24 +67,13 @@ def constant(**times: float) -> Model:
     return lambda name, q_len, kv_len: times[name]
 
 
-def forget() -> None:
-    """As in a new process."""
-    choice._known.clear()
-    choice._unmeasurable.clear()
-    choice._warned.clear()
-    store._warned.clear()
-
-
 @pytest.fixture(autouse=True)
 def cpu_chooses(monkeypatch: pytest.MonkeyPatch) -> Any:
     """ "auto" chooses on the CPU, between the reference and SDPA."""
     monkeypatch.setattr(kernels, "AUTO_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "AUTO_ORDER", ("reference",))
-    forget()
-    torch._dynamo.reset()
     with torch.no_grad():
         yield
-    forget()
 
 
 @pytest.fixture
@@ -282,7 +271,9 @@ def test_the_machine_changes_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert digest([file]).hexdigest() != before
 
 
-def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_facts_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, new_process: Callable[[], None]
+) -> None:
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132)
@@ -291,23 +282,19 @@ def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(machine_module, "DRIVER_FILE", driver)
     monkeypatch.setattr(machine_module, "cuda_driver_api", lambda: 13000)
-    machine_module._machine.cache_clear()
-    try:
-        here = machine(torch.device("cuda", 0))
-        assert here.device == "NVIDIA H100 80GB HBM3, 132 SMs" and here.driver == "580.95.05, CUDA 13000"
-        assert machines() == [here]  # two GPUs of one kind
-        monkeypatch.setattr(machine_module, "DRIVER_FILE", tmp_path / "nowhere")
-        machine_module._machine.cache_clear()
-        assert machine(torch.device("cuda", 1)).driver == "?, CUDA 13000"
-    finally:
-        machine_module._machine.cache_clear()
+    here = machine(torch.device("cuda", 0))
+    assert here.device == "NVIDIA H100 80GB HBM3, 132 SMs" and here.driver == "580.95.05, CUDA 13000"
+    assert machines() == [here]  # two GPUs of one kind
+    monkeypatch.setattr(machine_module, "DRIVER_FILE", tmp_path / "nowhere")
+    new_process()
+    assert machine(torch.device("cuda", 1)).driver == "?, CUDA 13000"
 
 
 # What is decided.
 
 
 def test_the_fastest_wins_and_is_measured_once(
-    measured: Any, config: Config, monkeypatch: pytest.MonkeyPatch
+    measured: Any, config: Config, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(kernels, "AUTO_ORDER", ("reference", "triton"))
     for judged in ("unavailable_reasons", "not_supported_reasons"):  # it is chosen here, not run
@@ -316,7 +303,7 @@ def test_the_fastest_wins_and_is_measured_once(
     for _ in range(30):
         assert choose(compare(), config) == Choice("triton", (), 1.25)
     assert len(times.calls) == 1
-    forget()
+    new_process()
     assert choose(compare(), config).kernel == "triton"
     assert len(times.calls) == 1  # out of the file
 
@@ -368,7 +355,10 @@ def test_what_a_bucket_decides_is_never_slower_elsewhere_in_it(quantising: float
 
 
 def test_a_kernel_that_fails_is_not_used(
-    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    new_process: Callable[[], None],
 ) -> None:
     def fails(comparison: Comparison, names: Any) -> Result:
         return Result(*comparison.lengths, 1.0, {}, {"reference": "ValueError: no luck"})
@@ -379,7 +369,7 @@ def test_a_kernel_that_fails_is_not_used(
     with monkeypatch.context() as patch:
         patch.setattr(measure, "measure", lambda *args: pytest.fail("measured again"))
         assert choose(compare(), config) == expected
-    forget()  # another process: what failed may do so no longer
+    new_process()  # another process: what failed may do so no longer
     monkeypatch.setattr(measure, "measure", Measured(wins_from(1)))
     assert choose(compare(), config).kernel == "reference"
 
@@ -508,7 +498,7 @@ def test_static_lengths_carry_no_crossover(measured: Any, config: Config) -> Non
 def test_other_hints_find_the_crossover_measured(measured: Any, config: Config) -> None:
     times = measured(wins_from(300))
     for hint in (1000, 1001, 900):
-        torch._dynamo.reset()
+        torch.compiler.reset()  # the times are still known
         q, k, v = nhd(hint), nhd(hint), nhd(hint)
         rewritten(config, q, k, v, dynamic=(0, 1, 2))
     assert [q_len for q_len, _ in times.calls] == [1000, 512, 256, 384]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,7 @@ FLOPS_AT_MOST = 5e15  # per second, of the fastest GPU there is, in 8 bits
 
 
 @pytest.fixture(autouse=True)
-def forgetful() -> Iterator[None]:
-    choice._known.clear()
-    choice._unmeasurable.clear()
-    torch._dynamo.reset()
+def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
@@ -88,9 +85,11 @@ def test_the_choice_holds_when_it_is_measured_again(seq: int, config: Config) ->
         assert "measured" in chosen.reasons[0]
 
 
-def test_a_warm_cache_uses_no_gpu(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_cache_uses_no_gpu(
+    config: Config, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
     first = choose(compare(2048), config)
-    choice._known.clear()
+    new_process()
     monkeypatch.setattr(measure, "measure", lambda *args: pytest.fail("measured"))
     peak = torch.cuda.max_memory_allocated()
     assert choose(compare(2048), config) == first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from sage_inductor import Config, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.measurement import timers as timing
 from sage_inductor.testing import RewritingBackend
-from sage_inductor.tuning import Comparison, SdpaCall, choice, measure
+from sage_inductor.tuning import Comparison, SdpaCall, measure
 from sage_inductor.tuning.measure import CannotMeasure
 
 REFERENCE = type(kernels.get("reference"))
@@ -43,14 +42,9 @@ def nhd(seq: int = 48, heads: int = 2, dtype: torch.dtype = torch.float32) -> Te
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WARM_UP_MS", 1.0)
     monkeypatch.setattr(measure, "ROUNDS_MS", 5.0)
-    choice._known.clear()
-    choice._unmeasurable.clear()
-    yield
-    choice._known.clear()
-    choice._unmeasurable.clear()
 
 
 BOOL = torch.ones(2, 1, 48, 48, dtype=torch.bool)
@@ -152,7 +146,6 @@ def test_out_of_memory(culprit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(kernels, "AUTO_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "AUTO_ORDER", ("reference",))
     monkeypatch.setattr(REFERENCE, "not_chosen_reasons", lambda self, problem: ["slow"])
-    torch._dynamo.reset()
     backend = RewritingBackend(Config(cache_dir=str(tmp_path)))
     with torch.no_grad():
         torch.compile(F.scaled_dot_product_attention, backend=backend)(nhd(), nhd(), nhd())

@@ -4,6 +4,7 @@ oracle."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,7 +116,6 @@ def test_dynamic_lengths_compile_once() -> None:
     from torch._dynamo.utils import counters
 
     net = model()
-    counters.clear()
     compiled = torch.compile(net, backend="sage_inductor", options={"sage.kernel": "triton"}, dynamic=True)
     for seq in (100, 513, 1024, 1999):
         x = inputs(seq=seq)
@@ -132,14 +132,14 @@ def test_autocast() -> None:
         assert close(compiled(x), expected)
 
 
-def test_output_strides_follow_sdpa() -> None:
+def test_output_strides_follow_sdpa(new_process: Callable[[], None]) -> None:
     for make in (
         lambda: torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16),
         lambda: torch.randn(2, 300, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2),
         lambda: torch.randn(300, 2, 4, 64, device="cuda", dtype=torch.bfloat16).permute(1, 2, 0, 3),
     ):
         q, k, v = make(), make(), make()
-        torch._dynamo.reset()
+        new_process()
         compiled = torch.compile(
             F.scaled_dot_product_attention, backend="sage_inductor", options={"sage.kernel": "triton"}
         )

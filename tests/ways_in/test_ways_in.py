@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_default_options_leave_the_cpu_alone(model: Block, x: Tensor) -> None:
 
 
 def test_mode_and_options_reach_inductor_together(
-    model: Block, x: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: Block, x: Tensor, monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
     from sage_inductor import backend
 
@@ -102,10 +103,10 @@ def test_mode_and_options_reach_inductor_together(
     inductors = {"max_autotune": True, "epilogue_fusion": False}
     mode = "max-autotune-no-cudagraphs"
     torch.compile(model, backend="sage_inductor", options={**OPTIONS, **inductors, "mode": mode})(x)
-    torch._dynamo.reset()
+    new_process()
     both = functools.partial(backend.sage_inductor, mode=mode, options={**OPTIONS, **inductors})
     torch.compile(model, backend=both)(x)
-    torch._dynamo.reset()
+    new_process()
     torch.compile(model, backend="sage_inductor", mode=mode)(x)
     assert seen == [(mode, inductors), (mode, inductors), (mode, {})]
 
@@ -131,7 +132,6 @@ def test_fullgraph_and_dynamic(model: Block) -> None:
     compiled = torch.compile(model, backend="sage_inductor", options=OPTIONS, fullgraph=True, dynamic=True)
     from torch._dynamo.utils import counters
 
-    counters.clear()
     for seq in (9, 33, 140):
         x = torch.randn(2, seq, 64)
         assert same(compiled(x), quantised(model, x))
@@ -259,26 +259,30 @@ def test_uuid_knows_the_config_and_the_sources() -> None:
     assert len(uuids) == 5
 
 
-def test_uuid_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uuid_changes_with_any_source_file(
+    monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
+) -> None:
     from sage_inductor import graph_pass
 
     before = graph_pass.source_hash()
     read = Path.read_bytes
     for changed in ("inference.py", "sdpa.py", "algorithm.py"):
-        graph_pass.source_hash.cache_clear()
+        new_process()
         monkeypatch.setattr(
             Path, "read_bytes", lambda self: read(self) + (b"#" if self.name == changed else b"")
         )
         assert graph_pass.source_hash() != before, changed
     monkeypatch.undo()
-    graph_pass.source_hash.cache_clear()
+    new_process()
     assert graph_pass.source_hash() == before
 
 
-def test_changed_options_are_not_served_from_a_cache(model: Block, x: Tensor) -> None:
+def test_changed_options_are_not_served_from_a_cache(
+    model: Block, x: Tensor, new_process: Callable[[], None]
+) -> None:
     outs = []
     for precision in ("fast", "accurate", "fast"):
-        torch._dynamo.reset()
+        new_process()
         with enabled(Config(kernel="reference", precision=precision)):
             outs.append(torch.compile(model)(x))
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
@@ -442,13 +446,13 @@ def test_aot_inductor_round_trip(model: Block, x: Tensor, tmp_path: Path) -> Non
     assert same(torch._inductor.aoti_load_package(package)(x), quantised(model, x))
 
 
-def test_training(model: Block, x: Tensor) -> None:
+def test_training(model: Block, x: Tensor, new_process: Callable[[], None]) -> None:
     config = {**OPTIONS, "sage.training": True}
     with torch.enable_grad():
         expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
         exact = torch.compile(model, backend="sage_inductor", options=OPTIONS)
         assert same(exact(x), model(x))  # gradients are needed and training is off: left alone
-        torch._dynamo.reset()
+        new_process()
         compiled = torch.compile(model, backend="sage_inductor", options=config)
         out = compiled(x)
         with torch.no_grad():

@@ -41,7 +41,6 @@ def test_generate(cache: str, padded: int, implementation: str) -> None:
     if cache == "static":
         options |= {"cache_implementation": "static", "disable_compile": True}  # we compile forward ourselves
     backend = RewritingBackend(Config(kernel="reference", precision="accurate"))
-    torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend=backend)
     assert torch.equal(model.generate(prompt, **options), expected)
 

@@ -22,7 +22,7 @@ CALL = re.compile(
 
 def calls(model: nn.Module, inputs: dict[str, Any], kernel: str | None) -> list[str]:
     """What the compiled `model` calls, in order: mm (any matrix product), fused, ours by name, aten's by name."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options: dict[str, Any] = {} if kernel is None else {"sage.kernel": kernel, "sage.fallback": "error"}
     compiled = torch.compile(
         model, backend="inductor" if kernel is None else "sage_inductor", options=options

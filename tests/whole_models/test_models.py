@@ -162,7 +162,7 @@ def compiled_run(
     case: ModelCase, model: nn.Module, inputs: dict[str, Any], backend: Any
 ) -> tuple[Tensor, int, Callable[[], Tensor]]:
     """The output, the number of graph breaks, and the same run again."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(model, backend=backend)
     output = run(case, compiled, inputs)
@@ -295,7 +295,6 @@ def test_one_dynamic_graph_serves_every_length(name: str) -> None:
     """A symbolic length hides what a mask will be: right all the same, as a mask read at run time."""
     model, inputs = instantiate(BY_NAME[name])
     recorder = Recorder(REFERENCE)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend=recorder, dynamic=True)
     for length in (9, 33, 40):
         cut = {key: value[:, -length:].contiguous() for key, value in inputs.items()}

@@ -20,9 +20,7 @@ from sage_inductor.testing import relative_l2
 OPTIONS = {"sage.kernel": "reference"}
 
 
-@pytest.fixture(autouse=True)
-def fresh(fresh_compile: None) -> None:
-    counters.clear()
+pytestmark = pytest.mark.usefixtures("fresh_compile")
 
 
 @pytest.mark.parametrize("name", ["llama", "bert padded", "wan", "unet"])

@@ -7,14 +7,15 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, fx
 
 from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.graph.call import AttentionCall, Expansion, Value, example_tensor
+from sage_inductor.graph.call import AttentionCall, Value, example_tensor
 from sage_inductor.graph.origin import module_path, source_code, source_line
 from sage_inductor.graph.surroundings import Surroundings, ambient_pin, enter
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
@@ -32,7 +33,7 @@ from sage_inductor.rewriting.eligibility import (
 )
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
-from sage_inductor.rewriting.substitution import insert_expansion, rewrite
+from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
 
@@ -61,13 +62,13 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
 def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
     of our operator carry the name of their site as `meta["sage_site"]`."""
-    calls = (
-        Counter()
-        if config.plan is None
-        else Counter(_module_paths(graph, Surroundings(ambient_pin()), set()))
-    )
-    walk = _Walk(config, Names(), calls)
-    return tuple(_walk(graph, walk, Surroundings(ambient_pin()), set()))
+    regions: list[_Region] = []
+    found = list(_collect(graph, Surroundings(ambient_pin()), regions, set()))
+    walk = _Walk(config, Names(), Counter(module_path(item.node) for item in found))
+    decisions = [_judge(item, walk) for item in found]
+    for region in regions:
+        _carry_out(region, [decision for decision in decisions if decision.found.region is region])
+    return tuple(decision.site for decision in decisions)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Walk:
     config: Config
     names: Names
     calls: Mapping[str, int]
-    """Attention calls per module path, counted where there is a plan."""
+    """Attention calls per module path."""
 
 
 def _plan_of(config: Config) -> Plan:
@@ -110,60 +111,144 @@ def _fall_back(refused: list[Site], config: Config) -> None:
     )
 
 
-def _walk(graph: fx.Graph, walk: _Walk, around: Surroundings, visited: set[int]) -> Iterator[Site]:
-    """Judge the nodes of `graph` in order; a subgraph where it is first referred to, in its surroundings
-    there."""
-    constants: dict[fx.Node, Tensor | None] = {}
+@dataclass(frozen=True, eq=False)
+class _Region:
+    """The root graph, or the graph of a submodule, as matching sees it: before anything in it is rewritten."""
+
+    graph: fx.Graph
+    owner: fx.GraphModule | None
+    """The submodule whose graph it is; None for the root, which the caller recompiles."""
+    writes: Writes
+    constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+    """Masks whose value is worked out, for all calls of the graph."""
+    transformed: set[fx.Node] = field(default_factory=set)
+    """Nodes inside functorch transforms."""
+    openings: list[_Opening] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Opening:
+    """An opaque node and its expansion, which stands in front of it in the graph."""
+
+    node: fx.Node
+    inlined: Inlined
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A call with repeated heads seen through, and as the model makes it."""
+
+    call: AttentionCall
+    as_found: AttentionCall
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An attention of the model, called at `node`: a match there or in the expansion of `node`, or, where `match` is None,
+    a node that cannot be opened."""
+
+    node: fx.Node
+    pattern: str
+    region: _Region
+    around: Surroundings
+    match: _Match | None = None
+    opening: _Opening | None = None
+    closed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What becomes of `found`; `insert` puts our operator into the graph, and is None where the attention stays."""
+
+    found: _Found
+    site: Site
+    insert: partial[Substitute] | None = None
+
+
+def _collect(
+    graph: fx.Graph,
+    around: Surroundings,
+    regions: list[_Region],
+    visited: set[int],
+    owner: fx.GraphModule | None = None,
+) -> Iterator[_Found]:
+    """Every attention of `graph` in the order of its nodes; those of a subgraph where it is first referred to, in its
+    surroundings there. Nothing is rewritten, but expansions of opaque nodes stand beside them afterwards. `regions`
+    receives `graph` and all graphs below it."""
     follow_in_place(graph)
-    writes = Writes(graph)
-    transformed: set[fx.Node] = set()
+    region = _Region(graph, owner, Writes(graph))
+    regions.append(region)
     for node in list(graph.nodes):
         around = enter(node, around)
         if around.transforms:
-            transformed.add(node)
+            region.transformed.add(node)
         submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
-            yield from _walk(submodule.graph, walk, around, visited)
-            submodule.recompile()
+            yield from _collect(submodule.graph, around, regions, visited, submodule)
             continue
-        for opaque in OPAQUE:
-            closed = opaque.closed_reasons(node)
-            if closed:
-                yield _closed_site(node, opaque.name, closed, walk)
-                break
-            expansion = opaque.expand(node)
-            if expansion is not None:
-                yield from _judge_expansion(node, opaque.name, expansion, walk, around, constants, writes)
-                break
-        match = _match(node, writes, around)
+        yield from _opened(node, region, around)
+        match = _match(node, region.writes, around)
         if match is not None:
-            yield _judge(match, walk, around, constants, writes)
-    workarounds.apply(graph, transformed)
+            yield _Found(node, match.call.pattern, region, around, match)
 
 
-def _module_paths(graph: fx.Graph, around: Surroundings, visited: set[int]) -> Iterator[str]:
-    """The module path of every site that `_walk` will find."""
-    writes = Writes(graph)
-    for node in graph.nodes:
-        around = enter(node, around)
-        submodule = submodule_of(node)
-        if submodule is not None and id(submodule) not in visited:
-            visited.add(id(submodule))
-            yield from _module_paths(submodule.graph, around, visited)
-            continue
-        inner: list[fx.Node] = []
-        for opaque in OPAQUE:
-            if opaque.closed_reasons(node):
-                yield module_path(node)
-                break
-            expansion = opaque.expand(node)
-            if expansion is not None:
-                inner = list(expansion.graph.nodes)
-                break
-        for candidate in (*inner, node):
-            if _match(candidate, writes, around) is not None:
-                yield module_path(node)
+def _opened(node: fx.Node, region: _Region, around: Surroundings) -> Iterator[_Found]:
+    """The attention inside `node`, where that is opaque; or that it is closed."""
+    for opaque in OPAQUE:
+        closed = opaque.closed_reasons(node)
+        if closed:
+            yield _Found(node, opaque.name, region, around, closed=tuple(closed))
+            return
+        expansion = opaque.expand(node)
+        if expansion is not None:
+            opening = _Opening(node, insert_expansion(node, expansion))
+            region.openings.append(opening)
+            for inner in opening.inlined.nodes:
+                match = _match(inner, region.writes, around)
+                if match is not None:
+                    yield _Found(node, opaque.name, region, around, match, opening)
+            return
+
+
+def _match(node: fx.Node, writes: Writes, around: Surroundings) -> _Match | None:
+    patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
+    matches = (pattern.match(node) for pattern in patterns)
+    found = next((call for call in matches if call is not None), None)
+    if found is None:
+        return None
+    candidates = (absorb_repeated_heads(found), found)
+    call = next((call for call in candidates if not writes.overwrite(call)), None)
+    return None if call is None else _Match(call, found)
+
+
+def _judge(found: _Found, walk: _Walk) -> _Decision:
+    if found.match is None:
+        return _Decision(found, _closed_site(found.node, found.pattern, list(found.closed), walk))
+    call = dataclasses.replace(found.match.call, pattern=found.pattern)
+    mask = classify.classify(call, found.region.constants, found.region.writes)
+    gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
+    site, choice = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
+    insert = partial(insert_substitute, call, mask, site, choice) if site.rewritten else None
+    return _Decision(found, site, insert)
+
+
+def _carry_out(region: _Region, decisions: Sequence[_Decision]) -> None:
+    """Rewrite the graph of `region`. An opaque node gives way to its expansion only where that wins something."""
+    won = {decision.found.opening for decision in decisions if decision.insert is not None}
+    for opening in region.openings:
+        if opening not in won:
+            opening.inlined.remove()
+    # A call may read the value of another: all operators stand in the graph before the first takes a place.
+    substitutes = [decision.insert() for decision in decisions if decision.insert is not None]
+    for opening in region.openings:
+        if opening in won:
+            opening.inlined.replace(opening.node)
+    for substitute in substitutes:
+        substitute.replace()
+    workarounds.apply(region.graph, region.transformed)
+    if region.owner is not None:
+        region.owner.recompile()
 
 
 def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -> Site:
@@ -184,69 +269,6 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -
         reasons=tuple(reasons),
         code=source_code(node),
     )
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A call with repeated heads seen through, and as the model makes it."""
-
-    call: AttentionCall
-    as_found: AttentionCall
-
-
-def _match(node: fx.Node, writes: Writes, around: Surroundings) -> _Match | None:
-    patterns = [pattern for pattern in ALL if pattern.under_transforms or not around.transforms]
-    matches = (pattern.match(node) for pattern in patterns)
-    found = next((call for call in matches if call is not None), None)
-    if found is None:
-        return None
-    candidates = (absorb_repeated_heads(found), found)
-    call = next((call for call in candidates if not writes.overwrite(call)), None)
-    return None if call is None else _Match(call, found)
-
-
-def _judge(
-    match: _Match,
-    walk: _Walk,
-    around: Surroundings,
-    constants: dict[fx.Node, Tensor | None],
-    writes: Writes,
-) -> Site:
-    """The decision about `match`, carried out."""
-    call = match.call
-    mask = classify.classify(call, constants, writes)
-    site, choice = _decide(match.as_found, call, mask, walk, around, call.node)
-    if site.rewritten:
-        rewrite(call, mask, site, choice)
-    return site
-
-
-def _judge_expansion(
-    node: fx.Node,
-    pattern: str,
-    expansion: Expansion,
-    walk: _Walk,
-    around: Surroundings,
-    constants: dict[fx.Node, Tensor | None],
-    writes: Writes,
-) -> Iterator[Site]:
-    """The attention inside an opaque node. The node gives way to its expansion only where that wins something."""
-    gradients = gradient_reasons(node, walk.config)
-    inlined = insert_expansion(node, expansion)
-    decided = []
-    matches = [_match(inner, writes, around) for inner in inlined.nodes]
-    for match in [match for match in matches if match is not None]:
-        call = dataclasses.replace(match.call, pattern=pattern)
-        mask = classify.classify(call, constants, writes)
-        decided.append((call, mask, *_decide(match.as_found, call, mask, walk, around, node, gradients)))
-    if any(site.rewritten for _, _, site, _ in decided):
-        inlined.replace(node)
-    else:
-        inlined.remove()
-    for call, mask, site, choice in decided:
-        if site.rewritten:
-            rewrite(call, mask, site, choice)
-        yield site
 
 
 def _decide(

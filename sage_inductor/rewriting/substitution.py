@@ -42,9 +42,31 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.Node:
-    """Replace `call` in its graph by the site's kernel, from the lengths of `choice` on; returns the new node. Options
-    at their defaults are not written out."""
+@dataclass(frozen=True)
+class Substitute:
+    """What is to take the place of the call at `old`: `new`, a node that stands in front of it."""
+
+    old: fx.Node
+    new: fx.Node
+    gives_nhd: bool
+    """Whether users of `new` see the memory of `[batch, seq, heads, head_dim]`, whatever `old` gave them."""
+
+    def replace(self) -> None:
+        """Give the users of the call the new value, and erase what nothing reads any more."""
+        self.old.replace_all_uses_with(self.new)
+        if self.gives_nhd:
+            for user in self.new.users:
+                if _is_transposed(user):
+                    value = self.new.meta["example_value"].transpose(1, 2)
+                    user.meta = {**user.meta, "example_value": value}
+        former_inputs = self.old.all_input_nodes
+        self.old.graph.erase_node(self.old)
+        _erase_unused(former_inputs)
+
+
+def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> Substitute:
+    """The site's kernel, from the lengths of `choice` on, in the graph before `call`. Options at their defaults are not
+    written out."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
@@ -87,15 +109,7 @@ def rewrite(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> fx.N
             value = traced(new.meta["example_value"], ((method, arguments),))
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
-    old.replace_all_uses_with(new)
-    if order == NHD and not call.restore:
-        for user in new.users:
-            if _is_transposed(user):
-                user.meta = {**user.meta, "example_value": new.meta["example_value"].transpose(1, 2)}
-    former_inputs = old.all_input_nodes
-    graph.erase_node(old)
-    _erase_unused(former_inputs)
-    return new
+    return Substitute(old, new, gives_nhd=order == NHD and not call.restore)
 
 
 def _is_transposed_and_copied(call: AttentionCall) -> bool:

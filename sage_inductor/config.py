@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any
 
@@ -37,10 +36,14 @@ class Config:
 
     include: tuple[str, ...] = ()
     """fnmatch globs on the site's module path ("blocks.*.attn1"); when given, only sites that match are
-    rewritten."""
+    rewritten. A glob matches the whole path, a dotted tail of it ("attn1"), or either behind the class of a module on
+    the way ("Block.attn1"). Wrappers (DDP, FSDP, torch.compile, hooks) are no part of a path. Where blocks that were
+    compiled one by one share a graph, all of them have to match."""
 
     exclude: tuple[str, ...] = ()
-    """fnmatch globs on the site's module path; sites that match stay SDPA. Wins over include."""
+    """fnmatch globs as for include; sites that match stay SDPA, as do those that share a graph with one. Wins over
+    include. A glob of either that matches nothing in the model warns (UserWarning) when its first attention is
+    compiled."""
 
     tune: str = "measure"
     """How "auto" chooses. "measure": while compiling, every kernel that can run the site is timed against the
@@ -104,16 +107,6 @@ class Config:
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config={config!r} (valid: a sage_inductor.Config, None)")
         return cls() if config is None else config
-
-    def selection_reasons(self, name: str) -> list[str]:
-        """Why include and exclude leave out the site with this module path; empty when they do not."""
-        reasons = []
-        if self.include and not any(fnmatchcase(name, glob) for glob in self.include):
-            reasons.append(f"site={name} (include: {', '.join(self.include)})")
-        for glob in self.exclude:
-            if fnmatchcase(name, glob):
-                reasons.append(f"site={name} (exclude: {glob})")
-        return reasons
 
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ import torch
 __all__ = [
     "compile_with_inductor",
     "configured_pre_grad_pass",
+    "dynamo_is_compiling",
     "graph_breaks",
     "inductor_modes",
     "keep_gpu_busy",
@@ -65,6 +66,13 @@ def pre_grad_pass(graph_pass: Any) -> Iterator[None]:
 
     with inductor_config.patch(pre_grad_custom_pass=graph_pass):
         yield
+
+
+def dynamo_is_compiling() -> bool:
+    """Whether Dynamo is compiling on this thread: what is called around it is what it compiles."""
+    from torch._guards import CompileContext
+
+    return CompileContext.current_compile_id() is not None
 
 
 def graph_breaks() -> int:

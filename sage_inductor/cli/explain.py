@@ -75,7 +75,7 @@ def _row(site: Site, measured: bool) -> list[Cell]:
     speedup = "" if site.speedup is None else f"{site.speedup:.2f}x"
     figures = [error, speedup] if measured else []
     return [
-        site.name,
+        site.title,
         site.source,
         str(site.query or "?"),
         key,

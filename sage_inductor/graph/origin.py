@@ -4,27 +4,63 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
 
+ROOT = "<root>"  # the path of what was compiled itself
+
 _SUBSCRIPT = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)\]""")
 # Dynamo reaches the children of a module that has a __getattr__ of its own through its __dict__.
 _CHILDREN = re.compile(r"(\.__dict__)?\._modules(?=\.)")
+# A forward function that was replaced (hooks) leads back to the module by the bound method that it keeps.
+_REPLACED_FORWARD = re.compile(r"(^|\.)forward\.(.*\.)?__self__(?=\.|$)")
+# A model that reaches a wrapper of its forward function as an argument.
+_ARGUMENT = re.compile(r"^(args\.\d+|kwargs\.\w+)(?=\.|$)")
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of the modules that a node was made in."""
+
+    path: str
+    class_name: str
+    module_id: int | None
+    """Python's id of the module, as Dynamo tells it; None in an exported graph."""
+
+
+def module_stack(node: fx.Node) -> tuple[Entry, ...]:
+    """The modules that `node` was made in, the innermost last, from the metadata of Dynamo or export."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(
+        Entry(
+            _clean(str(path)),
+            cls.__name__ if isinstance(cls, type) else str(cls).rpartition(".")[2],
+            int(digits) if (digits := str(key).partition("@")[0]).isdecimal() else None,
+        )
+        for key, (path, cls) in stack.items()
+    )
 
 
 def module_path(node: fx.Node) -> str:
     """ "blocks.0.attn1" from the metadata of Dynamo or export; "<root>" outside any submodule."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "<root>"
-    path = str(list(stack.values())[-1][0])
+    stack = module_stack(node)
+    return stack[-1].path if stack else ROOT
+
+
+def _clean(path: str) -> str:
+    """The path alone, without the variable that holds the model, and without wrappers."""
     if path.startswith(
         ("L[", "G[")
     ):  # as Dynamo writes it: the local or global variable that holds the model first
         names = _SUBSCRIPT.sub(lambda subscript: f".{ast.literal_eval(subscript[1])}", path[1:])
-        path = _CHILDREN.sub("", names).lstrip(".").partition(".")[2]
-    return path or "<root>"
+        names = _CHILDREN.sub("", names).lstrip(".")
+        argument = _ARGUMENT.match(names)
+        path = names[argument.end() :].lstrip(".") if argument else names.partition(".")[2]
+        path = _REPLACED_FORWARD.sub("", path).lstrip(".")
+    return _WRAPPERS.sub("", path).lstrip(".") or ROOT
 
 
 def source_line(node: fx.Node) -> str:

@@ -101,16 +101,48 @@ class Plan:
             result[site.name] = _most_careful([site.decision, result.get(site.name, DECISIONS[0])])
         return result
 
-    def verdict(self, name: str, fingerprint: Fingerprint) -> Verdict:
-        """The decision for a site of a graph.
+    def verdict(self, name: str, fingerprint: Fingerprint, others: Iterable[str] = ()) -> Verdict:
+        """The decision for a site of a graph, whose code the sites called `others` run, too.
 
-        Of several that fit (ranges of steps, graphs in which the site was met) the most careful one counts.
+        Of several that fit (sites that share the code, ranges of steps, graphs in which the site was met) the most
+        careful one counts.
         """
-        named = [site for site in self.sites if site.name == name]
-        if not named:
+        own = self._verdict_of(name, fingerprint)
+        verdicts = [own]
+        if own.known:
+            for other in others:
+                verdict = self._verdict_of(other, fingerprint)
+                if verdict.precision is None:
+                    verdict = replace(verdict, reason=f"{verdict.reason}; {other} runs the same code")
+                verdicts.append(verdict)
+        return _most_careful_verdict(verdicts)
+
+    def _verdict_of(self, name: str, fingerprint: Fingerprint) -> Verdict:
+        called = self.sites_called(name)
+        if not called:
             return Verdict(
-                None, reason=f"plan has no site {name!r} (its sites: {self._names()})", known=False
+                None, reason=f"plan has no site {name!r} (its sites: {self.names_text()})", known=False
             )
+        # Of several that a short name may mean, those of another kind are not meant.
+        verdicts = [self._verdict_among(sites, name, fingerprint) for sites in called]
+        return _most_careful_verdict([verdict for verdict in verdicts if verdict.known] or verdicts[:1])
+
+    def sites_called(self, name: str) -> list[list[PlannedSite]]:
+        """The sites of the plan that `name` means, for each of their names: that name if the plan has it; else those that
+        one of both paths ends with the other of, as when the model was calibrated with its wrapper, or one block alone."""
+        by_name: dict[str, list[PlannedSite]] = {}
+        for site in self.sites:
+            by_name.setdefault(site.name, []).append(site)
+        if name in by_name:
+            return [by_name[name]]
+        return [
+            sites
+            for planned, sites in by_name.items()
+            if planned.endswith(f".{name}") or name.endswith(f".{planned}")
+        ]
+
+    def _verdict_among(self, named: list[PlannedSite], name: str, fingerprint: Fingerprint) -> Verdict:
+        """The decision of sites of one name."""
         fitting = [site for site in named if not fingerprint.disagreements(site.fingerprint)]
         # A site that could not be measured in one graph (one query, as in decoding) says nothing of others.
         fitting = [site for site in fitting if not site.reasons] or fitting
@@ -128,12 +160,20 @@ class Plan:
         ]
         return Verdict(decision, rel_l2=max(worst, default=None))
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Sites that the plan met in one graph with some of `names`, and that are not among them."""
-        here = set(names)
-        graphs = {site.graph for site in self.sites if site.name in here}
+    def missing(self, names: Iterable[str], within: Iterable[str] = ()) -> list[str]:
+        """Sites that the plan met in one graph with some of `names`, and that are not among them. Of a graph of modules
+        that are compiled by themselves, the paths of which are `within`, only sites below these."""
+        here = [site for name in set(names) for sites in self.sites_called(name) for site in sites]
+        graphs, found = {site.graph for site in here}, {site.name for site in here}
+        below = tuple(f"{path}." for path in within)
         return list(
-            dict.fromkeys(site.name for site in self.sites if site.graph in graphs and site.name not in here)
+            dict.fromkeys(
+                site.name
+                for site in self.sites
+                if site.graph in graphs
+                and site.name not in found
+                and (not below or site.name.startswith(below))
+            )
         )
 
     def _why_sdpa(self, site: PlannedSite) -> str:
@@ -141,7 +181,8 @@ class Plan:
         shown = [f"{precision} {_figure_text(figure)}" for precision, figure in figures]
         return f"{self.metric}: {', '.join(shown) or 'not measured'}; tolerance {self.tolerance:g}"
 
-    def _names(self, at_most: int = 4) -> str:
+    def names_text(self, at_most: int = 4) -> str:
+        """The names of its first sites."""
         names = list(self.decisions())
         more = f", ... {len(names) - at_most} more" if len(names) > at_most else ""
         return (", ".join(names[:at_most]) or "none") + more
@@ -187,6 +228,16 @@ class Plan:
 
 def _most_careful(decisions: list[str]) -> str:
     return max(decisions, key=DECISIONS.index)
+
+
+def _most_careful_verdict(verdicts: list[Verdict]) -> Verdict:
+    """The first that keeps its site, else one of the most careful precision, with the largest of their errors."""
+    kept = next((verdict for verdict in verdicts if verdict.precision is None), None)
+    if kept is not None:
+        return kept
+    precision = _most_careful([verdict.precision or SDPA for verdict in verdicts])
+    errors = [v.rel_l2 for v in verdicts if v.precision == precision and v.rel_l2 is not None]
+    return Verdict(precision, rel_l2=max(errors, default=None))
 
 
 def _figure_text(figure: Figure | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from sage_inductor.report.site import Site, Unread
 from sage_inductor.report.text import plain_table, to_json
@@ -38,7 +39,7 @@ class Report:
             "refused": len(self.refused),
             "missing": list(self.missing),
             "unread": [asdict(item) for item in self.unread],
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [_site_data(site) for site in self.sites],
         }
         return to_json(data, indent)
 
@@ -62,7 +63,7 @@ class Report:
         header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
         rows = [
             (
-                site.name,
+                site.title,
                 site.source,
                 site.pattern,
                 str(site.query or "?"),
@@ -94,6 +95,10 @@ class Report:
     def plan_mismatch(self) -> str:
         """The sites of the plan that the model lacks; empty where it has them all."""
         return f"the plan has sites that the model lacks: {', '.join(self.missing)}" if self.missing else ""
+
+
+def _site_data(site: Site) -> dict[str, Any]:
+    return {**asdict(replace(site, places=())), "places": list(site.serves)}
 
 
 def _decision(site: Site) -> str:

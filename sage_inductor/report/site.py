@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from sage_inductor.graph.origin import ROOT
+from sage_inductor.graph.places import Place
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -54,6 +57,24 @@ class Site:
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
     module: str = ""
     """The module path alone, which several calls may share."""
+    places: tuple[Place, ...] = ()
+    """The module of this path, and others that run the same code: blocks that are compiled one by one share a graph."""
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """The paths of all modules that run this code, `module` among them."""
+        return tuple(place.path for place in self.places) or (self.module,)
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The paths of the modules that were compiled, with this one in them; empty where that is the whole model."""
+        return tuple(place.compiled for place in self.places if place.compiled != ROOT)
+
+    @property
+    def title(self) -> str:
+        """The name, with how many other modules run this code."""
+        others = len(self.serves) - 1
+        return f"{self.name} and {others} more" if others else self.name
 
     def __str__(self) -> str:
         decision = (

@@ -16,12 +16,13 @@ from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
-from sage_inductor.graph.origin import module_path, source_code, source_line
+from sage_inductor.graph.origin import ROOT, source_code, source_line
+from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings, ambient_pin, enter
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.plan.plan import Plan
-from sage_inductor.plan.sites import Fingerprint, calls_per_module
+from sage_inductor.plan.sites import Fingerprint, Verdict, calls_per_module
 from sage_inductor.report.report import Report
 from sage_inductor.report.site import Names, Site, TensorInfo
 from sage_inductor.rewriting import workarounds
@@ -33,6 +34,7 @@ from sage_inductor.rewriting.eligibility import (
 )
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
+from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
@@ -46,7 +48,8 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     Raises NotEligibleError where a kernel that was asked for by name cannot run on this machine, and, with
     `fallback="error"`, where any site stays.
     """
-    sites = rewrite_sites(graph, config)
+    places = Places()
+    sites = rewrite_sites(graph, config, places)
     for site in sites:
         log.debug("%s", site)
     rewritten = sum(site.rewritten for site in sites)
@@ -55,16 +58,18 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
         trace_artifact("sage_inductor_report", lambda: Report(sites).to_json())
         if config.plan is not None:
             _compare_with_plan(sites, _plan_of(config))
+        warn_of_unmatched(config, sites, places)
     _fall_back([site for site in sites if not site.rewritten], config)
     return sites
 
 
-def rewrite_sites(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
+def rewrite_sites(graph: fx.Graph, config: Config, places: Places | None = None) -> tuple[Site, ...]:
     """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
-    of our operator carry the name of their site as `meta["sage_site"]`."""
+    of our operator that it writes carry the name of their site as `meta["sage_site"]`."""
+    places = Places() if places is None else places
     regions: list[_Region] = []
     found = list(_collect(graph, Surroundings(ambient_pin()), regions, set()))
-    walk = _Walk(config, Names(), Counter(module_path(item.node) for item in found))
+    walk = _Walk(config, Names(), places, Counter(places.of(item.node)[0].path for item in found))
     decisions = [_judge(item, walk) for item in found]
     for region in regions:
         _carry_out(region, [decision for decision in decisions if decision.found.region is region])
@@ -77,6 +82,7 @@ class _Walk:
 
     config: Config
     names: Names
+    places: Places
     calls: Mapping[str, int]
     """Attention calls per module path."""
 
@@ -89,13 +95,30 @@ def _plan_of(config: Config) -> Plan:
 def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
     """Say where a plan and a graph do not fit. What they disagree about stays SDPA."""
     calls = calls_per_module(sites)
-    verdicts = [plan.verdict(site.name, Fingerprint.of(site, calls[site.module])) for site in sites]
+    verdicts = [_verdict(plan, site, calls[site.module]) for site in sites]
     for verdict in verdicts:
         if not verdict.known:
             log.warning("%s; it stays SDPA", verdict.reason)
-    missing = plan.missing(site.name for site in sites)
+    names = [name for site in sites for name in _planned_names(plan, site)]
+    missing = plan.missing(names, {path for site in sites for path in site.compiled})
     if missing:
         log.warning("plan has sites that this graph lacks: %s", ", ".join(missing))
+
+
+def _verdict(plan: Plan, site: Site, calls: int) -> Verdict:
+    name, *others = _planned_names(plan, site)
+    return plan.verdict(name, Fingerprint.of(site, calls), others)
+
+
+def _planned_names(plan: Plan, site: Site) -> list[str]:
+    """What `plan` may call `site`, and the others that run its code: by path, or by none ("<root>") where it was made for
+    the module alone."""
+    number = site.name.removeprefix(site.module)
+    names = [place.path + number for place in site.places]
+    alone = ROOT + number
+    if ROOT in site.places[0].names and not plan.sites_called(names[0]) and plan.sites_called(alone):
+        return [alone]
+    return names
 
 
 def _fall_back(refused: list[Site], config: Config) -> None:
@@ -252,8 +275,9 @@ def _carry_out(region: _Region, decisions: Sequence[_Decision]) -> None:
 
 
 def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -> Site:
-    path, config = module_path(node), walk.config
-    reasons = config.selection_reasons(path) + reasons
+    places, config = walk.places.of(node), walk.config
+    path = places[0].path
+    reasons = selection_reasons(config, places) + reasons
     return Site(
         name=walk.names.next(path),
         module=path,
@@ -268,6 +292,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -
         rewritten=False,
         reasons=tuple(reasons),
         code=source_code(node),
+        places=places,
     )
 
 
@@ -282,7 +307,8 @@ def _decide(
 ) -> tuple[Site, Choice]:
     """The decision about `call`, which the model makes at `node`, and which is `as_found` with repeated heads seen
     through."""
-    path, config = module_path(node), walk.config
+    places, config = walk.places.of(node), walk.config
+    path = places[0].path
     site = Site(
         name=walk.names.next(path),
         module=path,
@@ -296,10 +322,11 @@ def _decide(
         precision=config.precision,
         rewritten=False,
         code=source_code(node),
+        places=places,
     )
-    reasons = [*config.selection_reasons(path), *reasons]
+    reasons = [*selection_reasons(config, places), *reasons]
     if config.plan is not None:
-        verdict = _plan_of(config).verdict(site.name, Fingerprint.of(site, walk.calls[path]))
+        verdict = _verdict(_plan_of(config), site, walk.calls[path])
         config = dataclasses.replace(config, precision=verdict.precision or config.precision)
         site = dataclasses.replace(site, precision=config.precision, rel_l2=verdict.rel_l2)
         reasons += [] if verdict.reason is None else [verdict.reason]

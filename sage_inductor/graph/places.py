@@ -1,0 +1,228 @@
+"""Where in the model the nodes of a graph stand: by their path, and by all else that they can be known by.
+
+A graph that Dynamo made of one block tells paths from that block on (`attn1`), and one made of a wrapped model tells the
+wrappers, too (`module.blocks.0.attn1`). While it compiles, the modules that are being called stand on Python's stack;
+the outermost one that holds the block knows its full path, and which other modules run the same code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import fx, nn
+
+from sage_inductor.graph.origin import ROOT, module_path, module_stack
+from sage_inductor.torch_internals import dynamo_is_compiling
+
+# Attributes by which wrappers hold the module that they wrap: torch.compile, FSDP, activation checkpointing.
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Classes that hold it as `module`, which is a name that models use, too.
+_HOLD_AS_MODULE = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "AveragedModel"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module of the model in which an attention stands."""
+
+    path: str
+    """From the outermost module that is known, without wrappers: "blocks.0.attn1"; "<root>" for that module itself."""
+    names: tuple[str, ...] = field(default=(), repr=False)
+    """All that globs are held against: the path and its dotted tails ("0.attn1", "attn1"), with wrappers and without, and
+    the classes on the way with the path within ("Block.attn1", "Attention")."""
+    compiled: str = field(default=ROOT, repr=False)
+    """The path of the module that was compiled, with this one in it."""
+    is_open: bool = field(default=False, repr=False)
+    """Whether the path may go on at its front: the module was compiled by itself, and nothing known holds it."""
+
+
+# The modules from the outermost one down to one of its submodules, each with the attribute that holds it.
+Chain = tuple[tuple[str, nn.Module], ...]
+
+
+class Places:
+    """The places of the nodes of one graph, while it is being compiled, and those below it."""
+
+    def __init__(self) -> None:
+        self._called = called_modules() if dynamo_is_compiling() else []
+        self._of_id: dict[int, list[Chain]] = {}
+        self.outermost: nn.Module | None = None
+        """The module on the stack that holds all others which are called inside of it; None where there is none."""
+        if self._called:
+            innermost = self._called[0]
+            for module in reversed(self._called):
+                if any(part is innermost for part in module.modules()):
+                    self.outermost = module
+                    break
+        if self.outermost is not None:
+            for chain in _chains(self.outermost):
+                self._of_id.setdefault(id(chain[-1][1]), []).append(chain)
+
+    def of(self, node: fx.Node) -> tuple[Place, ...]:
+        """Where `node` stands, and behind it where else the same code may run: Dynamo keeps one graph for all modules of a
+        class that its guards cannot tell apart, such as the blocks of a transformer compiled one by one."""
+        chain = self._chain(node)
+        if chain is None:
+            return (_place_by_name(node),)
+        compiled = self._compiled(chain)
+        within = _path(chain[len(compiled) :])
+        holders = [
+            other
+            for chains in self._of_id.values()
+            for other in chains
+            if type(other[-1][1]) is type(compiled[-1][1]) and other != compiled
+        ]
+        is_open = compiled[-1][1] is _unwrapped(self.outermost)
+        places = [_place(chain, compiled, is_open)]
+        for holder in holders:
+            # The same module below the other holder, if it has one.
+            below = next((c for c in self._below(holder) if _path(c[len(holder) :]) == within), None)
+            if below is not None:
+                places.append(_place(below, holder, is_open))
+        by_path: dict[str, Place] = {}
+        for place in places:
+            by_path.setdefault(place.path, place)
+        return tuple(by_path.values())
+
+    @cached_property
+    def all_names(self) -> frozenset[str]:
+        """What the modules of the model, those without attention too, can be known by."""
+        return frozenset(
+            name for chains in self._of_id.values() for chain in chains for name in _names(chain)
+        )
+
+    def _chain(self, node: fx.Node) -> Chain | None:
+        """The way to the module that makes `node`; None where it is not on the stack's."""
+        stack = module_stack(node)
+        if not stack:
+            # Straight in what is being compiled, which is the innermost module that is being called.
+            return None if not self._called else self._of_id[id(_unwrapped(self._called[0]))][0]
+        chains = self._of_id.get(stack[-1].module_id or 0, [])
+        # A module that is held in several places: the one that the graph names.
+        told = module_path(node)
+        return max(chains, key=lambda chain: _common_tail(_path(chain), told), default=None)
+
+    def _compiled(self, chain: Chain) -> Chain:
+        """The front part of `chain`, up to the module that is being compiled: the innermost one that is called."""
+        called = {id(module) for module in self._called}
+        length = max(index for index, (_, module) in enumerate(chain) if id(module) in called) + 1
+        while length < len(chain) and _is_wrapper(chain[length - 1][1], chain[length][0]):
+            length += 1
+        return chain[:length]
+
+    def _below(self, holder: Chain) -> Iterator[Chain]:
+        for chain in _chains(holder[-1][1]):
+            yield (*holder[:-1], (holder[-1][0], chain[0][1]), *chain[1:])
+
+
+def called_modules() -> list[nn.Module]:
+    """The modules that are being called on this thread, the innermost first: the first arguments of the functions on the
+    stack. Compilers, which call modules of their own, are passed over."""
+    found: dict[int, nn.Module] = {}
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        inside = frame.f_globals.get("__name__", "").startswith(
+            ("torch._dynamo.", "torch._inductor.", "sage_inductor.graph")
+        )
+        if code.co_argcount and not inside:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nn.Module) and not isinstance(first, fx.GraphModule):
+                found.setdefault(id(first), first)
+        frame = frame.f_back  # type: ignore[assignment]
+    return list(found.values())
+
+
+def tails(path: str) -> tuple[str, ...]:
+    """ "blocks.0.attn", "0.attn", "attn"."""
+    parts = path.split(".")
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _chains(root: nn.Module) -> Iterator[Chain]:
+    """The ways from `root` to it and all of its submodules; one for each way where a module is held twice."""
+
+    def below(chain: Chain) -> Iterator[Chain]:
+        yield chain
+        for name, child in chain[-1][1]._modules.items():
+            if child is not None and all(child is not module for _, module in chain):
+                yield from below((*chain, (name, child)))
+
+    return below((("", root),))
+
+
+def _is_wrapper(holder: nn.Module, name: str) -> bool:
+    if name == "module":
+        return any(cls.__name__ in _HOLD_AS_MODULE for cls in type(holder).__mro__)
+    return name in _WRAPPED
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    """What `module` wraps, through all wrappers; itself where it is none."""
+    while module is not None:
+        inner = next((child for name, child in module._modules.items() if _is_wrapper(module, name)), None)
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def _path(chain: Chain) -> str:
+    """Of `chain`'s names, without those of wrappers. A first module has no name, unless a holder is cut off."""
+    holders = [None, *(module for _, module in chain)]
+    return ".".join(
+        name
+        for holder, (name, _) in zip(holders, chain, strict=False)
+        if name and not (name in _WRAPPED or (holder is not None and _is_wrapper(holder, name)))
+    )
+
+
+def _place(chain: Chain, compiled: Chain, is_open: bool) -> Place:
+    names = _names(chain)
+    if _path(chain) == _path(compiled):
+        names = (*names, ROOT)
+    return Place(_path(chain) or ROOT, names, _path(compiled) or ROOT, is_open)
+
+
+def _names(chain: Chain) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for start in range(len(chain)):
+        rest = chain[start + 1 :]
+        tail = _path((("", chain[start][1]), *rest))
+        names[tail] = names[".".join(name for name, _ in rest)] = None
+        for cls in _class_names(type(chain[start][1])):
+            names[f"{cls}.{tail}" if tail else cls] = None
+    names.pop("", None)
+    return tuple(names)
+
+
+def _class_names(cls: type) -> list[str]:
+    """With those it derives from: FSDP gives a module a class of its own, `FSDPBlock` for `Block`."""
+    return [base.__name__ for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+
+
+def _place_by_name(node: fx.Node) -> Place:
+    """By what the graph alone tells: the model is no module on the stack, or the graph was exported."""
+    path = module_path(node)
+    names = dict.fromkeys(tails(path))
+    for entry in module_stack(node):
+        rest = path.removeprefix(entry.path).lstrip(".") if entry.path != ROOT else path
+        if path.startswith(entry.path) or entry.path == ROOT:
+            rest = "" if rest == ROOT else rest
+            names[f"{entry.class_name}.{rest}" if rest else entry.class_name] = None
+    return Place(path, tuple(names), is_open=True)
+
+
+def _common_tail(first: str, second: str) -> int:
+    """How many components at the end two paths share."""
+    pairs: Iterable[tuple[str, str]] = zip(
+        reversed(first.split(".")), reversed(second.split(".")), strict=False
+    )
+    count = 0
+    for one, other in pairs:
+        if one != other:
+            break
+        count += 1
+    return count

@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.plan.plan import Plan
 from sage_inductor.report.report import Report
-from sage_inductor.report.site import Site, Unread, unique_names
-from sage_inductor.rewriting.driver import rewrite_graph
+from sage_inductor.report.site import AttentionOperator, Site, Unread, unique_names
+from sage_inductor.rewriting.attention_operators import attention_operators
+from sage_inductor.rewriting.driver import planned_names, rewrite_graph
 from sage_inductor.rewriting.exported import rewrite_program
+from sage_inductor.rewriting.selection import unmatched, unmatched_text
 from sage_inductor.rewriting.unrecognised import unread
 from sage_inductor.torch_internals import (
     compile_with_inductor,
+    compiled_one_by_one,
     configured_pre_grad_pass,
     inductor_modes,
     pre_grad_pass,
@@ -99,18 +104,39 @@ class _Sequence:
         return None if None in uuids else tuple(uuids)
 
 
-def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    config: Config | None = None,
+    dynamic: bool | None = None,
+    regional: bool | Sequence[str | type[nn.Module]] = False,
+    **kwargs: Any,
+) -> Report:
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
     Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in Dynamo's caches
     that another call would find or that counts against its limit of recompiles. Other threads may call it, or run and
-    compile models, at the same time: one call of `explain` or `calibrate` is under way at a time, others wait. With `tune="measure"` (the default) it measures what a
-    compile would have to measure, which then finds the results. Raises NotEligibleError as the backend does.
+    compile models, at the same time: one call of `explain` or `calibrate` is under way at a time, others wait. With
+    `tune="measure"` (the default) it measures what a compile would have to measure, which then finds the results.
+
+    Args:
+        model: a module or function.
+        args, kwargs: what it is called with.
+        config: as for the backend.
+        dynamic: as for `torch.compile`.
+        regional: show what regional compilation does, in which blocks are compiled one by one and share a graph: the
+            classes of the blocks, by name or as types; True: those that the model names itself (`_repeated_blocks`,
+            which diffusers' `compile_repeated_blocks` goes by). False: the whole model is compiled.
+
+    Raises:
+        NotEligibleError: as from the backend.
+        ValueError: `regional` names no module of the model.
     """
     chosen = Config.of(config)
     sites: list[Site] = []
     graphs = 0
     not_read: list[Unread] = []
+    operators: list[AttentionOperator] = []
 
     def collect(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
@@ -119,17 +145,51 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         try:
             sites.extend(rewrite_graph(judged.graph, chosen))
             not_read.extend(unread(judged.graph))
+            operators.extend(attention_operators(judged.graph))
         except NotEligibleError as error:
             raise surfaced(error) from None
         return graph_module.forward
 
+    blocks = _blocks(model, regional)
     with without_leaving_dynamo_entries(collect):
-        torch.compile(model, backend=collect)(*args, **kwargs)
+        if blocks:
+            with compiled_one_by_one(blocks, backend=collect, dynamic=dynamic):
+                model(*args, **kwargs)
+        else:
+            torch.compile(model, backend=collect, dynamic=dynamic)(*args, **kwargs)
     missing: tuple[str, ...] = ()
     if isinstance(chosen.plan, Plan):
-        found = {site.name for site in sites}
-        missing = tuple(name for name in chosen.plan.decisions() if name not in found)
-    return Report(unique_names(sites), graphs, missing, tuple(not_read))
+        found = {name for site in sites for name in planned_names(chosen.plan, site)}
+        known = {site.name for name in found for named in chosen.plan.sites_called(name) for site in named}
+        missing = tuple(name for name in chosen.plan.decisions() if name not in known)
+    left = unmatched(chosen, sites)
+    return Report(
+        unique_names(sites),
+        graphs,
+        missing,
+        tuple(not_read),
+        tuple(operators),
+        unmatched_text(left, sites) if left else "",
+    )
+
+
+def _blocks(model: Callable[..., Any], regional: bool | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
+    """The modules that `regional` names."""
+    if regional is False:
+        return []
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    classes = getattr(model, "_repeated_blocks", None) if regional is True else regional
+    if isinstance(classes, str):
+        raise TypeError(
+            f"regional={classes!r} (valid: True, False, a tuple or list of classes or their names)"
+        )
+    wanted = {cls if isinstance(cls, str) else cls.__name__ for cls in classes or ()}
+    blocks = [module for module in modules if wanted & {cls.__name__ for cls in type(module).__mro__}]
+    if not blocks:
+        counts = Counter(type(module).__name__ for module in modules)
+        repeated = ", ".join(name for name, count in counts.items() if count > 1) or "none"
+        raise ValueError(f"regional={regional!r} names no module (classes that repeat: {repeated})")
+    return blocks
 
 
 def rewrite_exported(

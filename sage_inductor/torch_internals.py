@@ -16,8 +16,10 @@ import torch
 
 __all__ = [
     "compile_with_inductor",
+    "compiled_one_by_one",
     "configured_pre_grad_pass",
     "dynamo_is_compiling",
+    "ends_its_frame",
     "graph_breaks",
     "inductor_modes",
     "keep_gpu_busy",
@@ -43,6 +45,19 @@ def compile_with_inductor(
     wrapper: Any = torch._TorchCompileInductorWrapper
     inductor = wrapper(mode, dict(options or {}), None)
     return cast(Callable[..., Any], inductor(graph_module, example_inputs))
+
+
+@contextmanager
+def compiled_one_by_one(modules: Sequence[torch.nn.Module], **compile_args: Any) -> Iterator[None]:
+    """Inside, calls of these modules are compiled, as `module.compile(**compile_args)` does for good."""
+    before = [module._compiled_call_impl for module in modules]
+    try:
+        for module in modules:
+            module.compile(**compile_args)
+        yield
+    finally:
+        for module, call in zip(modules, before, strict=True):
+            module._compiled_call_impl = call
 
 
 def inductor_modes() -> tuple[str, ...]:
@@ -73,6 +88,12 @@ def dynamo_is_compiling() -> bool:
     from torch._guards import CompileContext
 
     return CompileContext.current_compile_id() is not None
+
+
+def ends_its_frame(graph_module: torch.fx.GraphModule | None) -> bool:
+    """Whether this graph of Dynamo's goes on to where the function returns, and is not cut off by a break."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return reason is not None and not reason.graph_break
 
 
 def graph_breaks() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from sage_inductor.measurement.metrics import METRICS, compare
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import SDPA, Figure, Measured, PlannedSite, steps_text
+from sage_inductor.rewriting.selection import unmatched, unmatched_text
 from sage_inductor.torch_internals import tensors_of, without_leaving_dynamo_entries
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,9 @@ def calibrate(
     sites = [site for decided, _ in results for site in decided]
     if not sites:
         log.warning("no attention found in %d graph(s): the plan is empty", prober.graphs)
+    left = unmatched(chosen, prober.found())
+    if left:
+        warnings.warn(f"sage_inductor: {unmatched_text(left, prober.found())}", stacklevel=2)
     outputs = tuple((phase.steps, total) for phase, (_, total) in zip(phases, results, strict=True) if total)
     return Plan(goal.metric, goal.tolerance, tuple(sites), outputs, prober.made_with())
 
@@ -148,7 +153,8 @@ class _Phase:
             kept = {(site.name, site.fingerprint): site.decision for site in sites if site.decision != SDPA}
             total = self._effect_of(kept)
         sites += [self.prober.planned(key, SDPA) for key in self.prober.reasons if key not in measured]
-        return [replace(site, steps=self.phase.steps) for site in sites], total
+        shared = [other for site in sites for other in self.prober.sharing(site)]
+        return [replace(site, steps=self.phase.steps) for site in shared], total
 
     def _decide(self, key: Key, measured: dict[str, Measured]) -> PlannedSite:
         """The fastest precision that holds the tolerance. Effects on the output are measured as far as asked for."""

@@ -73,7 +73,9 @@ class Prober:
                 self.reasons[key] = site.reasons
         for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
             for node in list(module.graph.nodes):
-                if node.op == "call_function" and node.target is inference.attention:
+                # The operator stands in the model already where the pass did not write it: no site, and left alone.
+                ours = node.op == "call_function" and node.target is inference.attention
+                if ours and "sage_site" in node.meta:
                     _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]]))
             module.recompile()
         self.graphs += 1
@@ -123,6 +125,18 @@ class Prober:
             measured=measured,
             reasons=() if measured else self.reasons.get(key, ()),
         )
+
+    def found(self) -> list[Site]:
+        """The sites met so far."""
+        return [site for site, _ in self._sites.values()]
+
+    def sharing(self, site: PlannedSite) -> list[PlannedSite]:
+        """`site`, and the same for each site that runs its code and was not met by itself: its figures are theirs, too."""
+        met, _ = self._sites[site.name, site.fingerprint]
+        number = met.name.removeprefix(met.module)
+        others = [path + number for path in met.serves if path != met.module]
+        new = [name for name in others if (name, site.fingerprint) not in self._sites]
+        return [site, *(replace(site, name=name) for name in new)]
 
     def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, tuple[str, ...]]:
         """`{precision: kernels}` of what is measured: everything that may run the site where it is chosen. "auto" takes

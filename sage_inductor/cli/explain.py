@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
@@ -29,26 +30,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fail where any attention stays, recognised or not, or none is found",
     )
+    parser.add_argument(
+        "--dynamic",
+        action=argparse.BooleanOptionalAction,
+        help="sizes symbolic, or fixed, as for torch.compile",
+    )
+    parser.add_argument(
+        "--regional",
+        action="append",
+        metavar="CLASS",
+        help="compile modules of this class one by one, as regional compilation does; may be repeated",
+    )
     add_config(parser, config_fields())
 
 
 def run(options: argparse.Namespace) -> int:
     config = chosen_config(options)
-    report = explained(load(options.model), config)
+    report = explained(load(options.model), config, options.dynamic, options.regional or False)
     if options.html is not None:
         write_file(options.html, report.to_html(options.model))
     if options.json:
         show_json(report.to_json())
     else:
         show_report(options.model, report)
-    short = bool(report.refused or report.unread) or not report.sites
+    others = [item for item in report.operators if not item.is_own]
+    short = bool(report.refused or report.unread or others) or not (report.sites or report.operators)
     return NOT_AS_ASKED if options.require_all and short else 0
 
 
-def explained(subject: Subject, config: Config) -> Report:
+def explained(
+    subject: Subject, config: Config, dynamic: bool | None = None, regional: bool | Sequence[str] = False
+) -> Report:
     """NotEligibleError as from `explain`; whatever else is raised is the model's."""
     with failing("the model raised"), contextlib.nullcontext() if config.training else torch.no_grad():
-        return explain(subject.model, *subject.args, config=config, **subject.kwargs)
+        return explain(
+            subject.model,
+            *subject.args,
+            config=config,
+            dynamic=dynamic,
+            regional=regional,
+            **subject.kwargs,
+        )
 
 
 def show_report(title: str, report: Report) -> None:

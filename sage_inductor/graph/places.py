@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from sage_inductor.graph.origin import ROOT, module_path, module_stack
-from sage_inductor.torch_internals import dynamo_is_compiling
+from sage_inductor.torch_internals import dynamo_is_compiling, ends_its_frame
 
 # Attributes by which wrappers hold the module that they wrap: torch.compile, FSDP, activation checkpointing.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -46,7 +46,10 @@ class Places:
     """The places of the nodes of one graph, while it is being compiled, and those below it."""
 
     def __init__(self) -> None:
-        self._called = called_modules() if dynamo_is_compiling() else []
+        called = called_modules() if dynamo_is_compiling() else []
+        self._called = [module for module, _ in called]
+        # What calls the innermost: torch.nn for its forward function, itself where that is resumed behind a break.
+        self._calling = called[0][1] if called else ""
         self._of_id: dict[int, list[Chain]] = {}
         self.outermost: nn.Module | None = None
         """The module on the stack that holds all others which are called inside of it; None where there is none."""
@@ -86,6 +89,15 @@ class Places:
             by_path.setdefault(place.path, place)
         return tuple(by_path.values())
 
+    def is_whole(self, graph: fx.Graph) -> bool:
+        """Whether `graph` is all of the outermost module: no part in front of it was cut off, nor one behind it."""
+        return (
+            self.outermost is not None
+            and self._called[0] is _unwrapped(self.outermost)
+            and self._calling.startswith("torch.nn.")
+            and ends_its_frame(graph.owning_module)
+        )
+
     @cached_property
     def all_names(self) -> frozenset[str]:
         """What the modules of the model, those without attention too, can be known by."""
@@ -117,20 +129,20 @@ class Places:
             yield (*holder[:-1], (holder[-1][0], chain[0][1]), *chain[1:])
 
 
-def called_modules() -> list[nn.Module]:
-    """The modules that are being called on this thread, the innermost first: the first arguments of the functions on the
-    stack. Compilers, which call modules of their own, are passed over."""
-    found: dict[int, nn.Module] = {}
+def called_modules() -> list[tuple[nn.Module, str]]:
+    """The modules that are being called on this thread, the innermost first, each with the Python module of the function
+    that is nearest to it: the first arguments of the functions on the stack. Compilers, which call modules of their own,
+    are passed over."""
+    found: dict[int, tuple[nn.Module, str]] = {}
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        inside = frame.f_globals.get("__name__", "").startswith(
-            ("torch._dynamo.", "torch._inductor.", "sage_inductor.graph")
-        )
+        python_module = frame.f_globals.get("__name__", "")
+        inside = python_module.startswith(("torch._dynamo.", "torch._inductor.", "sage_inductor.graph"))
         if code.co_argcount and not inside:
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, nn.Module) and not isinstance(first, fx.GraphModule):
-                found.setdefault(id(first), first)
+                found.setdefault(id(first), (first, python_module))
         frame = frame.f_back  # type: ignore[assignment]
     return list(found.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sage_inductor.report.site import Site, Unread
+from sage_inductor.report.site import AttentionOperator, Site, Unread
 from sage_inductor.report.text import plain_table, to_json
 
 
@@ -21,6 +21,10 @@ class Report:
     """Sites of the plan that the model does not have."""
     unread: tuple[Unread, ...] = ()
     """What looks like attention and is no site."""
+    operators: tuple[AttentionOperator, ...] = ()
+    """Operators that compute attention by themselves, this package's own among them."""
+    unmatched: str = ""
+    """The globs of `include` and `exclude` that matched no attention, with the sites there were."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -31,13 +35,16 @@ class Report:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "unread": [{module, source, obstacle,
-        code}, ...], "sites": [{name, source, pattern, query, ...}, ...]}`."""
+        """`{"graphs": n, "rewritten": n, "refused": n, "missing": [name, ...], "unmatched": text, "unread": [{module,
+        source, obstacle, code}, ...], "operators": [{module, source, operator, code}, ...], "sites": [{name, source,
+        pattern, query, ..., "places": [path, ...]}, ...]}`."""
         data = {
             "graphs": self.graphs,
             "rewritten": len(self.rewritten),
             "refused": len(self.refused),
             "missing": list(self.missing),
+            "unmatched": self.unmatched,
+            "operators": [asdict(item) for item in self.operators],
             "unread": [asdict(item) for item in self.unread],
             "sites": [_site_data(site) for site in self.sites],
         }
@@ -53,7 +60,7 @@ class Report:
             self.sites,
             graphs=self.graphs,
             plan_mismatch=self.plan_mismatch(),
-            unread=self.unread_lines(),
+            unread=[*self.operator_lines(), *self.unread_lines(), *self.hints()],
             data=self.to_json(indent=None),
         )
 
@@ -84,9 +91,25 @@ class Report:
                 f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
                 f"{self.graphs} graph(s)"
             )
+        elif self.operators:
+            found = f"no attention to rewrite in {self.graphs} graph(s)"
         else:
             found = f"no attention found in {self.graphs} graph(s)"
-        return "\n".join([found, *([self.plan_mismatch()] if self.missing else []), *self.unread_lines()])
+        lines = [found, self.plan_mismatch(), self.unmatched, *self.operator_lines(), *self.unread_lines()]
+        return "\n".join(filter(None, [*lines, *self.hints()]))
+
+    def operator_lines(self) -> list[str]:
+        """The operators that compute attention by themselves, a line each, under a heading; empty where there is none."""
+        return ["computed by operators, which stay:", *map(str, self.operators)] if self.operators else []
+
+    def hints(self) -> list[str]:
+        """What to try where nothing can run on the device of the inputs; empty elsewhere."""
+        on_cpu = any("device=cpu" in reason for site in self.refused for reason in site.reasons)
+        if self.rewritten or not on_cpu:
+            return []
+        return [
+            'on a CPU only kernel="reference" runs: slow, it shows what would be rewritten and with what error'
+        ]
 
     def unread_lines(self) -> list[str]:
         """What looks like attention and is no site, a line each, under a heading; empty where there is none."""

@@ -100,6 +100,27 @@ class Unread:
         return f"{self.module} at {self.source}: {self.obstacle}"
 
 
+@dataclass(frozen=True)
+class AttentionOperator:
+    """A registered operator that computes attention by itself: it stays as it is."""
+
+    module: str
+    """The module path ("blocks.0.attn1")."""
+    source: str
+    """The line that calls it ("model.py:123")."""
+    operator: str
+    """ "flash_attn::_flash_attn_forward"; "sage_inductor::attention" is this package's own."""
+    code: str = ""
+    """The text of that line, where its file is at hand."""
+
+    @property
+    def is_own(self) -> bool:
+        return self.operator.startswith("sage_inductor::")
+
+    def __str__(self) -> str:
+        return f"{self.module} at {self.source}: {self.operator}{' (8-bit attention already)' if self.is_own else ''}"
+
+
 def layout_of(tensor: Tensor) -> str:
     """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, else its strides."""
     if tensor.dim() == 4 and isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1:

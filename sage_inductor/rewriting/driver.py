@@ -58,7 +58,7 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
         trace_artifact("sage_inductor_report", lambda: Report(sites).to_json())
         if config.plan is not None:
             _compare_with_plan(sites, _plan_of(config))
-        warn_of_unmatched(config, sites, places)
+        warn_of_unmatched(config, sites, graph, places)
     _fall_back([site for site in sites if not site.rewritten], config)
     return sites
 
@@ -99,18 +99,18 @@ def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
     for verdict in verdicts:
         if not verdict.known:
             log.warning("%s; it stays SDPA", verdict.reason)
-    names = [name for site in sites for name in _planned_names(plan, site)]
+    names = [name for site in sites for name in planned_names(plan, site)]
     missing = plan.missing(names, {path for site in sites for path in site.compiled})
     if missing:
         log.warning("plan has sites that this graph lacks: %s", ", ".join(missing))
 
 
 def _verdict(plan: Plan, site: Site, calls: int) -> Verdict:
-    name, *others = _planned_names(plan, site)
+    name, *others = planned_names(plan, site)
     return plan.verdict(name, Fingerprint.of(site, calls), others)
 
 
-def _planned_names(plan: Plan, site: Site) -> list[str]:
+def planned_names(plan: Plan, site: Site) -> list[str]:
     """What `plan` may call `site`, and the others that run its code: by path, or by none ("<root>") where it was made for
     the module alone."""
     number = site.name.removeprefix(site.module)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import fx, nn
 
 from sage_inductor.config import Config
 from sage_inductor.graph.places import Place, Places, tails
@@ -74,15 +74,17 @@ def unmatched_text(what: Iterable[object], sites: Iterable[Site], at_most: int =
     return f"{', '.join(map(str, what))} matched no attention (sites: {', '.join(paths[:at_most]) + more or 'none'})"
 
 
-def warn_of_unmatched(config: Config, sites: Sequence[Site], places: Places) -> None:
-    """Warn of globs, and of a plan, that match nothing in this graph nor can in a later one: no module of the model, with
-    attention or without, goes by such a name. Once for each model."""
+def warn_of_unmatched(config: Config, sites: Sequence[Site], graph: fx.Graph, places: Places) -> None:
+    """Warn of globs, and of a plan, that match nothing in `graph` nor can in a later one: it is the whole model, or no
+    module of the model, with attention or without, goes by such a name. Once for each model."""
+    is_whole = places.is_whole(graph)
     what = [
         str(selector)
         for selector in unmatched(config, sites)
-        if not any(fnmatchcase(name, selector.glob) for name in places.all_names)
+        if is_whole or not any(fnmatchcase(name, selector.glob) for name in places.all_names)
     ]
-    if isinstance(config.plan, Plan) and config.plan.sites and not _knows(config.plan, sites, places):
+    names = () if is_whole else places.all_names
+    if isinstance(config.plan, Plan) and config.plan.sites and not _knows(config.plan, sites, names):
         what.append(f"plan (its sites: {config.plan.names_text()})")
     if places.outermost is not None:
         warned = _WARNED.setdefault(places.outermost, set())
@@ -92,9 +94,9 @@ def warn_of_unmatched(config: Config, sites: Sequence[Site], places: Places) -> 
         warnings.warn(f"sage_inductor: {unmatched_text(what, sites)}", stacklevel=2)
 
 
-def _knows(plan: Plan, sites: Iterable[Site], places: Places) -> bool:
-    paths = [place.path for site in sites for place in site.places]
-    return any(plan.sites_called(name) for name in (*paths, *places.all_names))
+def _knows(plan: Plan, sites: Iterable[Site], names: Iterable[str]) -> bool:
+    paths = [name for site in sites for place in site.places for name in (place.path, *place.names)]
+    return any(plan.sites_called(name) for name in (*paths, *names))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.graph.call import example_tensor, node_name
-from sage_inductor.graph.origin import module_path, source_code, source_line
+from sage_inductor.graph.origin import source_code, source_line
+from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings, ambient_pin, enter
 from sage_inductor.graph.writes import Writes, submodule_of
 from sage_inductor.patterns import ALL
@@ -28,10 +29,10 @@ def unread(graph: fx.Graph) -> tuple[Unread, ...]:
     """What of `graph`, which has been rewritten, and of the graphs of its submodules looks like attention and is none
     that is known: a product, of whose operand a softmax is behind values of the same size, and behind that such a
     product again. Inside functorch transforms nothing is looked for."""
-    return tuple(_by_logits(graph, Surroundings(ambient_pin())).values())
+    return tuple(_by_logits(graph, Places(), Surroundings(ambient_pin())).values())
 
 
-def _by_logits(graph: fx.Graph, around: Surroundings) -> dict[fx.Node, Unread]:
+def _by_logits(graph: fx.Graph, places: Places, around: Surroundings) -> dict[fx.Node, Unread]:
     """The same, by what the softmax is of: a subgraph may be referred to twice."""
     found: dict[fx.Node, Unread] = {}
     writes = Writes(graph)
@@ -39,11 +40,13 @@ def _by_logits(graph: fx.Graph, around: Surroundings) -> dict[fx.Node, Unread]:
         around = enter(node, around)
         submodule = submodule_of(node)
         if submodule is not None:
-            found |= _by_logits(submodule.graph, around)
+            found |= _by_logits(submodule.graph, places, around)
         elif not around.transforms and (seen := _seen(node, writes)) is not None:
             # Of products one behind the other, as where heads are mixed, the last is that with the values.
             behind, obstacle = seen
-            found[behind.logits] = Unread(module_path(node), source_line(node), obstacle, source_code(node))
+            found[behind.logits] = Unread(
+                places.of(node)[0].path, source_line(node), obstacle, source_code(node)
+            )
     return found
 
 

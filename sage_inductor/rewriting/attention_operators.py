@@ -1,0 +1,51 @@
+"""Operators that compute attention by themselves, such as `flash_attn::…` or this package's own: listed in a report."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+
+from sage_inductor.graph.origin import source_code, source_line
+from sage_inductor.graph.places import Places
+from sage_inductor.graph.writes import submodule_of
+from sage_inductor.patterns import ALL, OPAQUE
+from sage_inductor.report.site import AttentionOperator
+
+# Names of operators: flash_attn::_flash_attn_forward, xformers::efficient_attention_forward_cutlass, vllm::unified_attention.
+_ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)
+
+
+def attention_operators(graph: fx.Graph, places: Places | None = None) -> tuple[AttentionOperator, ...]:
+    """Those in `graph`, which has been rewritten, and in the graphs of its submodules, that by their name compute
+    attention, and are none of its sites."""
+    places = Places() if places is None else places
+    found: list[AttentionOperator] = []
+    for node in graph.nodes:
+        submodule = submodule_of(node)
+        if submodule is not None:
+            found += attention_operators(submodule.graph, places)
+            continue
+        name = _operator_name(node)
+        if name is not None and _ATTENTION.search(name) and not _is_site(node):
+            where = places.of(node)[0].path
+            found.append(AttentionOperator(where, source_line(node), name, source_code(node)))
+    return tuple(found)
+
+
+def _operator_name(node: fx.Node) -> str | None:
+    """ "flash_attn::_flash_attn_forward", of a call of a registered operator."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    return target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else None
+
+
+def _is_site(node: fx.Node) -> bool:
+    """Whether the pass wrote it, or it is one that the pass judges."""
+    return (
+        "sage_site" in node.meta
+        or any(pattern.match(node) is not None for pattern in ALL)
+        or any(opaque.closed_reasons(node) or opaque.expand(node) is not None for opaque in OPAQUE)
+    )

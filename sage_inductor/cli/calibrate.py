@@ -14,7 +14,7 @@ import sage_inductor
 from sage_inductor.cli.errors import CommandError
 from sage_inductor.cli.model import add_model, failing, load, make
 from sage_inductor.cli.options import add_config, chosen_config
-from sage_inductor.cli.output import show_json, show_lines
+from sage_inductor.cli.output import show_json, show_lines, show_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,5 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         show_json(plan.to_json())
     else:
-        show_lines(str(plan), f"written to {options.out}")
+        if plan.sites:
+            show_table(options.model, *plan.table())
+        show_lines(*plan.summary(), f"written to {options.out}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sage_inductor.cli.errors import CommandError
-from sage_inductor.report.text import plain_table, to_json
+from sage_inductor.report.text import WIDTH, column_widths, plain_records, plain_table, to_json, wrap
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,39 @@ def weak(text: str) -> Styled:
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print one table, on stdout."""
+    """Print one table, on stdout: no wider than the terminal, or than 120 columns elsewhere, with no word broken."""
+    texts = [list(map(str, row)) for row in rows]
     if not _is_rich():
-        sys.stdout.write(f"{title}\n{plain_table(header, [list(map(str, row)) for row in rows])}\n\n")
+        width = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+        sys.stdout.write(f"{title}\n{plain_table(header, texts, width)}\n\n")
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    # Each column has a border and a space on either side.
+    widths = column_widths(header, texts, console.width - 3 * len(header) - 1)
+    if widths is None:
+        console.print(Text(title, "bold"))
+        for row, text in zip(rows, texts, strict=True):
+            record = Text(plain_records(header, [text], console.width) + "\n")
+            for cell in row:
+                if isinstance(cell, Styled):
+                    record.highlight_words([cell.text], cell.style)
+            console.print(record, no_wrap=True, overflow="ignore", crop=False)
+        return
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for name, width in zip(header, widths, strict=True):
+        table.add_column(name, width=width)
     for row in rows:
-        table.add_row(*(Text(str(cell), cell.style if isinstance(cell, Styled) else "") for cell in row))
-    Console().print(table)
+        table.add_row(
+            *(
+                Text("\n".join(wrap(str(cell), width)), cell.style if isinstance(cell, Styled) else "")
+                for cell, width in zip(row, widths, strict=True)
+            )
+        )
+    console.print(table)
 
 
 def show_lines(*lines: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ _REPLACED_FORWARD = re.compile(r"(^|\.)forward\.(.*\.)?__self__(?=\.|$)")
 # A model that reaches a wrapper of its forward function as an argument.
 _ARGUMENT = re.compile(r"^(args\.\d+|kwargs\.\w+)(?=\.|$)")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+_OPERATORS = f'File "{Path(__file__).parent.parent / "operators"}{os.sep}'
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,13 @@ def source_code(node: fx.Node) -> str:
 
 
 def _innermost_frame(node: fx.Node) -> tuple[str | None, str]:
-    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace."""
+    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace. The functions of this
+    package, which call its operator, are no one's code but its own."""
     frame, text = None, ""
     for line in (node.meta.get("stack_trace") or "").splitlines():
         if line.strip().startswith('File "'):
+            if frame is not None and line.strip().startswith(_OPERATORS):
+                break
             frame, text = line.strip(), ""
         elif frame is not None and not text:
             text = line.strip()

@@ -196,7 +196,8 @@ class Plan:
     def __hash__(self) -> int:
         return hash((self.metric, self.tolerance, self.sites))
 
-    def __str__(self) -> str:
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """A header, and a row for each decision with what was measured there."""
         header = ("site", "steps", "decision", *PRECISIONS, "of the output")
         rows = []
         for site in self.sites:
@@ -212,18 +213,24 @@ class Plan:
                     _figure_text(chosen.output_rel_l2 if chosen else None),
                 )
             )
-        lines = [plain_table(header, rows)]
+        return header, rows
+
+    def summary(self) -> list[str]:
+        """How many decisions of each kind, within what, and what all of them do to the model's output."""
         counts = Counter(site.decision for site in self.sites)
-        lines.append(
+        lines = [
             f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in DECISIONS)}; "
             f"worst {self.metric}, tolerance {self.tolerance:g}"
-        )
+        ]
         lines += [
             f"the model's output with all of it{'' if steps is None else f', steps {steps_text(steps)}'}: "
             f"relative L2 {_figure_text(figure)}"
             for steps, figure in self.output_rel_l2
         ]
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([plain_table(*self.table()), *self.summary()])
 
 
 def _most_careful(decisions: list[str]) -> str:

@@ -2,60 +2,139 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sage_inductor.plan.plan import Plan
 
 
-class SteppedModel:
-    """Runs the compiled model of the present `step`; every other attribute is the model's own.
+@dataclass(eq=False)
+class _Steps:
+    """What is compiled of a model, and the step that it is at."""
 
-    Set `step` before each call, e.g. in a pipeline's callback. Raises ValueError for a step outside the plan.
+    model: Callable[..., Any]
+    plan: Plan
+    options: dict[str, Any]
+    compile_args: dict[str, Any]
+    steps: int | None = None
+    follow: str | None = None
+    step: int = 0
+    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    of_step: dict[int, Callable[..., Any]] = field(default_factory=dict)
+    last: float | None = None
+    """The value of the argument that is followed, at the last call."""
+    falls: bool | None = None
+    """Whether it goes down from step to step; None at the first."""
+
+    def of(self, model: Callable[..., Any]) -> _Steps:
+        """The same of another model, at its first step."""
+        return _Steps(model, self.plan, dict(self.options), dict(self.compile_args), self.steps, self.follow)
+
+    def reset(self) -> None:
+        self.step, self.last, self.falls = 0, None, None
+
+    def advance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Count on by the argument that is followed."""
+        value = _value_of(self.model, str(self.follow), args, kwargs)
+        if self.last is None:
+            self.last = value
+        elif value != self.last:
+            falls = value < self.last
+            if self.falls is None or falls == self.falls:
+                self.step, self.falls = self.step + 1, falls
+            else:  # it turned back: another run
+                self.reset()
+            self.last = value
+
+    def callable_now(self) -> Callable[..., Any]:
+        if self.step not in self.of_step:
+            plan = self.plan.at(self.step)
+            decisions = tuple((site.name, site.fingerprint, site.decision) for site in plan.sites)
+            if decisions not in self.compiled:
+                self.compiled[decisions] = torch.compile(
+                    self.model,
+                    backend="sage_inductor",
+                    options={**self.options, "sage.plan": plan},
+                    **self.compile_args,
+                )
+            self.of_step[self.step] = self.compiled[decisions]
+        return self.of_step[self.step]
+
+
+class SteppedModel(nn.Module):
+    """The model that `compile_steps` was given, whose calls run what was compiled for the present `step`.
+
+    Of a module it is a second object with the same state, and an instance of the module's class: parameters, submodules,
+    hooks, attributes and methods are the module's own, so that `pipe.to(...)`, offloading and `save_pretrained` do with it
+    what they do with the module. A call raises ValueError for a step that the plan has no decisions for.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        plan: Plan,
-        options: Mapping[str, Any],
-        compile_args: Mapping[str, Any],
-    ) -> None:
-        self._model = model
-        self._plan = plan
-        self._options = dict(options)
-        self._compile_args = dict(compile_args)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._of_step: dict[int, Callable[..., Any]] = {}
-        self.step = 0
+    __slots__ = ("_steps",)  # not in the state that is shared
+    _steps: _Steps
+
+    @property
+    def step(self) -> int:
+        """The step that the next call belongs to, from 0. Set it before each call, e.g. in a pipeline's callback, unless
+        an argument is followed. With `steps=n`, step n is step 0 of the next run."""
+        return self._steps.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step={step!r} (valid: an int from 0)")
+        if self._steps.follow is not None:
+            raise ValueError(
+                f"step={step} (valid: not to be set, it is counted by {self._steps.follow!r}; reset() begins anew)"
+            )
+        self._steps.step = step if self._steps.steps is None else step % self._steps.steps
+
+    def reset(self) -> None:
+        """Begin a run: the next call is of step 0."""
+        self._steps.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.step not in self._of_step:
-            self._of_step[self.step] = self._compiled_for(self.step)
-        return self._of_step[self.step](*args, **kwargs)
+        steps = self._steps
+        if steps.follow is not None:
+            steps.advance(args, kwargs)
+        return steps.callable_now()(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SteppedModel:
+        return _stepped(self._steps.of(copy.deepcopy(self._steps.model, memo)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        steps = self._steps
+        return _rebuilt, (
+            steps.model,
+            steps.plan,
+            steps.options,
+            steps.compile_args,
+            steps.steps,
+            steps.follow,
+        )
+
+
+class _SteppedFunction(SteppedModel):
+    """Of a function: its attributes are the function's."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_model":  # not there yet: while unpickling or copying
-            raise AttributeError(name)
-        return getattr(self._model, name)
-
-    def _compiled_for(self, step: int) -> Callable[..., Any]:
-        plan = self._plan.at(step)
-        decisions = tuple((site.name, site.fingerprint, site.decision) for site in plan.sites)
-        if decisions not in self._compiled:
-            options = {**self._options, "sage.plan": plan}
-            self._compiled[decisions] = torch.compile(
-                self._model, backend="sage_inductor", options=options, **self._compile_args
-            )
-        return self._compiled[decisions]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._steps.model, name)
 
 
 def compile_steps(
     model: Callable[..., Any],
     plan: Plan,
     *,
+    steps: int | None = None,
+    follow: str | None = None,
     options: Mapping[str, Any] | None = None,
     **compile_args: Any,
 ) -> SteppedModel:
@@ -65,18 +144,81 @@ def compile_steps(
     and these counted together (`torch._dynamo.config.recompile_limit`).
 
         plan = sage_inductor.calibrate(transformer, {0: early_inputs, 10: late_inputs})
+        pipe.transformer = sage_inductor.compile_steps(pipe.transformer, plan, follow="timestep")
+        pipe(prompt)                                # counts steps by the timestep that the model is called with
+
         stepped = sage_inductor.compile_steps(transformer, plan)
         for step, timestep in enumerate(timesteps):
-            stepped.step = step
+            stepped.step = step                     # or told from outside
             noise = stepped(latents, timestep, prompt)
 
     Args:
-        model: the module or function that was calibrated.
+        model: the module or function that was calibrated. It stays as it is.
         plan: one with ranges of steps; one without decides alike at every step.
+        steps: how many steps a run has: setting `step` to this number begins the next run at 0, as where a callback at
+            the end of each step sets the number of the next.
+        follow: the parameter of `model` that tells the steps apart, "timestep" in most models of diffusers: a number or
+            a tensor, of which the largest element counts (read on the host, which waits for the device). The first call
+            is of step 0. A call with another value is of the next step, with the same one (two calls for guidance) of the
+            same; a value that turns back, up where it went down or down where it went up, begins a run at 0. Call
+            `reset()` before a run that follows one which was cut short.
         options: as for `torch.compile(backend="sage_inductor")`, without "sage.plan".
         compile_args: further arguments of `torch.compile`.
+
+    Raises:
+        ValueError: an argument that is not valid, named, with what is.
     """
     options = {} if options is None else options
     if "sage.plan" in options:
         raise ValueError("options['sage.plan'] (valid: none here; `plan` is one)")
-    return SteppedModel(model, plan, options, compile_args)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps={steps!r} (valid: an int from 1, None)")
+    if steps is not None and follow is not None:
+        raise ValueError(f"steps={steps} and follow={follow!r} (valid: one of them)")
+    if follow is not None and follow not in (names := list(_signature(model).parameters)):
+        raise ValueError(f"follow={follow!r} (valid: a parameter of the model: {', '.join(names)})")
+    return _rebuilt(model, plan, dict(options), compile_args, steps, follow)
+
+
+def _rebuilt(
+    model: Callable[..., Any],
+    plan: Plan,
+    options: dict[str, Any],
+    compile_args: dict[str, Any],
+    steps: int | None,
+    follow: str | None,
+) -> SteppedModel:
+    return _stepped(_Steps(model, plan, options, compile_args, steps, follow))
+
+
+def _stepped(steps: _Steps) -> SteppedModel:
+    model = steps.model
+    if not isinstance(model, nn.Module):
+        function = _SteppedFunction()
+        object.__setattr__(function, "_steps", steps)
+        return function
+    cls = type(model)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    # Of the same name: pipelines write down the class of each of their models.
+    stepped = object.__new__(type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()}))
+    object.__setattr__(stepped, "__dict__", model.__dict__)
+    object.__setattr__(stepped, "_steps", steps)
+    return stepped
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+
+
+def _value_of(
+    model: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> float:
+    """The argument `name` of a call, as a number."""
+    value = kwargs.get(name)
+    if value is None:
+        value = _signature(model).bind_partial(*args, **kwargs).arguments.get(name)
+    if isinstance(value, Tensor) and value.numel():
+        return float(value.detach().max())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} (valid: a number or a tensor: the steps are counted by it)")
+    return float(value)

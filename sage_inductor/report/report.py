@@ -60,7 +60,8 @@ class Report:
             self.sites,
             graphs=self.graphs,
             plan_mismatch=self.plan_mismatch(),
-            unread=[*self.operator_lines(), *self.unread_lines(), *self.hints()],
+            unread=self.unread_lines(),
+            remarks=[*filter(None, [self.unmatched]), *self.operator_lines(), *self.hints()],
             data=self.to_json(indent=None),
         )
 

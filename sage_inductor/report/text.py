@@ -4,19 +4,68 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
+WIDTH = 120  # of what is piped or kept as text
 
-def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the header underlined."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
+    """Columns aligned with spaces, the header underlined, in lines of at most `width` characters: cells are wrapped
+    between words. Where no word has to be broken for that it is a table, else a block of lines for each row."""
+    rows = [list(row) for row in rows]
+    widths = column_widths(header, rows, width - 2 * (len(header) - 1))
+    if widths is None:
+        return plain_records(header, rows, width)
+    lines = [_table_line(header, widths), _table_line(["-" * size for size in widths], widths)]
+    return "\n".join([*lines, *(_table_line(row, widths) for row in rows)])
+
+
+def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One row, of as many lines as its longest cell is wrapped to."""
+    wrapped = [wrap(cell, size) for cell, size in zip(cells, widths, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  ".join(part.ljust(size) for part, size in zip(parts, widths, strict=True)).rstrip()
+        for parts in zip_longest(*wrapped, fillvalue="")
     )
+
+
+def plain_records(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
+    """A block for each row: the first cell, and below it each other that is not empty behind its column's name."""
+    label = max(map(len, header[1:]), default=0)
+    indent = " " * (label + 4)
+    lines = []
+    for first, *rest in rows:
+        lines.append(first)
+        for name, cell in zip(header[1:], rest, strict=True):
+            parts = wrap(cell, width - len(indent)) if cell else []
+            lines += [
+                f"  {name.ljust(label)}  {part}" if part is parts[0] else indent + part for part in parts
+            ]
+    return "\n".join(lines)
+
+
+def column_widths(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[int, ...] | None:
+    """Widths of the columns that make at most `width` together, none less than its longest word; None where there are
+    none such."""
+    columns = list(zip(header, *rows, strict=True))
+    wanted = [max(map(len, column)) for column in columns]
+    widths = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    if sum(widths) > width:
+        return None
+    for _ in range(width - sum(widths)):  # what is left goes to the column whose longest cell has most lines
+        lacking = [index for index in range(len(columns)) if widths[index] < wanted[index]]
+        if not lacking:
+            break
+        widths[max(lacking, key=lambda index: wanted[index] / max(widths[index], 1))] += 1
+    return tuple(widths)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, unless a word is longer: words stay whole."""
+    return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def to_json(data: Any, indent: int | None = 2) -> str:

@@ -48,12 +48,19 @@ class Look:
 
 
 def page(
-    title: str, sites: Sequence[Site], *, graphs: int, plan_mismatch: str, unread: Sequence[str], data: str
+    title: str,
+    sites: Sequence[Site],
+    *,
+    graphs: int,
+    plan_mismatch: str,
+    unread: Sequence[str],
+    remarks: Sequence[str],
+    data: str,
 ) -> str:
     """The whole document, of UTF-8 text.
 
     `plan_mismatch` names the sites of the plan that the model lacks, "" where there are none. `unread` is a heading and a
-    line for each thing that looks like attention and is no site, or empty. `data` is the report as JSON.
+    line for each thing that looks like attention and is no site, or empty. `remarks` are lines of their own. `data` is the report as JSON.
     """
     folder = files(__package__)
     css, js = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -61,7 +68,7 @@ def page(
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     data = data.replace("<", "\\u003c")  # no </script> can end the element
     look = _look(sites)
-    body = _summary(sites, graphs, plan_mismatch, unread, look)
+    body = _summary(sites, graphs, plan_mismatch, unread, remarks, look)
     if sites:
         body += _filters(sites, look) + _tree(sites, look)
     script = f"<script>{js}</script>" if sites else ""
@@ -147,7 +154,12 @@ def _share(sites: Sequence[Site], look: Look) -> str:
 
 
 def _summary(
-    sites: Sequence[Site], graphs: int, plan_mismatch: str, unread: Sequence[str], look: Look
+    sites: Sequence[Site],
+    graphs: int,
+    plan_mismatch: str,
+    unread: Sequence[str],
+    remarks: Sequence[str],
+    look: Look,
 ) -> str:
     in_graphs = f"{graphs} graph{'' if graphs == 1 else 's'}"
     notes = f'<p class="about" id="missing">{escape(plan_mismatch)}</p>' if plan_mismatch else ""
@@ -155,6 +167,7 @@ def _summary(
         heading, *lines = unread
         items = "".join(f"<li>{escape(line)}</li>" for line in lines)
         notes += f'<div class="about" id="unread"><p>{escape(heading)}</p><ul>{items}</ul></div>'
+    notes += "".join(f'<p class="about">{escape(remark)}</p>' for remark in remarks)
     if not sites:
         return f'<p class="about">No attention found in {in_graphs}.</p>{notes}'
     counts = _counts(map(decision, sites))

@@ -10,6 +10,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sage_inductor.config import Config
+from sage_inductor.graph.places import Places
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.tuning.choice import is_makeshift
 from sage_inductor.tuning.machine import digest, machines, source_files, version
@@ -42,6 +43,9 @@ class SageAttentionPass(CustomGraphPass):
                 return _Uncacheable()
             # A cached graph holds a choice that was measured: it serves where the measurement would hold.
             own += tuple(machine.fingerprint() for machine in machines())
+        if self.config.include or self.config.exclude or self.config.plan is not None:
+            # A block that is compiled by itself gives the same graph wherever it stands, and a decision by where that is.
+            own += (Places().of_compiled(),)
         if self.then is None:
             return own
         uuid = getattr(self.then, "uuid", None)

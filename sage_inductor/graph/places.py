@@ -98,6 +98,15 @@ class Places:
             and ends_its_frame(graph.owning_module)
         )
 
+    def of_compiled(self) -> tuple[tuple[str, ...], ...]:
+        """What the module that is being compiled can be known by, and all that share its code: with the graph itself, all
+        that `of` depends on."""
+        if self.outermost is None:
+            return ()
+        innermost = _unwrapped(self._called[0])
+        chains = [chain for chains in self._of_id.values() for chain in chains]
+        return tuple(sorted({_names(chain) for chain in chains if type(chain[-1][1]) is type(innermost)}))
+
     @cached_property
     def all_names(self) -> frozenset[str]:
         """What the modules of the model, those without attention too, can be known by."""

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, example_tensor
+from sage_inductor.graph.facts import CASTS, COPIES, facts_of, operation
 from sage_inductor.patterns.nodes import (
     ADD,
-    CAST,
     MASKED_FILL,
     MUL,
     SUB,
@@ -27,18 +27,6 @@ from sage_inductor.patterns.numbers import filled_with, number
 # A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
 # use for that (-1e4, from the days of GPT-2 in float16) and all below.
 HIDES = -1e4
-VIEWS = (
-    "view",
-    "reshape",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "transpose",
-    "permute",
-    "getitem",
-    "to",
-    "float",
-)
 
 
 @dataclass(frozen=True)
@@ -122,14 +110,13 @@ def _times_inverse(node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _made_of_bools(mask: fx.Node) -> bool:
-    """Whether `mask` holds but 0 and 1, being a view or cast of a bool tensor."""
+    """Whether `mask` holds but 0 and 1, being a view, copy or cast of a bool tensor."""
     current: Any = mask
     while isinstance(current, fx.Node):
         tensor = example_tensor(current)
         if tensor is not None and tensor.dtype == torch.bool:
             return True
-        name = current.target if current.op == "call_method" else getattr(current.target, "__name__", "")
-        if str(name).partition(".")[0] not in VIEWS and current not in CAST:
+        if COPIES not in facts_of(current) and operation(current) not in CASTS:
             return False
         current = argument(current, 0, "input")
     return False

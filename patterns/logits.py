@@ -18,7 +18,6 @@ from sage_inductor.patterns.nodes import (
     CAST,
     CLAMP,
     DIV,
-    LIKE,
     MASKED_FILL,
     MAXIMUM,
     MUL,
@@ -26,7 +25,6 @@ from sage_inductor.patterns.nodes import (
     SAME,
     SUB,
     WHERE,
-    ZEROS,
     argument,
     casts_floats,
     only_reader,
@@ -180,7 +178,7 @@ def _new_zeros(bias: Value, node: fx.Node) -> bool:
     for where nothing is to be added."""
     if not isinstance(bias, fx.Node) or not only_reader(bias, node):
         return False
-    return bias in ZEROS or (bias in LIKE and filled_with(bias) == 0)
+    return filled_with(bias) == 0
 
 
 _Update = Callable[[Logits], "Logits | None"]

@@ -10,25 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sage_inductor.graph.call import Value, example_tensor, node_name
+from sage_inductor.graph.call import Value, example_tensor
+from sage_inductor.graph.facts import BROADCASTS, CASTS, RESHAPES, is_pure, operation
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Nodes that compute the same: methods by name, functions by identity. What writes to an `out` is none of them: that
-    tensor is not the node's alone."""
+    """Nodes that compute the same: methods by name, functions by identity, and both by the name of the operation. What
+    writes to an `out` is none of them: that tensor is not the node's alone."""
 
     methods: tuple[str, ...] = ()
     functions: tuple[Any, ...] = ()
+    operations: tuple[str, ...] = ()
 
     def __contains__(self, node: Any) -> bool:
         if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
             return False
+        if self.operations and operation(node) in self.operations:
+            return True
         if node.op == "call_method":
             return node.target in self.methods
         return node.op == "call_function" and node.target in self.functions
+
+
+def _in_place_too(*names: str) -> tuple[str, ...]:
+    """Methods by these names, and those that write the same numbers over the first argument."""
+    return (*names, *(f"{name}_" for name in names))
 
 
 MATMUL = Kind(
@@ -66,30 +75,23 @@ LOGSUMEXP = Kind(
     ("logsumexp",),
     (torch.logsumexp, torch.special.logsumexp, aten.logsumexp.default, aten.special_logsumexp.default),
 )
-EXP = Kind(("exp", "exp_"), (torch.exp, aten.exp.default, aten.exp_.default))
+EXP = Kind(_in_place_too("exp"), (torch.exp, aten.exp.default, aten.exp_.default))
 SUM = Kind(("sum",), (torch.sum, aten.sum.dim_IntList))
-CAST = Kind(
-    ("float", "half", "bfloat16", "to", "type", "type_as"),
-    (aten.to.dtype, aten._to_copy.default, aten.type_as.default),
-)
-SAME = Kind(("contiguous", "clone"), (torch.clone, aten.clone.default, aten.contiguous.default))
+CAST = Kind(operations=CASTS)
+SAME = Kind(operations=("contiguous", "clone"))
 # All of them leave the order of the elements as it is.
-RESHAPE = Kind(
-    ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    (
-        torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, aten.view.default,
-        aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
-    ),
-)  # fmt: skip
+RESHAPE = Kind(operations=RESHAPES)
+
 ADD = Kind(
-    ("add", "add_", "__add__"), (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor)
+    (*_in_place_too("add"), "__add__"),
+    (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor),
 )
 SUB = Kind(
-    ("sub", "sub_", "subtract", "__sub__"),
+    (*_in_place_too("sub", "subtract"), "__sub__"),
     (operator.sub, operator.isub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub_.Tensor),
 )
 MUL = Kind(
-    ("mul", "mul_", "multiply", "__mul__"),
+    (*_in_place_too("mul", "multiply"), "__mul__"),
     (
         operator.mul,
         operator.imul,
@@ -101,7 +103,7 @@ MUL = Kind(
     ),
 )
 DIV = Kind(
-    ("div", "div_", "divide", "true_divide"),
+    (*_in_place_too("div", "divide", "true_divide"), "__truediv__"),
     (
         operator.truediv,
         operator.itruediv,
@@ -117,14 +119,14 @@ MAXIMUM = Kind(("maximum", "max"), (torch.maximum, torch.max, aten.maximum.defau
 AMAX = Kind(("amax",), (torch.amax, aten.amax.default, aten.max.dim))
 DETACH = Kind(("detach",), (torch.detach, aten.detach.default))
 CLAMP = Kind(
-    ("clamp", "clamp_", "clamp_min"),
+    _in_place_too("clamp", "clamp_min"),
     (torch.clamp, aten.clamp.default, aten.clamp_.default, aten.clamp_min.default),
 )
 MASKED_FILL = Kind(
-    ("masked_fill", "masked_fill_"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
+    _in_place_too("masked_fill"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 )
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
-UNSQUEEZE = Kind(("unsqueeze",), (torch.unsqueeze, aten.unsqueeze.default))
+UNSQUEEZE = Kind(operations=("unsqueeze",))
 TRANSPOSE = Kind(
     ("transpose", "swapaxes", "swapdims"),
     (
@@ -142,7 +144,7 @@ T = Kind(
     (torch.t, aten.t.default, aten.numpy_T, aten.numpy_T.default, aten.matrix_H, aten.matrix_H.default),
 )
 PERMUTE = Kind(("permute",), (torch.permute, aten.permute.default))
-EXPAND = Kind(("expand", "expand_as"), (aten.expand.default,))
+EXPAND = Kind(operations=BROADCASTS)
 # What they read of the second operand is its shape or dtype.
 TAKES_AFTER = Kind(
     ("expand_as", "view_as", "reshape_as", "type_as"),
@@ -161,7 +163,6 @@ CAT = Kind((), (torch.cat, torch.concat, torch.concatenate, aten.cat.default))
 GETITEM = Kind(("__getitem__",), (operator.getitem,))
 SLICE = Kind((), (aten.slice.Tensor,))
 NARROW = Kind(("narrow",), (torch.narrow, aten.narrow.default))
-ZEROS = Kind((), (torch.zeros, aten.zeros.default))
 DROPOUT = Kind((), (F.dropout, torch.dropout, aten.dropout.default))
 
 
@@ -187,9 +188,12 @@ def unexpanded(item: Any) -> Any:
 
 
 def casts_floats(node: fx.Node) -> bool:
-    """A cast to a floating dtype; one to integers changes what is computed."""
-    tensor = example_tensor(node)
-    return node in CAST and tensor is not None and tensor.is_floating_point()
+    """A cast to a floating dtype, on the same device; one to integers changes what is computed."""
+    tensor, source = example_tensor(node), argument(node, 0, "input") if node in CAST else None
+    if tensor is None or not isinstance(source, fx.Node) or not tensor.is_floating_point():
+        return False
+    before = example_tensor(source)
+    return before is None or before.device == tensor.device
 
 
 def only_reader(node: fx.Node, *readers: fx.Node) -> bool:
@@ -264,32 +268,7 @@ def _inserted_dim(node: fx.Node) -> int | None:
     return rank - 1 if whole and (Ellipsis in index or len(index) == rank) else None
 
 
-# Without side effects, and of no use once nothing reads them.
-_PURE = (
-    "reshape", "view", "expand", "contiguous", "clone", "unsqueeze", "getitem", "repeat_interleave", "transpose",
-    "permute", "matmul", "bmm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "masked_fill",
-    "where", "float", "to", "type", "type_as", "dropout", "sub", "neg", "max", "maximum", "clamp", "flatten", "squeeze",
-    "unflatten", "half", "bfloat16", "mm", "amax", "detach", "cat", "concat", "concatenate", "narrow",
-    "exp", "sum", "logsumexp", "log_softmax", "_log_softmax",
-    "multiply", "divide", "true_divide", "subtract", "special_softmax", "special_log_softmax",
-    "special_logsumexp", "clamp_min", "_safe_softmax", "_softmax",
-    "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros",
-    "mean", "std", "var", "abs", "log", "min", "norm", "stack",
-)  # fmt: skip
 _FEW = 8  # nodes behind one: as many as the copies and casts that are kept for somebody who does not ask
-
-
-def is_pure(node: fx.Node) -> bool:
-    """Whether `node` does nothing but give its value; of what is not known to, the answer is no."""
-    if isinstance(node.target, torch._ops.OpOverload) and not node.is_impure():
-        return True
-    if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
-        return False
-    if node in DROPOUT and argument(node, 2, "training", True) and argument(node, 1, "p", 0.5):
-        return False  # draws random numbers
-    # A function that the user allowed in the graph may have any name, and may be there for what it does: `log`, say.
-    module = getattr(node.target, "__module__", None) or "torch"
-    return node_name(node) in _PURE and module.partition(".")[0] in ("torch", "_operator", "builtins")
 
 
 def reads_nothing(node: fx.Node) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.graph.call import example_tensor, example_value
-from sage_inductor.patterns.nodes import DIV, LIKE, MUL, argument, casts_floats, operands
-
-_FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
+from sage_inductor.graph.facts import fill
+from sage_inductor.patterns.nodes import DIV, MUL, casts_floats, operands
 
 
 def number(item: Any) -> float | None:
@@ -51,11 +50,8 @@ def filled_with(item: Any) -> float | None:
     """The number that `item` is, or that fills it: `torch.full_like(x, -1e9)`, `-1e9 * torch.ones_like(x)`."""
     if not isinstance(item, fx.Node) or number(item) is not None:
         return number(item)
-    if item in LIKE:
-        name = str(getattr(item.target, "__name__", item.target)).partition(".")[0]
-        if name in ("full_like", "new_full"):
-            return number(argument(item, 1 if name == "full_like" else 2, "fill_value"))
-        return _FILLS.get(name)
+    if (filling := fill(item)) is not None:
+        return number(filling)
     if item in MUL:
         left, right = map(filled_with, operands(item))
         return None if left is None or right is None else left * right

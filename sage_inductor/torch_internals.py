@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -264,3 +264,63 @@ def _surfaced_type(error_type: type[Exception]) -> Callable[[Exception], Excepti
         "__reduce__": error_type.__reduce__,
     }
     return type(error_type.__name__, (error_type, ShortenTraceback), namespace)
+
+
+def is_overload(target: Any) -> bool:
+    """Whether `target` is an operator, such as `torch.ops.aten.view.default`."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether `target` is an operator that takes graphs, such as `torch.cond`'s."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def operator_name(target: Any) -> str | None:
+    """`aten::view` of an operator or of all of its overloads together; None of anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, torch._ops.OpOverloadPacket) else None
+
+
+def written_arguments(target: Any) -> tuple[tuple[int, str], ...] | None:
+    """(position, name) of the arguments that an operator writes to; None of what has no schema that says so."""
+    if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads():
+        target = target.default
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    arguments = enumerate(target._schema.arguments)
+    return tuple(
+        (position, argument.name)
+        for position, argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@cache
+def _draws(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
+def draws_random_numbers(target: Any, name: str) -> bool:
+    """Whether `target`, which is called `name` where it is torch's own, is an operator that torch knows to draw random
+    numbers, or is called like one."""
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    return _draws(name)
+
+
+def is_erased(node: torch.fx.Node) -> bool:
+    """Whether `node` is no longer in its graph."""
+    return node._erased
+
+
+def outside_fake_tensors() -> AbstractContextManager[Any]:
+    """Operations inside are carried out, on tensors that have memory, while tracing around them has fake ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from sage_inductor.torch_internals import operator_name
+
 
 @dataclass(frozen=True)
 class Expr:
@@ -51,10 +53,12 @@ def node_name(node: fx.Node) -> str:
 
 def value_name(item: Value) -> str:
     """What `item` calls: the name of a method, function or aten operator."""
-    target = item.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
+    operator = operator_name(item.target)
+    return (
+        str(getattr(item.target, "__name__", item.target))
+        if operator is None
+        else operator.partition("::")[2]
+    )
 
 
 def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tensor:

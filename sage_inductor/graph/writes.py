@@ -8,41 +8,28 @@ import operator
 from functools import cache
 from typing import Any, TypeAlias
 
-import torch
 from torch import fx
 
 from sage_inductor.graph.call import AttentionCall, example_value, leaves, node_name, value_name
-from sage_inductor.torch_internals import storage_id, tensors_of
+from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, FACTS, NOTHING, WRITES, is_view
+from sage_inductor.torch_internals import is_higher_order, storage_id, tensors_of, written_arguments
 
 # What may hold the same numbers: a storage that tracing saw, or the node that a value is, by its name, a view of
 # (storages of tensor subclasses say nothing).
 Memory: TypeAlias = "frozenset[int | fx.Node]"
 
-_IN_PLACE_OPERATORS = (
-    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
-    "ior", "ixor", "ilshift", "irshift",
-)  # fmt: skip
-# Their value may share memory with their first argument.
-_VIEWS = (
-    "view", "reshape", "expand", "expand_as", "transpose", "permute", "getitem", "unsqueeze", "squeeze", "flatten",
-    "unflatten", "contiguous", "to", "float", "detach", "t", "mT", "mH", "numpy_T", "matrix_H", "adjoint", "select", "narrow", "chunk", "split", "unbind",
-    "view_as", "swapaxes", "movedim", "slice", "alias", "type", "type_as", "getattr", "diagonal",
-)  # fmt: skip
-# In-place methods that attention written out uses on its logits and weights.
-_ARITHMETIC = ("exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_")
-
 
 def writes_in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if is_higher_order(node.target):
         return bool(_written_operands(node))
-    overload = _overload(target)
-    if overload is not None:
-        return overload._schema.is_mutable
+    written = written_arguments(node.target)
+    if written is not None:
+        return bool(written)
     name = node_name(node)
-    if node.kwargs.get("out") is not None or name.strip("_") in _IN_PLACE_OPERATORS or _is_inplace(node):
+    by_name = FACTS.get(name, NOTHING) | FACTS.get(name.strip("_"), NOTHING)
+    if node.kwargs.get("out") is not None or WRITES in by_name or _is_inplace(node):
         return True
     # `operator.and_` ends like an in-place method, but only because `and` is a keyword.
     return name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])
@@ -69,23 +56,17 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def _written(writer: fx.Node) -> list[fx.Node]:
     """The nodes that `writer` overwrites."""
-    if isinstance(writer.target, torch._ops.HigherOrderOperator):
+    if is_higher_order(writer.target):
         return _written_operands(writer)
-    overload = _overload(writer.target)
-    if overload is not None:
-        written: list[Any] = []
-        for position, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                by_name = writer.kwargs.get(argument.name)
-                written.append(writer.args[position] if len(writer.args) > position else by_name)
-        return _nodes_in(written)
-    return _nodes_in([writer.args[:1] or list(writer.kwargs.values())[:1], writer.kwargs.get("out")])
-
-
-def _overload(target: Any) -> torch._ops.OpOverload | None:
-    if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads():
-        return target.default
-    return target if isinstance(target, torch._ops.OpOverload) else None
+    written = written_arguments(writer.target)
+    if written is None:
+        return _nodes_in([writer.args[:1] or list(writer.kwargs.values())[:1], writer.kwargs.get("out")])
+    return _nodes_in(
+        [
+            writer.args[position] if len(writer.args) > position else writer.kwargs.get(name)
+            for position, name in written
+        ]
+    )
 
 
 def _nodes_in(argument: Any) -> list[fx.Node]:
@@ -171,7 +152,9 @@ def _memory_of(nodes: list[fx.Node]) -> Memory:
 def follow_in_place(graph: fx.Graph) -> None:
     """After `scores.masked_fill_(...)`, readers of scores read what the method returns, which is the same tensor:
     then the graph shows the order in which its values came about."""
-    writers = [node for node in graph.nodes if node.op == "call_method" and node.target in _ARITHMETIC]
+    writers = [
+        node for node in graph.nodes if node.op == "call_method" and node.target in ARITHMETIC_IN_PLACE
+    ]
     if not writers:
         return
     position = {node: index for index, node in enumerate(graph.nodes)}
@@ -197,9 +180,7 @@ def _between(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
 
 def _root(node: fx.Node) -> fx.Node:
     """The tensor whose memory `node` may be a view of."""
-    while node.op in ("call_function", "call_method") and (
-        node_name(node) in _VIEWS or writes_in_place(node)
-    ):
+    while node.op in ("call_function", "call_method") and (is_view(node) or writes_in_place(node)):
         if not node.args or not isinstance(node.args[0], fx.Node):
             break
         node = node.args[0]

@@ -7,21 +7,10 @@ import dataclasses
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
-
-_RESHAPES = ("reshape", "view", "contiguous", "clone")
-_RESHAPE_TARGETS = (
-    torch.reshape,
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.clone.default,
-)
-_EXPAND_TARGETS = (torch.ops.aten.expand.default,)
-_UNSQUEEZE_TARGETS = (torch.unsqueeze, torch.ops.aten.unsqueeze.default)
+from sage_inductor.graph.facts import BROADCASTS, CASTS, IN_ORDER, facts_of, operation
 
 
 def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
@@ -70,8 +59,7 @@ def _unrepeated(node: Value) -> fx.Node | None:
 
 
 def _repeat_interleaved(node: fx.Node) -> fx.Node | None:
-    is_method = node.op == "call_method" and node.target == "repeat_interleave"
-    if not is_method and not (node.op == "call_function" and node.target is torch.repeat_interleave):
+    if operation(node) != "repeat_interleave":
         return None
     source = node.args[0] if node.args else None
     repeats = _argument(node, 1, "repeats")
@@ -84,10 +72,10 @@ def _expanded_and_reshaped(node: fx.Node) -> fx.Node | None:
     it."""
     current = node
     reshaped = False
-    while _is(current, _RESHAPES, _RESHAPE_TARGETS):
+    while IN_ORDER in facts_of(current) and operation(current) not in CASTS:
         reshaped = True
         current = _source(current)
-    if not reshaped or not _is(current, ("expand",), _EXPAND_TARGETS):
+    if not reshaped or operation(current) not in BROADCASTS:
         return None
     expanded = example_tensor(current)
     inner = _source(current)
@@ -108,13 +96,7 @@ def _inserts_dim_2(node: fx.Node) -> bool:
             and index[:3] == (whole, whole, None)
             and all(item == whole or item is Ellipsis for item in trailing)
         )
-    return _is(node, ("unsqueeze",), _UNSQUEEZE_TARGETS) and _argument(node, 1, "dim") in (2, -3)
-
-
-def _is(node: fx.Node, methods: tuple[str, ...], functions: tuple[Any, ...]) -> bool:
-    if node.op == "call_method":
-        return node.target in methods
-    return node.op == "call_function" and node.target in functions
+    return operation(node) == "unsqueeze" and _argument(node, 1, "dim") in (2, -3)
 
 
 def _source(node: fx.Node) -> fx.Node:

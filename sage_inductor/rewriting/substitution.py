@@ -15,17 +15,18 @@ from sage_inductor.graph.call import (
     Expr,
     example_tensor,
     example_value,
-    node_name,
     traced,
     tracing,
 )
+from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, is_fresh, is_pure, operation
 from sage_inductor.operators import inference, training
-from sage_inductor.patterns.nodes import is_pure, reads_nothing
+from sage_inductor.patterns.axes import permutation
+from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
-from sage_inductor.torch_internals import tensors_of
+from sage_inductor.torch_internals import is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
 NHD = [0, 2, 1, 3]
@@ -125,17 +126,14 @@ def _is_transposed_and_copied(call: AttentionCall) -> bool:
 
 def _is_transposed(node: fx.Node) -> bool:
     """Whether `node` is `x.transpose(1, 2)` of a 4-D x."""
-    arguments = node.args[1:] if not node.kwargs else ()
-    if node_name(node) == "transpose":
-        return sorted(dim % 4 for dim in arguments if isinstance(dim, int)) == [1, 2]
-    dims = arguments[0] if len(arguments) == 1 else arguments
-    return node_name(node) == "permute" and isinstance(dims, (tuple, list)) and tuple(dims) == (0, 2, 1, 3)
+    found = permutation(node)
+    return found is not None and found[1] == tuple(NHD)
 
 
 def _takes_any_strides(node: fx.Node) -> bool:
-    if node_name(node) == "contiguous":
+    if operation(node) == "contiguous":
         return len(node.args) == 1 and not node.kwargs
-    return node_name(node) in ("reshape", "flatten")
+    return operation(node) in ("reshape", "flatten")
 
 
 @dataclass(frozen=True)
@@ -203,23 +201,16 @@ def _wanting_gradients(item: Any) -> Any:
     return item.detach().requires_grad_() if is_float else item
 
 
-# What a pattern looks through in place, on a value that nothing else reads.
-_PURE_ALONE = (
-    "exp_", "add_", "sub_", "mul_", "div_", "masked_fill_", "clamp_", "iadd", "isub", "imul", "itruediv",
-)  # fmt: skip
-_FRESH = ("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "mul", "truediv", "div", "add", "sub")
-
-
 def _erase_unused(nodes: list[fx.Node]) -> None:
     """Remove what the call no longer reads (repeated heads, scores, weights) where nothing else reads it."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
-        if node._erased:
+        if is_erased(node):
             continue
         if not all(map(reads_nothing, node.users)) or node.op not in ("call_method", "call_function"):
             continue
-        if is_pure(node) or (node_name(node) in _PURE_ALONE and _writes_to_nothing_else(node)):
+        if is_pure(node) or (operation(node) in ARITHMETIC_IN_PLACE and _writes_to_nothing_else(node)):
             inputs = node.all_input_nodes
             _erase_with_readers(node)
             pending.extend(inputs)
@@ -238,6 +229,4 @@ def _writes_to_nothing_else(node: fx.Node) -> bool:
         return False
     if target.op not in ("call_method", "call_function"):
         return False
-    return node_name(target) in _FRESH or (
-        node_name(target) in _PURE_ALONE and _writes_to_nothing_else(target)
-    )
+    return is_fresh(target) or (operation(target) in ARITHMETIC_IN_PLACE and _writes_to_nothing_else(target))

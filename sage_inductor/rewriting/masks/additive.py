@@ -15,16 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, value_name
+from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor
+from sage_inductor.graph.facts import BROADCASTS, CASTS, COPIES, IN_ORDER, facts_of, fill, operation
 from sage_inductor.graph.writes import Writes
 
 # Additive masks write "not allowed" as -inf or as the most negative number of float32 or bfloat16; half of that is as
 # final. (Not float16's: beside -65504, in float32, scores are not lost.)
 FINAL = torch.finfo(torch.float32).min / 2
 _CALLS = ("call_function", "call_method")
-_CASTS = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone")
-_VIEWS = ("getitem", "unsqueeze")
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 def allowed_keys(mask: Value, writes: Writes) -> tuple[Value, float] | None:
@@ -35,7 +33,7 @@ def allowed_keys(mask: Value, writes: Writes) -> tuple[Value, float] | None:
         return None
     if isinstance(mask, fx.Node) and (mask.op not in _CALLS or writes.touch(mask)):
         return None
-    name, args = value_name(mask), mask.args
+    name, args = operation(mask), mask.args
     if name == "where" and len(args) == 3:
         condition, chosen, other = args
         if _is_zero(chosen, writes):
@@ -53,30 +51,41 @@ def _passed_on(
     mask: Value, source: Any, tensor: Tensor, allowed: Value, lowest: float
 ) -> tuple[Value, float] | None:
     """What `mask` makes of `source`, its first argument, a mask of `allowed` keys where `lowest` hides the others."""
-    name, args, before = value_name(mask), mask.args, example_tensor(source)
-    if name in ("expand", "expand_as", "broadcast_to"):
+    name, args, before = operation(mask), mask.args, example_tensor(source)
+    if name in BROADCASTS:
         return allowed, lowest  # it broadcasts by itself
     if name == "clamp":  # from below, at a number that still hides
         floor = _scalar(mask.kwargs.get("min", args[1] if len(args) > 1 else None))
         has_ceiling = mask.kwargs.get("max") is not None or len(args) > 2
         return None if floor is None or has_ceiling else _hidden_by(max(floor, lowest), allowed)
-    if name in _CASTS:
+    if before is None or before.device != tensor.device:
+        return None
+    if name in CASTS:
         # float32's lowest number is -inf in another dtype
         return _hidden_by(lowest if lowest >= torch.finfo(tensor.dtype).min else -math.inf, allowed)
-    if name not in _VIEWS or before is None or any(isinstance(item, fx.Node) for item in _flat(args[1:])):
+    if COPIES not in facts_of(mask) or before.dtype != tensor.dtype or _holds_nodes(args[1:], mask.kwargs):
         return None
-    if before.shape == tensor.shape:
+    in_order = IN_ORDER in facts_of(mask) or (name == "getitem" and _is_basic(args[1]))
+    if in_order and before.shape == tensor.shape:
         return allowed, lowest
     bools = example_tensor(allowed)
     if bools is None or bools.shape != before.shape:
         return None
-    return Expr.of(mask.target, allowed, *args[1:], **mask.kwargs), lowest
+    # The bools may lie in memory in another way, in which no view has that shape.
+    target = "reshape" if name in ("view", "_unsafe_view") else mask.target
+    return Expr.of(target, allowed, *args[1:], **mask.kwargs), lowest
 
 
-def _flat(item: Any) -> list[Any]:
-    if isinstance(item, slice):
-        return [item.start, item.stop, item.step]
-    return [inner for part in item for inner in _flat(part)] if isinstance(item, (tuple, list)) else [item]
+def _holds_nodes(*arguments: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return bool(found)
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether `x[index]` leaves what it takes in order: slices and new dims, and no lists, which name elements."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
 
 def _hidden_by(lowest: float | None, condition: Any) -> tuple[Value, float] | None:
@@ -93,8 +102,8 @@ def _scalar(item: Any) -> float | None:
     tensor = example_tensor(item) if isinstance(item, fx.Node) else None
     if tensor is None or tensor.dim() != 0 or not item.args:
         return None
-    made_of = item.args[1] if value_name(item) == "full" and len(item.args) > 1 else item.args[0]
-    if value_name(item) not in ("tensor", "scalar_tensor", "_as_tensor_fullprec", "full"):
+    made_of = item.args[1] if operation(item) == "full" and len(item.args) > 1 else item.args[0]
+    if operation(item) not in ("tensor", "scalar_tensor", "_as_tensor_fullprec", "full"):
         return None
     return float(made_of) if isinstance(made_of, (int, float)) else None
 
@@ -105,10 +114,7 @@ def _is_zero(item: Any, writes: Writes) -> bool:
         return _scalar(item) == 0.0
     if isinstance(item, fx.Node) and writes.touch(item):
         return False
-    if value_name(item) in _ZEROS:
-        return True
-    is_full = value_name(item) == "full" and len(item.args) > 1
-    return bool(is_full and item.args[1] == 0) or _scalar(item) == 0.0
+    return fill(item) == 0 or _scalar(item) == 0.0
 
 
 def seeing_rows(padding: Value, low: int | None, high: int | None, q_len: int) -> Value | None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves, value_name
+from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves
+from sage_inductor.graph.facts import AND, BROADCASTS, NOT, OR, operation
 from sage_inductor.graph.writes import Writes
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.rewriting.masks.additive import allowed_keys, seeing_rows, with_uniform_rows
@@ -153,29 +154,23 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-_AND = ("and_", "__and__", "logical_and", "bitwise_and")
-_OR = ("or_", "__or__", "logical_or", "bitwise_or")
-_NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
-_EXPAND = ("expand", "expand_as", "broadcast_to")
-
-
 def _conjuncts(mask: Value, writes: Writes) -> list[Value]:
     """The values whose logical and `mask` is, each of which broadcasts to it."""
     tensor = example_tensor(mask)
     if tensor is None or tensor.dtype != torch.bool or not _is_function(mask, writes):
         return [mask]
     operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
-    name = value_name(mask)
-    if name in _EXPAND and operands:
+    name = operation(mask)
+    if name in BROADCASTS and operands:
         return _conjuncts(operands[0], writes)
-    if name in _AND and len(operands) == 2:
+    if name in AND and len(operands) == 2:
         return [part for operand in operands for part in _conjuncts(operand, writes)]
-    if name in _NOT and len(operands) == 1 and _is_function(operands[0], writes):
+    if name in NOT and len(operands) == 1 and _is_function(operands[0], writes):
         (negated,) = operands
         inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
-        if value_name(negated) in _NOT and len(inner) == 1:
+        if operation(negated) in NOT and len(inner) == 1:
             return _conjuncts(inner[0], writes)
-        if value_name(negated) in _OR and len(inner) == 2:
+        if operation(negated) in OR and len(inner) == 2:
             return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item), writes)]
     return [mask]
 

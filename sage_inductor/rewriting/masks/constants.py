@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sage_inductor.graph.call import Expr, Value, example_tensor, leaves, node_name
+from sage_inductor.graph.call import Expr, Value, example_tensor, leaves
+from sage_inductor.graph.facts import fill, is_function, operation
 from sage_inductor.graph.writes import Writes, writes_in_place
+from sage_inductor.torch_internals import outside_fake_tensors
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
 
 def _worked_out(node: Value, ancestors: list[fx.Node], device: torch.device) -> Any:
     values: dict[fx.Node, Any] = {}
-    with unset_fake_temporarily(), torch.no_grad():
+    with outside_fake_tensors(), torch.no_grad():
         for ancestor in ancestors:
             filled, cast = _filled(ancestor), example_tensor(ancestor)
             if filled is not None:
@@ -96,7 +97,7 @@ def _constant_ancestors(nodes: list[fx.Node], writes: Writes) -> list[fx.Node] |
         current = pending.pop()
         if current in found:
             continue
-        if current.op not in ("call_function", "call_method") or not _is_pure(current):
+        if writes_in_place(current) or not is_function(current):
             return None
         found.add(current)
         if _filled(current) is None:
@@ -108,9 +109,6 @@ def _constant_ancestors(nodes: list[fx.Node], writes: Writes) -> list[fx.Node] |
     return [ancestor for ancestor in nodes[0].graph.nodes if ancestor in found]
 
 
-_FILLS = {"zeros_like": 0.0, "new_zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0}
-
-
 @dataclass(frozen=True)
 class _Filled:
     shape: tuple[int, ...]
@@ -120,28 +118,12 @@ class _Filled:
 
 def _filled(node: fx.Node) -> _Filled | None:
     """What `node` is where it is filled with a number, and takes but its shape and dtype from other tensors."""
-    tensor = example_tensor(node)
-    fill = _FILLS.get(node_name(node))
-    position = {"full_like": 1, "new_full": 2}.get(node_name(node))
-    if position is not None:
-        given = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
-        fill = given if isinstance(given, (int, float)) else None
-    return None if fill is None or tensor is None else _Filled(tuple(tensor.shape), fill, tensor.dtype)
+    tensor, number = example_tensor(node), fill(node)
+    if tensor is None or not isinstance(number, (int, float)):
+        return None
+    return _Filled(tuple(tensor.shape), number, tensor.dtype)
 
 
 def _takes_dtype_only(node: fx.Node) -> bool:
     """Whether `node` is a cast to the dtype of another tensor."""
-    return node_name(node) == "type_as" and len(node.args) == 2
-
-
-_RANDOM = (
-    "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli",
-    "multinomial", "normal", "dropout", "empty", "empty_like", "new_empty", "empty_strided",
-)  # fmt: skip
-
-
-def _is_pure(node: fx.Node) -> bool:
-    module = getattr(node.target, "__module__", None) or ""
-    functorch = "functorch" in module or "batch_dim" in node_name(node)
-    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
-    return node_name(node) not in _RANDOM and not writes_in_place(node) and not functorch and not higher_order
+    return operation(node) == "type_as" and len(node.args) == 2

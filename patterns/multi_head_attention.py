@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sage_inductor.graph.call import Expansion, OpaquePattern, example_tensor, example_value, trace
+from sage_inductor.graph.call import SDPA, Expansion, OpaquePattern, example_tensor, example_value, trace
 from sage_inductor.patterns.nodes import reads_nothing
 
 FORWARD = F.multi_head_attention_forward
@@ -139,7 +139,7 @@ def _encoder_layer(
 
     def attention(x: Tensor) -> Tensor:
         q, k, v = F.linear(x, qkv_weight, qkv_bias).view(batch, seq, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, allowed)
+        out = SDPA(q, k, v, allowed)
         return F.linear(out.transpose(1, 2).reshape(batch, seq, embed_dim), proj_weight, proj_bias)
 
     def feed_forward(x: Tensor) -> Tensor:

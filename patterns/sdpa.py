@@ -8,18 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, Pattern, example_tensor
+from sage_inductor.graph.call import SDPA, SDPA_TARGETS, AttentionCall, Pattern, example_tensor
 from sage_inductor.patterns.heads import folded
 from sage_inductor.patterns.nodes import shape_of
-
-TARGETS = (
-    F.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-)
 
 
 def _schema(
@@ -44,15 +37,15 @@ class ScaledDotProductAttention(Pattern):
     under_transforms = True
 
     def match(self, node: fx.Node) -> AttentionCall | None:
-        if node.op != "call_function" or node.target not in TARGETS:
+        if node.op != "call_function" or node.target not in SDPA_TARGETS:
             return None
         bound = SIGNATURE.bind(*node.args, **node.kwargs)
         return AttentionCall(node, self.name, **bound.arguments)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
-        yield F.scaled_dot_product_attention, (q, k, v)
-        yield lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
+        yield SDPA, (q, k, v)
+        yield lambda q, k, v: SDPA(q, k, v, is_causal=True), (q, k, v)
 
 
 class ManyDims(ScaledDotProductAttention):
@@ -65,7 +58,7 @@ class ManyDims(ScaledDotProductAttention):
         return None if call is None else _folded(call)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
-        yield F.scaled_dot_product_attention, tuple(torch.randn(1, 2, 3, 16, 64) for _ in range(3))
+        yield SDPA, tuple(torch.randn(1, 2, 3, 16, 64) for _ in range(3))
 
 
 def _folded(call: AttentionCall) -> AttentionCall | None:

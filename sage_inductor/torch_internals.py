@@ -10,11 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
 
 __all__ = [
+    "builtin_sdpa",
     "compile_with_inductor",
     "compiled_one_by_one",
     "configured_pre_grad_pass",
@@ -94,6 +96,20 @@ def ends_its_frame(graph_module: torch.fx.GraphModule | None) -> bool:
     """Whether this graph of Dynamo's goes on to where the function returns, and is not cut off by a break."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     return reason is not None and not reason.graph_break
+
+
+def _builtin_sdpa() -> Callable[..., torch.Tensor]:
+    names = (torch._C._nn, torch.nn.functional)
+    found = (getattr(namespace, "scaled_dot_product_attention", None) for namespace in names)
+    builtin = next((function for function in found if isinstance(function, BuiltinFunctionType)), None)
+    # Where both names are taken, the operator that the builtin calls.
+    return torch.ops.aten.scaled_dot_product_attention.default if builtin is None else builtin
+
+
+# `F.scaled_dot_product_attention` as torch brings it. People put functions of their own in that name's place (SageAttention's
+# users `sage_attention` itself, torch's context_parallel a wrapper), before or after this package is loaded; graphs
+# hold the builtin all the same, since Dynamo traces through Python functions, and exact attention is what it computes.
+builtin_sdpa: Callable[..., torch.Tensor] = _builtin_sdpa()
 
 
 def graph_breaks() -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
+from sage_inductor.torch_internals import builtin_sdpa
 
 
 class SDPABackend(AttentionBackend):
@@ -77,7 +77,7 @@ def exact_attention(
             attn_mask = metadata_masks.with_causal(attn_mask, query.shape[1], key.shape[1])
         if attn_mask.is_floating_point():
             attn_mask = attn_mask.to(query.dtype)
-    result = F.scaled_dot_product_attention(
+    result = builtin_sdpa(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

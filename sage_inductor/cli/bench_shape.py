@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +16,7 @@ from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.measurement.ground_truth import sampled_error
 from sage_inductor.measurement.timers import median_ms, sets_beyond_l2
+from sage_inductor.torch_internals import builtin_sdpa
 
 SDPA: dict[str, SDPBackend | None] = {
     "sdpa": None,
@@ -97,9 +97,9 @@ def _kernel_row(
 
 def _sdpa(problem: Problem, backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if backend is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal)
+        return builtin_sdpa(query, key, value, is_causal=problem.is_causal)
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal)
+        return builtin_sdpa(query, key, value, is_causal=problem.is_causal)
 
 
 def _timed(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.torch_internals import operator_name
+from sage_inductor.torch_internals import builtin_sdpa, operator_name
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ def tracing(*values: Any) -> AbstractContextManager[Any]:
     modes = (getattr(value, "fake_mode", None) for value in values)
     return next((mode for mode in modes if mode is not None), nullcontext())
 
+
+SDPA = builtin_sdpa
+"""`F.scaled_dot_product_attention`, whatever stands in that name's place."""
+SDPA_TARGETS: tuple[Any, ...] = (
+    SDPA,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+"""What the target of a node is that calls it: the function in Dynamo's graphs, the overload in exported programs."""
 
 Value: TypeAlias = "fx.Node | Expr"
 

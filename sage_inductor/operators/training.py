@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.operators import inference
 from sage_inductor.operators.unquantised import combined_mask
+from sage_inductor.torch_internals import builtin_sdpa
 
 inference.LIBRARY.define(
     f"attention_training({inference.INPUTS}, {inference.PARAMS}, int[]? memory_order=None) -> Tensor",
@@ -54,9 +54,7 @@ def _attention_backward(
     attn_mask, plain_causal = combined_mask(query, key, attn_mask, low, high)
     with torch.enable_grad():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=plain_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        output = builtin_sdpa(q, k, v, attn_mask, is_causal=plain_causal, scale=scale, enable_gqa=enable_gqa)
         grads = torch.autograd.grad(output, (q, k, v), grad_output)
     # In the strides that the traced backward was told.
     dq, dk, dv = (

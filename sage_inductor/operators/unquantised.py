@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.kernels.reference.algorithm import SCORES_AT_ONCE
+from sage_inductor.torch_internals import builtin_sdpa
 
 
 def sdpa(
@@ -24,7 +24,7 @@ def sdpa(
         # these copies.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         gqa = False
-    return F.scaled_dot_product_attention(
+    return builtin_sdpa(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )
 

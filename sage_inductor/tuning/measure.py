@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.measurement.timers import gpu_ms, host_ms
 from sage_inductor.operators import inference
-from sage_inductor.torch_internals import outside_tracing
+from sage_inductor.torch_internals import builtin_sdpa, outside_tracing
 from sage_inductor.tuning.comparison import Comparison, SdpaCall
 from sage_inductor.tuning.store import Result, Timing
 
@@ -102,9 +101,7 @@ def _kernel(comparison: Comparison, name: str, inputs: _Inputs) -> Call:
 def _sdpa(comparison: Comparison, inputs: _Inputs) -> Call:
     sdpa = comparison.sdpa
     args = inputs.of(sdpa)
-    return lambda: F.scaled_dot_product_attention(
-        *args, is_causal=sdpa.is_causal, scale=sdpa.scale, enable_gqa=sdpa.enable_gqa
-    )
+    return lambda: builtin_sdpa(*args, is_causal=sdpa.is_causal, scale=sdpa.scale, enable_gqa=sdpa.enable_gqa)
 
 
 class _Inputs:

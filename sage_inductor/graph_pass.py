@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sage_inductor.config import Config
 from sage_inductor.graph.places import Places
+from sage_inductor.graph.surroundings import ambient_pin
 from sage_inductor.rewriting.driver import rewrite_graph
+from sage_inductor.torch_internals import ambient_settings, autocast_dtypes, float32_precision
 from sage_inductor.tuning.choice import is_makeshift
 from sage_inductor.tuning.machine import digest, machines, source_files, version
 
@@ -21,9 +24,10 @@ __all__ = ["SageAttentionPass", "rewrite_graph", "source_hash"]
 class SageAttentionPass(CustomGraphPass):
     """For `options={"pre_grad_custom_pass": SageAttentionPass(config)}`.
 
-    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, the sources
-    of this package, the versions of what it runs on and, where choices are measured, the GPUs and their driver, so
-    that a compiled graph is cached, and never reused wrongly. Once something could not be measured it forbids caching:
+    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, what torch was told of
+    attention (`sdpa_kernel`, the flash implementation, cuDNN's flags), the sources of this package, the versions of what
+    it runs on and, where choices are measured, the GPUs and their driver, so that a compiled graph is cached, and never
+    reused wrongly. Once something could not be measured it forbids caching:
     the next process may have the memory for it.
     """
 
@@ -37,7 +41,7 @@ class SageAttentionPass(CustomGraphPass):
             self.then(graph)
 
     def uuid(self) -> Any:
-        own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config))
+        own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config), _ambient())
         if self.config.tune == "measure":
             if is_makeshift():
                 return _Uncacheable()
@@ -54,6 +58,13 @@ class SageAttentionPass(CustomGraphPass):
         return None if inner is None else (*own, inner)
 
 
+def _ambient() -> str:
+    """What the pass looks at beside the graph and its options: a graph that was rewritten where nothing was pinned is not the
+    one of a process under `sdpa_kernel(...)`."""
+    facts = [ambient_pin(), float32_precision(), autocast_dtypes(), ambient_settings()]
+    return json.dumps(facts, sort_keys=True)
+
+
 class _Uncacheable:
     """A uuid with which no cache key can be made, at any time and in any version of torch. None will not do: torch 2.13
     then takes it that the pass ran before the key was made, which it did not do for the graph at hand."""
@@ -64,11 +75,11 @@ class _Uncacheable:
 
 @cache
 def source_hash() -> str:
-    """Hash of the package's sources, patterns included, and of the versions of torch, triton and
-    sageattention."""
+    """Hash of the package's sources, patterns included, and of the versions of torch, triton,
+    sageattention and cuda-bindings."""
     import sage_inductor.patterns
 
     result = digest(source_files([Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]))
-    for package in ("torch", "triton", "sageattention"):
+    for package in ("torch", "triton", "sageattention", "cuda-bindings"):
         result.update(f"{package}={version(package)};".encode())
     return result.hexdigest()

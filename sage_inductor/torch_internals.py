@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, GeneratorType
 from typing import Any, cast
 
 import torch
@@ -22,11 +22,17 @@ __all__ = [
     "configured_pre_grad_pass",
     "dynamo_is_compiling",
     "ends_its_frame",
+    "dispatches_itself",
+    "ambient_settings",
+    "autocast_dtypes",
+    "float32_precision",
+    "is_inside_sdpa_kernel",
+    "prefers_math",
     "graph_breaks",
     "inductor_modes",
     "keep_gpu_busy",
     "outside_tracing",
-    "pinned_sdpa_backends",
+    "allowed_sdpa_backends",
     "pre_grad_pass",
     "storage_id",
     "surfaced",
@@ -119,11 +125,85 @@ def graph_breaks() -> int:
     return sum(counters["graph_break"].values())
 
 
-def pinned_sdpa_backends() -> tuple[str, ...]:
+def allowed_sdpa_backends() -> tuple[str, ...]:
     """Names of the SDPA backends that are enabled now, e.g. ("CUDNN_ATTENTION", "FLASH_ATTENTION", ...)."""
     from torch.nn.attention import _cur_sdpa_kernel_backends
 
     return tuple(backend.name for backend in _cur_sdpa_kernel_backends())
+
+
+def prefers_math() -> bool:
+    """Whether SDPA's math backend comes first, which `sdpa_kernel([MATH, ...], set_priority=True)` asks for."""
+    from torch.nn.attention import SDPBackend
+
+    return bool(_sdpa_priority()[:1] == [int(SDPBackend.MATH)])
+
+
+def _sdpa_priority() -> list[int]:
+    order = getattr(torch._C, "_get_sdp_priority_order", list)
+    return [int(backend) for backend in order()]
+
+
+def is_inside_sdpa_kernel() -> bool:
+    """Whether a `with sdpa_kernel(...)` is open in this process.
+
+    It sets the flags that `torch.backends.cuda.enable_math_sdp(False)` and its like set, and leaves nothing else behind that
+    would tell it from them, but itself: a generator that waits to be resumed. To look for it takes as long as a collection of
+    garbage."""
+    import gc
+    import inspect
+
+    from torch.nn.attention import sdpa_kernel
+
+    code = inspect.unwrap(sdpa_kernel).__code__
+    return any(
+        type(item) is GeneratorType
+        and item.gi_code is code
+        and inspect.getgeneratorstate(item) == inspect.GEN_SUSPENDED
+        for item in gc.get_objects()
+    )
+
+
+def ambient_settings() -> dict[str, Any]:
+    """What this process has told torch about attention: all that changes which kernel SDPA runs, how fast it is or what it
+    computes, beside its inputs. JSON."""
+    from torch import nn
+
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    flash = getattr(nn.attention, "current_flash_attention_impl", None)  # torch 2.11 may lack it
+    return {
+        "backends": sorted(allowed_sdpa_backends()),
+        "priority": _sdpa_priority(),
+        "flash": None if flash is None else str(flash()),
+        "cudnn": {
+            name: _setting(lambda name=name: getattr(cudnn, name))  # type: ignore[misc]
+            for name in ("enabled", "benchmark", "deterministic", "allow_tf32")
+        },
+        "math": _setting(cuda.fp16_bf16_reduction_math_sdp_allowed),
+        "float16": _setting(lambda: cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "bfloat16": _setting(lambda: cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def autocast_dtypes() -> dict[str, str]:
+    """The dtype that autocast casts to, by type of device, where it is on."""
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return {device: str(torch.get_autocast_dtype(device)) for device in devices}
+
+
+def float32_precision() -> str:
+    """ "highest", "high" or "medium", or "mixed" where single operations have their own."""
+    return _setting(torch.get_float32_matmul_precision)
+
+
+def _setting(read: Callable[[], Any]) -> str:
+    try:
+        return str(read())
+    except (
+        RuntimeError
+    ):  # set for single operations, by torch's newer interface, which the older one cannot say
+        return "mixed"
 
 
 @contextmanager
@@ -241,6 +321,18 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     from torch.utils._pytree import tree_leaves
 
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def dispatches_itself(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is of a subclass that carries out operators in its own way: a DTensor, a quantised tensor. It knows what
+    it was taught, and what it holds may be other than its shape says. Parameters, and what torch itself traces with, are
+    none; neither is a subclass that only overrides functions, which Dynamo traces through."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return False
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def storage_id(tensor: torch.Tensor) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from sage_inductor.torch_internals import pinned_sdpa_backends
+from sage_inductor.torch_internals import allowed_sdpa_backends, is_inside_sdpa_kernel, prefers_math
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,20 @@ class Surroundings:
 
 
 def ambient_pin() -> tuple[str, ...] | None:
-    """The SDPA backends a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned."""
-    return _pin(pinned_sdpa_backends())
+    """The SDPA backends that a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned.
+
+    Flags of the whole process (`torch.backends.cuda.enable_math_sdp(False)`) are no choice for the code at hand: they say what
+    SDPA may run where it runs."""
+    found = _pin(allowed_sdpa_backends(), prefers_math())
+    return found if found is not None and is_inside_sdpa_kernel() else None
 
 
-def _pin(enabled: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The math backend serves everything, so only an explicit choice ever excludes it, or leaves it alone: who allows it
-    beside a faster one leaves the choice to torch."""
-    return None if "MATH" in enabled and len(enabled) > 1 else enabled
+def _pin(allowed: tuple[str, ...], math_first: bool) -> tuple[str, ...] | None:
+    """The choice that an `sdpa_kernel(...)` of these backends makes. The math backend serves everything: who allows it beside
+    a faster one leaves the choice to torch, unless it is to come first."""
+    if "MATH" not in allowed:
+        return allowed
+    return ("MATH",) if math_first or len(allowed) == 1 else None
 
 
 def enter(node: fx.Node, around: Surroundings) -> Surroundings:
@@ -42,7 +48,10 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
         return Surroundings(around.pinned, around.transforms[:-1])
     if name == "_sdpa_kernel":
         backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
-        return Surroundings(_pin(backends), around.transforms)
+        if set(backends) == set(allowed_sdpa_backends()):  # behind a region: what it was before
+            return Surroundings(ambient_pin(), around.transforms)
+        has_order = len(node.args) > 1 and node.args[1] is True
+        return Surroundings(_pin(backends, has_order and backends[0] == "MATH"), around.transforms)
     return around
 
 

@@ -14,6 +14,7 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.inference import memory_order
 from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.torch_internals import dispatches_itself
 from sage_inductor.tuning import SdpaCall
 
 
@@ -41,8 +42,27 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
     if missing or call.output() is None:
         return [*reasons, f"no traced shape of {', '.join(missing) or 'the output'}"]
     present = {name: value for name, value in values.items() if value is not None}
+    reasons += _subclass_reasons(call)
     reasons += _gradient_reasons(call, present, config)
     return reasons + _shape_reasons(call, present)
+
+
+def _subclass_reasons(call: AttentionCall) -> list[str]:
+    """Why tensors of subclasses with a dispatch of their own forbid to rewrite `call`: they have no rule for our operator."""
+    nodes = {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "attn_mask": call.attn_mask,
+        "sink": call.sink,
+    }
+    names: dict[str, list[str]] = {}
+    for name, node in nodes.items():
+        value = example_tensor(node)
+        # Nested tensors are refused by their layout.
+        if value is not None and not value.is_nested and dispatches_itself(value):
+            names.setdefault(type(value).__name__, []).append(name)
+    return [reason(f"type of {', '.join(found)}", kind, "plain tensors") for kind, found in names.items()]
 
 
 def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: Config) -> list[str]:

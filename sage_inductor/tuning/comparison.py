@@ -11,7 +11,7 @@ import torch
 
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import size_hint
-from sage_inductor.torch_internals import pinned_sdpa_backends
+from sage_inductor.torch_internals import ambient_settings, float32_precision
 
 # Lengths that are data (without a hint) are judged at this one; the crossover decides at run time.
 UNKNOWN_LENGTH = 4096
@@ -87,8 +87,8 @@ class Comparison:
                 "is_causal": self.sdpa.is_causal,
                 "enable_gqa": self.sdpa.enable_gqa,
                 "dims": len(self.sdpa.query.shape),  # its fused kernels take 4
-                "backends": sorted(pinned_sdpa_backends()),
-                "float32": _float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
+                "torch": ambient_settings(),
+                "float32": float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
             },
         }
 
@@ -98,13 +98,6 @@ def bucket(length: int) -> str:
     shift = max(0, length.bit_length() - BUCKET_BITS)
     first = length >> shift << shift
     return f"{first} to {first + (1 << shift) - 1}"
-
-
-def _float32_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set for single operations, by torch's newer interface
-        return "mixed"
 
 
 def _described(call: AttentionProblem | SdpaCall) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from sage_inductor import kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons
+from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons, kept
 from sage_inductor.kernels.hopper import compile as compilation
 from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, Variant, choose_variant
 from sage_inductor.kernels.hopper.share import share
@@ -141,6 +141,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
 
     monkeypatch.setattr(compilation, "compile_variant", compile_variant)
     monkeypatch.setattr(compilation, "_compiler_version", lambda: (13, 0))
+    monkeypatch.setattr(kept, "_warned", set())
     return calls
 
 

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from . import kept
 from .wgmma import header
 
 log = logging.getLogger(__name__)
@@ -23,7 +21,6 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.cu")
 _PRECISION = {"fast": "fp8", "balanced": "int8"}  # in "accurate" P and V are of the output's 16 bits, or bf16
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
-_SHA_BYTES = 32  # a stored kernel begins with the SHA-256 of the rest
 COMBINE_ROWS, COMBINE_THREADS = 16, 128  # rows and threads of a program of `combine`
 TILE = 64  # queries of one warpgroup
 OUT = {"bf16": 0, "fp16": 1, "fp32": 2}
@@ -211,32 +208,19 @@ def _program_log(nvrtc: Any, program: Any) -> str:
 
 
 def cubin(variant: Variant, folder: Path | None) -> bytes:
-    """The compiled variant, from `folder` or compiled and stored there. Several processes may do so at once:
-    files appear whole. A folder that cannot be written costs a compilation per process, and a warning."""
+    """The compiled variant, from `folder` or compiled and stored there. Several processes may do so at once. A folder that
+    cannot be used costs a compilation per process, and a warning."""
     if folder is None:
         log.warning("compiled kernels are not kept: there is no home folder")
         return compile_variant(variant).cubin
-    path = folder / f"hopper-{_digest(variant)}.cubin"
-    with contextlib.suppress(OSError):
-        stored = path.read_bytes()
-        if hashlib.sha256(stored[_SHA_BYTES:]).digest() == stored[:_SHA_BYTES]:
-            return stored[_SHA_BYTES:]
-        log.warning("%s is damaged and is written again", path)
+    key = repr((variant.source(), sorted(variant.macros().items()), _OPTIONS, _compiler_version()))
+    name = f"hopper-{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
+    stored = kept.load(folder, name, key)
+    if stored is not None:
+        return stored
     compiled = compile_variant(variant).cubin
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(compiled).digest() + compiled)
-        os.replace(temporary, path)
-    except OSError as error:
-        log.warning("compiled kernels are not kept: %s", error)
+    kept.store(folder, name, key, compiled)
     return compiled
-
-
-def _digest(variant: Variant) -> str:
-    text = repr((variant.source(), sorted(variant.macros().items()), _OPTIONS, _compiler_version()))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @cache

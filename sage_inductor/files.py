@@ -1,0 +1,117 @@
+"""Files: read only where they are files of a reasonable size, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from os import PathLike
+from typing import TypeAlias
+
+PathName: TypeAlias = "str | PathLike[str]"
+
+
+def read_regular(path: PathName, most: int) -> bytes:
+    """The content of a regular file of up to `most` bytes. OSError for another one: a pipe would be waited for, a device
+    read for ever. ValueError for a name that no file can have."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        return read_descriptor(descriptor, path, most)
+    finally:
+        os.close(descriptor)
+
+
+def read_descriptor(descriptor: int, path: PathName, most: int) -> bytes:
+    """`read_regular` of a file that is open."""
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    pieces, length = [], 0
+    while piece := os.read(descriptor, min(1 << 20, most + 1 - length)):
+        pieces.append(piece)
+        length += len(piece)
+        if length > most:
+            raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+    return b"".join(pieces)
+
+
+def replace_file(path: PathName, content: bytes, mode: int = 0o666, *, sync: bool = False) -> None:
+    """Write `content` beside `path` and put it in its place: a full disk, an error or a reader meets the whole of what was
+    there before. A link's target is replaced; a file keeps its permissions, a new one gets `mode` as the umask leaves it;
+    a device or pipe is written to. With `sync` the content is on the disk before the name is. Raises OSError, and ValueError for a name that no file can have."""
+    status = _status(path)
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        _write_to(path, content)
+        return
+    target = os.path.realpath(path)
+    temporary = _beside(target)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            if status is not None:
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+            _write_all(descriptor, content)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def check_target(path: PathName) -> None:
+    """Raises what `replace_file` would raise, as far as can be known before there is something to write."""
+    status = _status(path)
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return  # to open a pipe and close it again would be an end of file to its reader
+    target = os.path.realpath(path)
+    if not os.path.basename(os.fspath(path)):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = _beside(target)
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # which says of a missing folder what the next line says better
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(temporary)
+    if status is None:
+        # The name itself: it may be too long, or one that the file system does not take.
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(target)
+
+
+def _status(path: PathName) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _beside(target: str) -> str:
+    return os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
+
+
+def _write_to(path: PathName, content: bytes) -> None:
+    # Without O_NONBLOCK a pipe that nobody reads would be waited for.
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        os.set_blocking(descriptor, True)
+        _write_all(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]

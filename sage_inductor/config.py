@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -9,6 +11,8 @@ from typing import Any
 
 from sage_inductor.kernels import KERNELS, PRECISIONS
 from sage_inductor.plan.plan import Plan
+
+log = logging.getLogger(__name__)
 
 OPTION_PREFIX = "sage."
 FALLBACKS = ("sdpa", "warn", "error")
@@ -74,13 +78,19 @@ class Config:
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.cache_dir, (str, type(None))):
             raise TypeError(f"cache_dir={self.cache_dir!r} (valid: a path as a string, None)")
+        if self.cache_dir is not None and (not self.cache_dir or "\0" in self.cache_dir):
+            raise ValueError(
+                f"cache_dir={self.cache_dir!r} (valid: a path that is not empty and has no NUL, None)"
+            )
         if not isinstance(self.training, bool):
             raise TypeError(f"training={self.training!r} (valid: True, False)")
         if isinstance(self.plan, (str, PathLike)):
+            path = os.fspath(self.plan)
             try:
-                object.__setattr__(self, "plan", Plan.load(self.plan))
+                object.__setattr__(self, "plan", Plan.load(path))
             except OSError as error:
-                raise ValueError(f"plan={str(self.plan)!r} cannot be read: {error}") from None
+                raise ValueError(f"plan={str(path)!r} cannot be read: {error}") from None
+            _warn_of_change(os.path.abspath(path), repr(self.plan))
         elif self.plan is not None and not isinstance(self.plan, Plan):
             raise TypeError(f"plan={self.plan!r} (valid: a Plan, the path of one, None)")
 
@@ -107,6 +117,20 @@ class Config:
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config={config!r} (valid: a sage_inductor.Config, None)")
         return cls() if config is None else config
+
+
+_read: dict[str, str] = {}  # the plan that was last read from each path
+
+
+def _warn_of_change(path: str, content: str) -> None:
+    """torch.compile tells compiled code by the options as they were given: by the path, and not by what the file held."""
+    if _read.setdefault(path, content) != content:
+        _read[path] = content
+        log.warning(
+            "plan %s has changed since this process read it: what was compiled with the path keeps the decisions of then "
+            "(torch.compiler.reset() compiles it again; options={'sage.plan': Plan.load(path)} tells contents apart)",
+            path,
+        )
 
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypedDict
 
+from sage_inductor.files import read_regular, replace_file
 from sage_inductor.kernels import PRECISIONS
 from sage_inductor.measurement.metrics import METRICS
 from sage_inductor.plan.sites import DECISIONS, Figure, Fingerprint, Measured, PlannedSite, Steps
 
 FORMAT = "sage_inductor.plan"
 VERSION = 1
+MOST_BYTES = 64 * 2**20  # a plan of a thousand sites, each at ten ranges of steps, is a fifth of that
+LONGEST_MESSAGE = 600  # characters; what is wrong may be a value of megabytes
 OF_ONE_SITE = tuple(name for name in METRICS if name != "output_rel_l2")
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -62,13 +65,14 @@ def _measured(error: Measured) -> dict[str, Any]:
 
 
 def write(plan: PlanFields, path: str | PathLike[str]) -> None:
-    Path(path).write_text(to_json(plan), encoding="utf-8")
+    """OSError, with the file that was there left as it was, where it cannot be written."""
+    replace_file(path, to_json(plan).encode(), sync=True)
 
 
 def read(path: str | PathLike[str]) -> PlanFields:
-    text = Path(path).read_bytes()
+    content = read_regular(path, MOST_BYTES)
     try:
-        return from_json(text)
+        return from_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -76,8 +80,26 @@ def read(path: str | PathLike[str]) -> PlanFields:
 def from_json(text: str | bytes) -> PlanFields:
     """The plan in `text`. Raises ValueError that names the field for anything but what `to_json` writes."""
     try:
-        data = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return _from_json(text)
+    except ValueError as error:
+        raise ValueError(_shortened(str(error))) from None
+
+
+def _shortened(message: str) -> str:
+    """Without the middle of a long message: what is wrong stands in front, what is valid behind."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+
+
+def _from_json(text: str | bytes) -> PlanFields:
+    try:
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError(f"not JSON that can be read: {error}") from None
+    except _Duplicate:
+        raise
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -93,13 +115,25 @@ def from_json(text: str | bytes) -> PlanFields:
         _get(made_with, name, "a text", "made_with.")
     plan = PlanFields(
         metric=_one_of(data, "metric", tuple(METRICS), ""),
-        tolerance=_get(data, "tolerance", "a finite number", ""),
+        tolerance=_tolerance(data),
         sites=tuple(_site(*item) for item in _items(data, "sites")),
         output_rel_l2=tuple(_output(*item) for item in _items(data, "output_rel_l2")),
         made_with=made_with,
     )
     _no_contradictions(plan)
     return plan
+
+
+class _Duplicate(ValueError):
+    """JSON's readers differ in which of two values they take."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _Duplicate(f"{name} is there {count} times in one object (valid: once)")
+    return data
 
 
 def _site(data: dict[str, Any], where: str) -> PlannedSite:
@@ -161,6 +195,15 @@ def _figure(data: dict[str, Any], where: str) -> Figure:
         worst=_get(data, "worst", "a finite number", where, or_null=True),
         mean=_get(data, "mean", "a finite number", where, or_null=True),
     )
+
+
+def _tolerance(data: dict[str, Any]) -> float:
+    metric = _one_of(data, "metric", tuple(METRICS), "")
+    value: float = _get(data, "tolerance", "a finite number", "")
+    low, high = METRICS[metric].low, METRICS[metric].high
+    if not low < value < high:
+        raise ValueError(f"tolerance={value} of {metric} (valid: between {low:g} and {high:g})")
+    return value
 
 
 def _steps(data: dict[str, Any], where: str) -> Steps | None:

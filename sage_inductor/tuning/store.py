@@ -10,24 +10,23 @@ holds something else, counts as absent; a folder that cannot be written costs th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sage_inductor.kernels.cache_folder import default_folder
+from sage_inductor.files import read_regular, replace_file
+from sage_inductor.kernels.cache_folder import default_folder, expanded
 from sage_inductor.tuning.comparison import BUCKET_WIDTH
 from sage_inductor.tuning.machine import Machine
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 4 * 2**20  # a result is half a kilobyte, a bucket of lengths has a few hundred of them at most
 FORMAT = 2
 
 
@@ -71,7 +70,7 @@ class Result:
 
     @classmethod
     def of_json(cls, data: dict[str, Any]) -> Result:
-        """Raises KeyError, TypeError or ValueError for what is no result."""
+        """Raises an Exception for what is no result, whatever it holds."""
         kernels = {
             str(name): Timing(
                 *(float(timing[key]) for key in ("ms", "ratio", "noise")),
@@ -87,7 +86,11 @@ class Result:
             *(timing.scattered for timing in kernels.values() if timing.scattered is not None),
         ]
         if not all(math.isfinite(time) and time > 0 for time in times):
-            raise ValueError(f"times {times}")
+            raise ValueError("a time that is not finite and positive")
+        if not all(math.isfinite(timing.noise) and timing.noise >= 0 for timing in kernels.values()):
+            raise ValueError("a noise that is not finite, or negative")
+        if min(result.q_len, result.kv_len) < 1:
+            raise ValueError("a length below 1")
         return result
 
 
@@ -98,7 +101,7 @@ class Store:
         self.machine = machine
         self.folder: Path | None = None
         try:
-            base = default_folder() if folder is None else Path(folder).expanduser()
+            base = default_folder() if folder is None else expanded(folder)
             self.folder = base / machine.fingerprint()
         except RuntimeError as error:
             _warn("no folder for measured times: %s", error)
@@ -109,14 +112,17 @@ class Store:
             return []
         file = self.folder / _file_name(key)
         try:
-            data = json.loads(file.read_bytes())
+            data = json.loads(read_regular(file, MOST_BYTES))
             if data["format"] != FORMAT or data["key"] != key:
                 raise ValueError("of another format or key")
             return [Result.of_json(result) for result in data["results"]]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _warn("measured times in %s are not readable, and measured again: %s", file, error)
+        except (
+            Exception
+        ) as error:  # JSON holds more than one thinks of: 1e999 for a length, a thousand brackets
+            text = f"{type(error).__name__}: {error}"[:200]
+            _warn("measured times in %s are not readable, and measured again: %s", file, text)
             return []
 
     def save(self, key: dict[str, Any], result: Result) -> None:
@@ -133,22 +139,10 @@ class Store:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / _file_name(key), json.dumps(data, indent=1).encode())
+            # With the permissions that the umask leaves: a folder may serve a group.
+            replace_file(self.folder / _file_name(key), json.dumps(data, indent=1).encode())
         except OSError as error:
             _warn("measured times are not kept: %s", error)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write `file` as a whole or not at all."""
-    # Not by tempfile, whose files are the user's alone: a folder may serve a group.
-    temporary = file.with_name(f"{file.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _file_name(key: dict[str, Any]) -> str:

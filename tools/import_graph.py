@@ -21,7 +21,6 @@ PACKAGE = "sage_inductor"
 # From the ground up: a room may import from rooms in front of it in this list, and from itself.
 ROOMS: tuple[str, ...] = (
     "errors",
-    "files",
     "torch_internals",
     "kernels",
     "operators",

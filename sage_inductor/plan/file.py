@@ -10,8 +10,8 @@ from dataclasses import asdict, fields
 from os import PathLike
 from typing import Any, TypedDict
 
-from sage_inductor.files import read_regular, replace_file
 from sage_inductor.kernels import PRECISIONS
+from sage_inductor.kernels.files import read_regular, replace_file
 from sage_inductor.measurement.metrics import METRICS
 from sage_inductor.plan.sites import DECISIONS, Figure, Fingerprint, Measured, PlannedSite, Steps
 

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sage_inductor.files import read_regular, replace_file
 from sage_inductor.kernels.cache_folder import default_folder, expanded
+from sage_inductor.kernels.files import read_regular, replace_file
 from sage_inductor.tuning.comparison import BUCKET_WIDTH
 from sage_inductor.tuning.machine import Machine
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sage_inductor.files import read_descriptor
+from sage_inductor.kernels.files import read_descriptor
 
 log = logging.getLogger(__name__)
 

@@ -87,14 +87,14 @@ def sdpa(backend: SDPBackend | None) -> Provider:
 
 def ours(kernel: str, precision: str) -> Provider:
     if kernel == "hopper":
-        from sage_inductor.kernels.hopper.launch import HopperCall as Call
+        from sage_inductor.kernels.hopper.launch import HopperAttention as Attention
     else:
-        from sage_inductor.kernels.triton.launch import Call
+        from sage_inductor.kernels.triton.launch import TritonAttention as Attention
 
     def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         out = torch.empty_like(q)
         params = AttentionParams(is_causal=problem.is_causal, precision=precision)
-        call = Call(q, k, v, None, params, out, None)
+        call = Attention(q, k, v, None, params, out, None)
         workspace = call.quantize(q, k, v, None)
 
         def kernel() -> Tensor:

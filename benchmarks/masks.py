@@ -71,9 +71,11 @@ def contenders(
         for suffix, least in (("", limit), (", read everywhere", sys.maxsize)):
             launch.MASK_BLOCKS_KEYS = least
             out = torch.empty_like(q)
-            call = launch.Call(q, k, v, mask, AttentionParams(precision=precision), out, None, config=config)
+            call = launch.TritonAttention(
+                q, k, v, mask, AttentionParams(precision=precision), out, None, config=config
+            )
 
-            def run(call: launch.Call = call, out: Tensor = out) -> Tensor:
+            def run(call: launch.TritonAttention = call, out: Tensor = out) -> Tensor:
                 call(q, k, v, mask, out, None)
                 return out
 

@@ -18,7 +18,7 @@ import torch
 from timing import machine, median_ms, sets_beyond_l2
 
 from sage_inductor.kernels.base import AttentionParams
-from sage_inductor.kernels.triton.launch import Call
+from sage_inductor.kernels.triton.launch import TritonAttention
 
 HEADS = 32
 
@@ -51,7 +51,7 @@ def main() -> None:
                         for _ in range(3)
                     )
                     out = torch.empty_like(q)
-                    call = Call(q, k, v, None, AttentionParams(precision=precision), out, None)
+                    call = TritonAttention(q, k, v, None, AttentionParams(precision=precision), out, None)
                     calls.append(partial(call.quantize, q, k, v, None))
                     wholes.append(partial(call, q, k, v, None, out, None))
                 ms = median_ms(calls)

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from sage_inductor.graph.call import SDPA, Expansion, OpaquePattern, example_tensor, example_value, trace
 from sage_inductor.patterns.nodes import reads_nothing
+from sage_inductor.torch_internals import FUSED_ENCODER_LAYER
 
 FORWARD = F.multi_head_attention_forward
-ENCODER_LAYER = (torch._transformer_encoder_layer_fwd, torch.ops.aten._transformer_encoder_layer_fwd.default)
 
 
 class MultiHeadAttention(OpaquePattern):
@@ -52,7 +52,7 @@ class TransformerEncoderLayer(OpaquePattern):
     name = "transformer_encoder_layer"
 
     def expand(self, node: fx.Node) -> Expansion | None:
-        if node.op != "call_function" or node.target not in ENCODER_LAYER:
+        if node.op != "call_function" or node.target not in FUSED_ENCODER_LAYER:
             return None
         bound = inspect.signature(_encoder_layer).bind(*node.args, **node.kwargs)
         bound.apply_defaults()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from sage_inductor.measurement.metrics import max_error as max_error  # for test
 from sage_inductor.measurement.metrics import relative_l2 as relative_l2
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.driver import rewrite_graph
+from sage_inductor.torch_internals import is_overload
 
 
 def capture(
@@ -28,7 +28,7 @@ def capture(
         graphs.append(graph_module)
         return graph_module.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.compile(function, backend=keep, dynamic=dynamic)(*args, **kwargs)
     assert len(graphs) == 1, f"{len(graphs)} graphs"
     return graphs[0]
@@ -52,8 +52,7 @@ class RewritingBackend:
 
 
 def graph_text(graph: fx.Graph) -> str:
-    """`graph`, one node a line, without what differs between torch versions: `name = target(args): 2x4x16x64
-    NHD`.
+    """`graph`, one node a line, without what differs between torch versions: `name = target(args): 2x4x16x64`.
 
     Nodes are called a, b, c ... in order; only call nodes and the output are written.
     """
@@ -81,10 +80,8 @@ def _letter(index: int) -> str:
 def _target(node: fx.Node) -> str:
     if node.op != "call_function":
         return f".{node.target}" if node.op == "call_method" else str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if is_overload(node.target):
         return str(node.target).removesuffix(".default")
-    if getattr(operator, getattr(node.target, "__name__", ""), None) is node.target:
-        return str(getattr(node.target, "__name__", node.target))
     return str(getattr(node.target, "__name__", node.target))
 
 

@@ -11,35 +11,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import BuiltinFunctionType, GeneratorType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 __all__ = [
-    "builtin_sdpa",
+    "CustomGraphPass",
+    "FUSED_ENCODER_LAYER",
+    "allowed_sdpa_backends",
+    "ambient_settings",
+    "autocast_dtypes",
+    "children_of",
     "compile_with_inductor",
     "compiled_one_by_one",
     "configured_pre_grad_pass",
+    "dispatches_itself",
+    "draws_random_numbers",
     "dynamo_is_compiling",
     "ends_its_frame",
-    "dispatches_itself",
-    "ambient_settings",
-    "autocast_dtypes",
+    "first_fake",
     "float32_precision",
-    "is_inside_sdpa_kernel",
-    "prefers_math",
     "graph_breaks",
     "inductor_modes",
+    "is_erased",
+    "is_higher_order",
+    "is_inside_sdpa_kernel",
+    "is_operator",
+    "is_overload",
     "keep_gpu_busy",
+    "operator_name",
+    "outside_fake_tensors",
     "outside_tracing",
-    "allowed_sdpa_backends",
+    "past_autocast",
     "pre_grad_pass",
+    "prefers_math",
     "storage_id",
     "surfaced",
     "tensors_of",
     "trace_artifact",
-    "without_limit_of_recompiles",
     "without_leaving_dynamo_entries",
+    "without_limit_of_recompiles",
+    "written_arguments",
 ]
 
 
@@ -432,3 +444,47 @@ def outside_fake_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def is_operator(target: Any) -> bool:
+    """Whether `target` is an operator, with or without graphs as arguments, and no function of Python's."""
+    return is_overload(target) or is_higher_order(target)
+
+
+def first_fake(values: Sequence[Any]) -> Any:
+    """The first fake tensor among `values`; None where there is none."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return next((value for value in values if isinstance(value, FakeTensor)), None)
+
+
+def past_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which operators are called past the autocast rules for "cpu" or "cuda"."""
+    key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    keys = torch._C.DispatchKeySet(key)
+    return lambda: torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def children_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Submodules by their names; one that is held under two names comes twice, as in `named_children` it does not."""
+    return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+# The fused operator of `nn.TransformerEncoderLayer`, as Dynamo and as torch.export write it.
+FUSED_ENCODER_LAYER = (
+    torch._transformer_encoder_layer_fwd,
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+)
+
+
+if TYPE_CHECKING:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`CustomGraphPass`, whose import brings Inductor, and with it triton."""
+        if name != "CustomGraphPass":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from torch._inductor.custom_graph_pass import CustomGraphPass
+
+        return CustomGraphPass

@@ -86,7 +86,7 @@ def calibrate(
         prober = Prober(chosen, Progress(callback, units))
         with without_leaving_dynamo_entries(prober.backend), torch.no_grad():
             compiled = torch.compile(model, backend=prober.backend, dynamic=False)
-            results = [_Phase(phase, goal, prober, _Runner(compiled, output)).run() for phase in phases]
+            results = [_Decisions(phase, goal, prober, _Runner(compiled, output)).run() for phase in phases]
     sites = [site for decided, _ in results for site in decided]
     if not sites:
         log.warning("no attention found in %d graph(s): the plan is empty", prober.graphs)
@@ -128,7 +128,7 @@ class _Goal:
         return figure is not None and METRICS[self.metric].holds(figure.worst, self.tolerance)
 
 
-class _Phase:
+class _Decisions:
     """The decisions for one range of steps."""
 
     def __init__(self, phase: Phase, goal: _Goal, prober: Prober, runner: _Runner) -> None:

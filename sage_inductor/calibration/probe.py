@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +17,7 @@ from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.kernels.installed import package_version
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
 from sage_inductor.operators import inference
@@ -181,7 +181,7 @@ class Prober:
         device = "none" if self._device is None else self._device.type
         if device == "cuda":
             device = torch.cuda.get_device_name(self._device)
-        versions = {name: metadata.version(name) for name in ("sage_inductor", "torch")}
+        versions = {name: package_version(name) or "unknown" for name in ("sage_inductor", "torch")}
         return {**versions, "device": device, "kernel": self.kernel}
 
 

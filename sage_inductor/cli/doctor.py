@@ -11,11 +11,8 @@ import argparse
 import math
 import os
 import platform
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +21,11 @@ from sage_inductor import kernels
 from sage_inductor.cli.errors import FAILED, NOT_AS_ASKED
 from sage_inductor.cli.options import add_device, add_kernels, chosen_device
 from sage_inductor.cli.output import Cell, bad, good, show_json, show_lines, show_table, weak
+from sage_inductor.kernels.installed import driver_version, package_version
 from sage_inductor.measurement import selftest
 from sage_inductor.measurement.progress import ProgressCallback, shown
 
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -93,34 +90,18 @@ def machine_facts() -> dict[str, Any]:
     """What one would ask for first in a bug report."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
-        "sage_inductor": _version("sage_inductor"),
+        "sage_inductor": package_version("sage_inductor") or "not installed",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none: a build without CUDA",
         "cudnn": str(cudnn) if cudnn else "none",
-        "driver": driver_version(),
+        "driver": driver_version() or "none found",
         "gpus": _gpus(),
-        "triton": _version("triton"),
-        "sageattention": _version("sageattention"),
+        "triton": package_version("triton") or "not installed",
+        "sageattention": package_version("sageattention") or "not installed",
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
-
-
-def driver_version() -> str:
-    """Of the NVIDIA kernel module, which Linux tells in a file: "NVIDIA UNIX x86_64 Kernel Module  570.86.15 ..."."""
-    try:
-        match = re.search(r"\d+\.\d+(\.\d+)?", DRIVER_FILE.read_text())
-    except OSError:
-        return "none found"
-    return match.group() if match else "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.torch_internals import builtin_sdpa, dispatches_itself, operator_name
+from sage_inductor.torch_internals import builtin_sdpa, dispatches_itself, first_fake, operator_name
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,10 @@ def trace(
 ) -> Expansion | None:
     """`function` of the values of `inputs`, traced before dispatch (an SDPA call stays one node), as under autocast to a
     dtype where one is given. None for inputs that cannot be traced: no tensors, or subclasses with a dispatch of their own."""
-    from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import make_fx
 
     values = [example_value(node) for node in inputs]
-    fake = next((value for value in values if isinstance(value, FakeTensor)), None)
+    fake = first_fake(values)
     if fake is None or any(
         not isinstance(value, torch.Tensor) or dispatches_itself(value) for value in values
     ):

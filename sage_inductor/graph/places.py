@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from sage_inductor.graph.origin import ROOT, module_path, module_stack
-from sage_inductor.torch_internals import dynamo_is_compiling, ends_its_frame
+from sage_inductor.torch_internals import children_of, dynamo_is_compiling, ends_its_frame
 
 # Attributes by which wrappers hold the module that they wrap: torch.compile, FSDP, activation checkpointing.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -167,8 +167,8 @@ def _chains(root: nn.Module) -> Iterator[Chain]:
 
     def below(chain: Chain) -> Iterator[Chain]:
         yield chain
-        for name, child in chain[-1][1]._modules.items():
-            if child is not None and all(child is not module for _, module in chain):
+        for name, child in children_of(chain[-1][1]):
+            if all(child is not module for _, module in chain):
                 yield from below((*chain, (name, child)))
 
     return below((("", root),))
@@ -183,7 +183,7 @@ def _is_wrapper(holder: nn.Module, name: str) -> bool:
 def _unwrapped(module: nn.Module | None) -> nn.Module | None:
     """What `module` wraps, through all wrappers; itself where it is none."""
     while module is not None:
-        inner = next((child for name, child in module._modules.items() if _is_wrapper(module, name)), None)
+        inner = next((child for name, child in children_of(module) if _is_wrapper(module, name)), None)
         if inner is None:
             break
         module = inner

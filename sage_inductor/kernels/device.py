@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 
 import torch
@@ -22,8 +23,12 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def interpreted() -> bool:
-    """Whether triton runs (or will run) kernels on the CPU, which its own environment variable decides at
-    import."""
+    """Whether Triton runs, or will run when it is imported, kernels on the CPU: its own environment variable decides, or
+    what was set in its place."""
+    if sys.modules.get("triton") is not None:
+        from sage_inductor.kernels.triton.internals import interprets
+
+        return interprets()
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 

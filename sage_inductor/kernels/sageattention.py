@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,9 @@ from torch import Tensor
 
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, reason
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.kernels.device import interpreted
+from sage_inductor.kernels.installed import package_version
+from sage_inductor.torch_internals import builtin_sdpa, outside_fake_tensors
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64  # tile of the 1.0.x kernels: fixed by the scales their quantisation writes
 # 64 probabilities of at most 1 are summed with V in FP16: 64 * 512 stays below 65504.
@@ -95,7 +96,7 @@ class SageAttentionKernel(Kernel):
         limits = limits_of(version)
         if limits is None:
             return [reason("sageattention version", version, (V1.versions, V2.versions))]
-        if limits is V1 and (device is None or device.type == "cpu") and is_interpreted():
+        if limits is V1 and (device is None or device.type == "cpu") and interpreted():
             return []
         if device is not None and device.type != "cuda":
             return [reason("device", device.type, self.device_types)]
@@ -120,7 +121,7 @@ class SageAttentionKernel(Kernel):
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
         limits = limits_of(installed_version())
         query, key, value, params = problem.query, problem.key, problem.value, problem.params
-        on_cpu = query.device.type == "cpu" and limits is V1 and is_interpreted()
+        on_cpu = query.device.type == "cpu" and limits is V1 and interpreted()
         reasons = []
         if query.device.type not in self.device_types and not on_cpu:
             reasons.append(reason("device", query.device.type, self.device_types))
@@ -191,12 +192,10 @@ class SageAttentionKernel(Kernel):
 
 @cache
 def installed_version() -> str | None:
+    """None where there is none, "unknown" for one that has no metadata."""
     if importlib.util.find_spec("sageattention") is None:
         return None
-    try:
-        return importlib.metadata.version("sageattention")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return package_version("sageattention") or "unknown"
 
 
 def limits_of(version: str | None) -> Limits | None:
@@ -204,14 +203,6 @@ def limits_of(version: str | None) -> Limits | None:
     if numbers[:2] == [1, 0] and numbers[2:] >= [6]:
         return V1
     return V2 if numbers[:1] == [2] and numbers[1:] >= [2] else None
-
-
-@cache
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in its CPU interpreter, fixed when Triton was imported."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 def _index(device: torch.device) -> int:
@@ -256,10 +247,8 @@ def _device_reasons(limits: Limits, index: int) -> list[str]:
 
 def _self_test_reasons(device: torch.device) -> list[str]:
     """One small problem against SDPA."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     no_autocast = torch.autocast(device.type, enabled=False)
-    with unset_fake_temporarily(), torch.no_grad(), no_autocast, torch.cuda.device(device):
+    with outside_fake_tensors(), torch.no_grad(), no_autocast, torch.cuda.device(device):
         generator = torch.Generator(device).manual_seed(0)
         query, key, value = torch.randn(
             3, 1, 2, 256, 128, generator=generator, device=device, dtype=torch.float16

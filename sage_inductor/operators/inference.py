@@ -1,9 +1,8 @@
-"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first
-run.
+"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first run.
 
     sage_inductor::attention        -> output
-    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called
-    out) sage_inductor::attention_lse    -> output and LSE
+    sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called out)
+    sage_inductor::attention_lse    -> output and LSE
 
 They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose
 inputs need gradients belongs to `sage_inductor::attention_training` in training.py.
@@ -23,6 +22,7 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import Prepared, expanded_dim, reason, without_keys
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.operators.unquantised import exact_lse, sdpa
+from sage_inductor.torch_internals import past_autocast
 
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
@@ -401,9 +401,7 @@ def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor
 def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is
     left."""
-    keys = torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    )
+    past_rules = past_autocast(device_type)
 
     def rule(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -415,7 +413,7 @@ def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any
                 return tensor
             return tensor.to(dtype) if tensor.device.type == device_type else tensor
 
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with past_rules():
             return op(cast(query), cast(key), cast(value), cast(attn_mask), *args, **kwargs)
 
     return rule

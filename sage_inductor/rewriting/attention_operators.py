@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import fx
 
 from sage_inductor.graph.origin import source_code, source_line
@@ -12,6 +11,7 @@ from sage_inductor.graph.places import Places
 from sage_inductor.graph.writes import submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.report.site import AttentionOperator
+from sage_inductor.torch_internals import operator_name
 
 # Names of operators: flash_attn::_flash_attn_forward, xformers::efficient_attention_forward_cutlass, vllm::unified_attention.
 _ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)
@@ -27,19 +27,11 @@ def attention_operators(graph: fx.Graph, places: Places | None = None) -> tuple[
         if submodule is not None:
             found += attention_operators(submodule.graph, places)
             continue
-        name = _operator_name(node)
+        name = operator_name(node.target)
         if name is not None and _ATTENTION.search(name) and not _is_site(node):
             where = places.of(node)[0].path
             found.append(AttentionOperator(where, source_line(node), name, source_code(node)))
     return tuple(found)
-
-
-def _operator_name(node: fx.Node) -> str | None:
-    """ "flash_attn::_flash_attn_forward", of a call of a registered operator."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name
-    return target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else None
 
 
 def _is_site(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from sage_inductor.config import Config
 from sage_inductor.graph.call import trace
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.rewriting.substitution import insert_expansion
+from sage_inductor.torch_internals import is_operator
 
 
 def rewrite_program(program: torch.export.ExportedProgram, config: Config) -> None:
@@ -47,8 +48,7 @@ def _conform(graph: fx.Graph) -> None:
 
 def _is_python(node: fx.Node) -> bool:
     """Whether `node` calls a method or a function, which the pass writes, and no operator."""
-    is_operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
-    return node.op == "call_method" or (node.op == "call_function" and not is_operator)
+    return node.op == "call_method" or (node.op == "call_function" and not is_operator(node.target))
 
 
 def _caller(node: fx.Node) -> Any:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import platform
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
+from sage_inductor.kernels.installed import cuda_driver_api, driver_version, package_version
+
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
 
 
@@ -73,31 +70,14 @@ def _gpu(index: int | None) -> str:
     return f"{properties.name}, {properties.multi_processor_count} SMs"
 
 
-def cuda_driver_api() -> int:
-    """The newest CUDA version that the installed driver serves, 13000 for 13.0; 0 where it does not say."""
-    version = ctypes.c_int(0)
-    with contextlib.suppress(OSError, AttributeError):  # no driver; not NVIDIA's
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def _driver() -> str:
-    try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", DRIVER_FILE.read_text())
-    except OSError:
-        found = None
-    kernel_module = (
-        found.group() if found else "?"
-    )  # not on WSL; there, as a rule, the API's version changes too
-    return f"{kernel_module}, CUDA {cuda_driver_api()}"
+    # Where the kernel module does not say, as on WSL, the API's version changes too, as a rule.
+    return f"{driver_version() or '?'}, CUDA {cuda_driver_api()}"
 
 
 def version(package: str) -> str:
     """Of an installed package, "none" for one that is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+    return package_version(package) or "none"
 
 
 def source_files(folders: Iterable[Path]) -> list[Path]:

@@ -145,9 +145,11 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     assert [list(row["ms"]) for row in rows] == [["sdpa", "sdpa is_causal", *ours]]
     assert rows == json.loads(file.read_text()) and all(ms > 0 for row in rows for ms in row["ms"].values())
 
-    reads = masks.launch.Call.quantize
+    reads = masks.launch.TritonAttention.quantize
     monkeypatch.setattr(
-        masks.launch.Call, "quantize", lambda self, q, k, v, mask, *rest: reads(self, q, k, v, ~mask, *rest)
+        masks.launch.TritonAttention,
+        "quantize",
+        lambda self, q, k, v, mask, *rest: reads(self, q, k, v, ~mask, *rest),
     )
     with pytest.raises(SystemExit, match="triton.* under causal, .*: relative L2 .* from SDPA"):
         masks.main(small)

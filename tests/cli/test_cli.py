@@ -220,12 +220,13 @@ def test_doctor_shows_on_a_terminal_what_it_is_at(
 
 def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sage_inductor.cli import doctor
+    from sage_inductor.kernels import installed
 
     file = tmp_path / "version"
-    monkeypatch.setattr(doctor, "DRIVER_FILE", file)
-    assert doctor.driver_version() == "none found"
+    monkeypatch.setattr(installed, "DRIVER_FILE", file)
+    assert installed.driver_version() is None and doctor.machine_facts()["driver"] == "none found"
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
-    assert doctor.driver_version() == "570.86.15"
+    assert installed.driver_version() == doctor.machine_facts()["driver"] == "570.86.15"
 
 
 # -------------------------------------------------------------------------------------------------- explain

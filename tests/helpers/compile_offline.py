@@ -93,7 +93,7 @@ def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None
         queries = 256 if mask_kind == "queries" else 1
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
     out, params = torch.empty_like(q), AttentionParams(precision=precision)
-    launch.Call(q, k, v, mask, params, out, None)(q, k, v, mask, out, None)
+    launch.TritonAttention(q, k, v, mask, params, out, None)(q, k, v, mask, out, None)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,9 @@ def test_later_launches_have_the_arguments_of_the_first(
     q, k, v = (nhd(dim=dim) for _ in range(3))
     mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
     out, lse = torch.empty_like(q), torch.empty(1, 2, 200)
-    call = launch.Call(q, k, v, mask, AttentionParams(is_causal=True, precision="balanced"), out, lse)
+    call = launch.TritonAttention(
+        q, k, v, mask, AttentionParams(is_causal=True, precision="balanced"), out, lse
+    )
     workspaces = []
     for _ in range(3):  # each elsewhere: all are kept
         workspaces.append(call.quantize(q, k, v, mask))
@@ -209,7 +211,7 @@ def test_parts_of_the_workspace_do_not_overlap(stand_ins: Any) -> None:
     stand_ins()
     for tokens in (1, 127, 128, 1000):
         q, k, v = nhd(tokens), nhd(tokens + 3), nhd(tokens + 3)
-        call = launch.Call(q, k, v, None, AttentionParams(), q, None)
+        call = launch.TritonAttention(q, k, v, None, AttentionParams(), q, None)
         end = 0
         for part in (call.q8, call.k8, call.v8, call.scales):
             assert part.offset % launch.PART_BYTES == 0 and part.offset >= end
@@ -221,7 +223,7 @@ def test_addresses_that_are_not_aligned_get_a_form_of_their_own(stand_ins: Any) 
     stands = stand_ins()
     aligned, shifted, out = nhd(), nhd(shift=1), nhd()
     assert aligned.data_ptr() % 16 == out.data_ptr() % 16 == 0 and shifted.data_ptr() % 16 == 2
-    call = launch.Call(aligned, aligned, aligned, None, AttentionParams(), out, None)
+    call = launch.TritonAttention(aligned, aligned, aligned, None, AttentionParams(), out, None)
     call(aligned, aligned, aligned, None, out, None)
     for _ in range(2):
         call(shifted, aligned, aligned, None, out, None)  # attention_kernel does not read it
@@ -237,13 +239,13 @@ def test_other_lengths_find_what_is_compiled(stand_ins: Any) -> None:
     stands = stand_ins()
     for number, tokens in enumerate((200, 201, 1000)):
         q, k, v = nhd(tokens), nhd(tokens + 56), nhd(tokens + 56)
-        call = launch.Call(q, k, v, None, AttentionParams(), q, None)
+        call = launch.TritonAttention(q, k, v, None, AttentionParams(), q, None)
         call(q, k, v, None, q, None)
         assert counts(stands) == [(1, number)] * 3
     # The last stride is specialised on: 1, 2 or a multiple of 16.
     for number, step in enumerate((2, 16, 32, 3), 2):
         q = torch.randn(1, 200, 2, 64 * step).bfloat16().transpose(1, 2)[..., ::step]
-        call = launch.Call(q, k, v, None, AttentionParams(), nhd(), None)
+        call = launch.TritonAttention(q, k, v, None, AttentionParams(), nhd(), None)
         call(q, k, v, None, nhd(), None)
         assert len(stands[1].slow) == min(number, 3), step
     assert counts(stands) == [(3, 4), (3, 4), (1, 6)]
@@ -253,7 +255,7 @@ def test_devices_and_variants_have_binaries_of_their_own(stand_ins: Any) -> None
     stands = stand_ins()
     q = nhd()
     plain, causal = (
-        launch.Call(q, q, q, None, AttentionParams(is_causal=is_causal), q, None)
+        launch.TritonAttention(q, q, q, None, AttentionParams(is_causal=is_causal), q, None)
         for is_causal in (False, True)
     )
     for call in (plain, causal, plain, causal):
@@ -270,7 +272,7 @@ def test_numbers_beyond_32_bits_are_left_to_triton(stand_ins: Any) -> None:
     stands = stand_ins()
     q = torch.zeros(2, 1, 1, 64).bfloat16()
     far = torch.empty_strided(q.shape, (2**31, 64, 64, 1), dtype=q.dtype, device="meta")
-    call = launch.Call(far, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(far, q, q, None, AttentionParams(), q, None)
     for _ in range(2):
         call(q, q, q, None, q, None)
     assert counts(stands) == [(2, 0)] * 3
@@ -280,7 +282,7 @@ def test_numbers_beyond_32_bits_are_left_to_triton(stand_ins: Any) -> None:
 def test_profilers_hear_of_every_launch(stand_ins: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stands = stand_ins()
     q = nhd()
-    call = launch.Call(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
     for _ in range(2):
         call(q, q, q, None, q, None)
     hook = getattr(triton.knobs.runtime, name)
@@ -303,7 +305,7 @@ def test_a_launch_that_a_hook_prevents_leaves_nothing(
 ) -> None:
     stands = stand_ins()
     q = nhd()
-    call = launch.Call(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
     with monkeypatch.context() as patch:
         patch.setattr(Stand, "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
         call(q, q, q, None, q, None)
@@ -314,7 +316,7 @@ def test_a_launch_that_a_hook_prevents_leaves_nothing(
 def test_no_tensor_is_kept(stand_ins: Any) -> None:
     stands = stand_ins()
     tensors = [nhd() for _ in range(4)]
-    call = launch.Call(*tensors[:3], None, AttentionParams(), tensors[3], None)
+    call = launch.TritonAttention(*tensors[:3], None, AttentionParams(), tensors[3], None)
     for _ in range(2):
         call(*tensors[:3], None, tensors[3], None)
     seen = [weakref.ref(tensor) for tensor in tensors]
@@ -329,7 +331,7 @@ def test_threads_share_a_call(stand_ins: Any) -> None:
     """Each launch has the addresses of one thread's tensors, and the tiles and scales of one workspace."""
     stands = stand_ins()
     q = nhd()
-    call = launch.Call(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
     call(q, q, q, None, q, None)
     sets = [[nhd() for _ in range(4)] for _ in range(8)]
 
@@ -385,13 +387,13 @@ def test_varlen_calls_of_one_kind_are_prepared_once(stand_ins: Any, monkeypatch:
     stands = stand_ins()
     monkeypatch.setattr(family, "_varlen_calls", Cache(2))
     prepared: list[int] = []
-    init = launch.Call.__init__
+    init = launch.TritonAttention.__init__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         prepared.append(kwargs["varlen"][1])
         init(self, *args, **kwargs)
 
-    monkeypatch.setattr(launch.Call, "__init__", counted)
+    monkeypatch.setattr(launch.TritonAttention, "__init__", counted)
     q, k, v = (torch.randn(300, 2, 64).bfloat16() for _ in range(3))
     cu = torch.tensor([0, 100, 300], dtype=torch.int32)
     for longest in (200, 200, 220, 220, 240, 200):
@@ -468,11 +470,11 @@ def hopper(stand_ins: Any, monkeypatch: pytest.MonkeyPatch) -> list[Numbers]:
 
 
 def test_hopper_gets_the_addresses_of_each_call(hopper: list[Numbers]) -> None:
-    from sage_inductor.kernels.hopper.launch import HopperCall
+    from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q, k, v = (nhd(heads=4) for _ in range(3))
     mask, lse = torch.ones(1, 1, 1, 200, dtype=torch.bool), torch.empty(1, 4, 200)
-    call = HopperCall(q, k, v, mask, AttentionParams(), q, lse)
+    call = HopperAttention(q, k, v, mask, AttentionParams(), q, lse)
     kept = []
     for _ in range(3):
         out, mask, lse = nhd(heads=4), mask.clone(), lse.clone()
@@ -501,10 +503,10 @@ def test_hopper_gets_the_addresses_of_each_call(hopper: list[Numbers]) -> None:
 
 
 def test_hopper_copies_what_it_cannot_write_in_place(hopper: list[Numbers]) -> None:
-    from sage_inductor.kernels.hopper.launch import HopperCall
+    from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q = nhd()
-    call = HopperCall(q, q, q, None, AttentionParams(), q, None)
+    call = HopperAttention(q, q, q, None, AttentionParams(), q, None)
     for shift, in_place, wide in ((0, True, 1), (2, True, 0), (1, False, 1), (0, True, 1)):
         out = nhd(shift=shift)
         call(q, q, q, None, out, None)
@@ -514,16 +516,16 @@ def test_hopper_copies_what_it_cannot_write_in_place(hopper: list[Numbers]) -> N
         strides = out.stride() if in_place else torch.empty(out.shape).stride()
         assert [params[f"out_{dim}"] for dim in "bhm"] == list(strides[:3]), shift
     padded = torch.empty(1, 2, 200, 73).bfloat16()[..., :64]
-    call = HopperCall(q, q, q, None, AttentionParams(), padded, None)
+    call = HopperAttention(q, q, q, None, AttentionParams(), padded, None)
     call(q, q, q, None, padded, None)
     assert hopper[-1].params["out"] != padded.data_ptr() and hopper[-1].params["out_m"] == 64
 
 
 def test_hopper_parts_lie_in_the_workspace(hopper: list[Numbers]) -> None:
-    from sage_inductor.kernels.hopper.launch import HopperCall
+    from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q, k = nhd(64), nhd(8192)
-    call = HopperCall(q, k, k, None, AttentionParams(), q, None)
+    call = HopperAttention(q, k, k, None, AttentionParams(), q, None)
     call(q, k, k, None, q, None)
     attention, combine = hopper
     assert (combine.function, combine.params) == ("combine", attention.params)
@@ -549,12 +551,12 @@ def test_hopper_cuts_wide_heads(
     hopper: list[Numbers], precision: str, dims: tuple[int, int], span: int, piece: int, tiles: int
 ) -> None:
     """Q and K into spans of their rows, V into pieces, each with tiles of its own."""
-    from sage_inductor.kernels.hopper.launch import HopperCall
+    from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q, k = (torch.randn(1, heads, 8192, dims[0]).bfloat16() for heads in (2, 1))
     v, out = (torch.randn(1, heads, 8192, dims[1]).bfloat16() for heads in (1, 2))
     q, out = q[:, :, :64], out[:, :, :64]
-    call = HopperCall(q, k, v, None, AttentionParams(precision=precision), out, None)
+    call = HopperAttention(q, k, v, None, AttentionParams(precision=precision), out, None)
     call(q, k, v, None, out, None)
     attention, combine = hopper
     d, dv, bytes_each = call.plan.d, call.plan.dv, 2 if precision == "accurate" else 1
@@ -570,10 +572,10 @@ def test_hopper_cuts_wide_heads(
 
 
 def test_hopper_threads_have_numbers_of_their_own(hopper: list[Numbers]) -> None:
-    from sage_inductor.kernels.hopper.launch import HopperCall
+    from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q = nhd()
-    call = HopperCall(q, q, q, None, AttentionParams(), q, None)
+    call = HopperAttention(q, q, q, None, AttentionParams(), q, None)
     call(q, q, q, None, q, None)
     outs = [nhd() for _ in range(8)]
     shared = call.quantize(q, q, q, None)

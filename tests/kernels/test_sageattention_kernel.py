@@ -360,7 +360,7 @@ def version(monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]) ->
         text: str | None, capability: tuple[int, int] | None = None, interpreted: bool = False
     ) -> None:
         monkeypatch.setattr(sageattention, "installed_version", lambda: text)
-        monkeypatch.setattr(sageattention, "is_interpreted", lambda: interpreted)
+        monkeypatch.setattr(sageattention, "interpreted", lambda: interpreted)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -126,13 +126,13 @@ def test_tiles_of_several_heads_are_dealt_out_together(
 
     kv_len = 290
     monkeypatch.setattr(launch, "TOGETHER_BYTES", kv_heads_together * kv_len * 2 * 64)
-    own, seen = launch.Call.together, []
+    own, seen = launch.TritonAttention.together, []
 
-    def recorded(call: launch.Call, params: AttentionParams) -> int:
+    def recorded(call: launch.TritonAttention, params: AttentionParams) -> int:
         seen.append(own(call, params))
         return seen[-1]
 
-    monkeypatch.setattr(launch.Call, "together", recorded)
+    monkeypatch.setattr(launch.TritonAttention, "together", recorded)
     q, k, v = randn(2, heads, 280, 64), randn(2, kv_heads, kv_len, 64), randn(2, kv_heads, kv_len, 64)
     check(q, k, v, None, AttentionParams(is_causal=True, window_left=window_left))
     assert set(seen) == {together}
@@ -179,11 +179,11 @@ def test_additive_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_masks_are_read_in_units_that_divide_their_strides_and_the_keys(
     kv_len: int, row: int, align: int
 ) -> None:
-    from sage_inductor.kernels.triton.launch import Call
+    from sage_inductor.kernels.triton.launch import TritonAttention
 
     mask = (torch.rand(2, 2, 70, row, device=DEVICE) > 0.4)[..., :kv_len]
     q, k, v = randn(2, 2, 70, 64), randn(2, 2, kv_len, 64), randn(2, 2, kv_len, 64)
-    assert Call(q, k, v, mask, AttentionParams(), torch.empty_like(q), None).mask.align == align
+    assert TritonAttention(q, k, v, mask, AttentionParams(), torch.empty_like(q), None).mask.align == align
     check(q, k, v, mask)
 
 
@@ -222,12 +222,12 @@ def _looked_at(call: Any, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("name", BLOCKY)
 def test_what_a_mask_leaves_of_each_block_is_found(name: str, additive: bool) -> None:
-    from sage_inductor.kernels.triton.launch import Call
+    from sage_inductor.kernels.triton.launch import TritonAttention
 
     q, k, v = randn(2, 4, 300, 64), randn(2, 4, 517, 64), randn(2, 4, 517, 64)
     mask = _blocky(name, 2, 300, 517)
     given = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, -math.inf) if additive else mask
-    call = Call(q, k, v, given, AttentionParams(), torch.empty_like(q), None)
+    call = TritonAttention(q, k, v, given, AttentionParams(), torch.empty_like(q), None)
     assert call.mask_states is not None
     m, n = call.plan.config.block_m, call.plan.config.block_n
     states = call.mask_states.of(_looked_at(call, given)).view(2, -(-300 // m), -(-517 // n))
@@ -247,13 +247,13 @@ def test_bool_masks_are_packed_into_bits(
     precision: str, kv_len: int, row: int, align: int, columns: bool
 ) -> None:
     """With 128 and with 64 keys a block, from rows and from columns that lie at any multiple of bytes."""
-    from sage_inductor.kernels.triton.launch import Call
+    from sage_inductor.kernels.triton.launch import TritonAttention
 
     q, k, v = randn(1, 2, 70, 32), randn(1, 2, kv_len, 32), randn(1, 2, kv_len, 192)
     mask = (torch.rand(2, 70, row, device=DEVICE) > 0.5)[..., :kv_len]
     if columns:
         mask = mask.mT.contiguous().mT
-    call = Call(q, k, v, mask, params_of(precision), q.new_empty(1, 2, 70, 192), None)
+    call = TritonAttention(q, k, v, mask, params_of(precision), q.new_empty(1, 2, 70, 192), None)
     assert call.mask_bits is not None and (columns or call.mask.align == align)
     m, n = call.plan.config.block_m, call.plan.config.block_n
     assert n == (128 if precision == "fast" else 64)
@@ -300,12 +300,12 @@ def test_masks_of_blocks_that_heads_or_batches_have_of_their_own() -> None:
 
 
 def test_a_mask_is_not_read_where_its_blocks_are_ruled_out_or_whole() -> None:
-    from sage_inductor.kernels.triton.launch import Call
+    from sage_inductor.kernels.triton.launch import TritonAttention
 
     q, k, v = randn(1, 4, 128, 64), randn(1, 4, 512, 64), randn(1, 4, 512, 64)
     mask = (torch.arange(512, device=DEVICE) < 256).expand(1, 1, 128, 512).contiguous()
     out = torch.empty_like(q)
-    call = Call(q, k, v, mask, AttentionParams(), out, None)
+    call = TritonAttention(q, k, v, mask, AttentionParams(), out, None)
     workspace = call.quantize(q, k, v, mask)
     mask.logical_not_()  # too late
     call.attend(workspace, mask, out, None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config, Site, calibrate, kernels
-from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec, installed
 from sage_inductor.testing import RewritingBackend, graph_text, relative_l2
 from sage_inductor.tuning import Choice, Comparison, SdpaCall, choice, choose, measure, store
 from sage_inductor.tuning import machine as machine_module
@@ -280,12 +280,12 @@ def test_the_facts_of_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine_module, "DRIVER_FILE", driver)
+    monkeypatch.setattr(installed, "DRIVER_FILE", driver)
     monkeypatch.setattr(machine_module, "cuda_driver_api", lambda: 13000)
     here = machine(torch.device("cuda", 0))
     assert here.device == "NVIDIA H100 80GB HBM3, 132 SMs" and here.driver == "580.95.05, CUDA 13000"
     assert machines() == [here]  # two GPUs of one kind
-    monkeypatch.setattr(machine_module, "DRIVER_FILE", tmp_path / "nowhere")
+    monkeypatch.setattr(installed, "DRIVER_FILE", tmp_path / "nowhere")
     new_process()
     assert machine(torch.device("cuda", 1)).driver == "?, CUDA 13000"
 

@@ -85,9 +85,9 @@ class HopperKernel(TritonKernel):
         lse: Tensor | None,
     ) -> Prepared:
         from ..triton.launch import prepare
-        from .launch import HopperCall
+        from .launch import HopperAttention
 
-        return prepare(query, key, value, attn_mask, params, out, lse, HopperCall)
+        return prepare(query, key, value, attn_mask, params, out, lse, HopperAttention)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base import AttentionParams
 from ..cache_folder import default_folder
-from ..triton.launch import Call
+from ..triton.launch import TritonAttention
 from ..triton.quantize import KEY_BLOCK
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, Variant, choose_variant, cubin
@@ -70,7 +70,7 @@ class _Rows(NamedTuple):
         )
 
 
-class HopperCall(Call):
+class HopperAttention(TritonAttention):
     """Dense attention calls of one kind; `quantize` is the Triton kernels'."""
 
     V_TRANSPOSED: ClassVar[bool] = True
@@ -190,7 +190,7 @@ class _Placed(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _placed(call: HopperCall, address: int) -> _Placed:
+def _placed(call: HopperAttention, address: int) -> _Placed:
     """It holds nothing but numbers, so it may outlive the memory: torch's allocator gives the same addresses again and
     again, and encoding maps takes microseconds."""
     plan, sizes, variant = call.plan, call.sizes, call.variant

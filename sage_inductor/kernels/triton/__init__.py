@@ -19,7 +19,7 @@ from ..device import capability, capability_reasons, has_gpu, interpreted
 from .crossover import slower_than_sdpa
 
 if TYPE_CHECKING:
-    from .launch import Call
+    from .launch import TritonAttention
 
 # The least compute capability of each precision: INT8 tensor cores came with Ampere, FP8 ones with Ada.
 MIN_CAPABILITY: dict[str, tuple[int, int]] = {"fast": (8, 9), "balanced": (8, 0), "accurate": (8, 0)}
@@ -158,16 +158,18 @@ def attention_varlen(
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32) if return_lse else None
     if out.numel() > 0:
         if call is None:
-            from .launch import Call
+            from .launch import TritonAttention
 
             params = AttentionParams(is_causal, bottom_right, *window, scale, precision)
             varlen = cu_seqlens_k.shape[0] - 1, max_seqlen_q, max_seqlen_k
-            call = _varlen_calls.keep(kind, Call(query, key, value, None, params, out, lse, varlen=varlen))
+            call = _varlen_calls.keep(
+                kind, TritonAttention(query, key, value, None, params, out, lse, varlen=varlen)
+            )
         call(query, key, value, None, out, lse, cu_seqlens_q, cu_seqlens_k)
     return out if lse is None else (out, lse)
 
 
-_varlen_calls: Cache[tuple[object, ...], Call] = Cache(1024)
+_varlen_calls: Cache[tuple[object, ...], TritonAttention] = Cache(1024)
 
 
 def _check_varlen(

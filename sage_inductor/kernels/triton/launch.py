@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..base import AttentionParams, Prepared, is_key_mask, without_keys
 from ..device import capability
 from .attention import attention_kernel
 from .configs import LaunchConfig
+from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
         return cls(batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size)
 
 
-class Mask(NamedTuple):
+class MaskOperand(NamedTuple):
     """How the kernels read attn_mask."""
 
     dtype: torch.dtype | None = None
@@ -71,7 +71,7 @@ class Mask(NamedTuple):
     packed: bool = False  # and written down in bits
 
     @classmethod
-    def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> Mask:
+    def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> MaskOperand:
         if attn_mask is None:
             return _NO_MASK
         attn_mask = attn_mask.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
@@ -104,10 +104,10 @@ class Mask(NamedTuple):
         return 0 if self.kind == 0 or self.over_keys or self.packed else self.align
 
 
-_NO_MASK = Mask()
+_NO_MASK = MaskOperand()
 
 
-class Call:
+class TritonAttention:
     """Attention calls, dense or varlen, of one kind: of the shapes, strides, dtypes and device of the tensors it is made
     from, of which it keeps none, and with an LSE or without. `quantize` and `attend` are the two halves of one.
 
@@ -132,7 +132,7 @@ class Call:
         self.device, self.index = query.device, query.device.index
         self.is_varlen = varlen is not None
         self.sizes = sizes = Sizes.of(query, key, lse is not None, varlen)
-        self.mask = mask = Mask.of(attn_mask, sizes)
+        self.mask = mask = MaskOperand.of(attn_mask, sizes)
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
         self.plan = make_variant(
@@ -345,7 +345,7 @@ class Call:
 
     def stream(self) -> int:
         """The current one of the device."""
-        return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(self.index)
+        return 0 if INTERPRETED else current_stream(self.index)
 
 
 def prepare(
@@ -356,7 +356,7 @@ def prepare(
     params: AttentionParams,
     out: Tensor,
     lse: Tensor | None,
-    call: type[Call] = Call,
+    call: type[TritonAttention] = TritonAttention,
 ) -> Prepared:
     """`TritonKernel.prepare`, and that of the family whose `call` is given."""
     if out.numel() == 0 or key.shape[2] == 0:

@@ -10,17 +10,15 @@ is known here, so it is kept, and launched directly.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .internals import DirectLaunch, direct_launch, has_hooks
 
 
 class Part(NamedTuple):
@@ -95,18 +93,19 @@ class Launch:
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in callers]
         aligned = tuple([address & 15 == 0 for address in addresses])
         binary = self.binaries.get(aligned) or self._known(aligned)
-        if binary is None or _has_hooks():
+        if binary is None or has_hooks():
             compiled = self._launch_as_triton_does(callers, workspace)
             is_new = self.direct and binary is None
             if is_new and compiled is not None:  # None: a hook of Triton's has prevented it
                 _binaries[self._key(aligned)] = _Binary.of(compiled, self)
             return
         programs, rest = self.programs, _rest(self, binary, workspace.data_ptr())
-        if binary.run is None:
+        direct = binary.direct
+        if direct is None:
             binary.compiled[(programs, 1, 1)](*addresses, *rest, stream=stream)
         else:
-            function, metadata, hooks = binary.function, binary.metadata, (None, None, None)
-            binary.run(programs, 1, 1, stream, function, metadata, *hooks, *addresses, *rest)
+            function, metadata, hooks = direct.function, direct.metadata, (None, None, None)
+            direct.run(programs, 1, 1, stream, function, metadata, *hooks, *addresses, *rest)
 
     def _launch_as_triton_does(self, callers: tuple[Tensor | None, ...], workspace: Tensor) -> Any:
         own = [None if part is None else part.of(workspace) for part in self.own]
@@ -127,61 +126,22 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class _Binary:
-    """A compiled kernel, and what Triton itself launches it with.
-
-    `run` takes tensor descriptors as `encode` gives them; None where this version of Triton is built differently.
-    """
+    """A compiled kernel, and what Triton itself launches it with; None where this version of Triton is built
+    differently."""
 
     compiled: Any
     constants: dict[str, Any]  # kept alive: keys hold its id
     tail: tuple[Any, ...]  # the values of the constexprs in it
-    run: Callable[..., None] | None = None
-    function: int = 0
-    metadata: Any = None
-    encode: Callable[[TensorDescriptor, Any], list[Any]] | None = None
+    direct: DirectLaunch | None
 
     @classmethod
     def of(cls, compiled: Any, launch: Launch) -> _Binary:
         first = len(launch.dtypes) + len(launch.own) + len(launch.numbers) + len(launch.variant)
         tail = tuple([launch.constants[name] for name in launch.kernel.arg_names[first:]])
-        run, encode = _launcher(compiled)
-        if run is None:
-            return cls(compiled, launch.constants, tail)
-        return cls(compiled, launch.constants, tail, run, compiled.function, compiled.packed_metadata, encode)
+        return cls(compiled, launch.constants, tail, direct_launch(compiled))
 
 
 _binaries: dict[tuple[Any, ...], _Binary] = {}
-
-# Of CudaLauncher.__call__ in Triton 3.6 and 3.7. The two take the same arguments.
-_KNOWN_PARAMETERS = (
-    "self, gridX, gridY, gridZ, stream, function, args",
-    "self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook, "
-    "launch_exit_hook, args",
-)
-
-
-def _launcher(compiled: Any) -> tuple[Callable[..., None] | None, Callable[..., list[Any]] | None]:
-    """`run` and `encode` of a binary; no `encode` where there is nothing to encode. None of both where Triton is built
-    otherwise, as 3.9 is where descriptors are encoded."""
-    run = getattr(compiled, "run", None)
-    if run is None or ", ".join(inspect.signature(type(run).__call__).parameters) not in _KNOWN_PARAMETERS:
-        return None, None
-    if not getattr(compiled.metadata, "tensordesc_meta", None):
-        return run, None
-    from triton.backends.nvidia import driver
-
-    # `run.launch` encodes descriptors at each launch, by the function below, and calls what is in its closure.
-    encode = getattr(driver, "make_tensordesc_arg", None)
-    wrapped = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
-    if (
-        encode is None
-        or wrapped is None
-        or tuple(inspect.signature(encode).parameters) != ("arg", "metadata")
-    ):
-        return None, None
-    run = copy(run)
-    run.launch = wrapped
-    return run, encode
 
 
 @lru_cache(maxsize=2048)
@@ -196,10 +156,10 @@ def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
     for part in launch.own:
         if isinstance(part, Tile):
             descriptor = part.over(_Address(address + part.part.offset))
-            if binary.encode is None:
+            if binary.direct is None or binary.direct.encode is None:
                 own.append(descriptor)
             else:
-                own += binary.encode(descriptor, binary.compiled.metadata.tensordesc_meta[tiles])
+                own += binary.direct.encode(descriptor, binary.direct.descriptors[tiles])
             tiles += 1
         else:
             own.append(None if part is None else address + part.offset)
@@ -218,13 +178,3 @@ class _Address(NamedTuple):
 def _specialization(number: int) -> int:
     """What Triton compiles an integer argument for: 1 itself, a multiple of 16, or (0) any other."""
     return 1 if number == 1 else 16 if number % 16 == 0 else 0
-
-
-def _has_hooks() -> bool:
-    """Whether somebody, a profiler, wants to hear of launches."""
-    runtime = triton.knobs.runtime
-    return _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook)
-
-
-def _is_set(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))

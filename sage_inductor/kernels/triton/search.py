@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from ..base import AttentionParams
 from .configs import LaunchConfig
-from .launch import Call
+from .internals import OutOfResources
+from .launch import TritonAttention
 
 
 def rank_launch_configs(
@@ -50,7 +50,7 @@ def rank_launch_configs(
     results = []
     for config in candidates:
         params = AttentionParams(is_causal, precision=precision)
-        call = Call(query, key, value, mask, params, out, None, config=config)
+        call = TritonAttention(query, key, value, mask, params, out, None, config=config)
         try:
             workspace = call.quantize(query, key, value, mask)
             ms = do_bench(partial(call.attend, workspace, mask, out, None), return_mode="median")

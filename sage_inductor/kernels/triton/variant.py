@@ -13,11 +13,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention import attention_kernel
+from ..device import interpreted
 from .configs import LaunchConfig, launch_config, quantize_config
 from .quantize import padded_head_dim
 
-INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
+INTERPRETED = interpreted()  # as the kernels are, which are decorated at the same time
 
 # Channels of one program of the statistics kernel: few enough for three programs on an SM.
 SAMPLE_GROUP = 16

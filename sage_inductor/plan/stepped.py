@@ -57,10 +57,11 @@ class _Steps:
             plan = self.plan.at(self.step)
             decisions = tuple((site.name, site.fingerprint, site.decision) for site in plan.sites)
             if decisions not in self.compiled:
+                options: dict[str, Any] = {**self.options, "sage.plan": plan}
                 self.compiled[decisions] = torch.compile(
                     self.model,
                     backend="sage_inductor",
-                    options={**self.options, "sage.plan": plan},
+                    options=options,
                     **self.compile_args,
                 )
             self.of_step[self.step] = self.compiled[decisions]
@@ -200,7 +201,9 @@ def _stepped(steps: _Steps) -> SteppedModel:
     cls = type(model)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # Of the same name: pipelines write down the class of each of their models.
-    stepped = object.__new__(type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()}))
+    stepped: SteppedModel = object.__new__(
+        type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()})
+    )
     object.__setattr__(stepped, "__dict__", model.__dict__)
     object.__setattr__(stepped, "_steps", steps)
     return stepped

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from sage_inductor.kernels import KERNELS, PRECISIONS
+from sage_inductor.kernels import KERNELS, PRECISION_CHOICES
 from sage_inductor.plan.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,10 @@ class Config:
     """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("hopper",
     "triton", "sageattention", "reference") is used wherever it can run."""
 
-    precision: str = "fast"
-    """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV)."""
+    precision: str = "auto"
+    """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV), or "auto": the
+    fastest of them that the GPU has, which is "fast", and "balanced" where it cannot compute in FP8 (before Ada). One that is
+    named is kept to: where the GPU cannot run it, sites stay SDPA."""
 
     fallback: str = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
@@ -68,7 +70,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, ("auto", *KERNELS))
-        _one_of("precision", self.precision, tuple(PRECISIONS))
+        _one_of("precision", self.precision, PRECISION_CHOICES)
         _one_of("fallback", self.fallback, FALLBACKS)
         _one_of("tune", self.tune, TUNING)
         for name in ("include", "exclude"):

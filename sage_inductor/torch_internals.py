@@ -30,6 +30,7 @@ __all__ = [
     "dynamo_is_compiling",
     "ends_its_frame",
     "first_fake",
+    "context_parallel_is_active",
     "float32_precision",
     "graph_breaks",
     "inductor_modes",
@@ -335,16 +336,41 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def context_parallel_is_active() -> bool:
+    """Whether torch's `context_parallel` is active: it puts a function in SDPA's place that takes tensors for shards of the
+    sequence, and tells DTensor to compute SDPA around a ring of ranks. (The newer way, by `_context_parallel_shard`, hands
+    DTensors to modules that were wrapped for it, and leaves calls on plain tensors alone.)"""
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if dtensor is None or module is None:
+        return False
+    handlers = getattr(dtensor.DTensor._op_dispatcher, "_custom_op_handlers", {})
+    mode = getattr(module, "_dispatch_mode", None)
+    in_ring = torch.ops.aten._scaled_dot_product_flash_attention.default in handlers
+    return in_ring and getattr(mode, "name", "MONKEY_PATCH") == "MONKEY_PATCH"
+
+
+# Dynamo calls it while tracing, and takes what it returns for a constant.
+context_parallel_is_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dispatches_itself(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is of a subclass that carries out operators in its own way: a DTensor, a quantised tensor. It knows what
     it was taught, and what it holds may be other than its shape says. Parameters, and what torch itself traces with, are
     none; neither is a subclass that only overrides functions, which Dynamo traces through."""
+    return _dispatches(type(tensor))
+
+
+def _dispatches(kind: type[torch.Tensor]) -> bool:
+    if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
-        return False
-    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not issubclass(kind, (FakeTensor, FunctionalTensor))
+
+
+_dispatches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def storage_id(tensor: torch.Tensor) -> int | None:

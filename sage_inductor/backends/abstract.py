@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+_warned_of: set[str] = set()  # names of arguments that hosts passed
 
 # Arguments that FastVideo's models pass to whichever backend was selected and that mean nothing to dense
 # attention: rope_type belongs to the layer, nvfp4_fa4 to the FlashAttention backend.
@@ -188,15 +191,18 @@ class AttentionBackend(ABC):
 def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()) -> float:
     """The dropout among `extra_impl_args` (`dropout_p`, which FastVideo's models also spell `dropout_rate`).
 
-    Those of `IGNORED_IMPL_ARGS` are logged; any other argument raises ValueError naming the valid ones.
+    Those of `IGNORED_IMPL_ARGS` are logged. A host passes arguments of its own to every backend: of any other one a warning
+    says, once for each name, that it is not used.
     """
-    known = (*valid, "dropout_p", "dropout_rate", *IGNORED_IMPL_ARGS)
-    unknown = [name for name in extra_impl_args if name not in known]
-    if unknown:
-        raise ValueError(f"unknown extra_impl_args {', '.join(unknown)} (valid: {', '.join(known)})")
-    for name in IGNORED_IMPL_ARGS:
-        if name in extra_impl_args:
-            log.debug("%s=%r has no meaning for dense attention: ignored", name, extra_impl_args[name])
+    known = (*valid, "dropout_p", "dropout_rate")
+    for name, value in extra_impl_args.items():
+        if name in IGNORED_IMPL_ARGS:
+            log.debug("%s=%r has no meaning for dense attention: ignored", name, value)
+        elif name not in known and name not in _warned_of:
+            _warned_of.add(name)
+            warnings.warn(
+                f"extra_impl_args: {name}={value!r} is not used (valid: {', '.join(known)})", stacklevel=4
+            )
     dropout = max(float(extra_impl_args.get(name) or 0.0) for name in ("dropout_p", "dropout_rate"))
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout_p={dropout} (valid: 0 to 1)")

@@ -14,6 +14,7 @@ from sage_inductor.backends.sdpa import exact_attention, is_grouped
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
+from sage_inductor.operators.functional import refuse_context_parallel
 
 NHD_MEMORY = [0, 2, 1, 3]  # of `[batch, heads, seq, dim]`: contiguous as `[batch, seq, heads, dim]`
 
@@ -43,7 +44,7 @@ class SageAttentionImpl(AttentionImpl):
 
     kernel: "auto" takes the fastest kernel that can run the call, and is exact SDPA where there is none (on a
         CPU, or while gradients are needed); the name of a kernel runs that one or raises.
-    precision: "fast", "balanced" or "accurate".
+    precision: "fast", "balanced" or "accurate"; "auto", the default, is the fastest of them that the GPU has.
     dropout_p, dropout_rate: only 0 can be served.
     """
 
@@ -58,15 +59,15 @@ class SageAttentionImpl(AttentionImpl):
         **extra_impl_args: Any,
     ) -> None:
         """Raises NotEligibleError for dropout, and for a kernel asked for by name that lacks head_size or
-        precision; ValueError for an unknown kernel, precision or extra argument."""
+        precision; ValueError for an unknown kernel or precision. Warns of extra arguments that it does not use."""
         super().__init__(num_heads, head_size, causal, softmax_scale, num_kv_heads, prefix)
         dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision"))
         self.kernel: str = extra_impl_args.get("kernel", "auto")
-        self.precision: str = extra_impl_args.get("precision", "fast")
+        self.precision: str = extra_impl_args.get("precision", "auto")
         if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
-        if self.precision not in kernels.PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+        if self.precision not in kernels.PRECISION_CHOICES:
+            raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
         reasons = []
         if dropout_p > 0.0:
             reasons.append(reason("dropout_p", dropout_p, 0.0))
@@ -74,7 +75,7 @@ class SageAttentionImpl(AttentionImpl):
             family = kernels.get(self.kernel)
             if head_size not in family.head_dims:
                 reasons.append(reason("head_size", head_size, family.head_dims))
-            if self.precision not in family.precisions:
+            if self.precision != "auto" and self.precision not in family.precisions:
                 reasons.append(reason("precision", self.precision, family.precisions))
         if reasons:
             raise NotEligibleError(prefix or "SageAttentionImpl", reasons)
@@ -90,6 +91,7 @@ class SageAttentionImpl(AttentionImpl):
         """As `AttentionImpl.forward`; besides, NotEligibleError, with every reason, when a kernel asked for
         by name cannot run the call. float16, bfloat16 and float32; inference only (with "auto", inputs that
         need gradients get exact attention)."""
+        refuse_context_parallel()
         self.check_inputs(query, key, value)
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)

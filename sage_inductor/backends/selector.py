@@ -71,7 +71,8 @@ def get_attn_backend(
         why = "; ".join(reasons) or "the layer does not support it"
         log.debug("default_backend=%s not taken: %s", backend.get_name(), why)
     if SageAttentionBackend in allowed:
-        kernel, reasons = kernels.select(_typical_problem(head_size, dtype, "fast"), "auto")
+        precision = kernels.precision_on(_current_device(), "auto")
+        kernel, reasons = kernels.select(_typical_problem(head_size, dtype, precision), "auto")
         if kernel is not None:
             return SageAttentionBackend
         log.debug("SAGE_ATTN not chosen: %s", "; ".join(reasons))

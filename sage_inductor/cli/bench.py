@@ -89,7 +89,7 @@ def _configs(options: argparse.Namespace) -> list[Config]:
     return [
         replace(base, kernel=kernel, precision=precision)
         for kernel in options.kernel or ("auto",)
-        for precision in options.precision or ("fast",)
+        for precision in options.precision or ("auto",)
     ]
 
 

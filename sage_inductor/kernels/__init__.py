@@ -23,10 +23,12 @@ __all__ = [
     "AttentionProblem",
     "Kernel",
     "TensorSpec",
+    "PRECISION_CHOICES",
     "available",
     "candidates",
     "get",
     "no_choice_reasons",
+    "precision_on",
     "select",
 ]
 
@@ -40,6 +42,7 @@ KERNELS: dict[str, str] = {
 }
 # Tried in this order by "auto". The reference is left out: it is never faster than SDPA.
 AUTO_ORDER: tuple[str, ...] = ("hopper", "triton", "sageattention")
+PRECISION_CHOICES: tuple[str, ...] = ("auto", *PRECISIONS)
 AUTO_DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 
@@ -83,6 +86,20 @@ def select(problem: AttentionProblem, name: str) -> tuple[Kernel | None, list[st
             return kernel, []
         refused[kernel.name] = _named(kernel.name, reasons)
     return None, [text for name in AUTO_ORDER for text in refused[name]]
+
+
+def precision_on(device: torch.device, precision: str, kernel: str = "auto") -> str:
+    """`precision`, or, for "auto", the fastest that `kernel` has on `device` ("auto": that any kernel has which "auto" may
+    take): "fast" where the hardware computes in FP8, "balanced" on Ampere. All hold the error of "fast"."""
+    if precision != "auto":
+        return precision
+    names = AUTO_ORDER if kernel == "auto" else tuple(name for name in (kernel,) if name in KERNELS)
+    families = [get(name) for name in names]
+    if kernel == "auto":
+        families = [family for family in families if not family.only_by_name_reasons()]
+    runnable = [family for family in families if not family.unavailable_reasons(device)]
+    served = {name for family in runnable for name in family.precisions_on(device)}
+    return next((name for name in PRECISIONS if name in served), next(iter(PRECISIONS)))
 
 
 def no_choice_reasons(problem: AttentionProblem) -> list[str]:

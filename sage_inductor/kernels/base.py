@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# What each precision means; errors are in README.md.
+# What each precision means, the fastest first; errors are in README.md.
 PRECISIONS: dict[str, str] = {
     "fast": "INT8 QK^T, FP8 (e4m3) PV",
     "balanced": "INT8 QK^T, INT8 PV",
@@ -127,6 +127,10 @@ class Kernel(ABC):
         if problem.value.shape[-1] not in self.head_dims:
             reasons.append(reason("value_head_dim", problem.value.shape[-1], self.head_dims))
         return reasons
+
+    def precisions_on(self, device: torch.device) -> Collection[str]:
+        """Those of `precisions` that the hardware of `device` can run."""
+        return self.precisions
 
     def only_by_name_reasons(self) -> list[str]:
         """Why "auto" never takes this kernel, however fast it is; [] when it may."""

@@ -153,6 +153,10 @@ class SageAttentionKernel(Kernel):
                 reasons.append(reason(f"elements of {name}, padded", elements, "below 2**31"))
         return reasons
 
+    def precisions_on(self, device: torch.device) -> tuple[str, ...]:
+        limits = limits_of(installed_version())
+        return self.precisions if limits is None else _precisions(limits, device)
+
     def only_by_name_reasons(self) -> list[str]:
         if limits_of(installed_version()) is V2:
             return ["sageattention 2.x launches on the default stream, which CUDA graphs miss: only by name"]

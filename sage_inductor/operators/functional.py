@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,13 @@ from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
+from sage_inductor.operators.leading_dims import folded
+from sage_inductor.torch_internals import builtin_sdpa, context_parallel_is_active, dispatches_itself
+
+CONTEXT_PARALLEL = (
+    "sage_attention inside torch's context_parallel: every rank holds a part of the sequence, and would attend to that part "
+    "alone (valid: F.scaled_dot_product_attention there, or sage_attention outside)"
+)
 
 
 def sage_attention(
@@ -23,14 +32,15 @@ def sage_attention(
     enable_gqa: bool = False,
     *,
     kernel: str = "auto",
-    precision: str = "fast",
+    precision: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.
 
     Args:
-        query: `[batch, heads, q_len, head_dim]`, or the same without batch, or without batch and heads.
+        query: `[batch, heads, q_len, head_dim]`, or the same without batch, or without batch and heads; or with more dims
+            in front. Those in front of q_len broadcast among query, key and value, as SDPA's do.
         key: `[batch, kv_heads, kv_len, head_dim]`; kv_heads is heads, or a divisor of it with `enable_gqa`.
         value: `[batch, kv_heads, kv_len, value_head_dim]`. All three float16, bfloat16 or float32, in any
             memory layout.
@@ -41,7 +51,7 @@ def sage_attention(
         scale: factor of the scores, `head_dim ** -0.5` when None.
         kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
             there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
-        precision: "fast", "balanced" or "accurate".
+        precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
             strides.
@@ -51,7 +61,8 @@ def sage_attention(
 
     Raises:
         NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
-        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse.
+        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is made inside
+            `torch.distributed.tensor.experimental.context_parallel`.
         TypeError: an input is no tensor.
         ValueError: an unknown kernel or precision.
     """
@@ -62,8 +73,8 @@ def sage_attention(
             raise RuntimeError(f"{name} is nested or sparse (valid: a strided tensor that is not nested)")
     if kernel not in ("auto", *kernels.KERNELS):
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
-    if precision not in tuple(kernels.PRECISIONS):
-        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+    if precision not in kernels.PRECISION_CHOICES:
+        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     if attn_mask is not None and is_causal:
         raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
@@ -71,49 +82,62 @@ def sage_attention(
     if return_lse and out is not None:
         raise ValueError("return_lse=True with out: only one of them is valid")
 
-    as_given, bottom_right = attn_mask, False
+    refuse_context_parallel()
+    bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
-        attn_mask, is_causal, bottom_right = _seen_through(attn_mask, query, key)
+        attn_mask, is_causal, bottom_right = _seen_through(attn_mask, query, key, is_causal)
     needs = _needs_of_exact_attention(query, key, value, attn_mask, dropout_p)
     if needs:
         if kernel != "auto" or return_lse or out is not None:
             raise NotEligibleError(f"kernel={kernel}", needs)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            as_given,
-            dropout_p,
-            is_causal and as_given is None,
-            scale=scale,
-            enable_gqa=enable_gqa,
+        if bottom_right and query.shape[-2] != key.shape[-2]:
+            lengths = query.shape[-2], key.shape[-2]
+            attn_mask = torch.ones(lengths, dtype=torch.bool, device=query.device).tril(
+                lengths[1] - lengths[0]
+            )
+            is_causal = False
+        return builtin_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    given = folded(query, key, value, attn_mask, enable_gqa)
+    inputs = (given.query, given.key, given.value, given.attn_mask, is_causal)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "enable_gqa": given.enable_gqa,
+        "bottom_right": bottom_right,
+        "kernel_name": kernel,
+        "precision": precision,
+    }
     if return_lse:
-        pair: tuple[Tensor, Tensor] = inference.attention_lse(
-            query, key, value, attn_mask, is_causal,
-            scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision,
-        )  # fmt: skip
-        return pair
+        result, lse = inference.attention_lse(*inputs, **options, memory_order=given.memory_order)
+        return given.unfolded(result), given.unfolded(lse, rows_only=True)
     if out is not None:
-        inference.attention_out(
-            query, key, value, attn_mask, is_causal,
-            scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision, output=out,
-        )  # fmt: skip
-        return out
-    result: Tensor = inference.attention(
-        query, key, value, attn_mask, is_causal,
-        scale=scale, enable_gqa=enable_gqa, bottom_right=bottom_right, kernel_name=kernel, precision=precision,
-    )  # fmt: skip
-    return result
+        buffer = given.buffer(out)
+        if buffer is not None:
+            inference.attention_out(*inputs, **options, output=buffer)
+            return out
+        return out.copy_(given.unfolded(inference.attention(*inputs, **options)))
+    return given.unfolded(inference.attention(*inputs, **options, memory_order=given.memory_order))
 
 
-def _seen_through(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool, bool]:
+def refuse_context_parallel() -> None:
+    """Inside torch's `context_parallel` each rank holds a part of the sequence, of which attention must see the whole."""
+    # Read by its name: Dynamo then traces anew where another function stands there, as one does in that context.
+    if F.scaled_dot_product_attention is builtin_sdpa:
+        return
+    if context_parallel_is_active():
+        raise RuntimeError(CONTEXT_PARALLEL)
+
+
+def _seen_through(
+    attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool
+) -> tuple[Tensor | None, bool, bool]:
     """(attn_mask, is_causal, bottom_right) of a subclass of Tensor: what `causal_lower_right` and `causal_upper_left` of
     `torch.nn.attention.bias` make stands for no data."""
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
-        return attn_mask, False, False
+        return attn_mask, is_causal, False
     lengths, expected = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
     if lengths != expected:
         raise RuntimeError(
@@ -125,8 +149,13 @@ def _seen_through(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor
 def _needs_of_exact_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> list[str]:
-    """What a quantised inference kernel cannot give: dropout, and gradients."""
-    reasons = []
+    """What a quantised inference kernel cannot give: dropout, gradients, and what a subclass of Tensor does with SDPA."""
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    reasons = [
+        reason(f"type of {name}", type(tensor).__name__, "plain tensors")
+        for name, tensor in tensors.items()
+        if tensor is not None and dispatches_itself(tensor)
+    ]
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))
     wanting = inference.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None

@@ -293,6 +293,7 @@ def _run(
     if attn_mask is not None:
         attn_mask = as_4d(attn_mask)
     if resolved is None:
+        precision = kernels.precision_on(query.device, precision, kernel_name)
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
         run = _resolve(query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len))
         resolved = _Resolved(run, params, result[0].shape, result[0].stride())
@@ -323,7 +324,7 @@ def _resolve(
     """What to run; None for exact attention, asked for, fallen back to by "auto", or for fewer than `least` queries and
     keys."""
     if params.precision not in kernels.PRECISIONS:
-        raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISIONS)})")
+        raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     chosen = None
     if name != EXACT:
         problem = make_problem(query, key, value, attn_mask, params, lse is not None)

@@ -104,7 +104,13 @@ class Report:
         return ["computed by operators, which stay:", *map(str, self.operators)] if self.operators else []
 
     def hints(self) -> list[str]:
-        """What to try where nothing can run on the device of the inputs; empty elsewhere."""
+        """What was taken instead of "fast" where that cannot run, and what to try where nothing can; empty elsewhere."""
+        slower = {site.precision for site in self.rewritten if site.precision_was_open} - {"fast"}
+        if slower:
+            return [
+                f'precision="auto" is {", ".join(sorted(slower))} here, the fastest that can run ("fast" takes FP8: compute '
+                "capability 8.9 and newer)"
+            ]
         on_cpu = any("device=cpu" in reason for site in self.refused for reason in site.reasons)
         if self.rewritten or not on_cpu:
             return []

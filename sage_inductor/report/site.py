@@ -57,6 +57,8 @@ class Site:
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
     module: str = ""
     """The module path alone, which several calls may share."""
+    precision_was_open: bool = False
+    """Whether `precision` is the fastest that the device has, as precision="auto" asks, and was not asked for by name."""
     places: tuple[Place, ...] = ()
     """The module of this path, and others that run the same code: blocks that are compiled one by one share a graph."""
 

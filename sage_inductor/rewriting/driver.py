@@ -330,6 +330,11 @@ def _decide(
         config = dataclasses.replace(config, precision=verdict.precision or config.precision)
         site = dataclasses.replace(site, precision=config.precision, rel_l2=verdict.rel_l2)
         reasons += [] if verdict.reason is None else [verdict.reason]
+    query = example_tensor(call.query)
+    if config.precision == "auto" and query is not None:
+        precision = kernels.precision_on(query.device, "auto", config.kernel)
+        config = dataclasses.replace(config, precision=precision)
+        site = dataclasses.replace(site, precision=precision, precision_was_open=True)
     reasons += ineligible_reasons(call, mask, config, around)
     problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
     choice = Choice(None)

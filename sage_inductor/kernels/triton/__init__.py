@@ -58,7 +58,10 @@ class TritonKernel(Kernel):
         device = problem.query.device
         if interpreted() and device.type == "cpu":
             reasons = [text for text in reasons if not text.startswith("device=")]
-        elif device.type == "cuda" and has_gpu() and problem.params.precision in MIN_CAPABILITY:
+        elif (
+            problem.params.precision in self.precisions
+            and problem.params.precision not in self.precisions_on(device)
+        ):
             reasons += capability_reasons(capability(device.index), MIN_CAPABILITY[problem.params.precision])
         for name, spec in (("key dtype", problem.key), ("value dtype", problem.value)):
             if spec.dtype != problem.query.dtype:
@@ -73,6 +76,12 @@ class TritonKernel(Kernel):
                 reason("batch * kv_heads * kv_len", keys[0] * keys[1] * keys[2], f"up to {MAX_KEYS}")
             )
         return reasons
+
+    def precisions_on(self, device: torch.device) -> Collection[str]:
+        if device.type != "cuda" or not has_gpu():
+            return self.precisions
+        found = capability(device.index)
+        return tuple(name for name in self.precisions if found >= MIN_CAPABILITY[name])
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         device = problem.query.device

@@ -52,14 +52,15 @@ def column_widths(header: Sequence[str], rows: Sequence[Sequence[str]], width: i
     none such."""
     columns = list(zip(header, *rows, strict=True))
     wanted = [max(map(len, column)) for column in columns]
-    widths = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
-    if sum(widths) > width:
+    least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    if sum(least) > width:
         return None
-    for _ in range(width - sum(widths)):  # what is left goes to the column whose longest cell has most lines
-        lacking = [index for index in range(len(columns)) if widths[index] < wanted[index]]
-        if not lacking:
+    # Narrow columns keep their cells on one line; the widest are cut to one common width.
+    widths = wanted
+    for most in range(max(wanted), 0, -1):
+        widths = [max(low, min(high, most)) for low, high in zip(least, wanted, strict=True)]
+        if sum(widths) <= width:
             break
-        widths[max(lacking, key=lambda index: wanted[index] / max(widths[index], 1))] += 1
     return tuple(widths)
 
 

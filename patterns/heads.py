@@ -8,7 +8,7 @@ from typing import Any
 from sage_inductor.graph.call import Expr, Value
 from sage_inductor.patterns.axes import regrouped
 from sage_inductor.patterns.nodes import shape_of, unexpanded
-from sage_inductor.patterns.products import Steps
+from sage_inductor.patterns.products import Methods
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Grouped:
     key: Value
     value: Value
     enable_gqa: bool = False
-    restore: Steps = ()
-    undo: Steps = ()
+    restore: Methods = ()
+    undo: Methods = ()
 
 
 def folded(query: Value, key: Value, value: Value) -> Grouped | None:

@@ -16,7 +16,7 @@ from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.axes import Order, untransposed
 from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, argument, shape_of
 
-Steps: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
+Methods: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class WeightedSum:
     weights: fx.Node
     order: Order
     value: Value
-    restore: Steps
-    undo: Steps
+    restore: Methods
+    undo: Methods
 
 
 def scores(node: Any, order: Order) -> Scores | None:
@@ -203,7 +203,7 @@ def _queries(weights: _Operand, rows: list[str]) -> str:
     return max(reversed(rows), key=lambda letter: sizes[letter])
 
 
-def _reordering(produced: list[str], output: str) -> tuple[Steps, Steps]:
+def _reordering(produced: list[str], output: str) -> tuple[Methods, Methods]:
     """What turns the dims `produced` into `output`, and back."""
     if list(output) == produced:
         return (), ()

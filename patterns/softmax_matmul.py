@@ -34,7 +34,7 @@ from sage_inductor.patterns.nodes import (
     unexpanded,
 )
 from sage_inductor.patterns.numbers import number
-from sage_inductor.patterns.products import Steps, WeightedSum, weighted_sums
+from sage_inductor.patterns.products import Methods, WeightedSum, weighted_sums
 from sage_inductor.patterns.sinks import left_out
 from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 
@@ -187,7 +187,7 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     )  # fmt: skip
 
 
-def _as_laid_out(output: Tensor, restore: Steps, undo: Steps) -> tuple[Steps, Steps] | None:
+def _as_laid_out(output: Tensor, restore: Methods, undo: Methods) -> tuple[Methods, Methods] | None:
     """`restore` and `undo` with what they lack to give the strides of `output`, on which users rely: where no kernel
     writes that order, a copy. None where a copy cannot give them."""
     plain = traced(output, undo)

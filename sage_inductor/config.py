@@ -7,16 +7,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-from sage_inductor.kernels import KERNELS, PRECISION_CHOICES
 from sage_inductor.plan.plan import Plan
 
 log = logging.getLogger(__name__)
 
 OPTION_PREFIX = "sage."
-FALLBACKS = ("sdpa", "warn", "error")
-TUNING = ("measure", "table", "off")
+# What the fields take. Editors complete a `Literal`; the check when a Config is made holds for what they do not see.
+KernelName: TypeAlias = Literal["auto", "hopper", "triton", "sageattention", "reference"]
+Precision: TypeAlias = Literal["auto", "fast", "balanced", "accurate"]
+Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
+Tune: TypeAlias = Literal["measure", "table", "off"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,16 @@ class Config:
     is valid. A plan's file that cannot be read, or is none, raises ValueError.
     """
 
-    kernel: str = "auto"
+    kernel: KernelName = "auto"
     """"auto": a kernel that can run the site and beats SDPA there, as `tune` says. A name ("hopper",
     "triton", "sageattention", "reference") is used wherever it can run."""
 
-    precision: str = "auto"
+    precision: Precision = "auto"
     """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV), or "auto": the
     fastest of them that the GPU has, which is "fast", and "balanced" where it cannot compute in FP8 (before Ada). One that is
     named is kept to: where the GPU cannot run it, sites stay SDPA."""
 
-    fallback: str = "sdpa"
+    fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
     "error" raises NotEligibleError with all reasons."""
 
@@ -51,14 +53,14 @@ class Config:
     include. A glob of either that matches nothing in the model warns (UserWarning) when its first attention is
     compiled."""
 
-    tune: str = "measure"
+    tune: Tune = "measure"
     """How "auto" chooses. "measure": while compiling, every kernel that can run the site is timed against the
     SDPA call it would replace, on this GPU, and has to win; results are kept on disk, and where nothing can be
     measured (no GPU, no memory to spare) "table" takes over. "table": by the measurements shipped with the
     kernels. "off": the first kernel that can run, be it slower."""
 
-    cache_dir: str | None = None
-    """Folder for the results of "measure"; None: sage_inductor in $XDG_CACHE_HOME, or in ~/.cache."""
+    cache_dir: str | PathLike[str] | None = None
+    """Folder for the results of "measure"; None: sage_inductor in $XDG_CACHE_HOME, or in ~/.cache. A path is kept as its text."""
 
     training: bool = False
     """Also rewrite sites whose inputs need gradients: the forward pass is quantised, the backward pass is the
@@ -69,21 +71,17 @@ class Config:
     "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules `precision`."""
 
     def __post_init__(self) -> None:
-        _one_of("kernel", self.kernel, ("auto", *KERNELS))
-        _one_of("precision", self.precision, PRECISION_CHOICES)
-        _one_of("fallback", self.fallback, FALLBACKS)
-        _one_of("tune", self.tune, TUNING)
+        _one_of("kernel", self.kernel, get_args(KernelName))
+        _one_of("precision", self.precision, get_args(Precision))
+        _one_of("fallback", self.fallback, get_args(Fallback))
+        _one_of("tune", self.tune, get_args(Tune))
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(glob, str) for glob in _as_tuple(name, value)):
                 raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
             object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.cache_dir, (str, type(None))):
-            raise TypeError(f"cache_dir={self.cache_dir!r} (valid: a path as a string, None)")
-        if self.cache_dir is not None and (not self.cache_dir or "\0" in self.cache_dir):
-            raise ValueError(
-                f"cache_dir={self.cache_dir!r} (valid: a path that is not empty and has no NUL, None)"
-            )
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", _folder("cache_dir", self.cache_dir))
         if not isinstance(self.training, bool):
             raise TypeError(f"training={self.training!r} (valid: True, False)")
         if isinstance(self.plan, (str, PathLike)):
@@ -138,6 +136,16 @@ def _warn_of_change(path: str, content: str) -> None:
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ValueError(f"{name}={value!r} (valid: {', '.join(valid)})")
+
+
+def _folder(name: str, value: object) -> str:
+    """A path as text, which says the same in the `repr` of every system's paths."""
+    path = os.fspath(value) if isinstance(value, (str, PathLike)) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{name}={value!r} (valid: a path as a string or os.PathLike of one, None)")
+    if not path or "\0" in path:
+        raise ValueError(f"{name}={value!r} (valid: a path that is not empty and has no NUL, None)")
+    return path
 
 
 def _as_tuple(name: str, value: object) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import cast
 
 import torch
 
@@ -27,7 +28,7 @@ from sage_inductor.cli.options import (
 )
 from sage_inductor.cli.output import Cell, good, show_json, show_table, weak
 from sage_inductor.cli.rows import Row
-from sage_inductor.config import Config
+from sage_inductor.config import Config, KernelName, Precision
 from sage_inductor.kernels import PRECISIONS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,8 +87,9 @@ def _problem(options: argparse.Namespace) -> Problem:
 
 def _configs(options: argparse.Namespace) -> list[Config]:
     base = chosen_config(options)
+    # Each is one of the valid names, as the parser sees to.
     return [
-        replace(base, kernel=kernel, precision=precision)
+        replace(base, kernel=cast(KernelName, kernel), precision=cast(Precision, precision))
         for kernel in options.kernel or ("auto",)
         for precision in options.precision or ("auto",)
     ]

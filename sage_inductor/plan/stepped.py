@@ -15,7 +15,7 @@ from sage_inductor.plan.plan import Plan
 
 
 @dataclass(eq=False)
-class _Steps:
+class _Stepping:
     """What is compiled of a model, and the step that it is at."""
 
     model: Callable[..., Any]
@@ -32,9 +32,11 @@ class _Steps:
     falls: bool | None = None
     """Whether it goes down from step to step; None at the first."""
 
-    def of(self, model: Callable[..., Any]) -> _Steps:
+    def of(self, model: Callable[..., Any]) -> _Stepping:
         """The same of another model, at its first step."""
-        return _Steps(model, self.plan, dict(self.options), dict(self.compile_args), self.steps, self.follow)
+        return _Stepping(
+            model, self.plan, dict(self.options), dict(self.compile_args), self.steps, self.follow
+        )
 
     def reset(self) -> None:
         self.step, self.last, self.falls = 0, None, None
@@ -77,7 +79,7 @@ class SteppedModel(nn.Module):
     """
 
     __slots__ = ("_steps",)  # not in the state that is shared
-    _steps: _Steps
+    _steps: _Stepping
 
     @property
     def step(self) -> int:
@@ -189,10 +191,10 @@ def _rebuilt(
     steps: int | None,
     follow: str | None,
 ) -> SteppedModel:
-    return _stepped(_Steps(model, plan, options, compile_args, steps, follow))
+    return _stepped(_Stepping(model, plan, options, compile_args, steps, follow))
 
 
-def _stepped(steps: _Steps) -> SteppedModel:
+def _stepped(steps: _Stepping) -> SteppedModel:
     model = steps.model
     if not isinstance(model, nn.Module):
         function = _SteppedFunction()

@@ -124,13 +124,15 @@ class AttentionOperator:
 
 
 def layout_of(tensor: Tensor) -> str:
-    """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, else its strides."""
-    if tensor.dim() == 4 and isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1:
-        heads, seq = tensor.stride(1), tensor.stride(2)
-        return "NHD" if seq > heads else "HND"
-    if tensor.dim() in (2, 3):
+    """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, of which batch, or batch and heads, may be
+    missing; its strides where head_dim is not innermost."""
+    innermost = tensor.stride(-1) if tensor.dim() in (2, 3, 4) else None
+    if not isinstance(innermost, int) or innermost != 1:
+        return f"strides {tuple(tensor.stride())}"
+    if tensor.dim() == 2:
         return "HND"
-    return f"strides {tuple(tensor.stride())}"
+    heads, seq = tensor.stride(-3), tensor.stride(-2)
+    return "NHD" if seq > heads else "HND"
 
 
 class Names:

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from torch import Tensor, fx
 
 from sage_inductor import kernels
-from sage_inductor.config import Config
+from sage_inductor.config import Config, Precision
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
 from sage_inductor.graph.origin import ROOT, source_code, source_line
@@ -327,7 +328,8 @@ def _decide(
     reasons = [*selection_reasons(config, places), *reasons]
     if config.plan is not None:
         verdict = _verdict(_plan_of(config), site, walk.calls[path])
-        config = dataclasses.replace(config, precision=verdict.precision or config.precision)
+        planned = cast(Precision, verdict.precision or config.precision)
+        config = dataclasses.replace(config, precision=planned)
         site = dataclasses.replace(site, precision=config.precision, rel_l2=verdict.rel_l2)
         reasons += [] if verdict.reason is None else [verdict.reason]
     query = example_tensor(call.query)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def is_makeshift() -> bool:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _Outcome:
     """What is known at one pair of lengths: the kernels that beat SDPA, best first, or why none does."""
 
     winners: tuple[str, ...]
@@ -85,7 +86,7 @@ class _Verdict:
     speedup: float | None = None  # of the best kernel, be it below 1
 
 
-_Judge = Callable[[Comparison], _Verdict]  # of hinted comparisons
+_Judge = Callable[[Comparison], _Outcome]  # of hinted comparisons
 
 
 def _across_lengths(comparison: Comparison, judge: _Judge) -> Choice:
@@ -134,11 +135,11 @@ def _across_lengths(comparison: Comparison, judge: _Judge) -> Choice:
 def _by_table(candidates: Sequence[Kernel]) -> _Judge:
     """The first kernel in order whose shipped measurements say that it wins."""
 
-    def judge(comparison: Comparison) -> _Verdict:
+    def judge(comparison: Comparison) -> _Outcome:
         reasons = {kernel.name: kernel.not_chosen_reasons(comparison.problem) for kernel in candidates}
         winners = tuple(name for name, against in reasons.items() if not against)
         texts = [f"{name}: {text}" for name, against in reasons.items() for text in against]
-        return _Verdict(winners, () if winners else tuple(texts))
+        return _Outcome(winners, () if winners else tuple(texts))
 
     return judge
 
@@ -146,7 +147,7 @@ def _by_table(candidates: Sequence[Kernel]) -> _Judge:
 def _by_measurement(candidates: Sequence[Kernel], config: Config) -> _Judge:
     names = [kernel.name for kernel in candidates]
 
-    def judge(comparison: Comparison) -> _Verdict:
+    def judge(comparison: Comparison) -> _Outcome:
         device = comparison.problem.query.device
         if device.type == "cuda" and not torch.cuda.is_available():
             raise CannotMeasure("no GPU to measure on")
@@ -165,8 +166,9 @@ _warned: set[str] = set()
 def _result(comparison: Comparison, names: Sequence[str], config: Config, here: Machine) -> Result:
     """Times that hold for a hinted `comparison`: known, on disk, or measured now. Raises CannotMeasure."""
     key, lengths = comparison.key(), comparison.lengths
-    where = (config.cache_dir, here.fingerprint(), json.dumps(key, sort_keys=True))
-    store = Store(config.cache_dir, here)
+    folder = None if config.cache_dir is None else os.fspath(config.cache_dir)
+    where = (folder, here.fingerprint(), json.dumps(key, sort_keys=True))
+    store = Store(folder, here)
     if where not in _known:
         _known[where] = store.load(key)
     for result in _known[where]:
@@ -199,14 +201,14 @@ def _result(comparison: Comparison, names: Sequence[str], config: Config, here: 
     return result
 
 
-def _verdict(result: Result, comparison: Comparison, names: Sequence[str], here: Machine) -> _Verdict:
+def _verdict(result: Result, comparison: Comparison, names: Sequence[str], here: Machine) -> _Outcome:
     timed = sorted(
         (name for name in names if name in result.kernels), key=lambda name: result.kernels[name].ratio
     )
     winners = tuple(name for name in timed if result.kernels[name].ratio < 1 - _needed_gain(result, name))
     speedup = 1 / result.kernels[timed[0]].ratio if timed else None
     if winners:
-        return _Verdict(winners, (), speedup)
+        return _Outcome(winners, (), speedup)
     at = (
         "" if comparison.lengths == (result.q_len, result.kv_len) else f" at {result.q_len} x {result.kv_len}"
     )
@@ -220,7 +222,7 @@ def _verdict(result: Result, comparison: Comparison, names: Sequence[str], here:
     reasons += [
         f"{name}: failed while measured: {text}" for name, text in result.failed.items() if name in names
     ]
-    return _Verdict((), tuple(reasons), speedup)
+    return _Outcome((), tuple(reasons), speedup)
 
 
 def _needed_gain(result: Result, name: str) -> float:

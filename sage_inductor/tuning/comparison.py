@@ -37,7 +37,7 @@ class SdpaCall:
     enable_gqa: bool
 
 
-Call = TypeVar("Call", AttentionProblem, SdpaCall)
+Described = TypeVar("Described", AttentionProblem, SdpaCall)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _layout(spec: TensorSpec, is_mask: bool = False) -> str:
     return f"{text}, aligned {unit & -unit}"
 
 
-def _hinted(call: Call) -> Call:
+def _hinted(call: Described) -> Described:
     q_len, kv_len = (size_hint(spec.shape[-2]) or UNKNOWN_LENGTH for spec in (call.query, call.key))
 
     def numbers(spec: TensorSpec, lengths: dict[int, int]) -> TensorSpec:
@@ -148,7 +148,7 @@ def _hinted(call: Call) -> Call:
     return _with_lengths(call, q_len, kv_len, numbers)
 
 
-def _resized(call: Call, q_len: int, kv_len: int) -> Call:
+def _resized(call: Described, q_len: int, kv_len: int) -> Described:
     def resized(spec: TensorSpec, lengths: dict[int, int]) -> TensorSpec:
         dims = range(-len(spec.shape), 0)
         shape = tuple(lengths.get(dim, spec.shape[dim]) for dim in dims)
@@ -165,8 +165,8 @@ def _resized(call: Call, q_len: int, kv_len: int) -> Call:
 
 
 def _with_lengths(
-    call: Call, q_len: int, kv_len: int, change: Callable[[TensorSpec, dict[int, int]], TensorSpec]
-) -> Call:
+    call: Described, q_len: int, kv_len: int, change: Callable[[TensorSpec, dict[int, int]], TensorSpec]
+) -> Described:
     """`change` of every tensor and of the lengths of those of its dims (-2, -1) that are lengths."""
     mask = call.attn_mask
     if mask is not None:

@@ -28,8 +28,8 @@ ROUNDS = (5, 40)  # at least and at most; each times every call once
 WORKSPACE_SHARE = 1.5
 KEPT_KEYS = 0.9  # of a bool mask, on average over the batch
 
-Call = Callable[[], Any]
-Clock = Callable[[Call], float]
+Timed = Callable[[], Any]
+Clock = Callable[[Timed], float]
 
 
 class CannotMeasure(Exception):
@@ -53,8 +53,8 @@ def measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
 
 def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
     device = comparison.problem.query.device
-    inputs = _Inputs(device)
-    calls: dict[str, Call] = {"sdpa": _sdpa(comparison, inputs)}
+    inputs = _Tensors(device)
+    calls: dict[str, Timed] = {"sdpa": _sdpa(comparison, inputs)}
     try:
         calls["sdpa"]()
     except torch.OutOfMemoryError:
@@ -82,7 +82,7 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
     return Result(*comparison.lengths, statistics.median(times["sdpa"]), timings, failed)
 
 
-def _kernel(comparison: Comparison, name: str, inputs: _Inputs) -> Call:
+def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
     problem, params = comparison.problem, comparison.problem.params
     args = inputs.of(problem)
     return lambda: inference.attention(
@@ -98,13 +98,13 @@ def _kernel(comparison: Comparison, name: str, inputs: _Inputs) -> Call:
     )
 
 
-def _sdpa(comparison: Comparison, inputs: _Inputs) -> Call:
+def _sdpa(comparison: Comparison, inputs: _Tensors) -> Timed:
     sdpa = comparison.sdpa
     args = inputs.of(sdpa)
     return lambda: builtin_sdpa(*args, is_causal=sdpa.is_causal, scale=sdpa.scale, enable_gqa=sdpa.enable_gqa)
 
 
-class _Inputs:
+class _Tensors:
     """Tensors of given shapes and strides; the kernels and SDPA read the same ones where they agree."""
 
     def __init__(self, device: torch.device) -> None:
@@ -196,7 +196,7 @@ def _extent(spec: TensorSpec) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
 
 
-def interleaved(calls: dict[str, Call], clock: Clock) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Timed], clock: Clock) -> dict[str, list[float]]:
     """Times in ms of every call, one a round: a clock that drifts, or a neighbour, concerns all alike."""
     spent, once = 0.0, dict.fromkeys(calls, 0.0)
     for _ in range(WARM_UP_TURNS):
@@ -233,7 +233,7 @@ class _CudaClock:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
 
-    def __call__(self, call: Call) -> float:
+    def __call__(self, call: Timed) -> float:
         self.flush.zero_()
         queueing: list[float] = []
         on_gpu = gpu_ms(lambda: queueing.append(host_ms(call)))

@@ -18,7 +18,7 @@ from sage_inductor import kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons, kept
 from sage_inductor.kernels.hopper import compile as compilation
-from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, Variant, choose_variant
+from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, HopperVariant, choose_variant
 from sage_inductor.kernels.hopper.share import share
 
 KERNEL = HopperKernel()
@@ -47,7 +47,7 @@ VARIANTS = list(
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[Variant, Compiled]:
+def compiled() -> dict[HopperVariant, Compiled]:
     if reasons := compiler_reasons():
         pytest.skip("; ".join(reasons))
     results = {variant: compilation.compile_variant(variant) for variant in VARIANTS}
@@ -57,7 +57,7 @@ def compiled() -> dict[Variant, Compiled]:
     return results
 
 
-def test_wgmma_runs_side_by_side(compiled: dict[Variant, Compiled]) -> None:
+def test_wgmma_runs_side_by_side(compiled: dict[HopperVariant, Compiled]) -> None:
     assert not [variant for variant, result in compiled.items() if compilation.is_serialized(result.log)]
 
 
@@ -68,7 +68,7 @@ def test_the_report_is_understood() -> None:
     )
 
 
-def test_main_loop(compiled: dict[Variant, Compiled], tmp_path: Path) -> None:
+def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> None:
     """The iteration over an unmasked block keeps everything in registers, and no operand is written while the tensor
     cores may still be reading it: ptxas was seen to do that where a move ends in an operand. Three warpgroups of INT8
     with 128 channels read two scales again, which do not change."""
@@ -82,7 +82,7 @@ def test_main_loop(compiled: dict[Variant, Compiled], tmp_path: Path) -> None:
         assert code.early_writes() == set(), variant
 
 
-def test_shared_memory_fits(compiled: dict[Variant, Compiled]) -> None:
+def test_shared_memory_fits(compiled: dict[HopperVariant, Compiled]) -> None:
     for variant, result in compiled.items():
         static = max(map(int, re.findall(r"(\d+) bytes smem", result.log)))
         assert variant.fits and variant.shared_bytes + static <= SHARED_LIMIT, variant
@@ -131,11 +131,11 @@ def test_early_writes_are_seen() -> None:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[HopperVariant]:
     """Compilations, which cost nothing here."""
-    calls: list[Variant] = []
+    calls: list[HopperVariant] = []
 
-    def compile_variant(variant: Variant) -> Compiled:
+    def compile_variant(variant: HopperVariant) -> Compiled:
         calls.append(variant)
         return Compiled(b"\x7fELF" + repr(variant).encode(), "")
 
@@ -145,7 +145,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
     return calls
 
 
-def test_compiled_once(counted: list[Variant], tmp_path: Path) -> None:
+def test_compiled_once(counted: list[HopperVariant], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     first = [compilation.cubin(variant, folder) for variant in VARIANTS[:2]]
     assert [compilation.cubin(variant, folder) for variant in VARIANTS[:2]] == first
@@ -154,7 +154,7 @@ def test_compiled_once(counted: list[Variant], tmp_path: Path) -> None:
 
 
 def test_another_compiler_compiles_again(
-    counted: list[Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    counted: list[HopperVariant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compilation.cubin(VARIANTS[0], tmp_path)
     monkeypatch.setattr(compilation, "_compiler_version", lambda: (13, 1))
@@ -164,7 +164,7 @@ def test_another_compiler_compiles_again(
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"x" * 200])
 def test_damaged_file(
-    counted: list[Variant], tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+    counted: list[HopperVariant], tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = compilation.cubin(VARIANTS[0], tmp_path)
     (path,) = tmp_path.iterdir()
@@ -176,7 +176,7 @@ def test_damaged_file(
 
 
 def test_folder_that_cannot_be_written(
-    counted: list[Variant], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    counted: list[HopperVariant], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

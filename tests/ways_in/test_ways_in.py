@@ -153,7 +153,7 @@ def test_fullgraph_and_dynamic(model: Block) -> None:
         ({"sage.exclude": (1,)}, TypeError, "a tuple or list of glob strings"),
         ({"sage.training": 1}, TypeError, "(valid: True, False)"),
         ({"sage.tune": "guess"}, ValueError, "(valid: measure, table, off)"),
-        ({"sage.cache_dir": 7}, TypeError, "(valid: a path as a string, None)"),
+        ({"sage.cache_dir": 7}, TypeError, "(valid: a path as a string or os.PathLike of one, None)"),
         ({"sage.fallback": "error"}, NotEligibleError, "device=cpu (supported: cuda)"),
         ({"not_inductors": 1}, RuntimeError, "not_inductors"),
     ],

@@ -29,7 +29,7 @@ _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbo
 
 
 @dataclass(frozen=True)
-class Variant:
+class HopperVariant:
     """What a compiled kernel is specialised on; attention.cu says what each means."""
 
     head_dim: int  # padded
@@ -113,7 +113,7 @@ def choose_variant(
     return_lse: bool = False,
     *,
     q_len: int,
-) -> Variant:
+) -> HopperVariant:
     """The compiled form for padded head dims d and dv, not split. How many warpgroups, tiles and channels fit is a
     matter of registers and shared memory; the choices up to 128 were measured (benchmarks/notes.md)."""
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
@@ -127,7 +127,7 @@ def choose_variant(
     else:
         numbers_of_passes = (2,) if d == dv == 96 and pv != "int8" else (1,)
     variants = (
-        Variant(
+        HopperVariant(
             d,
             dv // pieces,
             pv,
@@ -176,7 +176,7 @@ class CompilationError(RuntimeError):
     """NVRTC refused attention.cu; holds its log."""
 
 
-def compile_variant(variant: Variant) -> Compiled:
+def compile_variant(variant: HopperVariant) -> Compiled:
     """Compile, without the cache. Raises CompilationError with the compiler's log."""
     from cuda.bindings import nvrtc
 
@@ -207,7 +207,7 @@ def _program_log(nvrtc: Any, program: Any) -> str:
     return str(text.decode(errors="replace").rstrip("\0 \n"))
 
 
-def cubin(variant: Variant, folder: Path | None) -> bytes:
+def cubin(variant: HopperVariant, folder: Path | None) -> bytes:
     """The compiled variant, from `folder` or compiled and stored there. Several processes may do so at once. A folder that
     cannot be used costs a compilation per process, and a warning."""
     if folder is None:

@@ -16,7 +16,7 @@ from ..cache_folder import default_folder
 from ..triton.launch import TritonAttention
 from ..triton.quantize import KEY_BLOCK
 from . import driver
-from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, Variant, choose_variant, cubin
+from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import share
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -220,7 +220,7 @@ def _placed(call: HopperAttention, address: int) -> _Placed:
 
 
 @cache
-def loaded(index: int, variant: Variant) -> tuple[Any, ...]:
+def loaded(index: int, variant: HopperVariant) -> tuple[Any, ...]:
     """The kernels `attention` and, where it is needed, `combine` on device `index`, which is current."""
     torch.cuda.current_stream(index)  # torch makes the context that the driver loads into
     names = {"attention": variant.shared_bytes, **({"combine": 0} if variant.split else {})}

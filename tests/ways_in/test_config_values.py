@@ -1,0 +1,53 @@
+"""What `Config` takes, and what it keeps of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from sage_inductor import Config
+
+
+@pytest.mark.parametrize("path", ["cache/here", Path("cache/here"), PurePosixPath("cache/here")])
+def test_a_folder_is_given_as_text_or_as_a_path_and_kept_as_text(path: str | os.PathLike[str]) -> None:
+    """`repr(config)` is part of the key of compiled graphs."""
+    config = Config(cache_dir=path)
+    assert config == Config(cache_dir="cache/here") and hash(config) == hash(Config(cache_dir="cache/here"))
+    assert repr(config) == repr(Config(cache_dir="cache/here"))
+    assert Config.from_options({"sage.cache_dir": path})[0] == config
+
+
+class Bytes(os.PathLike):  # type: ignore[type-arg]
+    def __fspath__(self) -> bytes:
+        return b"cache"
+
+
+@pytest.mark.parametrize("path", [7, b"cache", Bytes(), ("cache",)])
+def test_other_folders_are_refused(path: Any) -> None:
+    with pytest.raises(TypeError, match=r"cache_dir=.*valid: a path as a string or os.PathLike of one, None"):
+        Config(cache_dir=path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", Path("a\0b")])
+def test_folders_that_cannot_be_are_refused(path: Any) -> None:
+    with pytest.raises(ValueError, match=r"cache_dir=.*valid: a path that is not empty and has no NUL, None"):
+        Config(cache_dir=path)
+
+
+@pytest.mark.parametrize(
+    ("field", "valid"),
+    [
+        ("kernel", "auto, hopper, triton, sageattention, reference"),
+        ("precision", "fast, balanced, accurate"),
+        ("fallback", "sdpa, warn, error"),
+        ("tune", "measure, table, off"),
+    ],
+)
+def test_a_choice_is_checked_when_a_config_is_made(field: str, valid: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}='slow' \(valid: {valid}\)"):
+        Config(**{field: "slow"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"{field}=\['fast'\]"):
+        Config(**{field: ["fast"]})  # type: ignore[arg-type]

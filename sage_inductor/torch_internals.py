@@ -149,7 +149,7 @@ def prefers_math() -> bool:
     """Whether SDPA's math backend comes first, which `sdpa_kernel([MATH, ...], set_priority=True)` asks for."""
     from torch.nn.attention import SDPBackend
 
-    return bool(_sdpa_priority()[:1] == [int(SDPBackend.MATH)])
+    return bool(_sdpa_priority()[:1] == [int(cast(Any, SDPBackend.MATH))])
 
 
 def _sdpa_priority() -> list[int]:

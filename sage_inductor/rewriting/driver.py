@@ -335,7 +335,7 @@ def _decide(
     query = example_tensor(call.query)
     if config.precision == "auto" and query is not None:
         precision = kernels.precision_on(query.device, "auto", config.kernel)
-        config = dataclasses.replace(config, precision=precision)
+        config = dataclasses.replace(config, precision=cast(Precision, precision))
         site = dataclasses.replace(site, precision=precision, precision_was_open=True)
     reasons += ineligible_reasons(call, mask, config, around)
     problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)

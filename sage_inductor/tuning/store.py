@@ -73,8 +73,10 @@ class Result:
         """Raises an Exception for what is no result, whatever it holds."""
         kernels = {
             str(name): Timing(
-                *(float(timing[key]) for key in ("ms", "ratio", "noise")),
-                scattered=None if timing["scattered"] is None else float(timing["scattered"]),
+                float(timing["ms"]),
+                float(timing["ratio"]),
+                float(timing["noise"]),
+                None if timing["scattered"] is None else float(timing["scattered"]),
             )
             for name, timing in dict(data["kernels"]).items()
         }

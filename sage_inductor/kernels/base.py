@@ -207,6 +207,58 @@ def expanded_dim(tensor: Tensor) -> int | None:
     return None
 
 
+def output_problem(out: Tensor, **inputs: Tensor | None) -> str | None:
+    """Why torch's own `out=` would not take `out`, or that it lies in one of `inputs`, which a kernel reads while it
+    writes; None where it can be written."""
+    if out.requires_grad and torch.is_grad_enabled():
+        return "out requires grad, of which the operator has none (valid: torch.no_grad(), out.detach())"
+    if out.is_neg() or out.is_conj():
+        kind = "negative" if out.is_neg() else "conjugate"
+        return f"out is a {kind} view, whose memory holds other numbers (valid: a tensor of its own)"
+    if (dim := expanded_dim(out)) is not None:
+        return f"out is expanded in dim {dim}: its {out.shape[dim]} elements are one in memory"
+    if (dim := _overlapping_dim(out)) is not None:
+        return f"out's elements overlap in memory, in dim {dim}: strides {tuple(out.stride())}"
+    for name, tensor in inputs.items():
+        if tensor is not None and _share_memory(out, tensor):
+            return f"out shares memory with {name}, which is read while out is written"
+    return None
+
+
+def mark_written(out: Tensor) -> None:
+    """Kernels write to memory, of which autograd hears nothing: it may have saved `out` for a gradient."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+def _overlapping_dim(tensor: Tensor) -> int | None:
+    """A dim whose steps fall into what the finer dims span; None where each dim steps over it, and no two elements are
+    one in memory."""
+    span = 0
+    for stride, size, dim in sorted(zip(tensor.stride(), tensor.shape, range(tensor.dim()), strict=True)):
+        if size > 1:
+            if stride <= span:
+                return dim
+            span += stride * (size - 1)
+    return None
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors without gaps meet. Those with gaps, as slices of one buffer have, may lie in one another and
+    share nothing: they are not looked at, as in torch."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    if not all(
+        torch.ops.aten.is_non_overlapping_and_dense(tensor) and tensor.numel() for tensor in (one, other)
+    ):
+        return one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.numel() > 0
+    (first, end), (other_first, other_end) = (
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for tensor in (one, other)
+    )
+    return first < other_end and other_first < end
+
+
 def reason(name: str, value: object, supported: object) -> str:
     """`head_dim=80 (supported: 64, 128)`."""
     return f"{name}={_text(value)} (supported: {_text(supported)})"

@@ -19,7 +19,14 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.kernels.base import Prepared, expanded_dim, reason, without_keys
+from sage_inductor.kernels.base import (
+    Prepared,
+    expanded_dim,
+    mark_written,
+    output_problem,
+    reason,
+    without_keys,
+)
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.operators.unquantised import exact_lse, sdpa
 from sage_inductor.torch_internals import past_autocast
@@ -97,49 +104,6 @@ def validate(
             raise _misfit(f"out is expanded in dim {dim}: its {out.shape[dim]} elements are one in memory")
 
 
-def check_output(out: Tensor, **inputs: Tensor | None) -> None:
-    """Raise RuntimeError for a tensor that torch's own `out=` would not take, or that lies in one of `inputs`, which a
-    kernel reads while it writes."""
-    if out.requires_grad and torch.is_grad_enabled():
-        raise _misfit(
-            "out requires grad, of which the operator has none (valid: torch.no_grad(), out.detach())"
-        )
-    dim = overlapping_dim(out)
-    if dim is not None and expanded_dim(out) is None:  # of which `validate` has more to say
-        raise _misfit(f"out's elements overlap in memory, in dim {dim}: strides {tuple(out.stride())}")
-    for name, tensor in inputs.items():
-        if tensor is not None and _share_memory(out, tensor):
-            raise _misfit(f"out shares memory with {name}, which is read while out is written")
-
-
-def overlapping_dim(tensor: Tensor) -> int | None:
-    """A dim whose steps fall into what the finer dims span; None where each dim steps over it, and no two elements are
-    one in memory."""
-    span = 0
-    for stride, size, dim in sorted(zip(tensor.stride(), tensor.shape, range(tensor.dim()), strict=True)):
-        if size > 1:
-            if stride <= span:
-                return dim
-            span += stride * (size - 1)
-    return None
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors without gaps meet. Those with gaps, as slices of one buffer have, may lie in one another and
-    share nothing: they are not looked at, as in torch."""
-    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return False
-    if not all(
-        torch.ops.aten.is_non_overlapping_and_dense(tensor) and tensor.numel() for tensor in (one, other)
-    ):
-        return one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.numel() > 0
-    (first, end), (other_first, other_end) = (
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
-        for tensor in (one, other)
-    )
-    return first < other_end and other_first < end
-
-
 def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     if attn_mask.device != query.device:
         raise _misfit(f"attn_mask is on {attn_mask.device}, query on {query.device}")
@@ -207,11 +171,10 @@ def _attention_out(
     output: Tensor,
     **options: Any,
 ) -> None:
-    check_output(output, query=query, key=key, value=value, attn_mask=attn_mask)
+    if problem := output_problem(output, query=query, key=key, value=value, attn_mask=attn_mask):
+        raise _misfit(problem)
     _run(query, key, value, attn_mask, is_causal, output, False, **options)
-    if not output.is_inference():
-        # Kernels write to memory, of which autograd hears nothing: it may have saved `output` for a gradient.
-        torch.autograd.graph.increment_version(output)
+    mark_written(output)
 
 
 def _attention_lse(
@@ -423,9 +386,8 @@ def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any
 def _out_of_views(*args: Any, output: Tensor, **options: Any) -> None:
     """`attention.out` where a tensor is a negative or conjugate view. torch's own rule, which would give the operator a
     tensor of its own and copy that back, is for operators that return what they write to."""
-    if output.is_neg() or output.is_conj():
-        kind = "negative" if output.is_neg() else "conjugate"
-        raise _misfit(f"out is a {kind} view, whose memory holds other numbers (valid: a tensor of its own)")
+    if problem := output_problem(output):
+        raise _misfit(problem)
     resolved = (arg.resolve_neg().resolve_conj() if isinstance(arg, Tensor) else arg for arg in args)
     torch.ops.sage_inductor.attention.out(*resolved, output=output, **options)
 

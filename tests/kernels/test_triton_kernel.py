@@ -552,7 +552,7 @@ def test_varlen_says_what_is_wrong() -> None:
     cu = torch.tensor([0, 10], dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"cu_seqlens dtype=int64.*precision=quick \(supported: fast"):
         attention_varlen(q, q, q, cu, cu, 10, 10, precision="quick")
-    with pytest.raises(ValueError, match="out: expanded in dim 0, its 10 elements are one in memory"):
+    with pytest.raises(ValueError, match="out is expanded in dim 0: its 10 elements are one in memory"):
         attention_varlen(q, q, q, cu.int(), cu.int(), 10, 10, precision="accurate", out=q[:1].expand_as(q))
 
 

@@ -120,3 +120,17 @@ def test_compiled_function_that_writes_into_its_argument(
     expected = sage_attention(*inputs, kernel="reference")
     result = torch.compile(write, fullgraph=True)(*inputs, out)
     assert torch.equal(result, expected + 1) and torch.equal(out, expected)
+
+
+def test_variable_lengths_too(inputs: tuple[Tensor, ...]) -> None:
+    from sage_inductor.kernels.triton import attention_varlen
+
+    query = inputs[0].view(16, 2, 16)
+    lengths = torch.tensor([0, 16], dtype=torch.int32, device=query.device)
+    out = torch.randn_like(query)
+    version = out._version
+    attention_varlen(query, query, query, lengths, lengths, 16, 16, precision="accurate", out=out)
+    assert out._version > version
+    for bad, message in ((out.requires_grad_(), "requires grad"), (query, "shares memory")):
+        with pytest.raises(ValueError, match=message):
+            attention_varlen(query, query, query, lengths, lengths, 16, 16, precision="accurate", out=bad)

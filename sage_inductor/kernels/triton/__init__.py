@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, expanded_dim, reason
+from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, mark_written, output_problem, reason
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
 from .crossover import slower_than_sdpa
@@ -160,10 +160,11 @@ def attention_varlen(
         _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
-        if out is not None and (dim := expanded_dim(out)) is not None:
-            raise ValueError(f"out: expanded in dim {dim}, its {out.shape[dim]} elements are one in memory")
+    given = out is not None
     if out is None:
         out = query.new_empty(shape)
+    elif problem := output_problem(out, query=query, key=key, value=value):
+        raise ValueError(problem)
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32) if return_lse else None
     if out.numel() > 0:
         if call is None:
@@ -175,6 +176,8 @@ def attention_varlen(
                 kind, TritonAttention(query, key, value, None, params, out, lse, varlen=varlen)
             )
         call(query, key, value, None, out, lse, cu_seqlens_q, cu_seqlens_k)
+    if given:
+        mark_written(out)
     return out if lse is None else (out, lse)
 
 

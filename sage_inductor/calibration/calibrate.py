@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from sage_inductor.calibration.ledger import Ledger, identity
 from sage_inductor.calibration.probe import Key, Prober, figure
 from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
@@ -37,6 +40,7 @@ def calibrate(
     output: Output | None = None,
     config: Config | None = None,
     progress: ProgressCallback | None = None,
+    keep: str | PathLike[str] | None = None,
 ) -> Plan:
     """Measure what each precision does to each attention of `model`, and give each the fastest one that holds.
 
@@ -70,11 +74,14 @@ def calibrate(
             the machine and `tune`. Where there is none, as on a CPU, it measures with the reference.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
+        keep: a file for what is measured, while it is: a call that is interrupted can be made again, with the same model,
+            samples and file, and goes on where it stopped. The file is removed when the plan is made.
 
     Raises:
         ValueError, TypeError: an argument that is not valid, named, with what is.
         NotEligibleError: a kernel asked for by name cannot run on this machine.
         RuntimeError: Dynamo made no graph of the model.
+        OSError: `keep` cannot be written.
     """
     goal = _Goal.of(metric, tolerance, effect)
     chosen = Config.of(config)
@@ -82,17 +89,31 @@ def calibrate(
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
     phases = phases_of(inputs)
     units = sum(len(phase.samples) + (effect != "none") for phase in phases)
+    settings = (
+        chosen.kernel,
+        chosen.include,
+        chosen.exclude,
+        effect,
+        [phase.steps for phase in phases],
+        torch.__version__,
+    )
+    samples = ((sample.args, sample.kwargs) for phase in phases for sample in phase.samples)
+    ledger = Ledger(keep, "" if keep is None else identity(model, settings, samples))
     with shown(progress) as callback:
         prober = Prober(chosen, Progress(callback, units))
         with without_leaving_dynamo_entries(prober.backend), torch.no_grad():
             compiled = torch.compile(model, backend=prober.backend, dynamic=False)
-            results = [_Decisions(phase, goal, prober, _Runner(compiled, output)).run() for phase in phases]
+            results = [
+                _Decisions(phase, goal, prober, _Runner(compiled, output), ledger, f"phase {index}").run()
+                for index, phase in enumerate(phases)
+            ]
     sites = [site for decided, _ in results for site in decided]
     if not sites:
         log.warning("no attention found in %d graph(s): the plan is empty", prober.graphs)
     left = unmatched(chosen, prober.found())
     if left:
         warnings.warn(f"sage_inductor: {unmatched_text(left, prober.found())}", stacklevel=2)
+    ledger.remove()
     outputs = tuple((phase.steps, total) for phase, (_, total) in zip(phases, results, strict=True) if total)
     return Plan(goal.metric, goal.tolerance, tuple(sites), outputs, prober.made_with())
 
@@ -131,7 +152,11 @@ class _Goal:
 class _Decisions:
     """The decisions for one range of steps."""
 
-    def __init__(self, phase: Phase, goal: _Goal, prober: Prober, runner: _Runner) -> None:
+    def __init__(
+        self, phase: Phase, goal: _Goal, prober: Prober, runner: _Runner, ledger: Ledger, name: str
+    ) -> None:
+        self.ledger = ledger
+        self.name = name
         self.phase = phase
         self.goal = goal
         self.prober = prober
@@ -141,7 +166,7 @@ class _Decisions:
     def run(self) -> tuple[list[PlannedSite], Figure | None]:
         """The sites, and the error of the model's output with all of the decisions."""
         with self.prober.measure() as measured:
-            self.exact = [self.runner.run(sample) for sample in self.phase.samples]
+            self.exact = [self._measure(index) for index in range(len(self.phase.samples))]
         if not self.prober.graphs:
             raise RuntimeError(
                 "Dynamo made no graph of the model, nothing was measured (is it compiled already, and at Dynamo's "
@@ -155,6 +180,15 @@ class _Decisions:
         sites += [self.prober.planned(key, SDPA) for key in self.prober.reasons if key not in measured]
         shared = [other for site in sites for other in self.prober.sharing(site)]
         return [replace(site, steps=self.phase.steps) for site in shared], total
+
+    def _measure(self, index: int) -> list[Tensor]:
+        """The model's output for a sample; the probes measure, or replay what the ledger has of it."""
+        key = f"{self.name}, sample {index}"
+        with self.prober.replaying(self.ledger.get(key)) as taken:
+            try:
+                return self.runner.run(self.phase.samples[index])
+            finally:
+                self.ledger.put(key, taken)  # of an interrupted run what it had: the next one replays that
 
     def _decide(self, key: Key, measured: dict[str, Measured]) -> PlannedSite:
         """The fastest precision that holds the tolerance. Effects on the output are measured as far as asked for."""
@@ -183,11 +217,16 @@ class _Decisions:
 
     def _effect_of(self, precisions: Mapping[Key, str]) -> Figure:
         """The error of the model's output with these sites in these precisions."""
-        with self.prober.quantising(precisions):
-            errors = [
-                _output_error(self.runner.run(sample), exact)
-                for sample, exact in zip(self.phase.samples, self.exact, strict=True)
-            ]
+        chosen = sorted((repr(site), precision) for site, precision in precisions.items())
+        key = f"{self.name}, effect of {hashlib.sha256(repr(chosen).encode()).hexdigest()}"
+        errors = self.ledger.get(key)
+        if not isinstance(errors, list) or not all(isinstance(error, float) for error in errors):
+            with self.prober.quantising(precisions):
+                errors = [
+                    _output_error(self.runner.run(sample), exact)
+                    for sample, exact in zip(self.phase.samples, self.exact, strict=True)
+                ]
+            self.ledger.put(key, errors)
         return figure("output_rel_l2", errors)
 
 

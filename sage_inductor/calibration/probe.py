@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -60,6 +60,8 @@ class Prober:
         self._kernels: dict[tuple[Key, str], dict[str, float]] = {}
         """The largest relative L2 error of each kernel that was measured."""
         self._device: torch.device | None = None
+        self._recorded: Iterator[Any] = iter(())
+        self._taken: list[Any] = []
 
     def backend(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A Dynamo backend: runs the graph eagerly, with a probe in the place of each eligible attention."""
@@ -100,6 +102,25 @@ class Prober:
                 for precision in PRECISIONS
                 if precision in by_precision
             }
+
+    @contextmanager
+    def replaying(self, recorded: Any) -> Iterator[list[Any]]:
+        """Inside, the probes take what was `recorded` of the same calls in the same order (None: nothing was), as long as
+        it agrees; yields what they record, in a form that JSON has."""
+        self._recorded = iter(recorded if isinstance(recorded, list) else ())
+        self._taken = []
+        yield self._taken
+
+    def replayed(self, key: Key, precision: str, names: Sequence[str]) -> dict[str, Errors] | None:
+        """The errors of these kernels at the call at hand, where they are recorded."""
+        try:
+            name, at, errors = next(self._recorded)
+            if (name, at) == (key[0], precision) and list(errors) == list(names):
+                return {str(kernel): Errors(*map(float, figures)) for kernel, figures in errors.items()}
+        except (StopIteration, TypeError, ValueError, OverflowError):
+            pass
+        self._recorded = iter(())  # another model, or a line that is not ours: the rest says nothing either
+        return None
 
     @contextmanager
     def quantising(self, precisions: Mapping[Key, str]) -> Iterator[None]:
@@ -166,6 +187,9 @@ class Prober:
 
     def record(self, key: Key, precision: str, errors: Mapping[str, Errors]) -> None:
         """Keep the worst of the `errors` of one call, by kernel."""
+        self._taken.append(
+            [key[0], precision, {kernel: list(astuple(error)) for kernel, error in errors.items()}]
+        )
         self._errors.setdefault(key, defaultdict(list))[precision].append(worst_of(list(errors.values())))
         known = self._kernels.setdefault((key, precision), {})
         for kernel, error in errors.items():
@@ -207,7 +231,11 @@ class _Probe(nn.Module):
                 args, kwargs, self.prober.worst_kernel(self.key, wanted, able[wanted]), wanted
             )
         for precision, names in able.items():
-            errors = {name: compare(self._attention(args, kwargs, name, precision), exact) for name in names}
+            errors = self.prober.replayed(self.key, precision, names)
+            if errors is None:
+                errors = {
+                    name: compare(self._attention(args, kwargs, name, precision), exact) for name in names
+                }
             self.prober.record(self.key, precision, errors)
         self.prober.progress.tick(self.key[0])
         return exact

@@ -31,6 +31,7 @@ from sage_inductor.cli.rows import Row
 from sage_inductor.config import Config, KernelName, Precision
 from sage_inductor.kernels import PRECISIONS
 
+_MOST_ELEMENTS = 2**48  # strides of torch's are in 64 bits, and nobody has the memory
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,8 +59,12 @@ def run(options: argparse.Namespace) -> int:
     if options.shape is not None:
         try:
             rows = shape_rows(_problem(options), options.kernel, options.precision)
-        except torch.OutOfMemoryError as error:
-            raise CommandError(f"--shape {options.shape}: {str(error).splitlines()[0]}", FAILED) from None
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            if not _is_for_want_of_memory(error):
+                raise
+            raise CommandError(
+                f"--shape {options.shape}: {(str(error).splitlines() or ['no memory'])[0]}", FAILED
+            ) from None
     else:
         configs = _configs(options)
         rows = model_rows(load(options.model), configs)
@@ -68,6 +73,15 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(options.model or f"{options.shape}{', causal' if options.causal else ''}", rows)
     return 0 if any(row.ms is not None for row in rows[1:] if row.name not in SDPA) else NOT_AS_ASKED
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    """torch has an exception of its own for that on a GPU alone."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OverflowError)):
+        return True
+    return any(
+        word in str(error) for word in ("memory", "Storage size calculation overflowed", "out of range")
+    )
 
 
 def _problem(options: argparse.Namespace) -> Problem:
@@ -82,6 +96,8 @@ def _problem(options: argparse.Namespace) -> Problem:
         raise CommandError(f"--shape {options.shape} (valid: {valid})") from None
     if min(batch, heads, seq, head_dim) < 1:
         raise CommandError(f"--shape {options.shape} (valid: sizes of at least 1)")
+    if batch * heads * seq * head_dim > _MOST_ELEMENTS:
+        raise CommandError(f"--shape {options.shape} (valid: at most {_MOST_ELEMENTS} elements)")
     return Problem(batch, heads, seq, head_dim, options.causal, DTYPES[options.dtype], chosen_device(options))
 
 

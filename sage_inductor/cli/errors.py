@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 FAILED, USAGE, NOT_AS_ASKED = 1, 2, 3
+INTERRUPTED = 130  # as shells have it of a program that SIGINT ended
 
 
 class CommandError(Exception):

@@ -16,7 +16,16 @@ from sage_inductor.backend import explain
 from sage_inductor.cli.errors import NOT_AS_ASKED
 from sage_inductor.cli.model import Subject, add_model, failing, load
 from sage_inductor.cli.options import add_config, chosen_config, config_fields
-from sage_inductor.cli.output import Cell, good, show_json, show_lines, show_table, weak, write_file
+from sage_inductor.cli.output import (
+    Cell,
+    check_writable,
+    good,
+    show_json,
+    show_lines,
+    show_table,
+    weak,
+    write_file,
+)
 from sage_inductor.config import Config
 from sage_inductor.report.report import Report
 from sage_inductor.report.site import Site
@@ -46,16 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = chosen_config(options)
-    report = explained(load(options.model), config, options.dynamic, options.regional or False)
     if options.html is not None:
-        write_file(options.html, report.to_html(options.model))
+        check_writable(options.html)
+    report = explained(load(options.model), config, options.dynamic, options.regional or False)
+    with contextlib.ExitStack() as written:
+        if options.html is not None:
+            # Whichever of the two fails, the other one is there.
+            written.callback(write_file, options.html, report.to_html(options.model))
+        _show(options, report)
+    others = [item for item in report.operators if not item.is_own]
+    short = bool(report.refused or report.unread or others) or not (report.sites or report.operators)
+    return NOT_AS_ASKED if options.require_all and short else 0
+
+
+def _show(options: argparse.Namespace, report: Report) -> None:
     if options.json:
         show_json(report.to_json())
     else:
         show_report(options.model, report)
-    others = [item for item in report.operators if not item.is_own]
-    short = bool(report.refused or report.unread or others) or not (report.sites or report.operators)
-    return NOT_AS_ASKED if options.require_all and short else 0
 
 
 def explained(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sage_inductor.cli.errors import FAILED, CommandError
+from sage_inductor.cli.output import show_error
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.torch_internals import tensors_of
 
@@ -65,7 +66,7 @@ def make(spec: str) -> Any:
     if not file or not name.isidentifier():
         raise CommandError(f"{spec!r} (valid: FILE.py:FUNCTION)")
     path = Path(file)
-    if not path.is_file():
+    if "\0" in file or not path.is_file():
         raise CommandError(f"{file}: no such file")
     if path.suffix != ".py":
         raise CommandError(f"{file} is no Python file")
@@ -89,10 +90,12 @@ def failing(what: str) -> Iterator[None]:
         yield
     except NotEligibleError:
         raise
+    except SystemExit as stop:
+        raise CommandError(f"{what}: it called sys.exit({stop.code!r})", FAILED) from None
     except Exception as error:
         if isinstance(error, (ValueError, TypeError)) and _is_ours(error):
             raise CommandError(str(error)) from None
-        traceback.print_exc()
+        show_error(traceback.format_exc())
         raise CommandError(f"{what}: {type(error).__name__}: {error}", FAILED) from None
 
 
@@ -108,7 +111,7 @@ def _import(path: Path) -> Any:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    name = f"__{path.stem}__"
+    name = f"sage_inductor model file {path.stem}"  # never "__main__", whatever the file is called
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # of every name that ends in .py
     module = importlib.util.module_from_spec(spec)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from sage_inductor.cli.errors import CommandError
+from sage_inductor.kernels.files import check_target, replace_file
+from sage_inductor.measurement.printable import printable
 from sage_inductor.report.text import WIDTH, column_widths, plain_records, plain_table, to_json, wrap
 
 
@@ -43,6 +45,14 @@ def weak(text: str) -> Styled:
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
     """Print one table, on stdout: no wider than the terminal, or than 120 columns elsewhere, with no word broken."""
+    title = printable(title)
+    rows = [
+        [
+            Styled(printable(cell.text), cell.style) if isinstance(cell, Styled) else printable(cell)
+            for cell in row
+        ]
+        for row in rows
+    ]
     texts = [list(map(str, row)) for row in rows]
     if not _is_rich():
         width = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
@@ -78,7 +88,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]
 
 
 def show_lines(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
 
 
 def show_json(data: Any) -> None:
@@ -86,12 +96,30 @@ def show_json(data: Any) -> None:
     show_lines(data if isinstance(data, str) else to_json(data))
 
 
-def write_file(path: str, text: str) -> None:
-    """CommandError when the file cannot be written."""
+def show_error(text: str) -> None:
+    """Print it on stderr, if that is to be had."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{printable(text)}\n")
+
+
+def check_writable(path: str) -> None:
+    """CommandError for a file that could not be written, before there is anything to write."""
     try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+        check_target(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(_cannot_write(path, error)) from None
+
+
+def write_file(path: str, text: str) -> None:
+    """As a whole, or CommandError and what was there before. What UTF-8 does not have is escaped."""
+    try:
+        replace_file(path, text.encode("utf-8", "backslashreplace"), sync=True)
+    except (OSError, ValueError) as error:
+        raise CommandError(_cannot_write(path, error)) from None
+
+
+def _cannot_write(path: str, error: Exception) -> str:
+    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
 
 
 def _is_rich() -> bool:

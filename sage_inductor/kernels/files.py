@@ -90,6 +90,12 @@ def check_target(path: PathName) -> None:
         os.unlink(target)
 
 
+def is_regular_target(path: PathName) -> bool:
+    """Whether `path` is a file, or the name of one that is not there yet; no device or pipe."""
+    status = _status(path)
+    return status is None or stat.S_ISREG(status.st_mode)
+
+
 def _status(path: PathName) -> os.stat_result | None:
     try:
         return os.stat(path)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from sage_inductor.measurement.printable import printable
+
 log = logging.getLogger(__name__)
 
 ProgressCallback: TypeAlias = Callable[[int, int, str], None]  # (done, total, what was done)
@@ -25,6 +27,7 @@ class Progress:
     def tick(self, what: str) -> None:
         self.done += 1
         total = max(self.done, self.sites * self.units_per_site)
+        what = printable(what)  # it holds the name of a module
         log.debug("%d of %d: %s", self.done, total, what)
         self.callback(self.done, total, what)
 
@@ -46,7 +49,15 @@ def shown(callback: ProgressCallback | None, what: str = "calibrating") -> Itera
         return
     with bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        yield lambda done, total, what: bar.update(
+            task, completed=done, total=total, description=_without_markup(what)
+        )
+
+
+def _without_markup(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 _CLEAR_LINE = "\r\x1b[K"

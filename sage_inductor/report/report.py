@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sage_inductor.measurement.printable import printable
 from sage_inductor.report.site import AttentionOperator, Site, Unread
 from sage_inductor.report.text import plain_table, to_json
 
@@ -67,7 +68,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return self.summary()
+            return printable(self.summary())
         header = ("site", "source", "pattern", "query", "key", "mask", "kernel", "reasons")
         rows = [
             (
@@ -82,7 +83,7 @@ class Report:
             )
             for site in self.sites
         ]
-        return f"{plain_table(header, rows)}\n{self.summary()}"
+        return f"{plain_table(header, rows)}\n{printable(self.summary())}"
 
     def summary(self) -> str:
         """One line: how many sites, rewritten and left, in how many graphs; more where the plan has sites that the model

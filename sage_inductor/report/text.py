@@ -9,13 +9,15 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from sage_inductor.measurement.printable import printable
+
 WIDTH = 120  # of what is piped or kept as text
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
     """Columns aligned with spaces, the header underlined, in lines of at most `width` characters: cells are wrapped
     between words. Where no word has to be broken for that it is a table, else a block of lines for each row."""
-    rows = [list(row) for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = column_widths(header, rows, width - 2 * (len(header) - 1))
     if widths is None:
         return plain_records(header, rows, width)

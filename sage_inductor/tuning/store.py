@@ -73,10 +73,10 @@ class Result:
         """Raises an Exception for what is no result, whatever it holds."""
         kernels = {
             str(name): Timing(
-                float(timing["ms"]),
-                float(timing["ratio"]),
-                float(timing["noise"]),
-                None if timing["scattered"] is None else float(timing["scattered"]),
+                ms=float(timing["ms"]),
+                ratio=float(timing["ratio"]),
+                noise=float(timing["noise"]),
+                scattered=None if timing["scattered"] is None else float(timing["scattered"]),
             )
             for name, timing in dict(data["kernels"]).items()
         }

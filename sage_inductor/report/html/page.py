@@ -18,6 +18,7 @@ from math import isfinite
 from sage_inductor.report.site import Site
 
 LEFT = "SDPA"
+DEEPEST = 64  # modules in one another that are shown so
 COLOURS = 5  # decisions that page.css has a colour of their own for
 
 
@@ -108,6 +109,8 @@ def module_tree(sites: Sequence[Site]) -> Module:
     root = Module("")
     for index, site in enumerate(sites):
         *path, last = site.name.split(".")
+        if len(path) > DEEPEST:  # a browser nests some hundred elements, Python as many calls
+            path[DEEPEST - 1 :] = [".".join(path[DEEPEST - 1 :])]
         module = root
         for part in path:
             module = module.children.setdefault(part, Module(part))

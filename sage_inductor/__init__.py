@@ -4,6 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 # patterns/ lies beside this folder in the sources and inside it in an installed package. Python started in the root of a
 # clone finds the sources first, whatever is installed; there the folder beside is searched, too.
 if not (Path(__file__).parent / "patterns").is_dir():
@@ -31,6 +33,7 @@ __all__ = [
     "SageAttentionPass",
     "Site",
     "SteppedModel",
+    "__version__",
     "backends",
     "calibrate",
     "compile_steps",

@@ -91,8 +91,8 @@ class Result:
             raise ValueError("a time that is not finite and positive")
         if not all(math.isfinite(timing.noise) and timing.noise >= 0 for timing in kernels.values()):
             raise ValueError("a noise that is not finite, or negative")
-        if min(result.q_len, result.kv_len) < 1:
-            raise ValueError("a length below 1")
+        if not all(1 <= length < 2**63 for length in (result.q_len, result.kv_len)):
+            raise ValueError("a length that no tensor has")
         return result
 
 

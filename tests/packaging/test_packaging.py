@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "sage_inductor", "patterns")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "sage_inductor", "patterns")
 
 # Run away from the repository, so that only what was installed is found. The package is never imported by hand.
 COMPILE = """

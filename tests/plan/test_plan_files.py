@@ -1,0 +1,78 @@
+"""Plan files as they should not be, and ones that change under a process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import fuzz
+import pytest
+
+from sage_inductor import Config
+from sage_inductor.plan import file
+from sage_inductor.plan.plan import Plan
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    fuzz.PLAN.save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def refused(path: Path, content: str) -> str:
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        Plan.load(path)
+    return str(caught.value)
+
+
+def test_duplicate_keys(saved: Path) -> None:
+    text = saved.read_text().replace('"decision": "fast"', '"decision": "sdpa", "decision": "fast"')
+    assert "decision is there 2 times" in refused(saved, text)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 0, 1e-400])
+def test_tolerance_that_no_metric_has(saved: Path, tolerance: float) -> None:
+    data = json.loads(saved.read_text()) | {"tolerance": tolerance}
+    assert "valid: between 0 and inf" in refused(saved, json.dumps(data))
+
+
+def test_messages_are_short(saved: Path) -> None:
+    data = json.loads(saved.read_text())
+    for broken in (data | {"metric": "x" * 10**6}, data | {"y" * 10**6: 1}, data | {"sites": ["z" * 10**6]}):
+        message = refused(saved, json.dumps(broken))
+        assert len(message) < 1000 and "valid" in message
+
+
+def test_larger_than_any_plan(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "MOST_BYTES", 100)
+    with pytest.raises(OSError, match="larger than 100 bytes"):
+        Plan.load(saved)
+
+
+def test_saving_replaces_links_targets_and_keeps_permissions(saved: Path) -> None:
+    saved.chmod(0o640)
+    link = saved.with_name("link.json")
+    link.symlink_to(saved)
+    fuzz.PLAN.save(link)
+    assert link.is_symlink() and saved.stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(saved.parent)) == ["link.json", "plan.json"]
+
+
+def test_an_edited_plan_is_told_of(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch.compile knows the path: what it compiled before goes on with the decisions of then."""
+    with caplog.at_level(logging.WARNING):
+        Config(plan=str(saved))
+        Config(plan=str(saved))
+        assert not caplog.records
+        saved.write_text(saved.read_text().replace('"decision": "fast"', '"decision": "sdpa"'))
+        assert Config(plan=str(saved)).plan != fuzz.PLAN
+    assert "has changed since" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["", "nul\0"])
+def test_cache_dir_that_is_none(folder: str) -> None:
+    with pytest.raises(ValueError, match="cache_dir"):
+        Config(cache_dir=folder)

@@ -1,4 +1,8 @@
-"""The order of dims: an `Order` says which dims of a tensor are `[*batch, queries, keys]`, wherever they stand."""
+"""The order of dims of scores and weights, which models permute freely.
+
+An `Order` lists the dims of a tensor as `[*batch, queries, keys]`. Scores `[batch, q, heads, k]` have the order (0, 2, 1, 3):
+dims 0 and 2 are batch dims, dim 1 holds the queries, dim 3 the keys.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,13 @@ def as_they_stand(rank: int) -> Order:
 
 
 def ordered(shape: tuple[Any, ...], order: Order) -> tuple[Any, ...]:
-    """The sizes of a tensor of `shape` with its dims in `order`."""
+    """The sizes of a tensor of `shape`, its dims taken in `order`."""
     return tuple(shape[dim] for dim in order)
 
 
 def arranged(term: Value, order: Order) -> Value:
-    """`term`, which broadcasts to a tensor whose dims are in `order`, with its own dims so."""
+    """`term` with its dims taken in `order`, that of the tensor to which it broadcasts. Missing leading dims become dims of
+    1: a bias `[q, 1, k]` beside scores `[batch, q, heads, k]` becomes `[1, 1, q, k]`."""
     if order == as_they_stand(len(order)):
         return term
     for _ in range(len(order) - len(shape_of(term))):
@@ -31,10 +36,14 @@ def arranged(term: Value, order: Order) -> Value:
 
 
 def viewed(order: Order, shape: tuple[Any, ...], source: tuple[Any, ...]) -> Order | None:
-    """`order` of a tensor of `shape` as that of the tensor of sizes `source` of which it is a view: dims are split and
-    merged where they stand together in either. None where they do not, or where queries or keys are.
+    """The order of the tensor before a view, of sizes `source`, where `order` is that of the view, of sizes `shape`.
 
-    As they stand, any view is one, of which it has to be seen in the end that it did neither."""
+    A view may split and merge batch dims that stand side by side: `scores.view(b * h, q, k)` of `[b, h, q, k]`. It keeps
+    the dims of queries and keys. None where a view splits or merges those, or batch dims that stand apart.
+
+    Dims in the order `[*batch, queries, keys]` already are not looked at here: whatever the view did, the caller compares
+    the sizes of queries and keys with those of the product in the end.
+    """
     rank = len(order)
     if order == as_they_stand(rank):
         return as_they_stand(len(source))
@@ -56,7 +65,8 @@ def viewed(order: Order, shape: tuple[Any, ...], source: tuple[Any, ...]) -> Ord
 
 
 def regrouped(first: tuple[int, ...], second: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """The dims of `first` and of `second` that a reshape from one to the other merges and splits among themselves."""
+    """The dims that a reshape from sizes `first` to sizes `second` splits and merges, as pairs of dims of either that hold
+    the same elements: ([0, 1], [0]) where the first two are merged. None where the sizes do not divide so."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(first) and j < len(second):

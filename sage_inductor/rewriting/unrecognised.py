@@ -1,4 +1,8 @@
-"""Attention written out by hand that no pattern reads: found for a report, with what stands in the way."""
+"""Attention written out by hand that no pattern recognises: found for a report, with what stands in the way.
+
+The search goes backwards from a product: `softmax(tanh(q @ k.mT)) @ v` is one whose left operand comes from a softmax, which
+in turn comes from another product.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +30,18 @@ _NEAR = 32
 
 
 def unread(graph: fx.Graph) -> tuple[Unread, ...]:
-    """What of `graph`, which has been rewritten, and of the graphs of its submodules looks like attention and is none
-    that is known: a product, of whose operand a softmax is behind values of the same size, and behind that such a
-    product again. Inside functorch transforms nothing is looked for."""
+    """What looks like attention in `graph`, and in the graphs of its submodules, and is in no form that is known.
+
+    It is a product whose left operand comes from a softmax, which in turn comes from another product:
+    `softmax(q @ k.mT) @ v` with something unknown in between, such as a tanh on the scores. Every value on the way has as
+    many elements as the scores. `graph` has been rewritten before, so that what is known is gone. Nothing is looked for
+    inside functorch transforms.
+    """
     return tuple(_by_logits(graph, Places(), Surroundings(ambient_pin())).values())
 
 
 def _by_logits(graph: fx.Graph, places: Places, around: Surroundings) -> dict[fx.Node, Unread]:
-    """The same, by what the softmax is of: a subgraph may be referred to twice."""
+    """The same by the input of the softmax, because a subgraph may be referred to twice."""
     found: dict[fx.Node, Unread] = {}
     writes = Writes(graph)
     for node in graph.nodes:
@@ -51,7 +59,8 @@ def _by_logits(graph: fx.Graph, places: Places, around: Surroundings) -> dict[fx
 
 
 def _seen(node: fx.Node, writes: Writes) -> tuple[Softmax, str] | None:
-    """The softmax behind `node`, and what stands in the way, where `node` looks like a product with values."""
+    """The softmax that the weights of `node` come from, and what stands in the way; None where `node` is no product of
+    weights and values, or is recognised."""
     for outer in weighted_sums(node):
         found = _behind(outer.weights, softmax)
         if found is None or _behind(found.logits, _product) is None:
@@ -69,8 +78,8 @@ def _product(node: fx.Node) -> fx.Node | None:
 
 
 def _behind(start: fx.Node, wanted: Callable[[fx.Node], Any]) -> Any:
-    """What `wanted` says of the nearest node, from `start` on backwards through values of the same size, of which it says
-    anything."""
+    """The first answer that `wanted` gives, other than None, for `start` and the nodes it comes from, nearest first. Only
+    values of the size of `start` are followed."""
     size, seen, queue = _size(start), {start}, [start]
     while queue and size is not None and len(seen) <= _NEAR:
         current = queue.pop(0)
@@ -116,7 +125,7 @@ def _what_stands_between(node: fx.Node, outer: WeightedSum, behind: Softmax) -> 
 
 
 def _unknown_term(node: fx.Node) -> fx.Node:
-    """Of a sum, what keeps the scores in it from being seen, if that is one node: behind it stands the product."""
+    """Where `node` is a sum: the one node in it that hides the product of queries and keys. Else `node` itself."""
     if node not in ADD and node not in SUB:
         return node
 
@@ -128,7 +137,8 @@ def _unknown_term(node: fx.Node) -> fx.Node:
 
 
 def _other_readers(last: fx.Node, trail: list[fx.Node], *first: fx.Node) -> str | None:
-    """Who else reads the last node of `trail`, whose first node is read by `first`."""
+    """`read by mean, too` where nodes beside the known ones read the last node of `trail`; None where none do. The known
+    readers are the nodes of `trail`, and `first` for a trail of one node."""
     readers = first if len(trail) == 1 else tuple(user for user in last.users if user in trail)
     if only_reader(last, *readers):
         return None

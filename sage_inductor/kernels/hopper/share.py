@@ -1,4 +1,9 @@
-"""How the tiles of an attention call are dealt out to the multiprocessors."""
+"""How the tiles of an attention call are dealt out to the multiprocessors.
+
+A tile is 64 to 192 queries of one head over all of their keys. With 132 multiprocessors and 140 tiles of one length, 8 tiles
+would be left for a second round in which 124 multiprocessors idle. The last tiles are split over keys instead, so that
+every multiprocessor has as much to do.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,11 @@ _LEAST_BLOCKS = 4  # of one program
 
 
 class Share(NamedTuple):
-    """How tiles are dealt out to `grid` programs: the first `whole` each to whoever is free, `units` blocks of the
-    others in equal parts."""
+    """How tiles are dealt out to `grid` programs, one for each multiprocessor.
+
+    Tiles 0 .. whole - 1 are computed undivided; a program takes the next one when it is free. The other tiles have `units`
+    blocks of 128 keys together, which all programs share in equal parts: a part may end one tile and begin the next.
+    """
 
     grid: int
     whole: int
@@ -21,7 +29,8 @@ class Share(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def share(tiles: int, blocks: int, processors: int) -> Share:
-    """For `tiles` of `blocks` key blocks each, 0 where they differ."""
+    """The share of each program, for `tiles` of `blocks` key blocks each. `blocks` is 0 where tiles differ in length, as
+    under a causal mask; such tiles are not split. `processors` is the number of multiprocessors."""
     rest = tiles % processors
     if blocks and tiles < processors:
         grid = min(processors, max(tiles, tiles * blocks // _LEAST_BLOCKS))

@@ -1,4 +1,7 @@
-"""Query, key and value of other numbers of dims as `[batch, heads, seq, dim]`, and terms of their scores likewise."""
+"""Query, key and value with other numbers of dims than four, seen as `[batch, heads, seq, dim]`; terms of scores likewise.
+
+Kernels take four dims at most. `[b, frames, heads, n, d]` becomes `[b, frames * heads, n, d]`, and the output is unflattened.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from sage_inductor.patterns.products import Methods
 
 @dataclass(frozen=True)
 class Grouped:
-    """What kernels take; `restore` turns its output into that of the call, `undo` is the way back."""
+    """Operands as kernels take them. `restore` turns the output of attention over them into that of the call; `undo` turns
+    it back."""
 
     query: Value
     key: Value
@@ -24,8 +28,10 @@ class Grouped:
 
 
 def folded(query: Value, key: Value, value: Value) -> Grouped | None:
-    """Five dims and more: all but the first and the last two as heads. Key and value may have dims of 1 behind those
-    of their own heads, each of which then serves a group of query heads. None where sizes do not fit, or are not known.
+    """Five dims and more: all but the first and the last two become heads.
+
+    Key and value may have fewer heads: `[b, kv_heads, 1, n, d]` beside queries `[b, kv_heads, group, n, d]`. Each of their
+    heads then serves a group of query heads. None where sizes do not fit, or are not known.
     """
     batch, *inner = shape_of(query)[:-2]
     for item in (key, value):  # of more heads than the queries, by a repetition too: so many the output has
@@ -50,7 +56,7 @@ def folded(query: Value, key: Value, value: Value) -> Grouped | None:
 
 
 def _unrepeated(item: Value) -> Value:
-    """`item` before it was expanded, where what was expanded is neither the first nor one of the last two dims."""
+    """`item` before an `expand` of its heads. `item` itself where the batch, the sequence or the channels were expanded."""
     before = unexpanded(item)
     shape, other = shape_of(item), shape_of(before)
     same = len(shape) == len(other) and (shape[0], *shape[-2:]) == (other[0], *other[-2:])
@@ -58,9 +64,12 @@ def _unrepeated(item: Value) -> Value:
 
 
 def unfolded(query: Value, key: Value, value: Value, views: tuple[tuple[Any, ...], ...]) -> Grouped | None:
-    """Four dims and fewer: as they are, except where heads were folded into the batch for bmm and masks are written for
-    `[batch, heads, ...]`, which `views` of the scores show, or where only one of the products has them folded. None
-    where the number of heads is not known."""
+    """Four dims and fewer, which stay as they are but for two cases.
+
+    Heads may be folded into the batch for bmm while a mask is written for `[batch, heads, ...]`; `views`, the shapes that
+    the scores take on the way, show that. Or only one of the two products has them folded. None where the number of heads
+    is not known.
+    """
     if len(shape_of(query)) != len(shape_of(value)):
         return _half_folded(query, key, value)
     if len(shape_of(query)) == 3:
@@ -76,8 +85,11 @@ def unfolded(query: Value, key: Value, value: Value, views: tuple[tuple[Any, ...
 
 
 def _half_folded(query: Value, key: Value, value: Value) -> Grouped | None:
-    """Heads folded into the batch for one of the products: scores `[batch * heads, q, k]` viewed as `[batch, heads, q,
-    k]` before the weights meet `value` (the old GPT-NeoX), or weights folded for it."""
+    """Heads folded into the batch for one of the two products only.
+
+    The old GPT-NeoX views scores `[batch * heads, q, k]` as `[batch, heads, q, k]` before the weights meet `value`; other
+    models fold the weights.
+    """
     shapes = [shape_of(item) for item in (query, key, value)]
     if {len(shape) for shape in shapes} != {3, 4}:
         return None
@@ -97,8 +109,11 @@ def _half_folded(query: Value, key: Value, value: Value) -> Grouped | None:
 
 
 def lifted(item: Value, logits: tuple[Any, ...], scores: tuple[Any, ...]) -> Value | None:
-    """`item`, which broadcasts to another view of the scores, `logits`, as one that broadcasts to `scores`; None where
-    the sizes do not tell how."""
+    """`item` as it broadcasts to the scores, of shape `scores`; it was added to a view of them, of shape `logits`.
+
+    A bias `[1, heads, q, k]` added to `scores.view(b, heads, q, k)` becomes one for scores `[b * heads, q, k]`. None where
+    the sizes do not tell how.
+    """
     shape = shape_of(item)
     if len(logits) == len(scores) and all(size == other for size, other in zip(logits, scores, strict=True)):
         return item

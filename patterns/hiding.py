@@ -1,4 +1,7 @@
-"""Logits overwritten by a number where a mask says so, in every spelling."""
+"""Keys that are hidden: logits overwritten by a low number where a mask says so, in every spelling.
+
+`masked_fill(mask, -inf)`, `where(mask, logits, -1e9)`, `logits * mask + -1e9 * (1 - mask)`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import filled_with, number
 
-# A value written into logits hides a key when nothing that was in the row can compete with it: the smallest that is in
-# use for that (-1e4, from the days of GPT-2 in float16) and all below.
+# A number written into logits hides a key where no other logit of the row comes near it. -1e4, from the days of GPT-2 in
+# float16, is the highest in use for that.
 HIDES = -1e4
 
 
 @dataclass(frozen=True)
 class Hiding:
-    """`source` with `value` where `hidden`, a bool mask that broadcasts to it, is true."""
+    """`source` with `value` where `hidden` is true. `hidden` is a bool mask that broadcasts to `source`."""
 
     source: fx.Node
     hidden: Value
@@ -39,7 +42,7 @@ class Hiding:
 
 
 def hiding(node: fx.Node) -> Hiding | None:
-    """What `node` hides; None where it does something else, or the number is none that hides."""
+    """What `node` hides. None where it does something else, or writes a number above HIDES."""
     if node in MASKED_FILL:
         source, mask = argument(node, 0, "input"), argument(node, 1, "mask")
         return _where(node, source, mask, number(argument(node, 2, "value")), hidden_where=True)
@@ -74,7 +77,8 @@ def _hiding(node: fx.Node, source: fx.Node, hidden: Value, value: float | None) 
 
 
 def _multiplied_mask(node: fx.Node) -> Hiding | None:
-    """`logits * mask + lowest * (1 - mask)`, mask made of bools: logits overwritten where it is 0."""
+    """`logits * mask + lowest * (1 - mask)`, as it overwrites logits where the mask is 0. The mask must come from bools: with
+    .5 in it the sum is no overwriting."""
     left, right = operands(node)
     if node.kwargs.get("alpha", 1) != 1:
         return None

@@ -1,4 +1,8 @@
-"""What stands between the first product and the softmax: factors, terms, masks, in any order and any view."""
+"""What stands between the product of queries and keys and the softmax: factors, terms and masks, in any order and view.
+
+`logits_of` walks from the softmax backwards. `(q @ k.mT / 8 + bias).masked_fill(pad, -inf)` is read as: keys hidden at pad,
+then a term, then a scale of 1/8, then the product.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +40,18 @@ from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 
-# What a finite number that hides keys becomes: finite in bfloat16 and float32, and so is the sum of two, where eager
-# overwrites one by the other (kernels take both for one number); just low enough that masks.py knows it for a key that
-# is masked out.
+# What any finite number that hides keys becomes. It is finite in bfloat16 and float32, and so is the sum of two of it,
+# where eager overwrites one by the other (kernels take both for one number). It is just low enough that masks/ takes the
+# key for hidden.
 HIDDEN = torch.finfo(torch.float32).min / 2
-# What may be added to all logits of a row without a change of the softmax: rounding leaves the scores what they are.
+# A number up to this size may be added to all logits of a row: the softmax does not see it, and rounding leaves the scores.
 SHIFT = 1e3
 
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor that broadcasts to logits, of shape `logits` where it meets them; both `[*batch, queries, keys]`."""
+    """A tensor that is added to logits, or hides keys in them. `logits` is their shape there; both are
+    `[*batch, queries, keys]`."""
 
     value: Value
     logits: tuple[Any, ...]
@@ -72,7 +77,7 @@ class Logits:
     overwritten: tuple[Term, ...] = ()  # where finite numbers take the place of what hid keys before
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
-        """With `term`, which `node` adds before everything that is known so far is done."""
+        """With `term` added by `node`, which comes before all that is known so far: later factors apply to it, too."""
         term = arranged(term, self.order)
         if self.scale != 1.0:
             term = Expr.of("mul", term, self.scale)
@@ -83,7 +88,7 @@ class Logits:
         return replace(self, bias=(*self.bias, self._term(term, node)))
 
     def hiding(self, hidden: Value, value: float, node: fx.Node) -> Logits | None:
-        """With the logits at `hidden` overwritten by `value`, which `node` does."""
+        """With the logits overwritten by `value` at `hidden`, as `node` does. None where that cannot be told in masks."""
         final = value * self.scale  # what later factors make of it
         if final > HIDES or self.factor is not None:
             return None
@@ -107,7 +112,8 @@ class Logits:
         return replace(self, bias=(*self.bias, self._term(term, node)), overwritten=overwritten)
 
     def before(self, source: fx.Node) -> Logits | None:
-        """At `source`, which has other dims where it was broadcast."""
+        """The same at `source`, the input of the node at hand, which has fewer dims where it was broadcast. None where the order
+        of its dims is not known then."""
         rank = len(shape_of(source))
         if rank == len(self.order):
             return self
@@ -125,9 +131,12 @@ def logits_of(
     sink_at: int | None = None,
     trail: list[fx.Node] | None = None,
 ) -> Logits | None:
-    """Walk from the softmax back to the first product, gathering what lies between; None at anything unknown. The dims
-    of the logits, in `order`, are `[*batch, queries, keys]`. Where `zeroed` is true the weights are set to zero
-    afterwards. The nodes on the way are appended to `trail`: the last is what is unknown."""
+    """What lies between the softmax `found` and the product of queries and keys; None at anything unknown.
+
+    `order`: the dims of the logits as `[*batch, queries, keys]`. `zeroed`: a mask where the weights are set to zero after
+    the softmax. `sink_at`: the column of a sink, 0 or -1. The nodes on the way are appended to `trail`; where the result
+    is None, its last node is the unknown one.
+    """
     readers, node, sink = found.readers, found.logits, None
     if sink_at is not None:
         beside = without_sink(found, order, sink_at)
@@ -153,8 +162,11 @@ def logits_of(
 
 
 def step_readers(node: fx.Node, source: fx.Node, order: Order) -> tuple[fx.Node, ...]:
-    """The nodes by which `node` reads `source`: itself, the multiplication it was looked through, or itself and the row
-    maximum that it subtracts."""
+    """The nodes by which `node` reads `source`.
+
+    As a rule `node` itself. For `source - source.amax(-1)` the maximum, too. For `logits * mask + lowest * (1 - mask)`,
+    which is one step, the multiplication.
+    """
     if source not in node.all_input_nodes:
         return (next(arg for arg in node.all_input_nodes if source in arg.all_input_nodes),)
     subtracted = own_maximum(node, order[-1])
@@ -174,8 +186,8 @@ def _complete(logits: Logits, node: fx.Node) -> Logits | None:
 
 
 def _new_zeros(bias: Value, node: fx.Node) -> bool:
-    """Whether `bias` is zeros, made for `node` alone, so that nothing else can have written there: what `baddbmm` asks
-    for where nothing is to be added."""
+    """Whether `bias` is zeros made for `node` alone, as `baddbmm` asks for where nothing is to be added. Nothing else can
+    have written to it."""
     if not isinstance(bias, fx.Node) or not only_reader(bias, node):
         return False
     return filled_with(bias) == 0
@@ -186,8 +198,8 @@ _Step = tuple[fx.Node, _Update]
 
 
 def _step(node: fx.Node, order: Order) -> _Step | None:
-    """(the logits that `node`, whose dims are in `order`, works on, what it adds to the description); None for anything
-    unknown."""
+    """The logits that `node` works on, and what it adds to the description of them; None for anything unknown. `order`:
+    the dims of `node`."""
     source = argument(node, 0, "input")
     if (casts_floats(node) or node in SAME) and isinstance(source, fx.Node):
         return source, lambda logits: logits
@@ -259,8 +271,8 @@ def _scaling(node: fx.Node, order: Order) -> _Step | None:
 
 
 def _row_factor(node: fx.Node, first: fx.Node, second: Any, order: Order) -> _Step | None:
-    """Logits times a tensor that is the same for all keys, such as a learned temperature of each head: it can as
-    well multiply the queries."""
+    """Logits times a tensor that is the same for all keys, such as a learned temperature of each head. The queries are
+    multiplied by it instead."""
     tensor = example_tensor(second) if isinstance(second, fx.Node) else None
     if tensor is None or not tensor.is_floating_point() or shape_of(first) != shape_of(node):
         return None
@@ -304,8 +316,10 @@ def _addition(node: fx.Node, order: Order) -> _Step | None:
 
 
 def _holds_product(node: fx.Node, broadcast: bool = False) -> bool:
-    """Whether `node` is a product, or a chain of one-reader steps from one. Terms that are products themselves, like
-    relative positions computed from the queries, make a sum ambiguous, and the call is left alone."""
+    """Whether `node` is a product, or known steps lead to it from one.
+
+    In `q @ k.mT + q @ positions.mT` both terms do. Which of them are the scores is ambiguous, and the call is left alone.
+    """
     current: Any = node
     for _ in range(16):
         if is_product(current, broadcast):
@@ -333,7 +347,7 @@ def is_known_step(node: fx.Node) -> bool:
 
 
 def _flooring(node: fx.Node) -> _Step | None:
-    """max(logits, the lowest number): -inf becomes finite, nothing else changes."""
+    """`max(logits, lowest)`: -inf becomes the lowest number, and nothing else changes."""
     source = argument(node, 0, "input")
     lowest = number(argument(node, 1, "min" if node in CLAMP else "other"))
     has_ceiling = node in CLAMP and argument(node, 2, "max") is not None

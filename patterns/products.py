@@ -1,7 +1,7 @@
 """Matrix products in every spelling, as attention reads them: scores of queries and keys, weights times values.
 
-matmul, bmm, baddbmm and einsum are all read as an einsum of two operands, a letter for each dim. The order of the dims
-of scores and weights is free: `order` names the dims of a node as `[*batch, queries, keys]`.
+matmul, bmm, baddbmm and einsum are all read as an einsum of two operands with a letter for each dim: `q @ k.mT` is
+`abxy,abzy->abxz`. The dims of scores and weights may stand in any order; an `Order` (axes.py) says which are which.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ Methods: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
 
 @dataclass(frozen=True)
 class Scores:
-    """`scale * query @ key^T + bias`: `[*batch, queries, dim]`, `[*batch, keys, dim]` with a dim of 1 where key has
-    none of its own, and a bias that broadcasts to the node as it is."""
+    """`scale * query @ key^T + bias`.
+
+    query is `[*batch, queries, dim]`. key is `[*batch, keys, dim]`, with a dim of 1 where it lacks one, as for heads that
+    share it. bias broadcasts to the node as it is.
+    """
 
     query: Value
     key: Value
@@ -32,9 +35,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """`weights @ value`: a node whose dims, taken in `order`, are `[*batch, queries, keys]`, and `[*batch, keys, dim]`
-    with a dim of 1 where value has none of its own; `restore` turns `[*batch, queries, dim]` into the value of the
-    node, `undo` is the way back."""
+    """`weights @ value`.
+
+    The dims of `weights`, taken in `order`, are `[*batch, queries, keys]`. `value` is `[*batch, keys, dim]`, with a dim of 1
+    where it lacks one. `restore` turns `[*batch, queries, dim]` into the value of the node; `undo` turns it back.
+    """
 
     weights: fx.Node
     order: Order
@@ -44,7 +49,7 @@ class WeightedSum:
 
 
 def scores(node: Any, order: Order) -> Scores | None:
-    """The scores that `node` is, its dims taken in `order`; None when it is no product of queries and keys so."""
+    """`node` as scores, its dims taken in `order`. None where it is no product, or not one of queries and keys in that order."""
     read = _product(node)
     if read is None or len(order) != len(read.output):
         return None
@@ -194,8 +199,11 @@ def _without_ellipsis(equation: str, operands: list[Any]) -> str | None:
 
 
 def _queries(weights: _Operand, rows: list[str]) -> str:
-    """Which of the dims that value lacks is that of the queries; the others are heads. The last one, except where the
-    heads stand behind (`bqhk`), which their number shows; it would be right either way."""
+    """The dim of the queries among `rows`, the dims of the weights that value lacks; the others are heads that share it.
+
+    It is the last of them, unless heads stand behind the queries (`bqhk`). The longest one is taken then. Either choice
+    gives the right result; this one makes better tiles.
+    """
     sizes = dict(zip(weights.letters, shape_of(weights.node), strict=True))
     known = all(isinstance(sizes[letter], int) for letter in rows)
     if not known or sizes[rows[-1]] == 1:
@@ -204,7 +212,7 @@ def _queries(weights: _Operand, rows: list[str]) -> str:
 
 
 def _reordering(produced: list[str], output: str) -> tuple[Methods, Methods]:
-    """What turns the dims `produced` into `output`, and back."""
+    """The steps that turn dims `produced` into dims `output`, and those that turn them back."""
     if list(output) == produced:
         return (), ()
     order = tuple(produced.index(letter) for letter in output)

@@ -25,8 +25,8 @@ from sage_inductor.patterns.softmax import Softmax, own_maximum
 
 
 def left_out(node: Any, dim: int) -> int | None:
-    """Which entry along `dim` `node` leaves out of its first argument, of which it holds all others: 0 or -1; None where it
-    is anything else."""
+    """The entry along `dim` that `node` leaves out of its first argument: 0 for `x[..., 1:]`, -1 for `x[..., :-1]`. None where
+    it is no slice, or leaves out more."""
     source = argument(node, 0, "input") if node in GETITEM or node in SLICE or node in NARROW else None
     if not isinstance(source, fx.Node):
         return None
@@ -57,7 +57,7 @@ def left_out(node: Any, dim: int) -> int | None:
 
 
 def _slices(index: Any, rank: int) -> list[slice] | None:
-    """An index of slices, one for each of `rank` dims."""
+    """`index` as one slice for each of `rank` dims; None where it holds anything but slices and an ellipsis."""
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     if items.count(Ellipsis) > 1 or any(
         not isinstance(item, slice) and item is not Ellipsis for item in items
@@ -69,7 +69,7 @@ def _slices(index: Any, rank: int) -> list[slice] | None:
 
 
 class WithSink(NamedTuple):
-    """What softmax is taken of, without the column of the sink."""
+    """The scores beside the column of a sink."""
 
     scores: fx.Node
     readers: tuple[fx.Node, ...]
@@ -77,8 +77,8 @@ class WithSink(NamedTuple):
 
 
 def without_sink(found: Softmax, order: Order, at: int) -> WithSink | None:
-    """The scores and the sink that the softmax sees together, the sink first (`at` 0) or last (-1); None where it sees
-    anything else. The dims of both are in `order`."""
+    """The scores and the sink, of which the softmax sees `cat([scores, sink], -1)` (`at` -1) or `cat([sink, scores], -1)`
+    (`at` 0). None where it sees anything else. `order`: the dims of both."""
     node, readers = found.logits, found.readers
     while node not in CAT:
         if not only_reader(node, *readers):

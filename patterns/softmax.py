@@ -29,8 +29,8 @@ from sage_inductor.patterns.nodes import (
 )
 from sage_inductor.patterns.numbers import number
 
-# What may be added to the sum of the exponentials, which is at least 1, against a division by 0: less than what 8 bits
-# leave of the weights, by far.
+# The most that may be added to the sum of the exponentials against a division by 0. The sum is at least 1 where the maximum
+# was subtracted; 8 bits change the weights by far more.
 EPSILON = 1e-5
 
 
@@ -44,7 +44,7 @@ class Softmax:
 
 
 def softmax(node: Any) -> Softmax | None:
-    """The softmax whose value `node` is; None when it is none, or something else reads its insides."""
+    """`node` as a softmax. None where it is none, or where something else reads a value inside it."""
     if node in SOFTMAX:
         return _one_node(node)
     if node in EXP:
@@ -73,13 +73,13 @@ def _of_logarithms(node: fx.Node) -> Softmax | None:
 
 
 def quotient(node: Any) -> tuple[Any, Any]:
-    """What is divided and by what; two Nones where `node` is no division."""
+    """(dividend, divisor) of `node`; (None, None) where it is no division."""
     return operands(node) if node in DIV and node.kwargs.get("rounding_mode") is None else (None, None)
 
 
 def divided(node: fx.Node, exponential: Any, divisor: Any, user: fx.Node) -> Softmax | None:
-    """`e / e.sum(dim, keepdim=True)` where e is the exponential of x, or a cast of it: `node` divides by the sum, `user`
-    reads e besides."""
+    """`e / e.sum(dim, keepdim=True)` as the softmax of x, where e is `exp(x)`, or a cast of it. `node` divides by the sum;
+    `user` is the only other reader of e."""
     power = uncast(exponential)
     source = argument(power, 0, "input") if power in EXP else None
     if not isinstance(source, fx.Node):
@@ -101,14 +101,14 @@ def divided(node: fx.Node, exponential: Any, divisor: Any, user: fx.Node) -> Sof
 
 
 def own_maximum(node: fx.Node, dim: int) -> fx.Node | None:
-    """The first node of the maximum of x along `dim`, where `node` is `x - maximum` and nothing else reads the maximum:
-    the same for all keys, the softmax does not see it."""
+    """The first node of `x.amax(dim, keepdim=True)` where `node` is x minus it, and nothing else reads it. The softmax does
+    not see what is the same for all keys. None where `node` is anything else."""
     found = _subtracted(node, AMAX, MAXIMUM)
     return found.chain[0] if found is not None and found.dim == dim else None
 
 
 def _subtracted(node: fx.Node, *kinds: Any) -> Reduction | None:
-    """The reduction of x, one of `kinds`, where `node` is x minus it, and nothing else reads it."""
+    """The reduction of x where `node` is x minus it. It is one of `kinds`, and nothing else reads it."""
     first, second = operands(node) if node in SUB and node.kwargs.get("alpha", 1) == 1 else (None, None)
     found = reduction(second, *kinds)
     return found if found is not None and found.source is first and _read_by_one(found, node) else None

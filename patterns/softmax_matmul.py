@@ -90,8 +90,11 @@ def _divided_afterwards(node: fx.Node) -> AttentionCall | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the left operand of the second product comes from: a softmax, what dropout it went through, the mask where it
-    was set to zero, and which column was left out, that of a sink: 0, the first, or -1, the last."""
+    """Where the left operand of the second product comes from.
+
+    `order`: its dims as `[*batch, queries, keys]`. `dropout`: the probability of the dropout on the way. `zeroed`: the mask
+    where weights were set to zero. `sink_at`: the column that was left out, that of a sink, 0 or -1.
+    """
 
     softmax: Softmax
     order: Order
@@ -101,8 +104,8 @@ class Weights:
 
 
 def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None = None) -> Weights | None:
-    """Walk from the second product, `reader`, back to the softmax; None at anything unknown. The nodes on the way are
-    appended to `trail`: the last is what is unknown."""
+    """The weights that the second product, `reader`, takes; None at anything unknown on the way to their softmax. The nodes
+    on the way are appended to `trail`; where the result is None, its last node is the unknown one."""
     dropout, zeroed, order = 0.0, None, outer.order
     sink_at: int | None = None
     current: Any = outer.weights
@@ -188,8 +191,8 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
 
 
 def _as_laid_out(output: Tensor, restore: Methods, undo: Methods) -> tuple[Methods, Methods] | None:
-    """`restore` and `undo` with what they lack to give the strides of `output`, on which users rely: where no kernel
-    writes that order, a copy. None where a copy cannot give them."""
+    """`restore` and `undo`, with a copy added where they alone do not give the strides of `output`. Users rely on those
+    strides, and kernels do not write every order. None where a copy cannot give them."""
     plain = traced(output, undo)
     if not restore or (plain.stride(-1) == 1 and _strides(traced(plain, restore)) == _strides(output)):
         return restore, undo

@@ -72,36 +72,19 @@ def _mode(mode: str | None, options: dict[str, Any]) -> str | None:
 
 @contextmanager
 def enabled(config: Config | None = None) -> Iterator[None]:
-    """Inside, plain `torch.compile(model)` rewrites attention: graphs compiled while the context is active
-    do.
+    """Inside, plain `torch.compile(model)` rewrites attention: graphs compiled while the context is active do, in whichever
+    thread.
 
     The first call of the compiled model, which compiles it, must happen inside. A pass that is already
-    configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours.
+    configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours. Warns, once, where nothing was compiled
+    inside, and where code that was compiled inside is compiled again outside, for inputs of another shape.
     """
     from sage_inductor.graph_pass import SageAttentionPass  # imports Inductor
+    from sage_inductor.scope import covering_all_threads
 
-    with pre_grad_pass(SageAttentionPass(config, then=_as_one_pass(configured_pre_grad_pass()))):
+    graph_pass = SageAttentionPass(config).before(configured_pre_grad_pass())
+    with pre_grad_pass(graph_pass), covering_all_threads(graph_pass):
         yield
-
-
-def _as_one_pass(configured: Any) -> Any:
-    """torch 2.13 and later allow a list of passes where 2.11 takes one."""
-    if not isinstance(configured, (list, tuple)):
-        return configured
-    return _Sequence(tuple(configured)) if configured else None
-
-
-class _Sequence:
-    def __init__(self, passes: tuple[Any, ...]) -> None:
-        self.passes = passes
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for graph_pass in self.passes:
-            graph_pass(graph)
-
-    def uuid(self) -> Any:
-        uuids = [graph_pass.uuid() if hasattr(graph_pass, "uuid") else None for graph_pass in self.passes]
-        return None if None in uuids else tuple(uuids)
 
 
 def explain(

@@ -38,13 +38,27 @@ class SageAttentionPass(CustomGraphPass):
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
         self.config = Config.of(config)
         self.then = then
+        self.times_asked = 0
+        """How often Inductor asked for the uuid or ran the pass."""
+        self.times_run = 0
+        self.rewritten = 0
+        """Attentions, in all graphs."""
+
+    def before(self, configured: Any) -> SageAttentionPass:
+        """This pass in front of the one, or the list of them (torch 2.13 and later), that is configured."""
+        if isinstance(configured, (list, tuple)):
+            configured = _Sequence(tuple(configured)) if configured else None
+        return SageAttentionPass(self.config, configured)
 
     def __call__(self, graph: fx.Graph) -> None:
-        rewrite_graph(graph, self.config)
+        self.times_asked += 1
+        self.times_run += 1
+        self.rewritten += sum(site.rewritten for site in rewrite_graph(graph, self.config))
         if self.then is not None:
             self.then(graph)
 
     def uuid(self) -> Any:
+        self.times_asked += 1
         own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config), _ambient())
         if self.config.tune == "measure":
             if is_makeshift():
@@ -60,6 +74,21 @@ class SageAttentionPass(CustomGraphPass):
         inner = uuid() if callable(uuid) else None
         # A pass that gives no uuid forbids caching, whatever stands before it.
         return None if inner is None else (*own, inner)
+
+
+class _Sequence:
+    """Several passes as one."""
+
+    def __init__(self, passes: tuple[Any, ...]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        uuids = [graph_pass.uuid() if hasattr(graph_pass, "uuid") else None for graph_pass in self.passes]
+        return None if None in uuids else tuple(uuids)
 
 
 def _ambient() -> str:

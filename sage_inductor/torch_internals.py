@@ -41,6 +41,9 @@ __all__ = [
     "is_operator",
     "is_overload",
     "keep_gpu_busy",
+    "listen_to_compiles",
+    "listens_to_compiles",
+    "number_of",
     "operator_name",
     "outside_fake_tensors",
     "outside_tracing",
@@ -103,6 +106,26 @@ def pre_grad_pass(graph_pass: Any) -> Iterator[None]:
 
     with inductor_config.patch(pre_grad_custom_pass=graph_pass):
         yield
+
+
+def listen_to_compiles(starts: Callable[[str], None], ends: Callable[[str], None]) -> None:
+    """Dynamo calls `starts` and `ends` around every compile, in the thread that compiles, with its number: "3/1" is the second
+    compile of the fourth piece of code. `torch._dynamo.reset()` forgets them."""
+    from torch._dynamo.callback import callback_handler
+
+    def on_start(args: Any) -> None:
+        starts(str(args.compile_id))
+
+    on_start.listener = starts  # type: ignore[attr-defined]
+    callback_handler.register_start_callback(on_start)
+    callback_handler.register_end_callback(lambda args: ends(str(args.compile_id)))
+
+
+def listens_to_compiles(starts: Callable[[str], None]) -> bool:
+    """Whether Dynamo still calls `starts`."""
+    from torch._dynamo.callback import callback_handler
+
+    return any(getattr(callback, "listener", None) is starts for callback in callback_handler.start_callbacks)
 
 
 def dynamo_is_compiling() -> bool:
@@ -198,6 +221,13 @@ def ambient_settings() -> dict[str, Any]:
         "bfloat16": _setting(lambda: cuda.matmul.allow_bf16_reduced_precision_reduction),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def number_of(value: Any) -> Any:
+    """The number that a symbolic float is known to be, as where it was specialised to what it was traced with: dropout_p of
+    SDPA is, always. `value` itself where there is none; adds no guard."""
+    expression = getattr(getattr(value, "node", None), "expr", None)
+    return float(expression) if getattr(expression, "is_number", False) else value
 
 
 def autocast_dtypes() -> dict[str, str]:

@@ -34,6 +34,7 @@ ROOMS: tuple[str, ...] = (
     "rewriting",
     "calibration",
     "graph_pass",
+    "scope",
     "backend",
     "backends",
     "testing",

@@ -14,7 +14,7 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.inference import memory_order
 from sage_inductor.rewriting.masks.classify import Mask
-from sage_inductor.torch_internals import dispatches_itself
+from sage_inductor.torch_internals import dispatches_itself, number_of
 from sage_inductor.tuning import SdpaCall
 
 
@@ -25,8 +25,11 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
         reasons.append(reason("transform", around.transforms, "none"))
     if around.pinned is not None:
         reasons.append(reason("sdpa_kernel", around.pinned, "no explicit choice of an SDPA backend"))
-    if not isinstance(call.dropout_p, (int, float)) or call.dropout_p != 0.0:
-        reasons.append(reason("dropout_p", call.dropout_p, 0.0))
+    dropout_p = call.dropout_p
+    if isinstance(dropout_p, fx.Node):  # a float argument of a model that is compiled for dynamic shapes
+        dropout_p = number_of(example_value(dropout_p))
+    if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
+        reasons.append(reason("dropout_p", dropout_p, 0.0))
     if not isinstance(call.is_causal, bool):
         reasons.append(reason("is_causal", call.is_causal, "True or False known while compiling"))
     if isinstance(call.scale, fx.Node) and not isinstance(

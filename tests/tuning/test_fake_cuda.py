@@ -152,7 +152,8 @@ def test_without_a_gpu_the_table_decides_and_says_so() -> None:
 def test_older_and_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (1, 16, 16384, 128)
     monkeypatch.setattr(triton, "capability", lambda index: (8, 6))
-    site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape))
+    fast = Config(precision="fast", tune="table")
+    site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=fast))
     assert "triton: compute capability=8.6 (supported: 8.9 and newer)" in site.reasons  # no FP8 on Ampere
     balanced = Config(precision="balanced", tune="table")
     assert site_of(judge(F.scaled_dot_product_attention, shape, shape, shape, config=balanced)).rewritten

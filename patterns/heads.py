@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sage_inductor.graph.call import Expr, Value
+from sage_inductor.graph.sizes import Size
 from sage_inductor.patterns.axes import regrouped
 from sage_inductor.patterns.nodes import shape_of, unexpanded
 from sage_inductor.patterns.products import Methods
@@ -53,6 +54,22 @@ def folded(query: Value, key: Value, value: Value) -> Grouped | None:
         unfold = ("unflatten", (1, tuple(inner)))
         return Grouped(query, key, value, own < len(inner), (unfold,), (fold,))
     return None
+
+
+def folded_mask(mask: Value, scores: tuple[Size, ...]) -> Value | None:
+    """`mask`, which broadcasts to scores of five dims and more, as one that does so once these are folded as `folded` does
+    it. None where it does not broadcast."""
+    missing = len(scores) - len(shape_of(mask))
+    if missing >= len(scores) - 2:
+        return mask
+    for _ in range(missing):
+        mask = Expr.of("unsqueeze", mask, 0)
+    own, inner = shape_of(mask)[1:-2], scores[1:-2]
+    if any(size not in (1, whole) for size, whole in zip(own, inner, strict=True)):
+        return None
+    if own != inner and any(size != 1 for size in own):
+        mask = Expr.of("expand", mask, -1, *inner, -1, -1)
+    return Expr.of("flatten", mask, 1, len(inner))
 
 
 def _unrepeated(item: Value) -> Value:
@@ -119,8 +136,8 @@ def lifted(item: Value, logits: tuple[Any, ...], scores: tuple[Any, ...]) -> Val
         return item
     if not all(isinstance(size, int) for size in (*logits, *scores, *shape)):
         if len(logits) > len(scores):  # dims of the term could be taken for others
-            same = all(isinstance(size, int) and size == 1 for size in shape[:-2])
-            return Expr.of("view", item, shape[-2:]) if same else None
+            same = all(size == 1 for size in shape[:-2])
+            return Expr.of("squeeze", item, tuple(range(len(shape) - 2))) if same else None
         folded = len(logits) == len(shape) == 3 and len(scores) == 4
         return Expr.of("unflatten", item, 0, (-1, scores[1])) if folded and shape[0] != 1 else item
     groups = regrouped(logits, scores)

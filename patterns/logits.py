@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, example_tensor
+from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.patterns.axes import Order, arranged, as_they_stand, ordered, permutation, viewed
 from sage_inductor.patterns.hiding import HIDES, hiding, negated
 from sage_inductor.patterns.nodes import (
@@ -234,13 +235,14 @@ def _reshaping(node: fx.Node, source: fx.Node, order: Order) -> _Step | None:
     before, after = example_tensor(source), example_tensor(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None
-    known = all(isinstance(size, int) for size in (*before.shape, *after.shape))
-    if not known and before.shape[-2:] != after.shape[-2:]:
+    sizes, sizes_before = sizes_of(after), sizes_of(before)
+    known = all(isinstance(size, int) for size in (*sizes_before, *sizes))
+    if not known and sizes_before[-2:] != sizes[-2:]:
         return None
-    known_as = viewed(order, tuple(after.shape), tuple(before.shape))
+    known_as = viewed(order, sizes, sizes_before)
     if known_as is None:
         return None
-    view = ordered(tuple(before.shape), known_as)
+    view = ordered(sizes_before, known_as)
 
     def update(logits: Logits) -> Logits | None:
         if logits.factor is not None or (logits.zeroed is not None and order != known_as):
@@ -277,9 +279,7 @@ def _row_factor(node: fx.Node, first: fx.Node, second: Any, order: Order) -> _St
     if tensor is None or not tensor.is_floating_point() or shape_of(first) != shape_of(node):
         return None
     along_keys = order[-1] - len(order)
-    if tensor.dim() >= -along_keys and not (
-        isinstance(tensor.shape[along_keys], int) and tensor.shape[along_keys] == 1
-    ):
+    if tensor.dim() >= -along_keys and sizes_of(tensor)[along_keys] != 1:
         return None
     factor = arranged(Expr.of("reciprocal", second) if node in DIV else second, order)
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from sage_inductor.graph.call import Value, example_tensor
 from sage_inductor.graph.facts import BROADCASTS, CASTS, RESHAPES, is_pure, operation
+from sage_inductor.graph.sizes import Size, sizes_of
 
 aten = torch.ops.aten
 
@@ -175,9 +176,10 @@ def operands(node: fx.Node) -> tuple[Any, Any]:
     return argument(node, 0, "input"), argument(node, 1, "other")
 
 
-def shape_of(item: Value | None) -> tuple[Any, ...]:
+def shape_of(item: Value | None) -> tuple[Size, ...]:
+    """Sizes to compare, and no arguments for other nodes: symbolic ones are expressions."""
     tensor = example_tensor(item)
-    return () if tensor is None else tuple(tensor.shape)
+    return () if tensor is None else sizes_of(tensor)
 
 
 def unexpanded(item: Any) -> Any:

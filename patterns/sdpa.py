@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.graph.call import SDPA, SDPA_TARGETS, AttentionCall, Pattern, example_tensor
-from sage_inductor.patterns.heads import folded
+from sage_inductor.graph.sizes import is_dense
+from sage_inductor.patterns.heads import folded, folded_mask
 from sage_inductor.patterns.nodes import shape_of
 
 
@@ -66,14 +67,19 @@ def _folded(call: AttentionCall) -> AttentionCall | None:
     output, inputs = example_tensor(call.node), (call.query, call.key, call.value)
     if output is None or {len(shape_of(item)) for item in inputs} != {output.dim()} or output.dim() < 5:
         return None
-    mask = example_tensor(call.attn_mask)
-    if call.enable_gqa or not output.is_contiguous() or (mask is not None and mask.dim() > 2):
+    if call.enable_gqa or not is_dense(output):
         return None
     grouped = folded(*inputs)
-    if grouped is None or shape_of(call.query)[:-2] != tuple(output.shape[:-2]):
+    if grouped is None or shape_of(call.query)[:-2] != shape_of(call.node)[:-2]:
         return None
+    mask = call.attn_mask
+    if mask is not None:
+        mask = folded_mask(mask, (*shape_of(call.query)[:-1], shape_of(call.key)[-2]))
+        if mask is None:
+            return None
     return replace(
         call,
+        attn_mask=mask,
         query=grouped.query,
         key=grouped.key,
         value=grouped.value,

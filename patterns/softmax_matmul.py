@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Expr, Pattern, Value, example_tensor, laid_out_as, traced
+from sage_inductor.graph.sizes import known, strides_of
 from sage_inductor.patterns.axes import Order, ordered, permutation, viewed
 from sage_inductor.patterns.heads import folded, lifted, unfolded
 from sage_inductor.patterns.logits import Logits, logits_of
@@ -194,17 +195,13 @@ def _as_laid_out(output: Tensor, restore: Methods, undo: Methods) -> tuple[Metho
     """`restore` and `undo`, with a copy added where they alone do not give the strides of `output`. Users rely on those
     strides, and kernels do not write every order. None where a copy cannot give them."""
     plain = traced(output, undo)
-    if not restore or (plain.stride(-1) == 1 and _strides(traced(plain, restore)) == _strides(output)):
+    if not restore or (
+        known(plain.stride(-1)) == 1 and strides_of(traced(plain, restore)) == strides_of(output)
+    ):
         return restore, undo
     undo = (*undo, ("contiguous", ()))
     restore = (*restore, *laid_out_as(output))
-    return (restore, undo) if _strides(traced(output, (*undo, *restore))) == _strides(output) else None
-
-
-def _strides(tensor: Tensor) -> list[Any]:
-    """Those that say where elements are: the stride of a dim of one says nothing."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [0 if isinstance(size, int) and size == 1 else stride for size, stride in pairs]
+    return (restore, undo) if strides_of(traced(output, (*undo, *restore))) == strides_of(output) else None
 
 
 def _cast(item: Value, dtype: torch.dtype) -> Value:

@@ -33,13 +33,17 @@ __all__ = [
     "ends_its_frame",
     "first_fake",
     "float32_precision",
+    "expression",
     "graph_breaks",
+    "hinted",
     "inductor_modes",
     "is_erased",
     "is_higher_order",
     "is_inside_sdpa_kernel",
     "is_operator",
     "is_overload",
+    "is_always_true",
+    "is_backed",
     "keep_gpu_busy",
     "listen_to_compiles",
     "listens_to_compiles",
@@ -54,6 +58,7 @@ __all__ = [
     "surfaced",
     "tensors_of",
     "trace_artifact",
+    "without_guards",
     "without_leaving_dynamo_entries",
     "without_limit_of_recompiles",
     "written_arguments",
@@ -411,6 +416,59 @@ def storage_id(tensor: torch.Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+@contextmanager
+def without_guards(fake_mode: Any) -> Iterator[None]:
+    """Operations inside on traced tensors of `fake_mode` leave no guards on symbolic sizes. Nor are their results kept: the
+    mode's cache would spare the same operations the guards that they need when the graph itself is traced."""
+    caches, fake_mode.cache_enabled = fake_mode.cache_enabled, False
+    try:
+        with fake_mode, fake_mode.shape_env.suppress_guards():
+            yield
+    finally:
+        fake_mode.cache_enabled = caches
+
+
+def expression(size: torch.SymInt) -> Any:
+    """What tracing knows `size` to be, as a sympy expression (or a number). Max(1, x), which strides of symbolic sizes hold,
+    is x: they differ where a tensor is empty, and its strides say nothing."""
+    from torch.utils._sympy.functions import Max
+
+    found = getattr(size.node, "expr", size)  # a jagged length has none, and compares by what it is
+    if found is size or isinstance(found, int):
+        return found
+    if found.is_number:
+        return int(found)
+    if not found.has(Max):
+        return found
+    return found.replace(
+        lambda part: isinstance(part, Max) and len(part.args) == 2 and 1 in part.args,
+        lambda part: next(argument for argument in part.args if argument != 1),
+    )
+
+
+def is_always_true(condition: bool | torch.SymBool) -> bool:
+    """Whether `condition` holds for all inputs that the trace serves, as far as is known; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def is_backed(size: int | torch.SymInt) -> bool:
+    """Whether the inputs of a graph tell `size`; a size that only the data tell is not."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, int) or not free_unbacked_symbols(size)
+
+
+def hinted(size: torch.SymInt, instead: int) -> int:
+    """`size` with the values that it was traced with, and `instead` for each that only the data tell; adds no guard."""
+    found, shape_env = size.node.expr, size.node.shape_env
+    # The first name is that of torch 2.13 and newer.
+    name = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
+    values = getattr(shape_env, name, {})
+    return int(found.xreplace({symbol: values.get(symbol, instead) for symbol in found.free_symbols}))
 
 
 def trace_artifact(name: str, make_json: Callable[[], str]) -> None:

@@ -22,9 +22,9 @@ PACKAGE = "sage_inductor"
 ROOMS: tuple[str, ...] = (
     "errors",
     "torch_internals",
+    "graph",
     "kernels",
     "operators",
-    "graph",
     "patterns",
     "measurement",
     "report",

@@ -1,2 +1,2 @@
-"""Facts about the nodes of an FX graph: what they are, what they write, where they come from, what surrounds them. Nothing
-here decides."""
+"""Facts about the nodes of an FX graph: what they are, what they write, where they come from, what surrounds them, which of
+their sizes are known. Nothing here decides."""

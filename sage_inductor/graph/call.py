@@ -11,7 +11,14 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.torch_internals import builtin_sdpa, dispatches_itself, first_fake, operator_name
+from sage_inductor.graph.sizes import all_in_memory_order, is_static
+from sage_inductor.torch_internals import (
+    builtin_sdpa,
+    dispatches_itself,
+    first_fake,
+    operator_name,
+    without_guards,
+)
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,20 @@ def traced(value: Tensor, steps: Iterable[tuple[str, tuple[Any, ...]]]) -> Tenso
 
 def laid_out_as(tensor: Tensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """Methods, with their arguments, that copy another tensor of this shape into the same order of dims in memory."""
-    dims = range(tensor.dim())
-    memory = tuple(sorted(dims, key=tensor.stride, reverse=True))
-    return ("permute", memory), ("contiguous", ()), ("permute", tuple(memory.index(dim) for dim in dims))
+    memory = tuple(all_in_memory_order(tensor))
+    back = tuple(memory.index(dim) for dim in range(tensor.dim()))
+    return ("permute", memory), ("contiguous", ()), ("permute", back)
 
 
 def tracing(*values: Any) -> AbstractContextManager[Any]:
-    """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors."""
+    """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors. What is asked of
+    symbolic sizes inside adds no guard: whoever traces the graph later asks for himself."""
     modes = (getattr(value, "fake_mode", None) for value in values)
-    return next((mode for mode in modes if mode is not None), nullcontext())
+    mode = next((mode for mode in modes if mode is not None), None)
+    if mode is None:
+        return nullcontext()
+    are_known = all(is_static(value) for value in values if isinstance(value, Tensor))
+    return mode if are_known else without_guards(mode)
 
 
 SDPA = builtin_sdpa

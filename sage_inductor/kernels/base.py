@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sage_inductor.graph.sizes import size_hint
+
 # What each precision means, the fastest first; errors are in README.md.
 PRECISIONS: dict[str, str] = {
     "fast": "INT8 QK^T, FP8 (e4m3) PV",
@@ -122,10 +124,12 @@ class Kernel(ABC):
             reasons.append(reason("dtype", problem.query.dtype, self.dtypes))
         if problem.params.precision not in self.precisions:
             reasons.append(reason("precision", problem.params.precision, self.precisions))
-        if problem.query.shape[-1] not in self.head_dims:
-            reasons.append(reason("head_dim", problem.query.shape[-1], self.head_dims))
-        if problem.value.shape[-1] not in self.head_dims:
-            reasons.append(reason("value_head_dim", problem.value.shape[-1], self.head_dims))
+        for name, size in (
+            ("head_dim", problem.query.shape[-1]),
+            ("value_head_dim", problem.value.shape[-1]),
+        ):
+            if size_hint(size) not in self.head_dims:
+                reasons.append(reason(name, size, self.head_dims))
         return reasons
 
     def precisions_on(self, device: torch.device) -> Collection[str]:
@@ -189,14 +193,6 @@ def without_keys(
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
-
-
-def size_hint(size: int | torch.SymInt) -> int | None:
-    """`size`, or, of a symbolic one, the value it was traced with; adds no guard. None where there is no value."""
-    if isinstance(size, int):
-        return size
-    hint = getattr(size.node, "hint", None)
-    return hint if isinstance(hint, int) else None
 
 
 def expanded_dim(tensor: Tensor) -> int | None:

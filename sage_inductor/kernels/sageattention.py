@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.graph.sizes import known, size_hint
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, reason
 from sage_inductor.kernels.device import interpreted
 from sage_inductor.kernels.installed import package_version
@@ -131,9 +133,9 @@ class SageAttentionKernel(Kernel):
         precisions = self.precisions if limits is None else _precisions(limits, query.device)
         if params.precision not in precisions:
             reasons.append(reason("precision", params.precision, precisions))
-        if query.shape[-1] not in self.head_dims:
+        if size_hint(query.shape[-1]) not in self.head_dims:
             reasons.append(reason("head_dim", query.shape[-1], self.head_dims))
-        if value.shape[-1] != query.shape[-1]:
+        if known(value.shape[-1]) != known(query.shape[-1]):
             reasons.append(reason("value_head_dim", value.shape[-1], f"head_dim, {query.shape[-1]}"))
         if problem.attn_mask is not None:
             reasons.append(reason("attn_mask", problem.attn_mask.dtype, "none"))
@@ -141,14 +143,15 @@ class SageAttentionKernel(Kernel):
             reasons.append(reason("return_lse", True, False))
         reasons += _band_reasons(params, query.shape[2], key.shape[2])
         for name, size in (("batch", query.shape[0]), ("heads", query.shape[1])):
-            if size > GRID_LIMIT:
+            if (size_hint(size) or 0) > GRID_LIMIT:
                 reasons.append(reason(name, size, f"up to {GRID_LIMIT}"))
         # The 1.0.x kernel for head_dim 96 puts batch and heads into one grid dimension.
-        if query.shape[-1] == 96 and query.shape[0] * query.shape[1] > GRID_LIMIT:
-            grid = query.shape[0] * query.shape[1]
+        grid = math.prod(size_hint(size) or 1 for size in query.shape[:2])
+        if size_hint(query.shape[-1]) == 96 and grid > GRID_LIMIT:
             reasons.append(reason("batch * heads at head_dim 96", grid, f"up to {GRID_LIMIT}"))
         for name, shape in (("query", query.shape), ("key", key.shape)):
-            elements = shape[0] * shape[1] * (shape[2] + QUERY_BLOCK) * shape[3]
+            batch, heads, length, dim = (size_hint(size) or 1 for size in shape)
+            elements = batch * heads * (length + QUERY_BLOCK) * dim
             if elements >= INT32_ELEMENTS:
                 reasons.append(reason(f"elements of {name}, padded", elements, "below 2**31"))
         return reasons
@@ -271,7 +274,7 @@ def _band_reasons(params: AttentionParams, q_len: int, kv_len: int) -> list[str]
     low, high = params.bounds(q_len, kv_len)
     if low is not None or params.window_right > 0:
         return [reason("window", (params.window_left, params.window_right), "none")]
-    if high is not None and q_len != kv_len:
+    if high is not None and known(q_len) != known(kv_len):
         return [reason("q_len", q_len, f"kv_len under a causal mask, {kv_len}")]
     return []
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.graph.sizes import are_multiples, differ, known, memory_order
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import (
     Prepared,
@@ -34,10 +35,12 @@ from sage_inductor.torch_internals import past_autocast
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
 # kernel_name: Inductor's lowering has an argument of its own called kernel. Fewer than min_q_len queries or min_kv_len
-# keys get exact attention, by which lengths that change from call to call are dispatched.
+# keys get exact attention, by which lengths that change from call to call are dispatched. With or_exact so do sizes that the
+# kernel does not take: those of a graph may change from call to call.
 PARAMS = (
     "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
-    "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0"
+    "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0, "
+    "bool or_exact=False"
 )
 EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
 # Strides are part of the contract: the kernels read any, and Inductor must not copy inputs into another
@@ -74,27 +77,28 @@ def validate(
             raise _misfit(f"{name} is {tensor.dtype}, query is {query.dtype}")
         if tensor.device != query.device:
             raise _misfit(f"{name} is on {tensor.device}, query on {query.device}")
-        if query.dim() == 4 and tensor.shape[0] != query.shape[0]:
+        if query.dim() == 4 and differ(tensor.shape[0], query.shape[0]):
             raise _misfit(f"{name} has batch {tensor.shape[0]}, query {query.shape[0]}")
     if not query.is_floating_point():
         raise _misfit(f"query, key and value are {query.dtype} (valid: a floating-point dtype)")
-    if query.shape[-1] != key.shape[-1]:
+    if differ(query.shape[-1], key.shape[-1]):
         raise _misfit(f"head_dim of query is {query.shape[-1]}, of key {key.shape[-1]}")
-    if key.shape[-2] != value.shape[-2]:
+    if differ(key.shape[-2], value.shape[-2]):
         raise _misfit(f"kv_len of key is {key.shape[-2]}, of value {value.shape[-2]}")
     if query.dim() >= 3:
-        heads, kv_heads = query.shape[-3], key.shape[-3]
-        if value.shape[-3] != kv_heads:
+        heads, kv_heads = known(query.shape[-3]), known(key.shape[-3])
+        if differ(value.shape[-3], kv_heads):
             raise _misfit(f"value has {value.shape[-3]} heads, key has {kv_heads}")
-        if enable_gqa and (kv_heads == 0 or heads % kv_heads != 0):
+        are_known = isinstance(heads, int) and isinstance(kv_heads, int)
+        if enable_gqa and are_known and not are_multiples(heads, kv_heads):
             raise _misfit(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-        if not enable_gqa and heads != kv_heads:
+        if not enable_gqa and differ(heads, kv_heads):
             raise _misfit(f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
     if attn_mask is not None:
         _validate_mask(query, key, attn_mask)
     if out is not None:
         expected = (*query.shape[:-1], value.shape[-1])
-        if tuple(out.shape) != expected:
+        if out.dim() != len(expected) or any(map(differ, out.shape, expected)):
             raise _misfit(f"out is {tuple(out.shape)}, the output {expected}")
         if out.dtype != query.dtype:
             raise _misfit(f"out is {out.dtype}, query is {query.dtype}")
@@ -114,7 +118,7 @@ def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     if attn_mask.dim() > len(scores):
         raise _misfit(f"attn_mask has {attn_mask.dim()} dimensions, the scores {scores}")
     for size, expected in zip(reversed(attn_mask.shape), reversed(scores), strict=False):
-        if size != 1 and size != expected:
+        if known(size) != 1 and differ(size, expected):
             raise _misfit(f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}")
 
 
@@ -122,17 +126,9 @@ def _misfit(message: str) -> RuntimeError:
     return RuntimeError(f"sage_inductor attention: {message}")
 
 
-def memory_order(tensor: Tensor) -> list[int]:
-    """The dims of `tensor` from outermost to innermost in memory, the last dim always innermost: what SDPA
-    gives its output, `[0, 2, 1, 3]` for a query in NHD memory."""
-    strides = tensor.stride()
-    last = len(strides) - 1
-    return [*sorted(range(last), key=strides.__getitem__, reverse=True), last]
-
-
 def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
     if order is None:
-        order = memory_order(query)
+        order = memory_order(query, guarded=True)
     elif sorted(order) != list(range(query.dim())):
         raise _misfit(f"memory_order={list(order)} is no order of {query.dim()} dims")
     shape = (*query.shape[:-1], value.shape[-1])
@@ -223,6 +219,7 @@ def _run(
     precision: str = "fast",
     min_q_len: int = 0,
     min_kv_len: int = 0,
+    or_exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE if asked for); the output is `out` where that is given."""
     if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
@@ -236,7 +233,7 @@ def _run(
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
         None if memory_order is None else tuple(memory_order),
         return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
-        min_q_len, min_kv_len,
+        min_q_len, min_kv_len, or_exact,
     )  # fmt: skip
     resolved = _resolved.get(kind)
     if resolved is None:
@@ -258,7 +255,9 @@ def _run(
     if resolved is None:
         precision = kernels.precision_on(query.device, precision, kernel_name)
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
-        run = _resolve(query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len))
+        run = _resolve(
+            query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len), or_exact
+        )
         resolved = _Resolved(run, params, result[0].shape, result[0].stride())
         _resolved.keep(kind, resolved)
     if resolved.run is not None:
@@ -283,16 +282,18 @@ def _resolve(
     lse: Tensor | None,
     name: str,
     least: tuple[int, int],
+    or_exact: bool,
 ) -> Prepared | None:
-    """What to run; None for exact attention, asked for, fallen back to by "auto", or for fewer than `least` queries and
-    keys."""
+    """What to run; None for exact attention, asked for, fallen back to by "auto", for fewer than `least` queries and keys,
+    or, with `or_exact`, for sizes that the kernel does not take."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     chosen = None
     if name != EXACT:
         problem = make_problem(query, key, value, attn_mask, params, lse is not None)
         chosen, reasons = kernels.select(problem, name)
-        if chosen is None and name != "auto":
+        falls_back = name == "auto" or (or_exact and not kernels.get(name).unavailable_reasons(query.device))
+        if chosen is None and not falls_back:
             raise NotEligibleError(f"kernel={name}", reasons)
     if out.numel() == 0 or key.shape[2] == 0:
         return without_keys

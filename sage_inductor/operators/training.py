@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.operators import inference
 from sage_inductor.operators.unquantised import combined_mask
@@ -69,7 +70,7 @@ def _fake_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tenso
 
 def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_permuted(
-        tensor.shape, inference.memory_order(tensor), dtype=tensor.dtype, device=tensor.device
+        tensor.shape, memory_order(tensor, guarded=True), dtype=tensor.dtype, device=tensor.device
     )
 
 

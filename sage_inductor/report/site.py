@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sage_inductor.graph.origin import ROOT
 from sage_inductor.graph.places import Place
+from sage_inductor.graph.sizes import known, memory_order
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ class AttentionOperator:
 def layout_of(tensor: Tensor) -> str:
     """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, of which batch, or batch and heads, may be
     missing; its strides where head_dim is not innermost."""
-    innermost = tensor.stride(-1) if tensor.dim() in (2, 3, 4) else None
-    if not isinstance(innermost, int) or innermost != 1:
+    if tensor.dim() not in (2, 3, 4) or known(tensor.stride(-1)) != 1:
         return f"strides {tuple(tensor.stride())}"
     if tensor.dim() == 2:
         return "HND"
-    heads, seq = tensor.stride(-3), tensor.stride(-2)
-    return "NHD" if seq > heads else "HND"
+    *_, heads, seq, _ = range(tensor.dim())
+    order = memory_order(tensor)
+    return "NHD" if order.index(seq) < order.index(heads) else "HND"
 
 
 class Names:

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from sage_inductor.config import Config
 from sage_inductor.graph.call import AttentionCall, example_tensor, example_value
+from sage_inductor.graph.sizes import are_multiples, differ, is_dense, memory_order, sizes_of
 from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
-from sage_inductor.operators.inference import memory_order
 from sage_inductor.rewriting.masks.classify import Mask
 from sage_inductor.torch_internals import dispatches_itself, number_of
 from sage_inductor.tuning import SdpaCall
@@ -95,11 +95,7 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}
-    empty = [
-        name
-        for name, tensor in tensors.items()
-        if any(type(size) is int and size == 0 for size in tensor.shape)
-    ]
+    empty = [name for name, tensor in tensors.items() if 0 in sizes_of(tensor)]
     if empty:
         return [reason(f"shape of {name}", tuple(tensors[name].shape), "no dim of 0") for name in empty]
     if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors.values()):
@@ -107,32 +103,29 @@ def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]
     if len(dims) != 1 or not dims <= {2, 3, 4}:
         return [reason("dimensions", sorted(dims), "2, 3 or 4, alike for query, key and value")]
     reasons = []
-    if query.dim() == 4 and not query.shape[0] == key.shape[0] == value.shape[0]:
-        batches = [tensor.shape[0] for tensor in (query, key, value)]
+    sizes = [sizes_of(tensor) for tensor in (query, key, value)]
+    if query.dim() == 4 and len(batches := [size[0] for size in sizes]) != batches.count(batches[0]):
         reasons.append(reason("batch", batches, "alike for query, key and value"))
     if query.dim() >= 3:
-        heads, kv_heads, value_heads = (tensor.shape[-3] for tensor in (query, key, value))
-        if kv_heads != value_heads or (heads != kv_heads and not (call.enable_gqa and heads % kv_heads == 0)):
+        heads, kv_heads, value_heads = (size[-3] for size in sizes)
+        grouped = call.enable_gqa and are_multiples(heads, kv_heads)
+        if kv_heads != value_heads or (heads != kv_heads and not grouped):
             reasons.append(
                 reason("heads", [heads, kv_heads, value_heads], "alike, or a multiple with enable_gqa")
             )
-    lengths = [tensor.shape[-2] for tensor in (key, value)]
-    if all(isinstance(length, int) for length in lengths) and lengths[0] != lengths[1]:
+    lengths = [size[-2] for size in sizes[1:]]
+    if differ(*lengths):
         # What SDPA does then depends on the device.
         reasons.append(reason("kv_len", lengths, "alike for key and value"))
     devices = {str(tensor.device) for tensor in (query, key, value)}
     if len(devices) != 1:
         reasons.append(reason("devices", sorted(devices), "one"))
-    if _is_one(query.shape[-2]):
+    if sizes[0][-2] == 1:
         reasons.append(
             "q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)"
         )
     reasons += _stride_reasons(call)
     return reasons
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _stride_reasons(call: AttentionCall) -> list[str]:
@@ -147,13 +140,7 @@ def output_order(output: Tensor) -> list[int] | None:
     """The memory order of the output that users of the node may rely on; None when no dense tensor has its
     strides."""
     order = memory_order(output)
-    expected = 1
-    for dim in reversed(order):
-        # The stride of a dim of one element says nothing.
-        if not _is_one(output.shape[dim]) and output.stride(dim) != expected:
-            return None
-        expected *= output.shape[dim]
-    return order
+    return order if is_dense(output, order) else None
 
 
 def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
 from sage_inductor.graph.facts import BROADCASTS, CASTS, IN_ORDER, facts_of, operation
+from sage_inductor.graph.sizes import are_multiples, sizes_of
 
 
 def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
@@ -27,7 +28,7 @@ def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
     if key is None or value is None:
         return call
     key_before, value_before = example_tensor(key), example_tensor(value)
-    if key_before is None or value_before is None or key_before.shape[1] != value_before.shape[1]:
+    if key_before is None or value_before is None or sizes_of(key_before)[1] != sizes_of(value_before)[1]:
         return call
     return dataclasses.replace(call, key=key, value=value, enable_gqa=True)
 
@@ -37,8 +38,8 @@ def _broadcasts_one_head(call: AttentionCall) -> bool:
     query, key, value = (example_tensor(item) for item in (call.query, call.key, call.value))
     if query is None or key is None or value is None or not query.dim() == key.dim() == value.dim() == 4:
         return False
-    one = all(isinstance(t.shape[1], int) and t.shape[1] == 1 for t in (key, value))
-    return one and isinstance(query.shape[1], int) and query.shape[1] > 1
+    one = all(sizes_of(tensor)[1] == 1 for tensor in (key, value))
+    return one and sizes_of(query)[1] != 1
 
 
 def _unrepeated(node: Value) -> fx.Node | None:
@@ -54,8 +55,9 @@ def _unrepeated(node: Value) -> fx.Node | None:
         return None
     # The chain of nodes says that something was repeated; the shapes say that it was the heads and nothing
     # else.
-    same_elsewhere = all(before.shape[dim] == after.shape[dim] for dim in (0, 2, 3))
-    return repeated if same_elsewhere and after.shape[1] % before.shape[1] == 0 else None
+    sizes, repeated_sizes = sizes_of(before), sizes_of(after)
+    same_elsewhere = all(sizes[dim] == repeated_sizes[dim] for dim in (0, 2, 3))
+    return repeated if same_elsewhere and are_multiples(repeated_sizes[1], sizes[1]) else None
 
 
 def _repeat_interleaved(node: fx.Node) -> fx.Node | None:
@@ -82,7 +84,7 @@ def _expanded_and_reshaped(node: fx.Node) -> fx.Node | None:
     inserted = example_tensor(inner)
     if expanded is None or inserted is None or inserted.dim() != 5 or not _inserts_dim_2(inner):
         return None
-    only_the_new_dim = all(expanded.shape[dim] == inserted.shape[dim] for dim in (0, 1, 3, 4))
+    only_the_new_dim = all(sizes_of(expanded)[dim] == sizes_of(inserted)[dim] for dim in (0, 1, 3, 4))
     return _source(inner) if only_the_new_dim else None
 
 

@@ -13,12 +13,14 @@ from sage_inductor.graph.call import (
     AttentionCall,
     Expansion,
     Expr,
+    Value,
     example_tensor,
     example_value,
     traced,
     tracing,
 )
 from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, is_fresh, is_pure, operation
+from sage_inductor.graph.sizes import is_dense, memory_order, order_is_known, sizes_of
 from sage_inductor.operators import inference, training
 from sage_inductor.patterns.axes import permutation
 from sage_inductor.patterns.nodes import reads_nothing
@@ -26,7 +28,7 @@ from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
-from sage_inductor.torch_internals import is_erased, tensors_of
+from sage_inductor.torch_internals import is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
 NHD = [0, 2, 1, 3]
@@ -40,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "memory_order": None,
     "min_q_len": 0,
     "min_kv_len": 0,
+    "or_exact": False,
 }
 
 
@@ -89,9 +92,11 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
         "window_left": mask.window_left,
         "window_right": mask.window_right,
         # Users of the node rely on the strides SDPA would have given: name them where ours would be others.
-        "memory_order": None if order == inference.memory_order(query) else order,
+        "memory_order": None if order == memory_order(query) and order_is_known(query) else order,
         "min_q_len": choice.min_q_len,
         "min_kv_len": choice.min_kv_len,
+        # What is known of the first call's sizes may not hold for those of others.
+        "or_exact": not all(map(_has_known_sizes, (call.query, call.key, call.value))),
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
@@ -113,15 +118,28 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     return Substitute(old, new, gives_nhd=order == NHD and not call.restore)
 
 
+def _has_known_sizes(item: Value) -> bool:
+    tensor = example_tensor(item)
+    return tensor is not None and all(isinstance(size, int) for size in sizes_of(tensor))
+
+
 def _is_transposed_and_copied(call: AttentionCall) -> bool:
-    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that, or a view where it needs none:
-    laid out in that order to begin with, it needs none, and nobody sees the other strides. (Of two copies, each may be
-    written to; two views would be written to at once.)"""
+    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that: laid out in that order to begin
+    with, it needs none, and nobody sees the other strides. (Of two copies, each may be written to; two views would be
+    written to at once.) A reshape that is a view of the output as it lies shows those: it is no copy, unless its strides
+    are a copy's."""
     if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
         return False
     users = list(call.node.users)
     readers = [reader for user in users for reader in user.users]
-    return len(readers) == 1 and all(map(_is_transposed, users)) and all(map(_takes_any_strides, readers))
+    if len(readers) != 1 or not all(map(_is_transposed, users)) or not _takes_any_strides(readers[0]):
+        return False
+    value, output = example_tensor(readers[0]), example_tensor(call.node)
+    if value is None or output is None or not is_dense(value):
+        return False
+    # Of sizes that only the data tell, one may turn out to be 1, and what looked like a copy to be a view.
+    sizes = sizes_of(output)
+    return all(map(is_backed, output.shape)) or sizes_of(value)[:2] == (sizes[0], sizes[2])
 
 
 def _is_transposed(node: fx.Node) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels import AttentionProblem, TensorSpec
-from sage_inductor.kernels.base import size_hint
 from sage_inductor.torch_internals import ambient_settings, float32_precision
 
 # Lengths that are data (without a hint) are judged at this one; the crossover decides at run time.

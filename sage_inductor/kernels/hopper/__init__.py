@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...graph.sizes import known
 from ..base import AttentionParams, AttentionProblem, Prepared, reason
 from ..device import capability, has_gpu, interpreted
 from ..triton import MAX_KEYS, TritonKernel
@@ -57,7 +58,7 @@ class HopperKernel(TritonKernel):
             if mask.dtype != torch.bool:
                 reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
             if any(
-                type(size) is not int or (size != 1 and stride != 0)
+                known(size) != 1 and known(stride) != 0
                 for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
             ):
                 reasons.append(reason("attn_mask", tuple(mask.shape), "the same for all heads and queries"))

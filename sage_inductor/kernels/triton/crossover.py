@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..base import AttentionProblem, TensorSpec, size_hint
+from ...graph.sizes import known, size_hint
+from ..base import AttentionProblem, TensorSpec
 
 # (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. What is not listed is slower
 # at every size measured (512 to 32768) or was not measured.
@@ -75,7 +76,12 @@ def slower_than_sdpa(
     }
     mask = problem.attn_mask
     kind, min_q_len = "causal " if is_causal else "", MIN_Q_LEN
-    if mask is not None and len(mask.shape) > 1 and size_hint(mask.shape[-2]) != 1 and mask.stride[-2] != 0:
+    if (
+        mask is not None
+        and len(mask.shape) > 1
+        and size_hint(mask.shape[-2]) != 1
+        and known(mask.stride[-2]) != 0
+    ):
         limits = {dim: limit for (name, dim), limit in MASKED_MIN_KV_LEN.items() if name == params.precision}
         kind, min_q_len = "masked ", min([MIN_Q_LEN, *limits.values()])
         reasons = _masked_reasons(problem, mask, capability)

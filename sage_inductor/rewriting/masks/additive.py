@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor
 from sage_inductor.graph.facts import BROADCASTS, CASTS, COPIES, IN_ORDER, facts_of, fill, operation
+from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
 
 # Additive masks write "not allowed" as -inf or as the most negative number of float32 or bfloat16; half of that is as
@@ -66,10 +67,10 @@ def _passed_on(
     if COPIES not in facts_of(mask) or before.dtype != tensor.dtype or _holds_nodes(args[1:], mask.kwargs):
         return None
     in_order = IN_ORDER in facts_of(mask) or (name == "getitem" and _is_basic(args[1]))
-    if in_order and before.shape == tensor.shape:
+    if in_order and sizes_of(before) == sizes_of(tensor):
         return allowed, lowest
     bools = example_tensor(allowed)
-    if bools is None or bools.shape != before.shape:
+    if bools is None or sizes_of(bools) != sizes_of(before):
         return None
     # The bools may lie in memory in another way, in which no view has that shape.
     target = "reshape" if name in ("view", "_unsafe_view") else mask.target
@@ -122,7 +123,7 @@ def seeing_rows(padding: Value, low: int | None, high: int | None, q_len: int) -
     `padding` `[..., 1, kv_len]` allows and, for query i, those from i + low to i + high. None: not to be told."""
     if low is None and high is None:
         return Expr.of("any", padding, -1, True)
-    kv_len = example_tensor(padding).shape[-1]  # type: ignore[union-attr]
+    kv_len = sizes_of(example_tensor(padding))[-1]  # type: ignore[arg-type]
     before = 0 if low is None else max(0, -low)
     start, last = (0 if low is None else low), (kv_len - 1 if high is None else high)
     if high is None or last < 0 or last + q_len > kv_len or start + q_len > kv_len + 1:
@@ -144,7 +145,7 @@ def with_uniform_rows(output: Value, seeing: Value, call: AttentionCall) -> Expr
     mean = Expr.of("mean", call.value, -2, True)
     attention, kept = example_tensor(output), example_tensor(mean)
     assert attention is not None and kept is not None
-    if attention.dim() > 2 and call.enable_gqa and attention.shape[-3] != kept.shape[-3]:
+    if attention.dim() > 2 and call.enable_gqa and sizes_of(attention)[-3] != sizes_of(kept)[-3]:
         mean = Expr.of("repeat_interleave", mean, attention.shape[-3] // kept.shape[-3], -3)
     if kept.dtype != attention.dtype:
         mean = Expr.of("to", mean, attention.dtype)

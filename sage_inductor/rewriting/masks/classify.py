@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves
 from sage_inductor.graph.facts import AND, BROADCASTS, NOT, OR, operation
+from sage_inductor.graph.sizes import sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.rewriting.masks.additive import allowed_keys, seeing_rows, with_uniform_rows
@@ -67,7 +68,7 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], write
     query, key = example_tensor(call.query), example_tensor(call.key)
     if mask is None or query is None or key is None:
         return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
-    q_len, kv_len = query.shape[-2], key.shape[-2]
+    q_len, kv_len = sizes_of(query)[-2], sizes_of(key)[-2]
     constant = _remembered_constant(call.attn_mask, constants, writes)
     if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
         known = _classify_constant(constant, q_len, kv_len)
@@ -132,26 +133,29 @@ def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any, writes: Wri
     if known is None or lowest == -math.inf:
         return known
     padding = example_tensor(known.attn_mask)
-    if padding is None or padding.dim() < 2 or padding.shape[-2] != 1:
+    if padding is None or padding.dim() < 2 or sizes_of(padding)[-2] != 1:
         return None  # which queries see nothing would cost as much as the mask
-    if padding.shape[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
+    if sizes_of(padding)[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
         return None
     assert known.attn_mask is not None
     band = AttentionParams(known.is_causal, known.bottom_right, known.window_left, known.window_right)
+    heads = [
+        sizes_of(tensor)[-3]
+        for tensor in map(example_tensor, (call.query, call.key))
+        if tensor is not None and tensor.dim() > 2
+    ]
+    if call.enable_gqa and not all(isinstance(number, int) for number in heads):
+        return None  # how often the mean of V is repeated
     seeing = seeing_rows(known.attn_mask, *band.bounds(q_len, kv_len), q_len)
     output = call.output()
-    if seeing is None or output is None or _is_one(q_len):
+    if seeing is None or output is None or q_len == 1:
         return None
     # Users rely on the strides that the call would have given.
     filled = with_uniform_rows(Expr("output", (), value=output), seeing, call)
     same = example_tensor(filled)
-    if same is None or same.stride() != output.stride() or same.shape != output.shape:
+    if same is None or strides_of(same) != strides_of(output) or sizes_of(same) != sizes_of(output):
         return None
     return dataclasses.replace(known, seeing=seeing)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _conjuncts(mask: Value, writes: Writes) -> list[Value]:
@@ -192,11 +196,11 @@ def _remembered_constant(
     return constants[mask]
 
 
-def _is_key_padding(mask: Tensor, q_len: int) -> bool:
+def _is_key_padding(mask: Tensor, q_len: Any) -> bool:
     """The same keys for every query: one row, or one row expanded."""
     if mask.dim() < 2 or q_len == 1:
         return mask.dim() == 1
-    return bool(mask.shape[-2] == 1 or mask.stride(-2) == 0)
+    return bool(strides_of(mask)[-2] == 0)
 
 
 def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:

@@ -231,7 +231,7 @@ def ambient_settings() -> dict[str, Any]:
 def number_of(value: Any) -> Any:
     """The number that a symbolic float is known to be, as where it was specialised to what it was traced with: dropout_p of
     SDPA is, always. `value` itself where there is none; adds no guard."""
-    expression = getattr(getattr(value, "node", None), "expr", None)
+    expression: Any = getattr(getattr(value, "node", None), "expr", None)
     return float(expression) if getattr(expression, "is_number", False) else value
 
 

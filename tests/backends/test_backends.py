@@ -339,15 +339,13 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
                 nvfp4_fa4=None,
             )
     assert "rope_type='split' has no meaning" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"unknown extra_impl_args kernal \(valid: kernel, precision, dropout_p"
-    ):
+    with pytest.warns(UserWarning, match=r"kernal='auto' is not used \(valid: kernel, precision, dropout_p"):
         SageAttentionImpl(2, 64, False, 0.1, kernal="auto")
-    with pytest.raises(ValueError, match="unknown extra_impl_args kernel"):
+    with pytest.warns(UserWarning, match="kernel='auto' is not used"):
         SDPAImpl(2, 64, False, 0.1, kernel="auto")
     with pytest.raises(ValueError, match=r"kernel='flash' \(valid: auto, "):
         SageAttentionImpl(2, 64, False, 0.1, kernel="flash")
-    with pytest.raises(ValueError, match=r"precision='exact' \(valid: fast, balanced, accurate\)"):
+    with pytest.raises(ValueError, match=r"precision='exact' \(valid: auto, fast, balanced, accurate\)"):
         SageAttentionImpl(2, 64, False, 0.1, precision="exact")
     with pytest.raises(ValueError, match="num_heads=6, num_kv_heads=4"):
         SageAttentionImpl(6, 64, False, 0.1, 4)

@@ -337,7 +337,7 @@ def test_models_that_are_not_as_they_should_be(
 
 def test_values_that_config_refuses(run: Any) -> None:
     done = run("explain", "net.py:make_model", "--precision", "exact")
-    assert done.code == 2 and done.err == "precision='exact' (valid: fast, balanced, accurate)\n"
+    assert done.code == 2 and done.err == "precision='exact' (valid: auto, fast, balanced, accurate)\n"
 
 
 # ------------------------------------------------------------------------------------------------ calibrate
@@ -399,7 +399,7 @@ def test_errors_about_arguments_need_no_traceback(run: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(sage_inductor, "calibrate", lambda *args, **options: Refuses(precision="?"))
     done = run("calibrate", "net.py:make_model", "--out", "plan.json")
-    assert done.code == 2 and done.err == "precision='?' (valid: fast, balanced, accurate)\n"
+    assert done.code == 2 and done.err == "precision='?' (valid: auto, fast, balanced, accurate)\n"
 
     def calibrate(*args: Any, **options: Any) -> None:
         raise ValueError("too few values to unpack")

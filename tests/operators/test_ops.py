@@ -171,11 +171,11 @@ def jagged() -> Tensor:
         ((hnd(), hnd(seq=5), hnd(seq=6)), {}, "kv_len of key is 5, of value 6"),
         ((hnd(), hnd(heads=2), hnd(heads=2)), {}, "enable_gqa is False"),
         ((hnd(), hnd(heads=3), hnd(heads=3)), {"enable_gqa": True}, "not a multiple of 3"),
-        ((hnd(), hnd(batch=1), hnd(batch=1)), {}, "key has batch 1, query 2"),
+        ((hnd(), hnd(batch=3), hnd(batch=3)), {}, "key has batch 3, query 2"),
         ((hnd(), hnd().half(), hnd()), {}, "key is torch.float16, query is torch.float32"),
         ((hnd(), hnd(device="meta"), hnd()), {}, "key is on meta, query on cpu"),
-        ((hnd(), hnd(), hnd()[0]), {}, "value has 3 dimensions, query has 4"),
-        ((hnd()[None], hnd()[None], hnd()[None]), {}, "5 dimensions"),
+        ((hnd(), hnd(), hnd()[0, 0, 0]), {}, "value has 1 dimensions"),
+        ((hnd()[None], hnd(batch=3)[None], hnd()[None]), {}, "do not broadcast: (1, 2, "),
         ((hnd(), hnd(), hnd(), torch.ones(20, 7).bool()), {}, "does not broadcast"),
         (
             (hnd(), hnd(), hnd(), torch.ones(20, 20).long()),
@@ -200,11 +200,11 @@ def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, messa
     ("kwargs", "message"),
     [
         ({"kernel": "magic"}, "valid: auto, hopper, triton, sageattention, reference"),
-        ({"precision": "best"}, "valid: fast, balanced, accurate"),
+        ({"precision": "best"}, "valid: auto, fast, balanced, accurate"),
         ({"dropout_p": 2.0}, "valid: 0 to 1"),
         ({"dropout_p": "none"}, r"dropout_p='none' \(valid: 0 to 1\)"),
         ({"kernel": ["auto"]}, r"kernel=\['auto'\] \(valid: auto, "),
-        ({"precision": ["fast"]}, "valid: fast, balanced, accurate"),
+        ({"precision": ["fast"]}, "valid: auto, fast, balanced, accurate"),
     ],
 )
 def test_unknown_values_list_the_valid_ones(kwargs: Any, message: str) -> None:
@@ -237,7 +237,7 @@ def test_causal_biases_are_seen_through() -> None:
 
 
 def test_the_operator_itself_refuses_unknown_values() -> None:
-    with pytest.raises(ValueError, match="valid: fast, balanced, accurate"):
+    with pytest.raises(ValueError, match="valid: auto, fast, balanced, accurate"):
         ops.attention(hnd(), hnd(), hnd(), precision="best", **REFERENCE)
     with pytest.raises(ValueError, match="valid: hopper, triton"):
         ops.attention(hnd(), hnd(), hnd(), kernel_name="magic")

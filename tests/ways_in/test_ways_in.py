@@ -147,7 +147,7 @@ def test_fullgraph_and_dynamic(model: Block) -> None:
             "unknown option 'sage.kernl' (valid: sage.kernel, sage.precision",
         ),
         ({"sage.kernel": "magic"}, ValueError, "(valid: auto, hopper, triton, sageattention, reference)"),
-        ({"sage.precision": "best"}, ValueError, "(valid: fast, balanced, accurate)"),
+        ({"sage.precision": "best"}, ValueError, "(valid: auto, fast, balanced, accurate)"),
         ({"sage.fallback": "cry"}, ValueError, "(valid: sdpa, warn, error)"),
         ({"sage.include": "blocks"}, TypeError, "a tuple or list of glob strings"),
         ({"sage.exclude": (1,)}, TypeError, "a tuple or list of glob strings"),

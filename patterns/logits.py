@@ -40,22 +40,10 @@ from sage_inductor.patterns.numbers import filled_with, number
 from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
+from sage_inductor.patterns.terms import LOWEST, Term, floor_of, tells_keys_apart
 
-# What any finite number that hides keys becomes. It is finite in bfloat16 and float32, and so is the sum of two of it,
-# where eager overwrites one by the other (kernels take both for one number). It is just low enough that masks/ takes the
-# key for hidden.
-HIDDEN = torch.finfo(torch.float32).min / 2
 # A number up to this size may be added to all logits of a row: the softmax does not see it, and rounding leaves the scores.
 SHIFT = 1e3
-
-
-@dataclass(frozen=True)
-class Term:
-    """A tensor that is added to logits, or hides keys in them. `logits` is their shape there; both are
-    `[*batch, queries, keys]`."""
-
-    value: Value
-    logits: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -67,50 +55,53 @@ class Logits:
     product: Scores | None = None
     scale: float = 1.0
     factor: Value | None = None
-    bias: tuple[Term, ...] = ()
+    terms: tuple[Term, ...] = ()
+    """What is added to logits, and what finite numbers overwrite; what is done last comes first."""
     allowed: tuple[Term, ...] = ()
     views: tuple[tuple[Any, ...], ...] = ()  # the shapes that the logits take on the way
-    floored: bool = False  # what is -inf becomes a finite minimum later on
+    floor: float | None = None  # what is less, -inf too, becomes that number later on
     # Where the weights are set to zero, until it is seen to be where keys are hidden.
     zeroed: fx.Node | None = None
     zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
     sink: Value | None = None  # what softmax sees beside the keys
-    overwritten: tuple[Term, ...] = ()  # where finite numbers take the place of what hid keys before
 
     def plus(self, term: Value, node: fx.Node) -> Logits:
         """With `term` added by `node`, which comes before all that is known so far: later factors apply to it, too."""
-        term = arranged(term, self.order)
+        added = self._term(arranged(term, self.order), node)
         if self.scale != 1.0:
-            term = Expr.of("mul", term, self.scale)
+            added = replace(added, value=Expr.of("mul", added.promoted(), self.scale))
         if self.factor is not None:
-            term = Expr.of("mul", term, self.factor)
-        if self.floored:
-            term = Expr.of("clamp", term, min=HIDDEN)
-        return replace(self, bias=(*self.bias, self._term(term, node)))
+            added = replace(added, value=Expr.of("mul", added.promoted(), self.factor))
+        if self.floor is not None:
+            added = replace(added, value=Expr.of("clamp", added.value, min=floor_of(self.floor)))
+        return replace(self, terms=(*self.terms, added))
 
     def hiding(self, hidden: Value, value: float, node: fx.Node) -> Logits | None:
         """With the logits overwritten by `value` at `hidden`, as `node` does. None where that cannot be told in masks."""
         final = value * self.scale  # what later factors make of it
         if final > HIDES or self.factor is not None:
             return None
+        final = final if final >= LOWEST else -math.inf
+        hides_for_good = final == -math.inf and self.floor is None
+        covered = [term for term in self.terms if term.number is not None]
         remaining = negated(arranged(hidden, self.order))
         if final == -math.inf:
-            for later in self.overwritten:  # where no key is left to a query, those make the difference
+            for later in covered:  # where no key is left to a query, those make the difference
                 if later.logits != ordered(shape_of(node), self.order):
                     return None
                 remaining = Expr.of(torch.logical_or, remaining, later.value)
         allowed = self._term(remaining, node)
         if hidden is self.zeroed:  # no weight is left there, even where all keys are hidden
-            alone = final != -math.inf or self.floored
-            return replace(self, allowed=(*self.allowed, allowed), zeroed=None, zeroed_alone=alone)
-        if final == -math.inf and not self.floored:
+            return replace(
+                self, allowed=(*self.allowed, allowed), zeroed=None, zeroed_alone=not hides_for_good
+            )
+        if hides_for_good:
             return replace(self, allowed=(*self.allowed, allowed))
-        # A row whose keys are all hidden by a finite number attends to all of them alike: only an additive mask, of a
-        # number beside which rounding loses the scores, keeps that.
-        zeros = Expr.of(torch.zeros_like, hidden, dtype=torch.float32)
-        term = arranged(Expr.of("masked_fill", zeros, hidden, HIDDEN), self.order)
-        overwritten = (*self.overwritten, self._term(arranged(hidden, self.order), node))
-        return replace(self, bias=(*self.bias, self._term(term, node)), overwritten=overwritten)
+        written = max(final, -math.inf if self.floor is None else self.floor)
+        overwritten = replace(self._term(arranged(hidden, self.order), node), number=written)
+        if len(covered) < len(self.terms) and tells_keys_apart(written, overwritten.dtype):
+            return None
+        return replace(self, terms=(*self.terms, overwritten))
 
     def before(self, source: fx.Node) -> Logits | None:
         """The same at `source`, the input of the node at hand, which has fewer dims where it was broadcast. None where the order
@@ -122,7 +113,9 @@ class Logits:
         return replace(self, order=as_they_stand(rank)) if whole else None
 
     def _term(self, value: Value, node: fx.Node) -> Term:
-        return Term(value, ordered(shape_of(node), self.order))
+        logits = example_tensor(node)
+        assert logits is not None
+        return Term(value, ordered(tuple(logits.shape), self.order), logits.dtype)
 
 
 def logits_of(
@@ -181,7 +174,7 @@ def _complete(logits: Logits, node: fx.Node) -> Logits | None:
         return None
     if found.bias is not None and not _new_zeros(found.bias, node):
         logits = logits.plus(found.bias, node)
-    if logits.zeroed is not None or (logits.zeroed_alone and (logits.bias or len(logits.allowed) > 1)):
+    if logits.zeroed is not None or (logits.zeroed_alone and (logits.terms or len(logits.allowed) > 1)):
         return None
     return replace(logits, product=found, scale=logits.scale * found.scale, views=(*logits.views, shape))
 
@@ -351,6 +344,14 @@ def _flooring(node: fx.Node) -> _Step | None:
     source = argument(node, 0, "input")
     lowest = number(argument(node, 1, "min" if node in CLAMP else "other"))
     has_ceiling = node in CLAMP and argument(node, 2, "max") is not None
-    if not isinstance(source, fx.Node) or lowest is None or lowest > HIDES or has_ceiling:
+    if not isinstance(source, fx.Node) or lowest is None or has_ceiling:
         return None
-    return source, lambda logits: replace(logits, floored=True)
+    least = lowest
+
+    def update(logits: Logits) -> Logits | None:
+        floor = max(least * logits.scale, LOWEST)
+        if floor > HIDES or logits.factor is not None:
+            return None
+        return replace(logits, floor=floor if logits.floor is None else max(floor, logits.floor))
+
+    return source, update

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import SDPA, SDPA_TARGETS, AttentionCall, Pattern, example_tensor
+from sage_inductor.graph.call import SDPA, SDPA_TARGETS, AttentionCall, Expr, Pattern, example_tensor
 from sage_inductor.graph.sizes import is_dense
+from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.patterns.heads import folded, folded_mask
 from sage_inductor.patterns.nodes import shape_of
 
@@ -47,6 +48,24 @@ class ScaledDotProductAttention(Pattern):
         q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
         yield SDPA, (q, k, v)
         yield lambda q, k, v: SDPA(q, k, v, is_causal=True), (q, k, v)
+
+
+def as_autocast_reads(call: AttentionCall, around: Surroundings) -> AttentionCall:
+    """`call` with its mask in the dtype in which SDPA reads it: autocast casts float masks as it does queries, so that the
+    lowest float32 becomes -inf. Attention by hand is left as it is: its own nodes say what is cast."""
+    mask, query, output = (example_tensor(item) for item in (call.attn_mask, call.query, call.node))
+    if (
+        call.node.target not in SDPA_TARGETS
+        or mask is None
+        or query is None
+        or output is None
+        or around.transforms
+    ):
+        return call
+    cast = query.dtype != output.dtype or around.autocast_dtype(output.device.type) == output.dtype
+    if not cast or not mask.is_floating_point() or mask.dtype in (torch.float64, output.dtype):
+        return call
+    return replace(call, attn_mask=Expr.of("to", call.attn_mask, output.dtype))
 
 
 class ManyDims(ScaledDotProductAttention):

@@ -8,8 +8,8 @@ must have one reader: weights or logits that anyone else sees have to exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Methods, WeightedSum, weighted_sums
 from sage_inductor.patterns.sinks import left_out
 from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
+from sage_inductor.patterns.terms import Term, in_order, is_representable
 
 
 class SoftmaxMatmul(Pattern):
@@ -175,15 +176,14 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     dtype = output.dtype
     query, key, value = (_cast(item, dtype) for item in (query, key, value))
     scores = (*shape_of(query)[:-1], shape_of(key)[-2])
-    terms = [lifted(term.value, term.logits, scores) for term in (*logits.allowed, *logits.bias)]
-    if any(term is None or not _broadcasts(shape_of(term), scores) for term in terms):
+    allowed, terms = (_lifted(items, scores) for items in (logits.allowed, logits.terms[::-1]))
+    if allowed is None or terms is None or not is_representable(terms):
         return None
-    present = [term for term in terms if term is not None]
     if logits.sink is not None and (
         len(scores) != 4 or grouped.restore or not _broadcasts(shape_of(logits.sink), scores[:-1])
     ):
         return None
-    mask = _mask(present[: len(logits.allowed)], present[len(logits.allowed) :], dtype)
+    mask = _mask([term.value for term in allowed], in_order(terms), dtype)
     return AttentionCall(
         node, SoftmaxMatmul.name, query, key, value, mask,
         dropout_p=dropout, scale=logits.scale, enable_gqa=grouped.enable_gqa, sink=logits.sink, restore=restore,
@@ -214,19 +214,27 @@ def _cast(item: Value, dtype: torch.dtype) -> Value:
     return item if tensor is not None and tensor.dtype == dtype else Expr.of("to", item, dtype)
 
 
-def _mask(allowed: list[Value], bias: list[Value], dtype: torch.dtype) -> Value | None:
-    """One mask out of all hidden keys and terms."""
+def _lifted(terms: Sequence[Term], scores: tuple[Any, ...]) -> list[Term] | None:
+    """`terms` as they broadcast to `scores`, `[*batch, queries, keys]` of the call; None where one does not."""
+    found = []
+    for term in terms:
+        value = lifted(term.value, term.logits, scores)
+        if value is None or not _broadcasts(shape_of(value), scores):
+            return None
+        found.append(replace(term, value=value, logits=scores))
+    return found
+
+
+def _mask(allowed: Sequence[Value], total: Value | None, dtype: torch.dtype) -> Value | None:
+    """One mask out of all hidden keys and the terms together, which keep the precision of the model's own sums."""
     both: Value | None = None
     for item in allowed:
         both = item if both is None else Expr.of(torch.logical_and, both, item)
-    total: Value | None = None
-    for item in bias:
-        total = item if total is None else Expr.of("add", total, item)
     if total is None:
         return both
     tensor = example_tensor(total)
     if tensor is not None and tensor.dtype not in (torch.float32, dtype):
-        total = Expr.of("to", total, dtype)
+        total = Expr.of("to", total, torch.float32)
     return total if both is None else Expr.of(torch.where, both, total, -math.inf)
 
 

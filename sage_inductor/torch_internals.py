@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import BuiltinFunctionType, GeneratorType
@@ -18,9 +18,11 @@ import torch
 __all__ = [
     "CustomGraphPass",
     "FUSED_ENCODER_LAYER",
+    "above_autograd",
     "allowed_sdpa_backends",
     "ambient_settings",
     "autocast_dtypes",
+    "below_autograd",
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
@@ -54,6 +56,7 @@ __all__ = [
     "past_autocast",
     "pre_grad_pass",
     "prefers_math",
+    "runs_eagerly",
     "storage_id",
     "surfaced",
     "tensors_of",
@@ -63,6 +66,32 @@ __all__ = [
     "without_limit_of_recompiles",
     "written_arguments",
 ]
+
+
+def above_autograd() -> AbstractContextManager[Any]:
+    """Inside, autograd records operators (where gradients are enabled) even if it was passed by already."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return cast(AbstractContextManager[Any], torch._C._SetExcludeDispatchKeyGuard(key, False))
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Inside, operators are dispatched past autograd."""
+    return cast(AbstractContextManager[Any], torch._C._AutoDispatchBelowAutograd())
+
+
+def runs_eagerly(arguments: Iterable[object]) -> bool:
+    """Whether an operator called with `arguments` computes numbers now: no mode or transform records or fakes it, and its
+    tensors are no subclass with a dispatch of its own, nor functionalised, nor to be negated before they are read."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
+    return all(
+        type(tensor) in _PLAIN and not torch._is_functional_tensor(tensor) and not tensor.is_neg()
+        for tensor in tensors
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def compile_with_inductor(

@@ -1,10 +1,11 @@
-"""What holds around a node: the SDPA backends that the user pinned, and functorch transforms."""
+"""What holds around a node: the SDPA backends that the user pinned, functorch transforms, and autocast."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from sage_inductor.torch_internals import allowed_sdpa_backends, is_inside_sdpa_kernel, prefers_math
@@ -17,6 +18,18 @@ class Surroundings:
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
+    autocast: tuple[tuple[str, torch.dtype | None], ...] = ()
+    """(device type, dtype that it casts to, None where it is off) of each autocast region, the innermost last."""
+
+    @classmethod
+    def ambient(cls) -> Surroundings:
+        """What holds around the graph itself, which is being compiled."""
+        on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        return cls(ambient_pin(), autocast=tuple((device, torch.get_autocast_dtype(device)) for device in on))
+
+    def autocast_dtype(self, device_type: str) -> torch.dtype | None:
+        """The dtype that autocast casts to there, None where it does not."""
+        return next((dtype for device, dtype in reversed(self.autocast) if device == device_type), None)
 
 
 def ambient_pin() -> tuple[str, ...] | None:
@@ -43,16 +56,38 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
     name = getattr(node.target, "__name__", "")
     if name.endswith("_increment_nesting"):
         transform = name.removeprefix("_").removesuffix("_increment_nesting")
-        return Surroundings(around.pinned, (*around.transforms, transform))
+        return replace(around, transforms=(*around.transforms, transform))
     if name.endswith("_decrement_nesting"):
-        return Surroundings(around.pinned, around.transforms[:-1])
+        return replace(around, transforms=around.transforms[:-1])
     if name == "_sdpa_kernel":
         backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
         if set(backends) == set(allowed_sdpa_backends()):  # behind a region: what it was before
-            return Surroundings(ambient_pin(), around.transforms)
+            return replace(around, pinned=ambient_pin())
         has_order = len(node.args) > 1 and node.args[1] is True
-        return Surroundings(_pin(backends, has_order and backends[0] == "MATH"), around.transforms)
+        return replace(around, pinned=_pin(backends, has_order and backends[0] == "MATH"))
+    if name == "_enter_autocast":
+        return _under_autocast(node, around)
+    if name == "_exit_autocast":
+        return replace(around, autocast=around.autocast[:-1])
     return around
+
+
+def inside(node: fx.Node, around: Surroundings) -> Surroundings:
+    """The surroundings within the graph that `node` refers to, which an exported program may run under autocast."""
+    for user in node.users:
+        if getattr(user.target, "__name__", "") == "wrap_with_autocast":
+            return _under_autocast(user, around)
+    return around
+
+
+def _under_autocast(node: fx.Node, around: Surroundings) -> Surroundings:
+    """`around` in the autocast region that `node` opens; its first arguments are device type, dtype and whether it is
+    on."""
+    device, dtype, on = node.args[:3]
+    wanted = (
+        (dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(device))) if on else None
+    )
+    return replace(around, autocast=(*around.autocast, (str(device), wanted)))
 
 
 def _backend_name(item: Any) -> str:

@@ -99,7 +99,7 @@ def sage_attention(
         return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    given = folded(query, key, value, attn_mask, enable_gqa)
+    given = folded(query, key, value, inference.cast_as_sdpa(attn_mask), enable_gqa)
     inputs = (given.query, given.key, given.value, given.attn_mask, is_causal)
     options: dict[str, Any] = {
         "scale": scale,

@@ -4,8 +4,9 @@
     sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called out)
     sage_inductor::attention_lse    -> output and LSE
 
-They have no autograd rule (an inference operator costs 2.7 us a call without one, 6.4 us with): a call whose
-inputs need gradients belongs to `sage_inductor::attention_training` in training.py.
+Inputs that need gradients get exact attention, which autograd records as it records SDPA; the quantised forward pass
+with gradients is `sage_inductor::attention_training` in training.py. At autograd's key stands the implementation itself:
+to dispatch a call twice would cost 4.3 us, half of what a call costs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sage_inductor.kernels.base import (
 )
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.operators.unquantised import exact_lse, sdpa
-from sage_inductor.torch_internals import past_autocast
+from sage_inductor.torch_internals import below_autograd, past_autocast, runs_eagerly
 
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"
@@ -149,12 +150,13 @@ def _attention(
     sink: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    out, lse = _run(query, key, value, attn_mask, is_causal, None, sink is not None, **options)
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, sink is not None, sink, **options)
     if sink is None:
         return out
     assert lse is not None
     # What of all weight the keys have: exp(lse) / (exp(lse) + exp(sink)).
-    return out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
+    weight = torch.sigmoid(lse - sink).unsqueeze(-1)
+    return (out * weight).to(out.dtype) if weight.requires_grad else out.mul_(weight)
 
 
 def _attention_out(
@@ -169,7 +171,7 @@ def _attention_out(
 ) -> None:
     if problem := output_problem(output, query=query, key=key, value=value, attn_mask=attn_mask):
         raise _misfit(problem)
-    _run(query, key, value, attn_mask, is_causal, output, False, **options)
+    _run(query, key, value, attn_mask, is_causal, output, False, None, **options)
     mark_written(output)
 
 
@@ -181,7 +183,7 @@ def _attention_lse(
     is_causal: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _run(query, key, value, attn_mask, is_causal, None, True, **options)
+    out, lse = _run(query, key, value, attn_mask, is_causal, None, True, None, **options)
     assert lse is not None
     return out, lse
 
@@ -208,6 +210,7 @@ def _run(
     is_causal: bool,
     out: Tensor | None,
     return_lse: bool,
+    sink: Tensor | None,
     *,
     memory_order: Sequence[int] | None = None,
     scale: float | None = None,
@@ -222,8 +225,12 @@ def _run(
     or_exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE if asked for); the output is `out` where that is given."""
-    if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask)):
-        raise NotEligibleError(f"kernel={kernel_name}", [wanting])
+    if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
+        if out is not None:
+            raise NotEligibleError(f"kernel={kernel_name}", [wanting])
+        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
+        validate(query, key, value, attn_mask, enable_gqa)
+        return _differentiable(query, key, value, attn_mask, params, memory_order, return_lse)
     kind = (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
@@ -302,9 +309,34 @@ def _resolve(
     return chosen.prepare(query, key, value, attn_mask, params, out, lse)
 
 
-def wanting_gradients(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+def _differentiable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    memory_order: Sequence[int] | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Exact attention, and its LSE if asked for, that autograd records; the output in the strides of the operator's."""
+    q, k, v = map(as_4d, (query, key, value))
+    mask = None if attn_mask is None else as_4d(attn_mask)
+    out = sdpa(q, k, v, mask, params).view(*query.shape[:-1], value.shape[-1])
+    expected = _empty_output(query.detach(), value.detach(), memory_order)
+    if out.stride() != expected.stride():
+        out = expected.copy_(out)
+    if not return_lse:
+        return out, None
+    lse = _empty_lse(q)
+    exact_lse(q, k, mask, params, lse)
+    return out, lse.view(query.shape[:-1])
+
+
+def wanting_gradients(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sink: Tensor | None = None
+) -> str | None:
     """The reason against an inference kernel when an input requires gradients."""
-    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "sink": sink}
     wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
     return reason("requires_grad", wanting, "none; use torch.no_grad()") if wanting else None
 
@@ -363,9 +395,28 @@ def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor
     return fake_attention(query, *args, **kwargs), _empty_lse(query)
 
 
+def _autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands at autograd's key: the implementation, which looks for itself at whether gradients are wanted. Tracing
+    records `op` where they are not, and exact attention where they are."""
+
+    def rule(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensors = (query, key, value, *args, *kwargs.values())
+        if runs_eagerly(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, tensors))):
+            return implementation(query, key, value, *args, **kwargs)
+        with below_autograd():
+            return op(query, key, value, *args, **kwargs)
+
+    return rule
+
+
+def _requires_grad(item: object) -> bool:
+    return isinstance(item, Tensor) and item.requires_grad
+
+
 def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """SDPA's autocast rule: floating inputs (a float mask too) are cast to the autocast dtype, float64 is
-    left."""
+    """Autocast casts query, key and value, but float64. A float mask is read as it is, or as float32 where its dtype is
+    neither that nor the autocast dtype: the scores that a model adds it to by hand are promoted as far. (SDPA's own rule
+    casts masks too; who stands for SDPA does that beforehand, `cast_as_sdpa`.)"""
     past_rules = past_autocast(device_type)
 
     def rule(
@@ -373,15 +424,28 @@ def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any
     ) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        def cast(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.dtype == torch.float64:
                 return tensor
             return tensor.to(dtype) if tensor.device.type == device_type else tensor
 
+        query, key, value = cast(query), cast(key), cast(value)
+        if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            attn_mask = attn_mask.float()
         with past_rules():
-            return op(cast(query), cast(key), cast(value), cast(attn_mask), *args, **kwargs)
+            return op(query, key, value, attn_mask, *args, **kwargs)
 
     return rule
+
+
+def cast_as_sdpa(attn_mask: Tensor | None) -> Tensor | None:
+    """`attn_mask` as SDPA reads it: under autocast a float mask, but of float64, is cast to the autocast dtype."""
+    if attn_mask is None or not attn_mask.is_floating_point() or attn_mask.dtype == torch.float64:
+        return attn_mask
+    device_type = attn_mask.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return attn_mask
+    return attn_mask.to(torch.get_autocast_dtype(device_type))
 
 
 def _out_of_views(*args: Any, output: Tensor, **options: Any) -> None:
@@ -403,6 +467,7 @@ def _register() -> None:
         op = getattr(getattr(torch.ops.sage_inductor, packet), overload or "default")
         for backend in ("CPU", "CUDA"):
             LIBRARY.impl(name, implementation, backend)
+            LIBRARY.impl(name, _autograd_rule(op, implementation), f"Autograd{backend}")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             LIBRARY.impl(name, autocast_rule(op, device_type), key)

@@ -2,7 +2,8 @@
 
 The gradient is that of unquantised attention at the same inputs, a straight-through estimate: rounding has no
 useful derivative. It is computed by SDPA's own backward, recomputing the forward pass, so nothing but the
-inputs is saved.
+inputs is saved. `gradient_order` names the memory orders of the gradients of query, key and value, one behind the
+other, where users rely on those that SDPA gives; without it they are those of the inputs.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from torch import Tensor
 from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.operators import inference
-from sage_inductor.operators.unquantised import combined_mask
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.operators.unquantised import sdpa
+from sage_inductor.torch_internals import above_autograd
 
 inference.LIBRARY.define(
-    f"attention_training({inference.INPUTS}, {inference.PARAMS}, int[]? memory_order=None) -> Tensor",
+    f"attention_training({inference.INPUTS}, {inference.PARAMS}, int[]? memory_order=None, "
+    "int[]? gradient_order=None) -> Tensor",
     tags=inference.TAGS,
 )
 inference.LIBRARY.define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-    "bool is_causal, float? scale, bool enable_gqa, bool bottom_right, int window_left, int window_right) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool is_causal, float? scale, bool enable_gqa, bool bottom_right, int window_left, int window_right, "
+    "int[]? gradient_order) -> (Tensor, Tensor, Tensor)",
     tags=inference.TAGS,
 )
 
 
-def _attention_training(*args: Any, **kwargs: Any) -> Tensor:
+def _attention_training(*args: Any, gradient_order: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = inference.attention(*args, **kwargs)
     return out
@@ -49,32 +51,41 @@ def _attention_backward(
     bottom_right: bool,
     window_left: int,
     window_right: int,
+    gradient_order: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale)
-    low, high = params.bounds(query.shape[-2], key.shape[-2])
-    attn_mask, plain_causal = combined_mask(query, key, attn_mask, low, high)
-    with torch.enable_grad():
-        q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = builtin_sdpa(q, k, v, attn_mask, is_causal=plain_causal, scale=scale, enable_gqa=enable_gqa)
-        grads = torch.autograd.grad(output, (q, k, v), grad_output)
+    # Where a branch of torch.cond runs eagerly, autograd has been passed by.
+    with torch.enable_grad(), above_autograd():
+        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        q, k, v = map(inference.as_4d, inputs)
+        output = sdpa(q, k, v, None if attn_mask is None else inference.as_4d(attn_mask), params)
+        grads = torch.autograd.grad(output, inputs, inference.as_4d(grad_output))
     # In the strides that the traced backward was told.
-    dq, dk, dv = (
-        _empty_like(tensor).copy_(grad) for tensor, grad in zip((query, key, value), grads, strict=True)
-    )
+    empty = _empty_gradients((query, key, value), gradient_order)
+    dq, dk, dv = (gradient.copy_(grad) for gradient, grad in zip(empty, grads, strict=True))
     return dq, dk, dv
 
 
-def _fake_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
-    return tuple(_empty_like(tensor) for tensor in (query, key, value))
+def _fake_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients((query, key, value), args[-1]))
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_permuted(
-        tensor.shape, memory_order(tensor, guarded=True), dtype=tensor.dtype, device=tensor.device
+def _empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> list[Tensor]:
+    dims = inputs[0].dim()
+    orders = (
+        [memory_order(tensor, guarded=True) for tensor in inputs]
+        if order is None
+        else [list(order[start : start + dims]) for start in range(0, 3 * dims, dims)]
     )
+    return [
+        torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype, device=tensor.device)
+        for tensor, order in zip(inputs, orders, strict=True)
+    ]
 
 
-_SAVED = ("scale", "enable_gqa", "bottom_right", "window_left", "window_right")
+_SAVED = ("scale", "enable_gqa", "bottom_right", "window_left", "window_right", "gradient_order")
 
 
 def _setup_context(

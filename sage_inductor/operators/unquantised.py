@@ -15,18 +15,24 @@ from sage_inductor.torch_internals import builtin_sdpa
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses."""
+    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses. Differentiable; an additive mask of
+    float32 keeps its precision beside inputs of 16 bits."""
     bounds = params.bounds(query.shape[2], key.shape[2])
     attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds)
+    dtype = query.dtype
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, dtype):
+        # Positions of ALiBi need more than the 8 bits of bfloat16, and the lowest float32 is -inf there: the mask is not
+        # rounded. SDPA's memory-efficient kernel takes a mask of the inputs' dtype only, so these follow the mask.
+        query, key, value = (tensor.to(attn_mask.dtype) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     if gqa and attn_mask is not None:
-        # SDPA's memory-efficient kernel takes masks but no GQA; writing out all scores instead would cost far more than
-        # these copies.
+        # That kernel takes masks but no GQA; writing out all scores instead would cost far more than these copies.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         gqa = False
-    return builtin_sdpa(
+    out = builtin_sdpa(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )
+    return out.to(dtype)
 
 
 def exact_lse(
@@ -76,6 +82,4 @@ def combined_mask(
         attn_mask = (
             attn_mask & band if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~band, -math.inf)
         )
-    if attn_mask.dtype == torch.float32 != query.dtype:
-        attn_mask = attn_mask.to(query.dtype)
     return attn_mask, False

@@ -19,9 +19,10 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
 from sage_inductor.graph.origin import ROOT, source_code, source_line
 from sage_inductor.graph.places import Places
-from sage_inductor.graph.surroundings import Surroundings, ambient_pin, enter
+from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
+from sage_inductor.patterns.sdpa import as_autocast_reads
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import Fingerprint, Verdict, calls_per_module
 from sage_inductor.report.report import Report
@@ -60,7 +61,8 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
         if config.plan is not None:
             _compare_with_plan(sites, _plan_of(config))
         warn_of_unmatched(config, sites, graph, places)
-    _fall_back([site for site in sites if not site.rewritten], config)
+    # What include and exclude leave out stays on purpose.
+    _fall_back([site for site in sites if not site.rewritten and not _left_out(site, config)], config)
     return sites
 
 
@@ -69,7 +71,7 @@ def rewrite_sites(graph: fx.Graph, config: Config, places: Places | None = None)
     of our operator that it writes carry the name of their site as `meta["sage_site"]`."""
     places = Places() if places is None else places
     regions: list[_Region] = []
-    found = list(_collect(graph, Surroundings(ambient_pin()), regions, set()))
+    found = list(_collect(graph, Surroundings.ambient(), regions, set()))
     walk = _Walk(config, Names(), places, Counter(places.of(item.node)[0].path for item in found))
     decisions = [_judge(item, walk) for item in found]
     for region in regions:
@@ -120,6 +122,10 @@ def planned_names(plan: Plan, site: Site) -> list[str]:
     if ROOT in site.places[0].names and not plan.sites_called(names[0]) and plan.sites_called(alone):
         return [alone]
     return names
+
+
+def _left_out(site: Site, config: Config) -> bool:
+    return bool(selection_reasons(config, site.places))
 
 
 def _fall_back(refused: list[Site], config: Config) -> None:
@@ -209,7 +215,7 @@ def _collect(
         submodule = submodule_of(node)
         if submodule is not None and id(submodule) not in visited:
             visited.add(id(submodule))
-            yield from _collect(submodule.graph, around, regions, visited, submodule)
+            yield from _collect(submodule.graph, inside(node, around), regions, visited, submodule)
             continue
         yield from _opened(node, region, around)
         match = _match(node, region.writes, around)
@@ -241,6 +247,7 @@ def _match(node: fx.Node, writes: Writes, around: Surroundings) -> _Match | None
     found = next((call for call in matches if call is not None), None)
     if found is None:
         return None
+    found = as_autocast_reads(found, around)
     candidates = (absorb_repeated_heads(found), found)
     call = next((call for call in candidates if not writes.overwrite(call)), None)
     return None if call is None else _Match(call, found)

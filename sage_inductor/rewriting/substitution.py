@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sage_inductor.graph.call import (
+    SDPA,
+    SDPA_TARGETS,
     AttentionCall,
     Expansion,
     Expr,
@@ -20,7 +22,14 @@ from sage_inductor.graph.call import (
     tracing,
 )
 from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, is_fresh, is_pure, operation
-from sage_inductor.graph.sizes import is_dense, memory_order, order_is_known, sizes_of
+from sage_inductor.graph.sizes import (
+    UNKNOWN,
+    all_in_memory_order,
+    is_dense,
+    memory_order,
+    order_is_known,
+    sizes_of,
+)
 from sage_inductor.operators import inference, training
 from sage_inductor.patterns.axes import permutation
 from sage_inductor.patterns.nodes import reads_nothing
@@ -28,7 +37,7 @@ from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
-from sage_inductor.torch_internals import is_backed, is_erased, tensors_of
+from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
 NHD = [0, 2, 1, 3]
@@ -101,6 +110,8 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
     target = training.attention_training if output.requires_grad else inference.attention
+    if output.requires_grad and call.node.target in SDPA_TARGETS:
+        kwargs["gradient_order"] = _gradient_order(call)
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
@@ -121,6 +132,30 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
 def _has_known_sizes(item: Value) -> bool:
     tensor = example_tensor(item)
     return tensor is not None and all(isinstance(size, int) for size in sizes_of(tensor))
+
+
+def _gradient_order(call: AttentionCall) -> list[int]:
+    """The memory orders in which SDPA's backward gives the gradients of query, key and value, one behind the other. Of
+    symbolic sizes, those they had when they were traced."""
+    output = call.output()
+    assert output is not None
+
+    def alike(item: Value) -> Tensor:
+        tensor = example_tensor(item)
+        assert tensor is not None
+        shape, strides = (
+            [size if isinstance(size, int) else hinted(size, UNKNOWN) for size in sizes]
+            for sizes in (tensor.shape, tensor.stride())
+        )
+        dtype = output.dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device)
+
+    with tracing(output), torch.enable_grad():
+        mask = None if call.attn_mask is None else alike(call.attn_mask)
+        q, k, v = (alike(item).requires_grad_() for item in (call.query, call.key, call.value))
+        out = SDPA(q, k, v, mask, is_causal=call.is_causal is True, enable_gqa=call.enable_gqa)
+        grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    return [dim for grad in grads for dim in all_in_memory_order(grad)]
 
 
 def _is_transposed_and_copied(call: AttentionCall) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 from sage_inductor.graph.call import example_tensor, node_name
 from sage_inductor.graph.origin import source_code, source_line
 from sage_inductor.graph.places import Places
-from sage_inductor.graph.surroundings import Surroundings, ambient_pin, enter
+from sage_inductor.graph.surroundings import Surroundings, enter
 from sage_inductor.graph.writes import Writes, submodule_of
 from sage_inductor.patterns import ALL
 from sage_inductor.patterns.logits import is_known_step, logits_of
@@ -37,7 +37,7 @@ def unread(graph: fx.Graph) -> tuple[Unread, ...]:
     many elements as the scores. `graph` has been rewritten before, so that what is known is gone. Nothing is looked for
     inside functorch transforms.
     """
-    return tuple(_by_logits(graph, Places(), Surroundings(ambient_pin())).values())
+    return tuple(_by_logits(graph, Places(), Surroundings.ambient()).values())
 
 
 def _by_logits(graph: fx.Graph, places: Places, around: Surroundings) -> dict[fx.Node, Unread]:

@@ -268,10 +268,11 @@ def test_the_operator_exists_after_the_import_alone() -> None:
     assert run.stdout.strip() == "sage_inductor::attention"
 
 
-def test_the_operator_refuses_inputs_that_need_gradients() -> None:
+def test_the_operator_is_exact_for_inputs_that_need_gradients() -> None:
     q, k, v = hnd().requires_grad_(), hnd(), hnd()
+    assert torch.equal(ops.attention(q, k, v, **REFERENCE), F.scaled_dot_product_attention(q, k, v))
     with pytest.raises(NotEligibleError, match="requires_grad=query"):
-        ops.attention(q, k, v, **REFERENCE)
+        ops.attention_out(q, k, v, **REFERENCE, output=torch.empty_like(v))
     with torch.no_grad():
         assert not ops.attention(q, k, v, **REFERENCE).requires_grad
 

@@ -189,8 +189,12 @@ def _is_function(item: Value, writes: Writes) -> bool:
 def _remembered_constant(
     mask: Value, constants: dict[fx.Node, Tensor | None], writes: Writes
 ) -> Tensor | None:
-    if not isinstance(mask, fx.Node):
-        return constant_value(mask, writes)
+    if isinstance(mask, Expr):
+        source = mask.args[0]
+        if mask.target != "to" or not isinstance(source, fx.Node):
+            return constant_value(mask, writes)
+        value = _remembered_constant(source, constants, writes)  # autocast's cast of a mask that layers share
+        return None if value is None else value.to(*mask.args[1:])
     if mask not in constants:
         constants[mask] = constant_value(mask, writes)
     return constants[mask]

@@ -1,15 +1,12 @@
 """Wheel, source distribution, `pip install .` and `pip install -e .`, each in an environment of its own.
 
-The environments see the packages of the running one, torch above all, but not its sage_inductor: that makes them
-in seconds and without the network.
+The environments see the packages of the running one (tests/helpers/environments.py).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import site
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -17,8 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from environments import ROOT, Environment, run
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "sage_inductor", "patterns")
 
 # Run away from the repository, so that only what was installed is found. The package is never imported by hand.
@@ -43,49 +40,16 @@ print(pathlib.Path(sage_inductor.patterns.__file__).parent)
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    # Options that the tests are run with are not those of a user.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def compile_in(environment: Environment, cwd: Path) -> list[Path]:
+    """Compiles through the named backend; the folders of the package and of its patterns."""
+    printed = run(environment.python, "-c", textwrap.dedent(COMPILE), cwd=cwd)
+    return [Path(line) for line in printed.splitlines()[-2:]]
 
 
-class Environment:
-    """A virtual environment that finds the running one's packages after its own."""
-
-    def __init__(self, folder: Path) -> None:
-        run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-        self.folder = folder
-        self.python = folder / "bin" / "python"
-        # A path line, unlike site.addsitedir, does not read the .pth files there, which would find an editable
-        # install of this package.
-        shared = [
-            path for path in (*site.getsitepackages(), site.getusersitepackages()) if Path(path).is_dir()
-        ]
-        (self.packages / "zz_shared.pth").write_text("\n".join(shared) + "\n")
-
-    @property
-    def packages(self) -> Path:
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        return self.folder / "lib" / version / "site-packages"
-
-    def install(self, *arguments: str | Path) -> None:
-        # --ignore-installed: the running environment's own sage_inductor is not to be removed.
-        options = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", "--quiet")
-        run(self.python, "-m", "pip", "install", *options, *arguments, cwd=self.folder)
-
-    def compile(self, cwd: Path) -> list[Path]:
-        """Compiles through the named backend; the folders of the package and of its patterns."""
-        return [
-            Path(line) for line in run(self.python, "-c", textwrap.dedent(COMPILE), cwd=cwd).splitlines()[-2:]
-        ]
-
-
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX"),
+    pytest.mark.xdist_group("packaging"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +101,7 @@ def test_installed(form: str, distributions: tuple[Path, Path], source: Path, tm
     environment = Environment(tmp_path / "environment")
     environment.install({"wheel": wheel, "sdist": sdist, "folder": source}[form])
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    package, patterns = environment.compile(elsewhere)
+    package, patterns = compile_in(environment, elsewhere)
     assert package == environment.packages / "sage_inductor"
     assert patterns == package / "patterns"
 
@@ -147,7 +111,7 @@ def test_editable(source: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "environment")
     copy = shutil.copytree(source, tmp_path / "repository", ignore=shutil.ignore_patterns("build"))
     environment.install("--editable", copy)
-    assert environment.compile(tmp_path) == [copy / "sage_inductor", copy / "patterns"]
+    assert compile_in(environment, tmp_path) == [copy / "sage_inductor", copy / "patterns"]
     with open(copy / "patterns" / "__init__.py", "a") as patterns:
         patterns.write("\nEDITED = True\n")
     run(environment.python, "-c", "from sage_inductor.patterns import EDITED", cwd=copy)

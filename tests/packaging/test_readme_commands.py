@@ -1,0 +1,187 @@
+"""What the README shows works as it stands there: each command and each block of Python, in a clone, from its root.
+
+Once after `pip install .` and once after `pip install -e .`. Every block is run or named here with the reason why not, so that a new
+one is covered as soon as it is written. What a block takes for granted (a model, its inputs) is supplied here, small.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from environments import ROOT, Environment, clone, environment_of_a_user, required, run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest requires it there
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+# Commands in running text.
+COMMANDS += [
+    text for text in re.findall(r"`([^`\n]+)`", README) if re.match(r"(python3?|pip|torchrun) ", text)
+]
+
+# Not run as they stand, by what they begin with: the reason, and what is run instead if anything is.
+INSTEAD: dict[str, tuple[str, str | None]] = {
+    "python3 -m venv .venv": (".ci/run runs it word for word: it installs torch", None),
+    'pip install "sage_inductor[cli]"': ("needs a package index; pyproject.toml has the extra", None),
+    "python tests/helpers/sweep.py": (
+        "needs a GPU for --kernel triton",
+        "python tests/helpers/sweep.py --kernel reference --seeds 0 2 --jobs 1 --state sweep.json",
+    ),
+    "python benchmarks/sanitize.py": (
+        "needs a GPU and compute-sanitizer",
+        "python benchmarks/sanitize.py --help",
+    ),
+    "python -m sage_inductor bench --shape 1,24,16384,128": (
+        "16,384 tokens take a CPU minutes; there only the reference kernel can run",
+        "python -m sage_inductor bench --shape 1,2,64,64 --kernel reference",
+    ),
+    "torchrun ": ("needs several processes, and a GPU for each", None),
+}
+# What the README says `make_model` is.
+MODEL = """\
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def forward(self, x):
+        q, k, v = x.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+def make_model():
+    return nn.Sequential(nn.Linear(32, 96), Attention()).eval(), (torch.randn(1, 40, 32),)
+"""
+# What the blocks of Python take for granted. Each gets names of its own.
+PREAMBLE = """\
+import torch
+import sage_inductor
+from model import make_model
+
+torch.manual_seed(0)
+model, inputs = make_model()
+pipeline = model
+x1, x2 = torch.randn(2, 1, 40, 32)
+query, key, value = torch.randn(3, 1, 2, 40, 32)
+config = sage_inductor.Config(kernel="reference")
+
+class MyPass(torch._inductor.custom_graph_pass.CustomGraphPass):
+    def __call__(self, graph): pass
+    def uuid(self): return "mine"
+
+my_pass = MyPass()
+"""
+SESSION = """\
+import sys, traceback, warnings
+sys.path.insert(0, "")  # as in a session, or `python -m`
+import sage_inductor
+import torch
+import torch._inductor.custom_graph_pass
+torch.set_grad_enabled(False)
+preamble, *blocks = {texts!r}
+for number, block in enumerate(blocks):
+    names = {{}}
+    exec(preamble, names)
+    # Ellipsis stands for the arguments of a call of the reader's.
+    block = block.replace("pipeline(...)", "pipeline(*inputs)")
+    exec(compile(block, f"block {{number}} of README.md", "exec"), names)
+    if "compiled" in names:
+        names["compiled"](*names["inputs"])
+    print("ran block", number)
+"""
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A clone with the package installed from it, as the README says."""
+
+    root: Path
+    python: Path
+
+    def shell(self, command: str) -> subprocess.CompletedProcess[str]:
+        """In the root, the environment activated."""
+        activate = f'. "{self.python.parent / "activate"}"'
+        # One folder for both forms: what Inductor compiled for one, the other reads.
+        return subprocess.run(
+            ["bash", "-e", "-c", f"{activate}\n{command}"],
+            cwd=self.root, env=environment_of_a_user(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(form, marks=pytest.mark.xdist_group(form)) for form in ("plain", "editable")],
+)
+def installed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installed]:
+    folder = tmp_path_factory.mktemp(request.param)
+    root = clone(folder / "repository")
+    environment = Environment(folder / "environment")
+    environment.install(*(["-e"] if request.param == "editable" else []), ".", cwd=root)
+    (root / "model.py").write_text(MODEL)
+    yield Installed(root, environment.python)
+
+
+def replaced(command: str) -> str | None:
+    """The command as it is run here; None where it cannot be."""
+    for start, (_, instead) in INSTEAD.items():
+        if command.startswith(start):
+            return instead
+    return command
+
+
+def test_what_is_not_run_is_in_the_readme() -> None:
+    """torchrun, which may come, apart: a reason without its command is stale."""
+    for start in INSTEAD:
+        assert start == "torchrun " or any(command.startswith(start) for command in COMMANDS), start
+    assert PYTHON and len(COMMANDS) >= 10
+    assert {language for language, _ in BLOCKS} <= {"python", "bash"}
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(filter(None, map(replaced, COMMANDS))))
+def test_commands(installed: Installed, command: str) -> None:
+    done = installed.shell(command)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_explain_takes_the_example_that_the_readme_names(installed: Installed) -> None:
+    (spec,) = set(re.findall(r"`(examples/\S+\.py:\w+)`", README))
+    done = installed.shell(f"python -m sage_inductor explain {spec} --kernel reference")
+    assert done.returncode == 0, done.stderr
+    assert "3 attention(s): 2 rewritten, 1 left" in done.stdout
+
+
+def test_blocks_of_python(installed: Installed) -> None:
+    session = SESSION.format(texts=[PREAMBLE, *PYTHON])
+    printed = run(installed.python, "-c", session, cwd=installed.root)
+    assert printed.count("ran block") == len(PYTHON)
+
+
+def test_the_quickstart_has_nothing_to_complain_about(tmp_path: Path) -> None:
+    """In an environment that has what the README's first command installs, and nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = Environment(tmp_path / "environment", required(["torch", *project["dependencies"]]))
+    root = clone(tmp_path / "repository")
+    environment.install(".", cwd=root)
+    done = Installed(root, environment.python).shell("python examples/quickstart.py --repeat 1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "relative L2 error" in done.stdout

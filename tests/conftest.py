@@ -53,10 +53,14 @@ def pytest_unconfigure() -> None:
 # What the package remembers as long as a process lives, by module: dictionaries, sets and cached functions.
 REMEMBERED = {
     "sage_inductor.backends.abstract": ("_warned_of",),
+    "sage_inductor.config": ("_read",),
     "sage_inductor.graph_pass": ("source_hash",),
     "sage_inductor.kernels": ("get",),
+    "sage_inductor.kernels.hopper.kept": ("_warned",),
     "sage_inductor.kernels.hopper.launch": ("_placed",),
     "sage_inductor.kernels.sageattention": ("_device_reasons",),
+    "sage_inductor.kernels.triton": ("_varlen_calls",),
+    "sage_inductor.kernels.triton.configs": ("_overrides",),
     "sage_inductor.kernels.triton.launcher": ("_rest",),
     "sage_inductor.operators.inference": ("_resolved",),
     "sage_inductor.scope": ("_inside", "_seen", "_warned"),

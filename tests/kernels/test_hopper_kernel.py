@@ -27,6 +27,8 @@ on_hopper = [
     pytest.mark.skipif(bool(KERNEL.unavailable_reasons()), reason="needs a Hopper GPU"),
 ]
 
+# Tests of what is compiled once, by one worker.
+of_compiled = pytest.mark.xdist_group("hopper, compiled")
 PADDED = (32, 64, 96, 128, 160, 192, 256)
 OUTPUTS = (("fast", "bf16"), ("balanced", "fp32"), ("accurate", "bf16"), ("accurate", "fp16"))
 WIDE_OUTPUTS = (("fast", "bf16"), ("balanced", "bf16"), ("accurate", "fp16"))
@@ -57,6 +59,7 @@ def compiled() -> dict[HopperVariant, Compiled]:
     return results
 
 
+@of_compiled
 def test_wgmma_runs_side_by_side(compiled: dict[HopperVariant, Compiled]) -> None:
     assert not [variant for variant, result in compiled.items() if compilation.is_serialized(result.log)]
 
@@ -68,6 +71,7 @@ def test_the_report_is_understood() -> None:
     )
 
 
+@of_compiled
 def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> None:
     """The iteration over an unmasked block keeps everything in registers, and no operand is written while the tensor
     cores may still be reading it: ptxas was seen to do that where a move ends in an operand. Three warpgroups of INT8
@@ -82,6 +86,7 @@ def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> N
         assert code.early_writes() == set(), variant
 
 
+@of_compiled
 def test_shared_memory_fits(compiled: dict[HopperVariant, Compiled]) -> None:
     for variant, result in compiled.items():
         static = max(map(int, re.findall(r"(\d+) bytes smem", result.log)))

@@ -714,12 +714,13 @@ def random_attention(rng: random.Random) -> Callable[[Tensor, Tensor, Tensor, Te
     return attend
 
 
-def test_a_thousand_mutations_are_never_wrong() -> None:
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutations_are_never_wrong(count: int) -> None:
     rng = random.Random(0)
     inputs = [torch.randn(2, 2, 8, 16) for _ in range(3)] + [torch.randn(2, 1, 8, 8)]
     found = 0
     seen: set[str] = set()
-    while len(seen) < 1000:
+    while len(seen) < count:
         function = random_attention(rng)
         key = repr([cell.cell_contents for cell in function.__closure__ or ()])
         if key in seen:
@@ -733,7 +734,7 @@ def test_a_thousand_mutations_are_never_wrong() -> None:
         for actual, exact in pairs:
             if bool(exact.isfinite().all()):
                 assert relative_l2(actual, exact) < bound, key
-    assert 100 < found < 700
+    assert 0.1 < found / count < 0.7
 
 
 def test_the_smallest_pattern_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:

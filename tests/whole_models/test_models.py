@@ -169,7 +169,12 @@ def compiled_run(
     return output, sum(counters["graph_break"].values()), lambda: run(case, compiled, inputs)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "_"))
+@pytest.fixture(
+    scope="module",
+    # What is compiled once serves all tests of a model: they run in one worker.
+    params=[pytest.param(case, marks=pytest.mark.xdist_group(case.name)) for case in CASES],
+    ids=lambda case: case.name.replace(" ", "_"),
+)
 def outcome(request: pytest.FixtureRequest) -> Outcome:
     case: ModelCase = request.param
     model, inputs = instantiate(case)

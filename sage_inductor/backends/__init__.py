@@ -1,5 +1,7 @@
-"""Attention layers for explicit use, in the form FastVideo's and vLLM's attention layers call: a backend says
-what it can do, an impl runs it, metadata carries what changes from call to call."""
+"""Attention layers for explicit use, behind the interface that attention layers of FastVideo and vLLM call.
+
+A backend says what it can do, an impl runs it, metadata carries what changes from call to call.
+"""
 
 from sage_inductor.backends.abstract import (
     AttentionBackend,

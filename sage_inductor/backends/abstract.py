@@ -1,4 +1,4 @@
-"""What every attention backend, its implementation and its metadata offer."""
+"""The interface of an attention backend, its implementation and its metadata."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 _warned_of: set[str] = set()  # names of arguments that hosts passed
 
-# Arguments that FastVideo's models pass to whichever backend was selected and that mean nothing to dense
-# attention: rope_type belongs to the layer, nvfp4_fa4 to the FlashAttention backend.
+# FastVideo's models pass these to every backend. They mean nothing to dense attention: rope_type belongs to the layer,
+# nvfp4_fa4 to the FlashAttention backend.
 IGNORED_IMPL_ARGS = ("rope_type", "nvfp4_fa4")
 
 
@@ -29,9 +29,9 @@ class AttentionMetadata:
 
     current_timestep: step of the diffusion process; not used by these backends.
     attn_mask: None; `[batch, key_len]` (as tokenizers make them), `[batch, q_len, key_len]` or
-        `[batch or 1, heads or 1, q_len or 1, key_len]`. bool and integer masks: nonzero means attend;
-        floating ones are added to the scores. A mask shorter than the keys covers the last of them, those
-        before it are attended.
+        `[batch or 1, heads or 1, q_len or 1, key_len]`. In bool and integer masks nonzero means attend;
+        floating ones are added to the scores. A mask shorter than the keys covers the last of them; the keys
+        before those are attended.
     is_causal: query i sees keys 0 .. i only, besides what attn_mask says.
     """
 
@@ -40,7 +40,8 @@ class AttentionMetadata:
     is_causal: bool = False
 
     def asdict_zerocopy(self, skip_fields: Collection[str] | None = None) -> dict[str, Any]:
-        """`{name: value}` of the fields but `skip_fields`; with the mask itself, of which `dataclasses.asdict` makes a copy."""
+        """`{name: value}` of the fields, without `skip_fields`. The mask is the tensor itself; `dataclasses.asdict` would copy
+        it."""
         skipped = skip_fields or ()
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}
 
@@ -54,7 +55,7 @@ class AttentionMetadataBuilder:
     def build(
         self, current_timestep: int, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> AttentionMetadata:
-        """The arguments as `AttentionMetadata`, the mask as it was given."""
+        """The arguments as `AttentionMetadata`. The mask stays as it was given."""
         return AttentionMetadata(current_timestep, attn_mask, is_causal)
 
 
@@ -82,7 +83,7 @@ class AttentionImpl(ABC):
             extra_impl_args: see the subclass.
 
         Raises:
-            ValueError: sizes or a scale that make no sense.
+            ValueError: a size below 1, num_heads no multiple of num_kv_heads, a scale that is no finite number.
         """
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": head_size}
@@ -113,8 +114,8 @@ class AttentionImpl(ABC):
         return output
 
     def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raise RuntimeError for tensors that would be taken for others: of another layout, or with a head_size for which
-        softmax_scale was not made."""
+        """Raise RuntimeError for tensors that do not have 4 dims, and for a query whose head_size is not the layer's:
+        softmax_scale would be wrong for it."""
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() != 4:
                 raise RuntimeError(
@@ -138,7 +139,7 @@ class AttentionImpl(ABC):
         """Attention of query `[batch, q_len, heads, head_size]` to key and value `[batch, key_len, kv_heads,
         head_size]`.
 
-        Any object serves as metadata: its `attn_mask` and `is_causal` are honoured where it has them.
+        Any object serves as metadata. Its attributes `attn_mask` and `is_causal` are honoured where it has them.
 
         Returns:
             `[batch, q_len, heads, head_size]` in query's dtype: `output`, when given (any strides), else a
@@ -152,7 +153,7 @@ class AttentionImpl(ABC):
 
 
 class AttentionBackend(ABC):
-    """What a backend is called, what it can do, and the classes that do it."""
+    """The name of a backend, its limits, and its classes."""
 
     # Whether `forward` writes into a tensor that the caller provides.
     accept_output_buffer: ClassVar[bool] = False
@@ -160,7 +161,7 @@ class AttentionBackend(ABC):
     @staticmethod
     @abstractmethod
     def get_name() -> str:
-        """The name it is requested by."""
+        """The name by which the backend is requested."""
 
     @staticmethod
     @abstractmethod
@@ -189,10 +190,10 @@ class AttentionBackend(ABC):
 
 
 def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()) -> float:
-    """The dropout among `extra_impl_args` (`dropout_p`, which FastVideo's models also spell `dropout_rate`).
+    """The dropout probability among `extra_impl_args`: `dropout_p`, or `dropout_rate` as FastVideo's models also spell it.
 
-    Those of `IGNORED_IMPL_ARGS` are logged. A host passes arguments of its own to every backend: of any other one a warning
-    says, once for each name, that it is not used.
+    Hosts pass arguments of their own to every backend. Those of `IGNORED_IMPL_ARGS` are logged. Any other one that is not
+    in `valid` gives a warning, once for each name. Raises ValueError for a dropout outside 0 to 1.
     """
     known = (*valid, "dropout_p", "dropout_rate")
     for name, value in extra_impl_args.items():

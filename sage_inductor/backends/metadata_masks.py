@@ -1,4 +1,4 @@
-"""Metadata masks in the form that attention takes: broadcastable to `[batch, heads, q_len, key_len]`."""
+"""Masks of metadata, turned into masks that broadcast to `[batch, heads, q_len, key_len]`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 
 def of_metadata(attn_metadata: object | None) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) of any metadata object; (None, False) where it says nothing. TypeError for a dict, in which
-    they would be overlooked, and for a mask that is no tensor."""
+    """(attn_mask, is_causal) of any metadata object; None and False for an attribute that it lacks.
+
+    Raises TypeError for a dict, whose entries are no attributes and would be overlooked, and for a mask that is no tensor.
+    """
     if isinstance(attn_metadata, Mapping):
         raise TypeError(
             "attn_metadata is a dict (valid: an object with attributes, such as AttentionMetadata)"
@@ -27,9 +29,10 @@ def of_metadata(attn_metadata: object | None) -> tuple[Tensor | None, bool]:
 def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """`attn_mask` as a 4-D bool mask (True: attend) or an additive mask in float32 or query's dtype.
 
-    query, key: `[batch, seq, heads, head_dim]`. Integers become bool; `[batch, key_len]` and `[batch, q_len,
-    key_len]` gain their missing dims; a mask shorter than the keys is padded in front with "attend".
-    ValueError for a longer one or for another number of dims.
+    query, key: `[batch, seq, heads, head_dim]`. Integer masks become bool. Masks `[batch, key_len]` and `[batch, q_len,
+    key_len]` gain their missing dims. A mask shorter than the keys is padded in front with "attend".
+
+    Raises ValueError for a mask longer than the keys, and for one that does not have 2 to 4 dims.
     """
     if attn_mask is None:
         return None
@@ -52,7 +55,7 @@ def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor |
 
 
 def with_causal(attn_mask: Tensor, q_len: int, key_len: int) -> Tensor:
-    """`attn_mask` and the causal mask (top-left alignment) as one, for SDPA, which takes only one of them."""
+    """One mask of the dtype of `attn_mask` that is causal (top-left alignment), too. SDPA takes only one of the two."""
     visible = torch.ones(q_len, key_len, dtype=torch.bool, device=attn_mask.device).tril()
     if attn_mask.dtype == torch.bool:
         return attn_mask & visible

@@ -16,7 +16,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
 
-NHD_MEMORY = [0, 2, 1, 3]  # of `[batch, heads, seq, dim]`: contiguous as `[batch, seq, heads, dim]`
+NHD_MEMORY = [0, 2, 1, 3]  # memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`
 
 
 class SageAttentionBackend(AttentionBackend):
@@ -34,17 +34,17 @@ class SageAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_head_sizes() -> list[int]:
-        """The sizes that at least one GPU kernel family runs, whatever this machine has. `get_attn_backend`
-        says whether one of them can run here."""
+        """The head sizes that at least one GPU kernel family runs, whether or not this machine can run it.
+        `get_attn_backend` checks the machine."""
         return sorted({size for name in kernels.AUTO_ORDER for size in kernels.get(name).head_dims})
 
 
 class SageAttentionImpl(AttentionImpl):
     """Extra arguments:
 
-    kernel: "auto" takes the fastest kernel that can run the call, and is exact SDPA where there is none (on a
-        CPU, or while gradients are needed); the name of a kernel runs that one or raises.
-    precision: "fast", "balanced" or "accurate"; "auto", the default, is the fastest of them that the GPU has.
+    kernel: "auto", the default, takes the fastest kernel that can run the call, and exact SDPA where none can (on a CPU,
+        or while gradients are needed). The name of a kernel runs that one or raises.
+    precision: "fast", "balanced" or "accurate". "auto", the default, is the fastest of them that the GPU has.
     dropout_p, dropout_rate: only 0 can be served.
     """
 
@@ -58,8 +58,12 @@ class SageAttentionImpl(AttentionImpl):
         prefix: str = "",
         **extra_impl_args: Any,
     ) -> None:
-        """Raises NotEligibleError for dropout, and for a kernel asked for by name that lacks head_size or
-        precision; ValueError for an unknown kernel or precision. Warns of extra arguments that it does not use."""
+        """Warns of extra arguments that it does not use.
+
+        Raises:
+            NotEligibleError: dropout above 0, or a kernel asked for by name that lacks head_size or precision.
+            ValueError: an unknown kernel or precision, or as `AttentionImpl`.
+        """
         super().__init__(num_heads, head_size, causal, softmax_scale, num_kv_heads, prefix)
         dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision"))
         self.kernel: str = extra_impl_args.get("kernel", "auto")
@@ -88,9 +92,8 @@ class SageAttentionImpl(AttentionImpl):
         attn_metadata: AttentionMetadata | None = None,
         output: Tensor | None = None,
     ) -> Tensor:
-        """As `AttentionImpl.forward`; besides, NotEligibleError, with every reason, when a kernel asked for
-        by name cannot run the call. float16, bfloat16 and float32; inference only (with "auto", inputs that
-        need gradients get exact attention)."""
+        """As `AttentionImpl.forward`, for float16, bfloat16 and float32. Inputs that need gradients get exact attention with
+        kernel="auto". Raises NotEligibleError, with every reason, where a kernel asked for by name cannot run the call."""
         refuse_context_parallel()
         self.check_inputs(query, key, value)
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)

@@ -70,8 +70,8 @@ def exact_attention(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """SDPA of `[batch, seq, heads, head_dim]` tensors, with a mask that `metadata_masks.normalized` gave and causal at
-    once."""
+    """SDPA of `[batch, seq, heads, head_dim]` tensors, in the same layout. `attn_mask` is one that
+    `metadata_masks.normalized` gave; it may stand beside `is_causal`."""
     if attn_mask is not None:
         if is_causal:
             attn_mask = metadata_masks.with_causal(attn_mask, query.shape[1], key.shape[1])
@@ -91,8 +91,7 @@ def exact_attention(
 
 
 def is_grouped(query: Tensor, key: Tensor) -> bool:
-    """Whether query has more heads than key: a plain bool, by branching, where a traced call has symbolic
-    sizes."""
+    """Whether query has more heads than key. Branching makes it a plain bool where a traced call has symbolic sizes."""
     grouped = False
     if query.shape[2] != key.shape[2]:
         grouped = True

@@ -1,4 +1,4 @@
-"""Which backend a layer gets."""
+"""The choice of a backend for a layer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.get_name(): backend for backend in (SageAttentionBackend, SDPABackend)
 }
-# The call that automatic choice is made for: self-attention of the length diffusion models have. Shorter
-# calls, which SDPA may win, are then decided one by one by kernel="auto".
+# The automatic choice is made for a self-attention of this length, as diffusion models have it. kernel="auto" then decides
+# each call, because SDPA may win shorter ones.
 TYPICAL_LENGTH = 16384
 
 BackendLike: TypeAlias = str | Enum | type[AttentionBackend]
@@ -42,15 +42,17 @@ def get_attn_backend(
     A backend is named by string ("SAGE_ATTN", "TORCH_SDPA"), by an enum member of that name, or by its class.
 
     Args:
-        supported_attention_backends: what the layer allows; None for all. Names of other packages' backends
-            may be among them.
-        default_backend: taken, where it can be served, when nothing is requested.
-        requested: taken or refused, never replaced. None: the default, else SAGE_ATTN where "auto" would
-            choose a kernel for a long self-attention on this machine, else TORCH_SDPA.
+        head_size: size of the last dim of query, key and value.
+        dtype: their dtype.
+        supported_attention_backends: the backends that the layer allows; None for all. Names of other packages'
+            backends may be among them.
+        default_backend: the backend to take when none is requested, if it can run here.
+        requested: taken or refused, never replaced. Where it is None, `default_backend` is taken; else SAGE_ATTN, if
+            "auto" would choose a kernel for a long self-attention on this machine; else TORCH_SDPA.
 
     Raises:
-        NotEligibleError: SAGE_ATTN is requested and no kernel can run this head_size and dtype here; with the
-            reasons of every kernel.
+        NotEligibleError: SAGE_ATTN is requested, or the only backend that the layer allows, and no kernel can run this
+            head_size and dtype here. It has the reasons of the kernels.
         ValueError: an unknown backend, one that the layer does not support, or none left.
     """
     allowed = _allowed(supported_attention_backends)
@@ -106,8 +108,7 @@ def _allowed(supported: Sequence[BackendLike] | None) -> list[type[AttentionBack
 
 
 def _unservable_reasons(backend: type[AttentionBackend], head_size: int, dtype: torch.dtype) -> list[str]:
-    """Why `backend` cannot run layers of this head_size and dtype here at any precision; empty when it
-    can."""
+    """Why `backend` cannot run layers of this head_size and dtype here at any precision. Empty when it can."""
     if backend is not SageAttentionBackend:
         return []
     device = _current_device()

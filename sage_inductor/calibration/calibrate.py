@@ -62,20 +62,21 @@ def calibrate(
             those up to the next, the first also for those before it. Keys (first, last) name the ranges.
             `compile_steps` runs the result; applied as it is, a plan takes the most careful decision of all steps.
         tolerance: what the worst of all samples must hold; None: the metric's default.
-        metric: of the site's output, "rel_l2" and "max_error" (at most the tolerance; default .05), "cosine" (at
-            least; .99875), "sqnr_db" (at least; 26); or "output_rel_l2", the relative L2 error of the model's output
-            with this site alone quantised (at most; .01).
+        metric: what the tolerance is of. Errors of the site's output: "rel_l2" and "max_error" (at most the tolerance;
+            default .05), "cosine" (at least; .99875), "sqnr_db" (at least, in dB; 26). Or "output_rel_l2", the relative L2
+            error of the model's output with this site alone quantised (at most; .01).
         effect: for which precisions the model's output is measured: the "decided" one of each site (one run of the
             model per site and sample), "all" of them (three), or "none".
-        output: the tensors of the model's output that count, from what it returns. By default all floating-point
-            ones; the error is that of the worst. Those of all samples are kept while calibrating.
-        config: `kernel`, `include` and `exclude` are used. "auto" measures with every kernel that can run the site,
-            also where it would not choose it for its speed, and keeps the worst: which one runs depends on the lengths,
-            the machine and `tune`. Where there is none, as on a CPU, it measures with the reference.
+        output: a function from what the model returns to the tensors that count: `lambda result: result.logits`. By
+            default all floating-point ones count; the error is that of the worst. They are kept for all samples while
+            calibrating.
+        config: `kernel`, `include` and `exclude` are used. kernel="auto" measures with every kernel that can run the
+            site, those too slow to be chosen included, and keeps the worst: which one will run depends on the lengths,
+            the machine and `tune`. Where no kernel can, as on a CPU, it measures with the reference.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
-        keep: a file for what is measured, while it is: a call that is interrupted can be made again, with the same model,
-            samples and file, and goes on where it stopped. The file is removed when the plan is made.
+        keep: a file to which each measurement is written as soon as it is made. After an interruption the same call, with
+            the same model, samples and file, goes on where it stopped. The file is removed when the plan is made.
 
     Raises:
         ValueError, TypeError: an argument that is not valid, named, with what is.
@@ -120,7 +121,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Goal:
-    """What a site has to hold, and what is run to find out."""
+    """The tolerance of a metric that each site has to hold, and for which precisions the model's output is measured."""
 
     metric: str
     tolerance: float
@@ -182,16 +183,17 @@ class _Decisions:
         return [replace(site, steps=self.phase.steps) for site in shared], total
 
     def _measure(self, index: int) -> list[Tensor]:
-        """The model's output for a sample; the probes measure, or replay what the ledger has of it."""
+        """The model's output for the sample of this index. The probes measure, or replay what the ledger has of it."""
         key = f"{self.name}, sample {index}"
         with self.prober.replaying(self.ledger.get(key)) as taken:
             try:
                 return self.runner.run(self.phase.samples[index])
             finally:
-                self.ledger.put(key, taken)  # of an interrupted run what it had: the next one replays that
+                self.ledger.put(key, taken)  # of an interrupted run, too: the next one replays it
 
     def _decide(self, key: Key, measured: dict[str, Measured]) -> PlannedSite:
-        """The fastest precision that holds the tolerance. Effects on the output are measured as far as asked for."""
+        """The site with the fastest precision that holds the tolerance, or SDPA. Effects on the model's output are measured
+        as far as `effect` asks for them."""
         goal, results = self.goal, dict(measured)
         if goal.effect == "all":
             for precision in results:
@@ -216,7 +218,7 @@ class _Decisions:
             results[precision] = replace(results[precision], output_rel_l2=effect)
 
     def _effect_of(self, precisions: Mapping[Key, str]) -> Figure:
-        """The error of the model's output with these sites in these precisions."""
+        """The relative L2 error of the model's output with these sites in these precisions, and all others exact."""
         chosen = sorted((repr(site), precision) for site, precision in precisions.items())
         key = f"{self.name}, effect of {hashlib.sha256(repr(chosen).encode()).hexdigest()}"
         errors = self.ledger.get(key)
@@ -231,14 +233,14 @@ class _Decisions:
 
 
 class _Runner:
-    """Runs the model as often as needed, each time alike."""
+    """Runs the model, each time from the same inputs and the same seed."""
 
     def __init__(self, compiled: Callable[..., Any], output: Output | None) -> None:
         self.compiled = compiled
         self.output = output
 
     def run(self, sample: Sample) -> list[Tensor]:
-        """The tensors of the output. Inputs are copied, and chance begins with the same seed."""
+        """The floating-point tensors of the output. The inputs are copied before, and the random seed is 0."""
         sample = sample.copied()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
@@ -248,7 +250,7 @@ class _Runner:
 
 
 def _output_error(actual: list[Tensor], exact: list[Tensor]) -> float:
-    """The relative L2 error of the worst tensor."""
+    """The relative L2 error of the worst tensor. Raises ValueError where there is no tensor."""
     if not exact:
         raise ValueError(
             "the model's output holds no floating-point tensor (valid: output=..., effect='none')"

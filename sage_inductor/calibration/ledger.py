@@ -1,10 +1,11 @@
-"""What a calibration has measured so far, on disk: an interrupted one goes on where it stopped.
+"""What a calibration has measured so far, on disk: after an interruption it goes on where it stopped.
 
     {"format": "sage_inductor.calibration", "of": <digest of model, samples and settings>}
     {"key": "phase 0, sample 3", "value": ...}
 
-A line for each sample and each effect on the output. Lines of another digest, and those from the first that cannot be read
-on, count as absent. The tolerance and the metric are not part of the digest: what is measured does not depend on them.
+Each sample, and each effect on the output, has a line. A file of another digest counts as absent, and so does everything
+from the first line on that cannot be read. The tolerance and the metric are not part of the digest: what is measured does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from sage_inductor.kernels.files import PathName, check_target, read_regular, re
 
 FORMAT = "sage_inductor.calibration"
 MOST_BYTES = 2**30
-SAMPLED = 4096  # elements of a tensor that its digest covers, evenly spaced
+SAMPLED = 4096  # elements of a tensor, evenly spaced, in its digest: so many, or up to twice that
 
 
 class Ledger:
-    """Values by key, in the file `path` (None: nowhere)."""
+    """Values by key, kept in the file `path`; None keeps nothing. Raises OSError where the file cannot be written."""
 
     def __init__(self, path: PathName | None, identity: str) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class Ledger:
                 file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
 
     def remove(self) -> None:
-        """The file, which is of no more use."""
+        """Remove the file, once the plan is made."""
         if self.path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)

@@ -1,4 +1,4 @@
-"""Measuring stands in a graph: every eligible attention gives way to one that runs it both ways."""
+"""Probes: modules that take the place of every eligible attention in a graph, and run it both exactly and quantised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARAMS = ("is_causal", "bottom_right", "window_left", "window_right", "scale")
 
 
 def figure(metric: str, values: Sequence[float]) -> Figure:
-    """The worst and the mean of one metric."""
+    """The worst and the mean of one metric over `values`; None for one that is not finite."""
     worst, mean = METRICS[metric].worst(values), statistics.fmean(values)
     return Figure(worst if math.isfinite(worst) else None, mean if math.isfinite(mean) else None)
 
@@ -38,13 +38,13 @@ def figure(metric: str, values: Sequence[float]) -> Figure:
 class Prober:
     """Puts probes into the graphs of a model (`backend`, for `torch.compile`) and keeps what they measure.
 
-    A site that is met in several graphs (recompiled for another shape, or behind a graph break where names repeat) is
-    one site with all their measurements: what it is then decided on holds for each of them.
+    A site may be met in several graphs: recompiled for another shape, or behind a graph break, where names repeat. It is
+    one site with the measurements of all of them, and gets one decision.
     """
 
     def __init__(self, config: Config, progress: Progress) -> None:
         self.kernel = config.kernel
-        # The oracle runs on every device: what it can serve may be measured. The kernels judge again when a plan is
+        # The oracle runs on every device, so every site that is eligible is found. The kernels judge again when a plan is
         # applied.
         self.config = Config(
             kernel="reference", precision="accurate", include=config.include, exclude=config.exclude
@@ -58,7 +58,7 @@ class Prober:
         self._sites: dict[Key, tuple[Site, int]] = {}
         self._errors: dict[Key, dict[str, list[Errors]]] = {}
         self._kernels: dict[tuple[Key, str], dict[str, float]] = {}
-        """The largest relative L2 error of each kernel that was measured."""
+        """By site and precision: the largest relative L2 error of each kernel that was measured."""
         self._device: torch.device | None = None
         self._recorded: Iterator[Any] = iter(())
         self._taken: list[Any] = []
@@ -75,7 +75,7 @@ class Prober:
                 self.reasons[key] = site.reasons
         for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
             for node in list(module.graph.nodes):
-                # The operator stands in the model already where the pass did not write it: no site, and left alone.
+                # Where the pass did not write the operator, the model itself calls it: that is no site, and stays.
                 ours = node.op == "call_function" and node.target is inference.attention
                 if ours and "sage_site" in node.meta:
                     _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]]))
@@ -86,7 +86,7 @@ class Prober:
 
     @contextmanager
     def measure(self) -> Iterator[dict[Key, dict[str, Measured]]]:
-        """Inside, the probes measure; behind it, the dict holds what they have measured, by site and precision."""
+        """The probes measure inside the context. After it, the dict holds what they have measured, by site and precision."""
         measured: dict[Key, dict[str, Measured]] = {}
         self._errors = {}
         self.measuring = True
@@ -105,14 +105,15 @@ class Prober:
 
     @contextmanager
     def replaying(self, recorded: Any) -> Iterator[list[Any]]:
-        """Inside, the probes take what was `recorded` of the same calls in the same order (None: nothing was), as long as
-        it agrees; yields what they record, in a form that JSON has."""
+        """Inside the context, the probes take the errors in `recorded` instead of measuring, as long as its entries name
+        the calls at hand, in their order. None where nothing was recorded. Yields the list of what the probes record now,
+        in a form that JSON has."""
         self._recorded = iter(recorded if isinstance(recorded, list) else ())
         self._taken = []
         yield self._taken
 
     def replayed(self, key: Key, precision: str, names: Sequence[str]) -> dict[str, Errors] | None:
-        """The errors of these kernels at the call at hand, where they are recorded."""
+        """The recorded errors of the kernels `names` at the call at hand; None where they are not recorded."""
         try:
             name, at, errors = next(self._recorded)
             if (name, at) == (key[0], precision) and list(errors) == list(names):
@@ -124,7 +125,7 @@ class Prober:
 
     @contextmanager
     def quantising(self, precisions: Mapping[Key, str]) -> Iterator[None]:
-        """Inside, these sites give their quantised output to the model, and all others the exact one."""
+        """Inside the context, these sites give their quantised output to the model, and all others the exact one."""
         self.quantised = precisions
         try:
             yield
@@ -152,7 +153,8 @@ class Prober:
         return [site for site, _ in self._sites.values()]
 
     def sharing(self, site: PlannedSite) -> list[PlannedSite]:
-        """`site`, and the same for each site that runs its code and was not met by itself: its figures are theirs, too."""
+        """`site`, and a copy of it for each site that shares its code and was not met by itself, such as the other blocks of
+        a transformer whose graph Dynamo reuses."""
         met, _ = self._sites[site.name, site.fingerprint]
         number = met.name.removeprefix(met.module)
         others = [path + number for path in met.serves if path != met.module]
@@ -160,8 +162,9 @@ class Prober:
         return [site, *(replace(site, name=name) for name in new)]
 
     def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, tuple[str, ...]]:
-        """`{precision: kernels}` of what is measured: everything that may run the site where it is chosen. "auto" takes
-        one kernel at one length and another at the next, so that its figures are those of the worst."""
+        """`{precision: names of kernels}` to measure at a site: with "auto" every kernel that can run it. "auto" may take one
+        kernel at one length and another at the next, so the worst of them counts. Empty where none can run it, which then
+        is in `reasons`. Raises NotEligibleError where a kernel asked for by name cannot run on this machine."""
         self._device = problem.query.device
         if self.kernel != "auto":
             missing = kernels.get(self.kernel).unavailable_reasons(self._device)
@@ -186,7 +189,7 @@ class Prober:
         return able
 
     def record(self, key: Key, precision: str, errors: Mapping[str, Errors]) -> None:
-        """Keep the worst of the `errors` of one call, by kernel."""
+        """Keep the `errors` of one call, given by kernel: the worst of each metric counts for the site."""
         self._taken.append(
             [key[0], precision, {kernel: list(astuple(error)) for kernel, error in errors.items()}]
         )
@@ -196,12 +199,12 @@ class Prober:
             known[kernel] = METRICS["rel_l2"].worst([error.rel_l2, known.get(kernel, error.rel_l2)])
 
     def worst_kernel(self, key: Key, precision: str, able: Sequence[str]) -> str:
-        """That of `able` with the largest error in what was recorded."""
+        """The kernel of `able` with the largest relative L2 error so far."""
         known = self._kernels.get((key, precision), {})
         return max(able, key=lambda kernel: _by_size(known.get(kernel, -math.inf)))
 
     def made_with(self) -> dict[str, str]:
-        """What the measurements depend on beside the model."""
+        """What the measurements depend on beside the model: versions, device and kernel."""
         device = "none" if self._device is None else self._device.type
         if device == "cuda":
             device = torch.cuda.get_device_name(self._device)
@@ -210,7 +213,8 @@ class Prober:
 
 
 class _Probe(nn.Module):
-    """Stands in a graph for one attention: exact attention flows on, unless this site is the one being quantised."""
+    """Stands in a graph for one attention. It gives the exact output on to the model, except while this site is quantised
+    (`Prober.quantising`)."""
 
     def __init__(self, prober: Prober, key: Key) -> None:
         super().__init__()
@@ -218,7 +222,7 @@ class _Probe(nn.Module):
         self.key = key
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes what the operator takes: `Prober.backend` puts it in the operator's place."""
+        """Takes the arguments of the operator `sage_inductor::attention`, whose place it has in the graph."""
         exact = self._attention(args, kwargs, inference.EXACT, "fast")
         wanted = self.prober.quantised.get(self.key)
         if wanted is None and not self.prober.measuring:
@@ -247,12 +251,12 @@ class _Probe(nn.Module):
 
 
 def _by_size(error: float) -> float:
-    """What errors are ordered by: NaN is the largest."""
+    """The key that errors are ordered by, NaN as the largest."""
     return math.inf if math.isnan(error) else error
 
 
 def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> AttentionProblem:
-    """The problem of the operator's arguments, in the dtype that autocast gave its output."""
+    """The problem that the operator's arguments make, in the dtype of its output, which autocast may have changed."""
     query, key, value, *mask = args
     params = AttentionParams(**{name: kwargs[name] for name in PARAMS if name in kwargs})
     problem = inference.make_problem(query, key, value, mask[0] if mask else None, params)
@@ -261,7 +265,7 @@ def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> At
 
 
 def _put_probe(owner: fx.GraphModule, node: fx.Node, probe: _Probe) -> None:
-    """`probe` in the place of the operator's `node`."""
+    """Put `probe` in the place of `node`, which calls the operator."""
     name = f"sage_probe_{node.name}"
     owner.add_module(name, probe)
     with owner.graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""What `calibrate` is given to run a model on: samples, and for which steps."""
+"""The inputs of `calibrate`: samples of calls of a model, and the steps that each of them speaks for."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Sample:
     kwargs: dict[str, Any]
 
     def copied(self) -> Sample:
-        """For a model that writes to its inputs (a KV cache), so that every run begins alike."""
+        """A deep copy, so that every run of a model that writes to its inputs (a KV cache) begins alike."""
         return copy.deepcopy(self)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The samples that decide about a range of steps; None: about all."""
+    """The samples that decide about a range of steps. `steps` is None where they decide about all steps."""
 
     steps: Steps | None
     samples: tuple[Sample, ...]
@@ -55,7 +55,7 @@ def _phases_of_steps(inputs: Mapping[Any, Any]) -> tuple[Phase, ...]:
     for index, key in enumerate(ordered):
         following = firsts[index + 1] if index + 1 < len(ordered) else None
         if isinstance(key, int):
-            # A calibrated step speaks for those up to the next one; the first also for those before it.
+            # A calibrated step speaks for all steps up to the next calibrated one; the first also for those before it.
             steps: Steps = (0 if index == 0 else key, None if following is None else following - 1)
         else:
             steps = key

@@ -1,4 +1,4 @@
-"""What an output is held against: float64 attention, and the errors that are allowed."""
+"""Ground truth for the output of a kernel: attention in float64, and the errors that are allowed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.measurement.metrics import relative_l2
 
 DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
-"""precision -> relative L2 error against float64 at most, on normal inputs (README.md)."""
+"""precision -> the largest relative L2 error against float64 on normal inputs (README.md)."""
 
 LARGEST_STEP = 32 / 448
-"""The largest step that P is rounded by, e4m3's at 448, as a part of P: an output moves by at most that part of
-the largest V when P falls the other way."""
+"""The largest step by which P is rounded, relative to P: that of e4m3 at 448. Where a P is rounded the other way, an output
+moves by at most this share of the largest V."""
 
 LSE_TOLERANCE = 0.05
-"""Of the LSE, absolute: an integer of Q or K that falls the other way moves a score by a 127th of its part."""
+"""Absolute tolerance of the LSE (natural log). An element of Q or K that is rounded to the other integer moves a score by a
+127th of its share."""
 
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """The rounding of an output to its own dtype, relative."""
@@ -32,9 +33,13 @@ def float64_attention(
     params: AttentionParams | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and LSE of 4-D inputs (and masks) as a kernel takes them, written out in float64.
+    """Attention and its log-sum-exp (natural log), written out in float64.
 
-    `rows` limits the result to those queries. Rows that see no key give 0 and -inf.
+    query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]`; attn_mask, bool or additive,
+    must expand to `[batch, heads, q_len, kv_len]`. `rows`, indices of queries, limits the result to those.
+
+    Returns `[batch, heads, rows, value_head_dim]` and `[batch, heads, rows]`, both float64. A row that sees no key gives 0
+    and -inf.
     """
     params = AttentionParams() if params is None else params
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -58,7 +63,7 @@ def float64_attention(
 def sampled_error(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, params: AttentionParams, samples: int = 128
 ) -> float:
-    """Relative L2 error of `out` against float64, on a sample of the queries of the last batch and head."""
+    """Relative L2 error of `out` against float64, on `samples` random queries of the last batch and head."""
     rows = torch.randperm(query.shape[2], device=query.device)[:samples]
     query, key, value = (tensor[-1:, -1:] for tensor in (query, key, value))
     expected, _ = float64_attention(query, key, value, None, params, rows)

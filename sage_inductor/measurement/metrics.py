@@ -1,4 +1,4 @@
-"""How far one tensor is from another, in float64 and a slice at a time."""
+"""Error metrics between two tensors, computed in float64 a slice at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 VALUES_AT_ONCE = 2**22  # values converted to float64 at a time: 32 MiB for each tensor that is held
-SMALLEST = 1e-300  # keeps 0 / 0 out where what is compared with is all zeros
-SQNR_CEILING_DB = 300.0  # float64's own rounding; what equal tensors get instead of infinity
+SMALLEST = 1e-300  # the least divisor: keeps 0 / 0 out where `expected` is all zeros
+SQNR_CEILING_DB = 300.0  # about float64's own rounding; equal tensors get it instead of infinity
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a tolerance of one metric is read. `default` is, for all but the last, what a relative L2 error of .05
-    comes to: more than the .04 that "fast" has on normal inputs, less than what outliers in K make of it."""
+    """How a tolerance of one metric is read.
+
+    `default` is the value that a relative L2 error of .05 comes to in this metric, except for "output_rel_l2". It lies
+    above the .04 that "fast" has on normal inputs, and below what outliers in K cause.
+    """
 
     default: float
     lower_is_better: bool
@@ -25,13 +28,13 @@ class Criterion:
     high: float
 
     def holds(self, value: float | None, tolerance: float) -> bool:
-        """Whether a site with this value may be replaced; not where it is no number."""
+        """Whether a site with this value may be replaced. False for a value that is None or not finite."""
         if value is None or not math.isfinite(value):
             return False
         return value <= tolerance if self.lower_is_better else value >= tolerance
 
     def worst(self, values: Sequence[float]) -> float:
-        """The one that decides; NaN where there is one."""
+        """The value that decides, the largest or the smallest; NaN where any is NaN."""
         if any(math.isnan(value) for value in values):
             return math.nan
         return max(values) if self.lower_is_better else min(values)
@@ -72,9 +75,9 @@ def worst_of(errors: Sequence[Errors]) -> Errors:
 
 @torch.no_grad()
 def compare(actual: Tensor, expected: Tensor) -> Errors:
-    """The errors of `actual` against `expected`, of one shape, in any dtype, strides and size.
+    """The errors of `actual` against `expected`, two tensors of one shape, of any dtypes and strides.
 
-    Holds float64 copies of `VALUES_AT_ONCE` values at a time. Raises ValueError for shapes that differ.
+    At most about `VALUES_AT_ONCE` values of each are held in float64 at a time. Raises ValueError for shapes that differ.
     """
     if actual.shape != expected.shape:
         raise ValueError(f"actual is {tuple(actual.shape)}, expected {tuple(expected.shape)}")

@@ -1,4 +1,4 @@
-"""Text that came from a model, a file or an argument, for a terminal."""
+"""Text from a model, a file or an argument, made safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
-    r"""`text` with what a terminal would obey, or could not show, as Python writes it: "\x1b[31m". Lines end as they
-    do."""
+    r"""`text` with the characters that a terminal would obey, or could not show, escaped as in Python: "\x1b[31m". Newlines
+    stay."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""How far a long run has come: to the caller's function, to a bar on a terminal, and to the log."""
+"""Progress of a long run, told to the caller's function or to a bar on a terminal, and to the log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ProgressCallback: TypeAlias = Callable[[int, int, str], None]  # (done, total, w
 
 
 class Progress:
-    """Counts what is done of a total that grows with the sites that are found."""
+    """Counts the units that are done. The total grows while sites are found: each has `units_per_site`."""
 
     def __init__(self, callback: ProgressCallback, units_per_site: int) -> None:
         self.callback = callback
@@ -34,8 +34,8 @@ class Progress:
 
 @contextmanager
 def shown(callback: ProgressCallback | None, what: str = "calibrating") -> Iterator[ProgressCallback]:
-    """The caller's function; or one that draws on a terminal, a bar where `rich` is installed and a line elsewhere; or
-    one that does nothing. `what` is under way until there is something to say."""
+    """The function to tell progress to: `callback` if there is one. Else, where stderr is a terminal, one that draws a bar
+    with `rich`, or a line without it; elsewhere one that does nothing. `what` is the bar's text before the first call."""
     if callback is not None:
         yield callback
         return

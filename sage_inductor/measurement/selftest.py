@@ -1,7 +1,7 @@
-"""Whether a kernel computes attention on this machine: small problems against the oracle and float64.
+"""The self-test of a kernel on this machine: small problems, held against the oracle and float64.
 
-A kernel that returns zeros, ignores the mask or works on another stream than the current one gives plausible
-numbers in a benchmark; here it fails by name. `python -m sage_inductor doctor` prints what `check` finds.
+A kernel may return zeros, ignore the mask or work on another stream than the current one, and still look plausible in a
+benchmark. Here it fails by name. `python -m sage_inductor doctor` prints what `check` finds.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from sage_inductor.measurement.progress import ProgressCallback
 from sage_inductor.torch_internals import keep_gpu_busy
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records the GPU work of a call, which it need not run; what it returns repeats that work on the same memory."""
+"""Records the GPU work of a call, and returns a function that repeats that work on the same memory. It need not run the
+call itself."""
 
 NORMAL = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One small problem; `mask` is a kind of mask, `layout` how all tensors lie in memory. Run in each precision of a
-    kernel where `every_precision`, else in its first."""
+    """One small problem. `mask` is a kind of mask, `layout` the order of all tensors in memory. It runs in each precision of a
+    kernel if `every_precision` is true, else in the first one only."""
 
     name: str
     q_len: int = 130
@@ -57,9 +58,9 @@ class Case:
     every_precision: bool = True
 
 
-# Lengths that fill no tile, so that padded keys and queries show; two batches, so that strides do. On a GPU each
-# precision, head_dim, kind of mask and LSE is a form of the kernels that has to be compiled, which takes seconds: there
-# are three forms a precision, and the rest, which has nothing to do with how P and V are quantised, is tested once.
+# The lengths fill no tile, so that faults with padded keys and queries show; with two batches, faults with strides do. On a
+# GPU each combination of precision, head_dim, kind of mask and LSE is a variant that takes seconds to compile. Each precision
+# has three of them; the other cases, which have nothing to do with how P and V are quantised, run in one precision.
 CASES = (
     Case("whole tiles", q_len=128, kv_len=256),
     Case("ragged lengths"),
@@ -78,9 +79,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What one case showed. `rel_l2` (against float64) and `oracle_l2` are relative L2 errors, `bound` what the
-    first may be at most; all None where nothing was run. `problems` says what is wrong with a case that
-    failed, or why one was skipped."""
+    """The result of one case.
+
+    `rel_l2` and `oracle_l2` are relative L2 errors against float64 and against the oracle, `bound` is the largest allowed
+    `rel_l2`. All three are None where nothing was run. `problems` says why the case failed, or was skipped.
+    """
 
     kernel: str
     precision: str
@@ -99,7 +102,7 @@ class Inputs(NamedTuple):
     attn_mask: Tensor | None
 
     def fill(self, new: Inputs) -> None:
-        """New data in the same memory, which is what a replayed graph reads."""
+        """Write new data to the same memory, as a replayed graph reads it there."""
         for tensor, data in self._beside(new):
             tensor.copy_(data)
 
@@ -119,11 +122,11 @@ def check(
     capture: Capture | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[Finding]:
-    """Run the cases in every precision of `kernel` on `device`; a kernel that is not available there gives one
-    finding for each precision, with the reasons.
+    """Run the cases in every precision of `kernel` on `device`, or in `precisions` only.
 
-    `precisions` limits them to these. `capture` records and replays GPU work (default: a CUDA graph, on a CUDA device).
-    `progress` is called as (done, total, what is next) before each case, and after the last.
+    A kernel that is not available there gives one skipped finding for each precision, with the reasons. `capture` records
+    and replays GPU work; by default it is a CUDA graph on a CUDA device. `progress` is called as (done, total, what is
+    next) before each case, and after the last.
     """
     device = torch.device(device)
     if capture is None and device.type == "cuda":
@@ -186,7 +189,7 @@ def _examine(
     except Exception as error:  # whatever a broken build does
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         return dataclasses.replace(finding, status="failed", problems=(f"raises {text}",))
-    # Drawn again: what the kernel was given, whatever it did to it.
+    # Drawn again, because the kernel may have written to its inputs.
     given = draw(case, device, seed=0 if case.when == "eager" else 1)
     judged = _judge(finding, kernel, given, params, out, lse)
     if inputs.equals(given):
@@ -199,7 +202,7 @@ def _examine(
 def _judge(
     finding: Finding, kernel: Kernel, inputs: Inputs, params: AttentionParams, out: Tensor, lse: Tensor | None
 ) -> Finding:
-    """Compare output and LSE with what they must be."""
+    """`finding` with the errors of output and LSE, and passed or failed by their bounds."""
     query, key, value, attn_mask = inputs
     problems = []
     exact, exact_lse = float64_attention(query, key, value, attn_mask, params)
@@ -241,7 +244,7 @@ def _judge(
 
 
 def draw(case: Case, device: torch.device, seed: int) -> Inputs:
-    """Normal inputs of two batches, the same numbers on every device."""
+    """The inputs of a case: two batches of standard normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -268,7 +271,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` in a CUDA graph: compiled and warmed up first, captured on a stream of its own."""
+    """The replay of `run` as a CUDA graph. `run` is called once before, to compile, and captured on a stream of its own."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -281,7 +284,7 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             run()
     except Exception:
-        # A failed capture leaves the random generator in one, until a good one ends.
+        # A failed capture leaves the random generator in capture mode until a good capture ends.
         good = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream)
         with contextlib.suppress(Exception), torch.cuda.stream(stream), good:
             torch.zeros(1, device="cuda")
@@ -291,8 +294,8 @@ def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _run_behind_other_work(run: Callable[[], None], inputs: Inputs, late: Inputs) -> None:
-    """`run` on a side stream that gives its inputs late: work on another stream overtakes it and reads the old."""
-    run()  # compiles: later that would give the side stream time to finish
+    """Call `run` on a side stream that fills its inputs late. A kernel that works on another stream reads the old ones."""
+    run()  # compiles: done later, that would give the side stream time to finish
     device = inputs.query.device
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
@@ -310,7 +313,7 @@ def _problem(inputs: Inputs, params: AttentionParams, return_lse: bool) -> Atten
 
 
 def _erase(out: Tensor, lse: Tensor | None) -> None:
-    """NaN everywhere: what is not written shows."""
+    """Fill with NaN, so that elements that are not written show."""
     out.fill_(math.nan)
     if lse is not None:
         lse.fill_(math.nan)

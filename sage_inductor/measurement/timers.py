@@ -1,4 +1,4 @@
-"""The timers: of one call, which choosing a kernel builds on too, and the one of the command line and the benchmarks."""
+"""Timers: of a single call, as the choice of a kernel uses, and the median that the command line and benchmarks print."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def median_ms(
     least: int = 5,
     device: torch.device | str = "cuda",
 ) -> float:
-    """Median time of one call on `device` in ms, of as many calls as take `target_ms`, at most 50. `calls` do
-    the same on different data and take turns; each runs once before.
+    """Median time of one call on `device`, in ms.
 
-    A GPU is kept busy before each call while the host queues it, so that launch latency, which a model hides,
-    is not measured; what the GPU waits for between the kernels of one call is.
+    `calls` do the same on different data and take turns. Each runs once beforehand. Then so many are timed as take
+    `target_ms` together: at least `least` and, above that, at most 50.
+
+    A GPU is kept busy before each call while the host queues it. Launch latency, which a model hides, is thus not
+    measured; idle time between the kernels of one call is.
     """
     timed = gpu_ms if torch.device(device).type == "cuda" else host_ms
     for call in calls:
@@ -35,7 +37,7 @@ def median_ms(
 
 
 def gpu_ms(call: Callable[[], Any]) -> float:
-    """The time of one call on the current GPU, which is busy while the host queues it."""
+    """The time of one call on the current GPU in ms. The GPU is busy with other work while the host queues the call."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     keep_gpu_busy(BUSY_CYCLES)
     start.record()
@@ -46,7 +48,7 @@ def gpu_ms(call: Callable[[], Any]) -> float:
 
 
 def host_ms(call: Callable[[], Any]) -> float:
-    """The time until one call returns, which on a GPU has been queued by then."""
+    """The time until one call returns, in ms. On a GPU the call has only been queued by then."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)

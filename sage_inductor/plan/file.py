@@ -1,4 +1,4 @@
-"""Plans as JSON files: written the same way every time, and read with nothing taken on trust."""
+"""Plans as JSON files. One plan always gives the same bytes; everything that is read is checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sage_inductor.plan.sites import DECISIONS, Figure, Fingerprint, Measured, P
 FORMAT = "sage_inductor.plan"
 VERSION = 1
 MOST_BYTES = 64 * 2**20  # a plan of a thousand sites, each at ten ranges of steps, is a fifth of that
-LONGEST_MESSAGE = 600  # characters; what is wrong may be a value of megabytes
+LONGEST_MESSAGE = 600  # characters; the value that is wrong may have megabytes
 OF_ONE_SITE = tuple(name for name in METRICS if name != "output_rel_l2")
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -41,7 +41,7 @@ class PlanFields(TypedDict):
 
 
 def to_json(plan: PlanFields) -> str:
-    """The file's text: metrics to the last bit, so that reading it gives the same plan."""
+    """The file's text. Numbers are written to the last bit, so that reading them gives the same plan."""
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,7 +65,7 @@ def _measured(error: Measured) -> dict[str, Any]:
 
 
 def write(plan: PlanFields, path: str | PathLike[str]) -> None:
-    """OSError, with the file that was there left as it was, where it cannot be written."""
+    """Write `plan` to `path`. Raises OSError where that cannot be done; a file that was there then stays as it was."""
     replace_file(path, to_json(plan).encode(), sync=True)
 
 
@@ -78,7 +78,7 @@ def read(path: str | PathLike[str]) -> PlanFields:
 
 
 def from_json(text: str | bytes) -> PlanFields:
-    """The plan in `text`. Raises ValueError that names the field for anything but what `to_json` writes."""
+    """The plan in `text`. Raises ValueError, naming the field, for anything that `to_json` would not write."""
     try:
         return _from_json(text)
     except ValueError as error:
@@ -86,7 +86,7 @@ def from_json(text: str | bytes) -> PlanFields:
 
 
 def _shortened(message: str) -> str:
-    """Without the middle of a long message: what is wrong stands in front, what is valid behind."""
+    """A long message without its middle. What is wrong stands at its beginning, what is valid at its end."""
     if len(message) <= LONGEST_MESSAGE:
         return message
     return f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
@@ -125,7 +125,7 @@ def _from_json(text: str | bytes) -> PlanFields:
 
 
 class _Duplicate(ValueError):
-    """JSON's readers differ in which of two values they take."""
+    """A name that occurs twice in one object: readers of JSON differ in which of the two values they take."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _steps(data: dict[str, Any], where: str) -> Steps | None:
 
 
 def _no_contradictions(plan: PlanFields) -> None:
-    """One decision for each site at each step."""
+    """Raises ValueError where two sites agree in name, fingerprint and range of steps."""
     seen = set()
     for index, site in enumerate(plan["sites"]):
         key = (site.name, site.fingerprint, site.steps)

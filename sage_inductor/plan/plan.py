@@ -1,8 +1,8 @@
-"""What each attention of a model may be replaced by, as measured: the records of a plan, and how the pass reads them.
+"""A plan: the measured decision for each attention of a model, and how the pass looks decisions up.
 
-`calibrate` makes plans, `file.py` writes and reads them, `Config(plan=...)` applies them. A decision belongs to a
-site by its name *and* its fingerprint, so that a plan made for another model, or for another state of this one,
-is never applied to the wrong site: the site stays SDPA and says why.
+`calibrate` makes plans, `file.py` writes and reads them, `Config(plan=...)` applies them. A decision belongs to a site by its
+name *and* its fingerprint. A plan made for another model, or for another state of this one, is thus never applied to the wrong
+site: the site stays SDPA and says why.
 """
 
 from __future__ import annotations
@@ -40,18 +40,22 @@ class Plan:
     tolerance: float
     sites: tuple[PlannedSite, ...]
     output_rel_l2: tuple[tuple[Steps | None, Figure], ...] = ()
-    """Of the model's output with the whole plan applied, for each range of steps."""
+    """The error of the model's output with the whole plan applied, for each range of steps."""
     made_with: Mapping[str, str] = field(default_factory=dict)
     """Versions and device of the calibration."""
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON. The same plan gives the same bytes."""
+        """Write the plan as JSON; the same plan gives the same bytes. Raises OSError where it cannot be written."""
         file.write(self._fields(), path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
-        """The plan in a file. Raises OSError where it cannot be read, and ValueError, naming the file and the field,
-        where it is no plan, was made by a newer version, or holds a value that is not valid."""
+        """The plan in a file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file holds no plan, one of a newer version, or a value that is not valid. Names file and field.
+        """
         return cls(**file.read(path))
 
     def to_json(self) -> str:
@@ -95,17 +99,18 @@ class Plan:
         )
 
     def decisions(self) -> dict[str, str]:
-        """`{site name: "fast" | "balanced" | "accurate" | "sdpa"}`; the most careful of several of one name."""
+        """`{site name: "fast" | "balanced" | "accurate" | "sdpa"}`. Of several decisions for one name, as for several ranges
+        of steps, it is the most careful."""
         result: dict[str, str] = {}
         for site in self.sites:
             result[site.name] = _most_careful([site.decision, result.get(site.name, DECISIONS[0])])
         return result
 
     def verdict(self, name: str, fingerprint: Fingerprint, others: Iterable[str] = ()) -> Verdict:
-        """The decision for a site of a graph, whose code the sites called `others` run, too.
+        """The decision for the site `name` of a graph. The sites called `others` run the same code.
 
-        Of several that fit (sites that share the code, ranges of steps, graphs in which the site was met) the most
-        careful one counts.
+        Several decisions may fit: those of sites that share the code, of several ranges of steps, of several graphs in which
+        the site was met. The most careful one counts.
         """
         own = self._verdict_of(name, fingerprint)
         verdicts = [own]
@@ -123,13 +128,17 @@ class Plan:
             return Verdict(
                 None, reason=f"plan has no site {name!r} (its sites: {self.names_text()})", known=False
             )
-        # Of several that a short name may mean, those of another kind are not meant.
+        # A short name may mean several sites. Those with another fingerprint are not meant.
         verdicts = [self._verdict_among(sites, name, fingerprint) for sites in called]
         return _most_careful_verdict([verdict for verdict in verdicts if verdict.known] or verdicts[:1])
 
     def sites_called(self, name: str) -> list[list[PlannedSite]]:
-        """The sites of the plan that `name` means, for each of their names: that name if the plan has it; else those that
-        one of both paths ends with the other of, as when the model was calibrated with its wrapper, or one block alone."""
+        """The sites of the plan that `name` means, as one list for each of their names.
+
+        A site of exactly that name, if the plan has it. Else all where one name ends with the other: "blocks.0.attn" means
+        "model.blocks.0.attn", as when the model was calibrated in its wrapper, and "attn", as when a block was calibrated
+        alone.
+        """
         by_name: dict[str, list[PlannedSite]] = {}
         for site in self.sites:
             by_name.setdefault(site.name, []).append(site)
@@ -142,9 +151,9 @@ class Plan:
         ]
 
     def _verdict_among(self, named: list[PlannedSite], name: str, fingerprint: Fingerprint) -> Verdict:
-        """The decision of sites of one name."""
+        """The decision of the sites `named`, which are all of one name."""
         fitting = [site for site in named if not fingerprint.disagreements(site.fingerprint)]
-        # A site that could not be measured in one graph (one query, as in decoding) says nothing of others.
+        # That a site could not be measured in one graph (one query, as in decoding) says nothing about other graphs.
         fitting = [site for site in fitting if not site.reasons] or fitting
         fitting = [site for site in fitting if site.fingerprint == fingerprint] or fitting
         if not fitting:
@@ -161,8 +170,10 @@ class Plan:
         return Verdict(decision, rel_l2=max(worst, default=None))
 
     def missing(self, names: Iterable[str], within: Iterable[str] = ()) -> list[str]:
-        """Sites that the plan met in one graph with some of `names`, and that are not among them. Of a graph of modules
-        that are compiled by themselves, the paths of which are `within`, only sites below these."""
+        """The names of sites that calibration met in one graph with some of `names`, and that are not among `names`.
+
+        `within` has the paths of modules that are compiled by themselves; only sites below one of them are missing then.
+        """
         here = [site for name in set(names) for sites in self.sites_called(name) for site in sites]
         graphs, found = {site.graph for site in here}, {site.name for site in here}
         below = tuple(f"{path}." for path in within)
@@ -182,14 +193,14 @@ class Plan:
         return f"{self.metric}: {', '.join(shown) or 'not measured'}; tolerance {self.tolerance:g}"
 
     def names_text(self, at_most: int = 4) -> str:
-        """The names of its first sites."""
+        """The names of the first sites, with the number of the others."""
         names = list(self.decisions())
         more = f", ... {len(names) - at_most} more" if len(names) > at_most else ""
         return (", ".join(names[:at_most]) or "none") + more
 
     def __repr__(self) -> str:
-        """Short, and different for plans of different content: it is part of `Config`'s, which names a compiled
-        graph in caches."""
+        """Short, and different for plans of different content. It is part of the repr of `Config`, by which caches tell
+        compiled graphs apart."""
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         return f"Plan({len(self.sites)} sites, sha256={digest})"
 
@@ -197,7 +208,7 @@ class Plan:
         return hash((self.metric, self.tolerance, self.sites))
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """A header, and a row for each decision with what was measured there."""
+        """A header, and a row for each decision with the errors measured there."""
         header = ("site", "steps", "decision", *PRECISIONS, "of the output")
         rows = []
         for site in self.sites:
@@ -216,7 +227,8 @@ class Plan:
         return header, rows
 
     def summary(self) -> list[str]:
-        """How many decisions of each kind, within what, and what all of them do to the model's output."""
+        """Lines of text: the number of decisions of each kind, the tolerance, and the error of the model's output with all of
+        them."""
         counts = Counter(site.decision for site in self.sites)
         lines = [
             f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in DECISIONS)}; "
@@ -238,7 +250,8 @@ def _most_careful(decisions: list[str]) -> str:
 
 
 def _most_careful_verdict(verdicts: list[Verdict]) -> Verdict:
-    """The first that keeps its site, else one of the most careful precision, with the largest of their errors."""
+    """The first verdict that keeps its site. If none does, one of the most careful precision, with the largest error among
+    the verdicts of that precision."""
     kept = next((verdict for verdict in verdicts if verdict.precision is None), None)
     if kept is not None:
         return kept

@@ -21,21 +21,21 @@ Steps: TypeAlias = "tuple[int, int | None]"  # first and last step of a range, N
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What has to agree for a plan's site to be a model's site. Batch, lengths and dtype may differ."""
+    """The facts that must agree for a site of a plan to be a site of a model. Batch, lengths and dtype may differ."""
 
     pattern: str
     code: str
     """"model.py: out = F.scaled_dot_product_attention(q, k, v)": the file and the text of the line that calls."""
     calls: int
-    """Attention calls in the same module and graph: what "#2" in a name counts."""
+    """The number of attention calls in the same module and graph. "#2" in a name is the second of them."""
     heads: int | None
     kv_heads: int | None
-    """None where heads are folded into the batch, or symbolic."""
+    """Both are None where heads are folded into the batch, or symbolic."""
     head_dim: int | None
     value_head_dim: int | None
     mask: str
-    """"none", "causal", "window", or "runtime" for one that is read when the model runs. That can be any mask, and
-    a causal one becomes so under dynamic shapes: it agrees with all."""
+    """"none", "causal", "window", or "runtime" for a mask that is read when the model runs. "runtime" agrees with all: it may
+    be any mask, and under dynamic shapes a causal one becomes "runtime"."""
 
     @classmethod
     def of(cls, site: Site, calls: int) -> Fingerprint:
@@ -73,7 +73,7 @@ _READ_AT_RUN_TIME = ("key_padding", "bool", "additive", "unknown")
 
 
 def _mask_class(mask: str) -> str:
-    """The class of `str(masks.Mask)`, e.g. "causal, key_padding"."""
+    """`Fingerprint.mask` for the text of a `masks.Mask`: "runtime" for "causal, key_padding"."""
     if any(kind in mask for kind in _READ_AT_RUN_TIME):
         return "runtime"
     if mask.startswith("causal"):
@@ -88,7 +88,7 @@ def calls_per_module(sites: Iterable[Site]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric over all samples and calls. None stands for a value that is not finite, and holds no tolerance."""
+    """One metric over all samples and calls. None stands for a value that is not finite; no tolerance allows it."""
 
     worst: float | None
     mean: float | None
@@ -96,8 +96,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """One precision at one site, on the site's own exact inputs, against SDPA's output there. `kernel` names all that may
-    run it ("hopper, triton"); figures are those of the worst."""
+    """The errors of one precision at one site: its output against SDPA's on the site's exact inputs.
+
+    `kernel` names all kernels that may run it, as "hopper, triton"; the figures are those of the worst. `samples` counts the
+    measurements.
+    """
 
     precision: str
     kernel: str
@@ -107,19 +110,20 @@ class Measured:
     cosine: Figure
     sqnr_db: Figure
     output_rel_l2: Figure | None = None
-    """Of the model's output, with this site alone in this precision; None where it was not run."""
+    """The error of the model's output with this site alone in this precision; None where it was not measured."""
 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One attention of the model, and what may take its place, in a range of steps or (None) always."""
+    """One attention of the model and the decision about it. The decision holds for the range `steps`, or always if that is
+    None."""
 
     name: str
     fingerprint: Fingerprint
     decision: str
     steps: Steps | None = None
     graph: int = 0
-    """Sites of one number were in one graph when the model was calibrated."""
+    """The number of the graph in which the site was met when the model was calibrated."""
     source: str = "?"
     query: str = "?"
     key: str = "?"
@@ -141,13 +145,13 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a plan says of one site of a graph: the precision to run it in, or the reason why it stays SDPA."""
+    """The decision of a plan about one site of a graph: the precision to run it in, or the reason why it stays SDPA."""
 
     precision: str | None
     rel_l2: float | None = None
     reason: str | None = None
     known: bool = True
-    """False for a site that the plan was not made for."""
+    """False where the plan has no such site."""
 
 
 def steps_text(steps: Steps | None) -> str:

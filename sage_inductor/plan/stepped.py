@@ -1,4 +1,4 @@
-"""A model that runs in steps (diffusion), compiled once for each set of decisions that its plan holds."""
+"""A model that runs in steps (diffusion), compiled once for each set of decisions in its plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sage_inductor.plan.plan import Plan
 
 @dataclass(eq=False)
 class _Stepping:
-    """What is compiled of a model, and the step that it is at."""
+    """The compiled versions of a model, and its present step."""
 
     model: Callable[..., Any]
     plan: Plan
@@ -28,12 +28,12 @@ class _Stepping:
     compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     of_step: dict[int, Callable[..., Any]] = field(default_factory=dict)
     last: float | None = None
-    """The value of the argument that is followed, at the last call."""
+    """The value of the followed argument at the last call."""
     falls: bool | None = None
-    """Whether it goes down from step to step; None at the first."""
+    """Whether the followed argument goes down from step to step; None during the first step."""
 
     def of(self, model: Callable[..., Any]) -> _Stepping:
-        """The same of another model, at its first step."""
+        """The same for another model, at its first step."""
         return _Stepping(
             model, self.plan, dict(self.options), dict(self.compile_args), self.steps, self.follow
         )
@@ -42,7 +42,7 @@ class _Stepping:
         self.step, self.last, self.falls = 0, None, None
 
     def advance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Count on by the argument that is followed."""
+        """Set the step that this call belongs to, by the argument that is followed."""
         value = _value_of(self.model, str(self.follow), args, kwargs)
         if self.last is None:
             self.last = value
@@ -71,11 +71,11 @@ class _Stepping:
 
 
 class SteppedModel(nn.Module):
-    """The model that `compile_steps` was given, whose calls run what was compiled for the present `step`.
+    """The model that `compile_steps` was given. A call runs the version compiled for the present `step`.
 
-    Of a module it is a second object with the same state, and an instance of the module's class: parameters, submodules,
-    hooks, attributes and methods are the module's own, so that `pipe.to(...)`, offloading and `save_pretrained` do with it
-    what they do with the module. A call raises ValueError for a step that the plan has no decisions for.
+    For a module it is a second object with the same state, and an instance of the module's class. Parameters, submodules,
+    hooks, attributes and methods are the module's own, so `pipe.to(...)`, offloading and `save_pretrained` work on it as on
+    the module. A call raises ValueError for a step that the plan has no decisions for.
     """
 
     __slots__ = ("_steps",)  # not in the state that is shared
@@ -84,7 +84,8 @@ class SteppedModel(nn.Module):
     @property
     def step(self) -> int:
         """The step that the next call belongs to, from 0. Set it before each call, e.g. in a pipeline's callback, unless
-        an argument is followed. With `steps=n`, step n is step 0 of the next run."""
+        an argument is followed. With `steps=n`, step n is step 0 of the next run. Setting it raises ValueError for anything
+        but an int from 0, and where an argument is followed."""
         return self._steps.step
 
     @step.setter
@@ -123,7 +124,7 @@ class SteppedModel(nn.Module):
 
 
 class _SteppedFunction(SteppedModel):
-    """Of a function: its attributes are the function's."""
+    """The same for a function. Its attributes are the function's."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -157,15 +158,15 @@ def compile_steps(
 
     Args:
         model: the module or function that was calibrated. It stays as it is.
-        plan: one with ranges of steps; one without decides alike at every step.
-        steps: how many steps a run has: setting `step` to this number begins the next run at 0, as where a callback at
-            the end of each step sets the number of the next.
-        follow: the parameter of `model` that tells the steps apart, "timestep" in most models of diffusers: a number or
-            a tensor, of which the largest element counts (read on the host, which waits for the device). The first call
-            is of step 0. A call with another value is of the next step, with the same one (two calls for guidance) of the
-            same; a value that turns back, up where it went down or down where it went up, begins a run at 0. Call
-            `reset()` before a run that follows one which was cut short.
-        options: as for `torch.compile(backend="sage_inductor")`, without "sage.plan".
+        plan: a plan with ranges of steps. One without decides alike at every step.
+        steps: the number of steps of a run. Setting `step` to this number begins the next run at 0, so that a callback at
+            the end of each step may set the number of the next.
+        follow: the parameter of `model` that tells the steps apart, "timestep" in most models of diffusers. It is a number
+            or a tensor; of a tensor the largest element counts (read on the host, which waits for the device). The first
+            call is of step 0. A call with another value is of the next step; one with the same value, such as a second
+            call for guidance, of the same step. A value that turns back, up where it went down or down where it went up,
+            begins a new run at 0. Call `reset()` after a run that was cut short.
+        options: those of `torch.compile(backend="sage_inductor")`, without "sage.plan".
         compile_args: further arguments of `torch.compile`.
 
     Raises:
@@ -202,7 +203,7 @@ def _stepped(steps: _Stepping) -> SteppedModel:
         return function
     cls = type(model)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    # Of the same name: pipelines write down the class of each of their models.
+    # The class has the same name, because pipelines write down the class of each of their models.
     stepped: SteppedModel = object.__new__(
         type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()})
     )

@@ -1,8 +1,9 @@
-"""Which kernel a site gets when "auto" chooses: by measurement while compiling, or by the shipped tables.
+"""The choice of a kernel for a site with kernel="auto": by measurement while compiling, or by the shipped tables.
 
 comparison.py   what is compared: the problem for the kernels, and the SDPA call that it would replace
-measure.py      the times of one comparison on this GPU
-store.py        results on disk, and the machine that they hold for
+measure.py      the times of one comparison on this device
+machine.py      the hardware and software that times hold for
+store.py        results on disk
 choice.py       the decision
 """
 

@@ -1,4 +1,4 @@
-"""The decision at a site: the fastest of the kernels that can run there and SDPA, which wins ties."""
+"""The decision at a site: the fastest kernel that can run there, or SDPA. SDPA wins ties."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from sage_inductor.tuning.store import Result, Store
 
 log = logging.getLogger(__name__)
 
-MARGIN = 0.02  # of SDPA's time that a kernel has to save at least: what two runs of the same differ by
-# Symbolic lengths: how far beyond the hint a kernel that loses there may begin to win, and the shortest length
-# worth a measurement.
+MARGIN = 0.02  # the share of SDPA's time that a kernel has to save at least: two runs of the same differ by as much
+# For symbolic lengths. LONGER: up to how many times the hint a kernel is tried that loses at the hint. SHORTEST: the shortest
+# length worth a measurement.
 LONGER = 4
 SHORTEST = 128
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`kernel` is to run, from `min_q_len` queries and `min_kv_len` keys on, exact attention below; None leaves
-    SDPA, with all `reasons`. `speedup` is SDPA's time over the kernel's, where that was measured."""
+    """What runs at a site.
+
+    `kernel` runs from `min_q_len` queries and `min_kv_len` keys on, and exact attention below. None leaves SDPA, for all
+    the `reasons`. `speedup` is SDPA's time over the kernel's, where that was measured.
+    """
 
     kernel: str | None
     reasons: tuple[str, ...] = ()
@@ -73,27 +76,28 @@ def choose(comparison: Comparison, config: Config) -> Choice:
 
 
 def is_makeshift() -> bool:
-    """Whether the table took the place of a measurement in this process: its choices are not to outlive it."""
+    """Whether the table took the place of a measurement in this process. Such choices are not to outlive the process."""
     return bool(_unmeasurable)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What is known at one pair of lengths: the kernels that beat SDPA, best first, or why none does."""
+    """The result at one pair of lengths: the kernels that beat SDPA, best first, or why none does."""
 
     winners: tuple[str, ...]
     reasons: tuple[str, ...] = ()
     speedup: float | None = None  # of the best kernel, be it below 1
 
 
-_Judge = Callable[[Comparison], _Outcome]  # of hinted comparisons
+_Judge = Callable[[Comparison], _Outcome]  # takes hinted comparisons
 
 
 def _across_lengths(comparison: Comparison, judge: _Judge) -> Choice:
     """The choice at the hint and, where lengths are symbolic, the lengths from which it holds.
 
-    Lengths are judged at powers of two, so that other hints find the same ones measured: below the hint while
-    the kernel wins, or above it until one does. Both lengths grow alike where both are symbolic.
+    Besides the hint, lengths are judged at powers of two and midway between, so that other hints find the same ones
+    measured. If a kernel wins at the hint, shorter lengths are tried while it wins; else longer ones until a kernel wins. A
+    hint of 3000 that is won is followed by 2048, 1024, .... Where both lengths are symbolic, they change by the same factor.
     """
     hinted = comparison.hinted()
     verdict = judge(hinted)
@@ -110,7 +114,7 @@ def _across_lengths(comparison: Comparison, judge: _Judge) -> Choice:
     def winners(length: int) -> tuple[str, ...]:
         try:
             return judge(hinted.at(*lengths(length))).winners
-        except CannotMeasure:  # for want of memory: longer than anything that runs here
+        except CannotMeasure:  # not enough memory: such lengths do not run here
             return ()
 
     below = 1 << (max(hint, 2) - 1).bit_length() - 1  # the last power of two below the hint
@@ -164,7 +168,8 @@ _warned: set[str] = set()
 
 
 def _result(comparison: Comparison, names: Sequence[str], config: Config, here: Machine) -> Result:
-    """Times that hold for a hinted `comparison`: known, on disk, or measured now. Raises CannotMeasure."""
+    """Times that hold for a hinted `comparison`: known to this process, read from disk, or measured now. Raises
+    CannotMeasure."""
     key, lengths = comparison.key(), comparison.lengths
     folder = None if config.cache_dir is None else os.fspath(config.cache_dir)
     where = (folder, here.fingerprint(), json.dumps(key, sort_keys=True))
@@ -196,7 +201,7 @@ def _result(comparison: Comparison, names: Sequence[str], config: Config, here: 
                 timing.scattered,
             )
     _known[where] = [result, *(other for other in _known[where] if (other.q_len, other.kv_len) != lengths)]
-    if not result.failed:  # what failed may have done so for a passing reason: later processes try again
+    if not result.failed:  # a kernel may have failed for a passing reason: later processes try again
         store.save(key, result)
     return result
 
@@ -226,5 +231,5 @@ def _verdict(result: Result, comparison: Comparison, names: Sequence[str], here:
 
 
 def _needed_gain(result: Result, name: str) -> float:
-    """The share of SDPA's time that kernel `name` must save to be taken for faster."""
+    """The share of SDPA's time that kernel `name` must save to count as faster."""
     return max(MARGIN, result.kernels[name].noise)

@@ -13,19 +13,19 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.torch_internals import ambient_settings, float32_precision
 
-# Lengths that are data (without a hint) are judged at this one; the crossover decides at run time.
+# Lengths without a hint, which depend on data, are judged at this one; the crossover decides at run time.
 UNKNOWN_LENGTH = 4096
-# Lengths of one bucket share their leading bit and the two behind it, so they differ by less than 5/4.
+# Lengths of one bucket share their leading bit and the two behind it, so they differ by less than a factor of 5/4.
 BUCKET_BITS = 3
 BUCKET_WIDTH = 1.25
 
 
 @dataclass(frozen=True)
 class SdpaCall:
-    """`F.scaled_dot_product_attention` as the graph calls it, with the mask that analysis may have turned into
-    `is_causal`, and the repeated key heads that a kernel reads unrepeated.
+    """The `F.scaled_dot_product_attention` call that a kernel would replace, as the graph makes it.
 
-    Tensors of 2 to 4 dimensions. Attention that is written out is the SDPA call it stands for.
+    It still has the mask that a kernel gets as `is_causal`, and the repeated key heads that a kernel reads unrepeated.
+    Tensors have 2 to 4 dimensions. Attention that is written out counts as the SDPA call it stands for.
     """
 
     query: TensorSpec
@@ -67,7 +67,8 @@ class Comparison:
         return Comparison(_resized(self.problem, q_len, kv_len), _resized(self.sdpa, q_len, kv_len))
 
     def key(self) -> dict[str, Any]:
-        """All that times depend on, of a hinted comparison and of torch's settings; lengths by their bucket. JSON."""
+        """Everything in a hinted comparison, and in torch's settings, that times depend on; lengths by their bucket. It can
+        be written as JSON."""
         problem, params = self.problem, self.problem.params
         q_len, kv_len = self.lengths
         return {
@@ -94,7 +95,7 @@ class Comparison:
 
 
 def bucket(length: int) -> str:
-    """The lengths that are looked up together: 4096 to 5119."""
+    """The range of lengths that are looked up together: "4096 to 5119" for 5000."""
     shift = max(0, length.bit_length() - BUCKET_BITS)
     first = length >> shift << shift
     return f"{first} to {first + (1 << shift) - 1}"
@@ -113,8 +114,9 @@ def _described(call: AttentionProblem | SdpaCall) -> dict[str, Any]:
 def _layout(spec: TensorSpec, is_mask: bool = False) -> str:
     """`bfloat16 heads=8 dim=128 b n h d, row 3072, aligned 16`: what speed depends on beside the lengths.
 
-    The dims from outermost to innermost in memory, without those of one element; (dim) for an expanded one.
-    The distance of rows does not change with the length where head_dim is innermost, so it counts there.
+    Dims are listed from outermost to innermost in memory, without those of one element; an expanded one stands in
+    parentheses. `row`, the stride of the sequence, is there where head_dim is innermost: it does not change with the
+    length then.
     """
     dims = len(spec.shape)
     names = ("b", "h", "q", "k")[-dims:] if is_mask else ("b", "h", "n", "d")[-dims:]
@@ -167,7 +169,8 @@ def _resized(call: Described, q_len: int, kv_len: int) -> Described:
 def _with_lengths(
     call: Described, q_len: int, kv_len: int, change: Callable[[TensorSpec, dict[int, int]], TensorSpec]
 ) -> Described:
-    """`change` of every tensor and of the lengths of those of its dims (-2, -1) that are lengths."""
+    """`call` with every tensor changed. `change` gets a tensor and the new sizes of those dims that are lengths: {-2: kv_len}
+    for the key, {-2: q_len, -1: kv_len} for a mask, without dims that it broadcasts."""
     mask = call.attn_mask
     if mask is not None:
         lengths = {-2: q_len, -1: kv_len}

@@ -1,4 +1,4 @@
-"""What measured times hold for: the GPU, its driver, and every piece of software that takes part."""
+"""The machine that measured times hold for: the device, its driver, and every piece of software that takes part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the software on it; results of one `Machine` say nothing about another."""
+    """A device and the software on it. Times measured on one `Machine` say nothing about another."""
 
     device: str
     driver: str
@@ -33,14 +33,15 @@ class Machine:
 
 
 def machine(device: torch.device) -> Machine:
-    """The facts about `device`, which must exist."""
+    """The `Machine` of `device`, which must exist."""
     if device.type != "cuda":
         return _machine(device.type, None)
     return _machine("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def machines() -> list[Machine]:
-    """Those of every GPU of this process, once each; none before CUDA is in use (to ask would initialise it)."""
+    """The `Machine` of every GPU of this process; equal GPUs give one. Empty before CUDA is in use: asking would initialise
+    it."""
     if not torch.cuda.is_initialized():
         return []
     found = (machine(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
@@ -71,12 +72,12 @@ def _gpu(index: int | None) -> str:
 
 
 def _driver() -> str:
-    # Where the kernel module does not say, as on WSL, the API's version changes too, as a rule.
+    # Where the kernel module tells no version, as on WSL, the API's version changes with the driver as a rule.
     return f"{driver_version() or '?'}, CUDA {cuda_driver_api()}"
 
 
 def version(package: str) -> str:
-    """Of an installed package, "none" for one that is not."""
+    """The version of an installed package; "none" for one that is not installed."""
     return package_version(package) or "none"
 
 

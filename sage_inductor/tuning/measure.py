@@ -24,7 +24,8 @@ WARM_UP_MS = 30.0
 WARM_UP_TURNS = 30  # at most: the clock itself keeps the GPU busy for half a millisecond and more
 ROUNDS_MS = 150.0
 ROUNDS = (5, 40)  # at least and at most; each times every call once
-# Beside the inputs: outputs, and workspaces of a kernel (8 bits each of query, key and value) and of SDPA.
+# Memory beside the inputs, as a share of them: outputs, and workspaces of a kernel (query, key and value in 8 bits) and of
+# SDPA.
 WORKSPACE_SHARE = 1.5
 KEPT_KEYS = 0.9  # of a bool mask, on average over the batch
 
@@ -33,14 +34,16 @@ Clock = Callable[[Timed], float]
 
 
 class CannotMeasure(Exception):
-    """Why there are no times to be had of a comparison, here and now."""
+    """A comparison cannot be measured here and now; the message says why."""
 
 
 def measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
     """The times of the `kernels` and of SDPA at a hinted `comparison`, quantisation included.
 
-    Raises CannotMeasure. Not for a stream that is being captured. Leaves nothing behind but memory in the
-    allocator's cache: the inputs come from a generator of their own, and no trace that is under way records them.
+    Must not be called while the stream is being captured. Leaves nothing behind but memory in the allocator's cache: inputs
+    come from a random generator of their own, and no trace that is under way records them.
+
+    Raises CannotMeasure: not enough memory, or SDPA does not take the inputs.
     """
     device = comparison.problem.query.device
     with outside_tracing(), _on(device):
@@ -70,7 +73,7 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # What it would raise when the model runs; whatever it is, the site stays SDPA and shows it.
+            # The kernel would raise the same when the model runs. The site stays SDPA, and its reasons show the error.
             failed[name] = f"{type(error).__name__}: {_first_line(error)}"
     times = interleaved(calls, clock_of(device))
     timings = {name: _against(times[name], times["sdpa"]) for name in calls if name != "sdpa"}
@@ -105,7 +108,7 @@ def _sdpa(comparison: Comparison, inputs: _Tensors) -> Timed:
 
 
 class _Tensors:
-    """Tensors of given shapes and strides; the kernels and SDPA read the same ones where they agree."""
+    """Inputs of given shapes and strides. The kernels and SDPA read the same tensor where shape and strides agree."""
 
     def __init__(self, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(0)
@@ -139,8 +142,8 @@ class _Tensors:
         return buffer
 
     def scatter_masks(self) -> bool:
-        """Whether there is a bool mask; each now leaves keys drawn at random, and every query its first one. Kernels that
-        pass over what a mask rules out in one piece find nothing to pass over."""
+        """Overwrite every bool mask by one that leaves keys drawn at random, and every query its first key. A kernel that
+        skips blocks of keys that a mask rules out finds none to skip. Returns whether there is a bool mask."""
         masks = [(spec, buffer) for (_, spec), buffer in self.known.items() if spec.dtype == torch.bool]
         for spec, buffer in masks:
             buffer.bernoulli_(KEPT_KEYS, generator=self.generator)
@@ -151,9 +154,10 @@ class _Tensors:
 def usual_mask(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """A bool mask of `shape` as models have it: `[..., 1, keys]` or `[..., q_len, kv_len]`, True: attend.
 
-    Over keys it leaves a prefix, of another length for each entry of the batch: padding behind. Where it differs from
-    query to query it is causal at the lower right and leaves out some first keys of each entry but the first: padding in
-    front. In both `KEPT_KEYS` of the keys are left on average. Every query keeps its first key.
+    A mask over keys leaves a prefix, of another length for each entry of the batch, as where sequences are padded at the
+    end. A mask of a row per query is causal at the lower right, and leaves out some first keys of each entry but the first,
+    as where sequences are padded in front. A share of `KEPT_KEYS` of the keys is left on average, before causality. Every
+    query keeps its first key.
     """
     *batch, q_len, kv_len = (1,) * (2 - len(shape)) + shape
     entries = math.prod(batch)
@@ -171,7 +175,7 @@ def usual_mask(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Te
 
 
 def _own_shape(spec: TensorSpec) -> tuple[int, ...]:
-    """With 1 for each expanded dim, which cannot be written to."""
+    """The shape with 1 for each expanded dim, whose elements cannot be written one by one."""
     return tuple(1 if stride == 0 else size for size, stride in zip(spec.shape, spec.stride, strict=True))
 
 
@@ -180,7 +184,8 @@ def _writable(buffer: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _without_leading_ones(spec: TensorSpec) -> TensorSpec:
-    """What kernels see with 4 dimensions may have fewer in the graph, and be the same tensor."""
+    """`spec` from its first dim on that has more than one element. A tensor that kernels see with 4 dims may have fewer in
+    the graph; without leading dims of 1 the two are equal."""
     outer = next((dim for dim, size in enumerate(spec.shape) if size != 1), 0)
     return replace(spec, shape=spec.shape[outer:], stride=spec.stride[outer:])
 
@@ -190,14 +195,15 @@ def _buffer(spec: TensorSpec) -> Tensor:
 
 
 def _extent(spec: TensorSpec) -> int:
-    """Elements from the first to the last of a tensor."""
+    """The number of elements of memory from the first to the last element of a tensor, gaps included."""
     if 0 in spec.shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True))
 
 
 def interleaved(calls: dict[str, Timed], clock: Clock) -> dict[str, list[float]]:
-    """Times in ms of every call, one a round: a clock that drifts, or a neighbour, concerns all alike."""
+    """Times in ms of every call, one for each round. Calls take turns, so that a drifting clock, or a neighbour on the
+    machine, slows all of them alike."""
     spent, once = 0.0, dict.fromkeys(calls, 0.0)
     for _ in range(WARM_UP_TURNS):
         once = {name: clock(call) for name, call in calls.items()}
@@ -213,21 +219,24 @@ def interleaved(calls: dict[str, Timed], clock: Clock) -> dict[str, list[float]]
 
 
 def _against(times: Sequence[float], sdpa: Sequence[float]) -> Timing:
-    """The kernel's median, and that of the ratios within a round with half its 95% interval: 1.57 times the
-    interquartile range over the root of the count (McGill, Tukey and Larsen 1978, the notch of a box plot)."""
+    """The kernel's median time, and the median of its ratios to SDPA's time in the same round, with its noise.
+
+    The noise is half the 95% interval of a median: 1.57 times the interquartile range over the root of the count, the notch
+    of a box plot (McGill, Tukey and Larsen, Variations of Box Plots, 1978).
+    """
     ratios = [own / other for own, other in zip(times, sdpa, strict=True)]
     lower, middle, upper = statistics.quantiles(ratios, n=4)
     return Timing(statistics.median(times), middle, 1.57 * (upper - lower) / math.sqrt(len(ratios)))
 
 
 def clock_of(device: torch.device) -> Clock:
-    """What times one call on `device`, in ms."""
+    """The clock that times one call on `device`, in ms."""
     return _CudaClock(device) if device.type == "cuda" else host_ms
 
 
 class _CudaClock:
-    """The larger of the time on the GPU and that of queueing the work, which a model does not hide where it is the
-    larger one. The GPU is busy while the host queues, and finds nothing in its L2 cache."""
+    """Times a call by the larger of its time on the GPU and the host's time to queue it: a model hides the host's time only
+    where it is the shorter one. The GPU is busy while the host queues, and finds nothing in its L2 cache."""
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,11 +1,11 @@
-"""Results on disk, one small file for each machine and bucket of problems, read again by every later process.
+"""Measured times on disk: one small file for each machine and bucket of problems, read by every later process.
 
     <folder>/<fingerprint of the machine>/<hash of the key>.json
     {"format": 2, "machine": {...}, "key": {...}, "results": [{"q_len", "kv_len", "sdpa_ms", "kernels", "failed"}]}
 
-Files are replaced as a whole, so a reader never sees half of one, and of two processes that write at once the
-later wins (what the other measured is measured again when it is next asked for). A file that cannot be read, or
-holds something else, counts as absent; a folder that cannot be written costs the results, not the compile.
+Files are replaced as a whole, so a reader never sees half of one. Of two processes that write at once the later wins; what the
+other measured is measured again when it is next asked for. A file that cannot be read, or holds something else, counts as
+absent. Where the folder cannot be written, results are lost and compiling goes on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FORMAT = 2
 class Timing:
     """One kernel against SDPA: `ms` per call, `ratio` of its time to SDPA's, `noise` of that ratio.
 
-    With a bool mask these hold for the masks that models have (`measure.usual_mask`). `scattered` is the ratio where the
-    keys that a mask leaves are drawn at random; None without a bool mask. The usual case decides.
+    With a bool mask these are the figures for a mask as models have it (`measure.usual_mask`), and they decide.
+    `scattered` is the ratio for a mask that leaves keys drawn at random; None without a bool mask.
     """
 
     ms: float
@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured at one pair of lengths. `failed` says which kernels raised what."""
+    """The times measured at one pair of lengths. `failed` has the error of each kernel that raised one."""
 
     q_len: int
     kv_len: int
@@ -55,11 +55,11 @@ class Result:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def decides(self, q_len: int, kv_len: int, names: Collection[str]) -> bool:
-        """Whether this settles the choice among the kernels `names` at lengths of its bucket.
+        """Whether this settles the choice among the kernels `names` at these lengths, which are of its bucket.
 
-        Quantising takes time in proportion to q_len and kv_len, attention to their product. So where lengths
-        change by less than a factor of 5/4, the ratio of a kernel's time to SDPA's does as well: results beyond
-        5/4 either way hold for the bucket, nearer to the crossover every pair of lengths is measured.
+        Quantising takes time in proportion to q_len and kv_len, attention in proportion to their product. So where lengths
+        change by less than a factor of 5/4, the ratio of a kernel's time to SDPA's does, too. A ratio beyond 5/4 either way
+        holds for the whole bucket; nearer to 1 every pair of lengths is measured.
         """
         if not {*self.kernels, *self.failed}.issuperset(names):
             return False
@@ -70,7 +70,7 @@ class Result:
 
     @classmethod
     def of_json(cls, data: dict[str, Any]) -> Result:
-        """Raises an Exception for what is no result, whatever it holds."""
+        """The result in JSON data. Raises some Exception for data that is no result."""
         kernels = {
             str(name): Timing(
                 ms=float(timing["ms"]),
@@ -122,7 +122,7 @@ class Store:
             return []
         except (
             Exception
-        ) as error:  # JSON holds more than one thinks of: 1e999 for a length, a thousand brackets
+        ) as error:  # JSON may hold anything: 1e999 for a length, a thousand brackets in one another
             text = f"{type(error).__name__}: {error}"[:200]
             _warn("measured times in %s are not readable, and measured again: %s", file, text)
             return []
@@ -141,7 +141,7 @@ class Store:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # With the permissions that the umask leaves: a folder may serve a group.
+            # The permissions are those that the umask leaves: a folder may serve a group.
             replace_file(self.folder / _file_name(key), json.dumps(data, indent=1).encode())
         except OSError as error:
             _warn("measured times are not kept: %s", error)
@@ -155,7 +155,7 @@ _warned: set[str] = set()
 
 
 def _warn(message: str, *args: object) -> None:
-    """Once for each kind: a folder that is not writable concerns every site of every graph."""
+    """Warn once for each kind of message: a folder that is not writable concerns every site of every graph."""
     if message not in _warned:
         _warned.add(message)
         log.warning(message, *args)

@@ -83,7 +83,8 @@ class AttentionImpl(ABC):
             extra_impl_args: see the subclass.
 
         Raises:
-            ValueError: a size below 1, num_heads no multiple of num_kv_heads, a scale that is no finite number.
+            ValueError: a size that is no int or below 1, num_heads that is no multiple of num_kv_heads, a scale that is no
+                finite number.
         """
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": head_size}

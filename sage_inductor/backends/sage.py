@@ -16,7 +16,8 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
 
-NHD_MEMORY = [0, 2, 1, 3]  # memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`
+# The memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`.
+NHD_MEMORY = [0, 2, 1, 3]
 
 
 class SageAttentionBackend(AttentionBackend):

@@ -51,8 +51,8 @@ def get_attn_backend(
             "auto" would choose a kernel for a long self-attention on this machine; else TORCH_SDPA.
 
     Raises:
-        NotEligibleError: SAGE_ATTN is requested, or the only backend that the layer allows, and no kernel can run this
-            head_size and dtype here. It has the reasons of the kernels.
+        NotEligibleError: SAGE_ATTN is requested and no kernel can run this head_size and dtype here; or it is the only
+            backend that the layer allows, and "auto" would choose no kernel. It has the reasons of the kernels.
         ValueError: an unknown backend, one that the layer does not support, or none left.
     """
     allowed = _allowed(supported_attention_backends)

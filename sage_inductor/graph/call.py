@@ -23,10 +23,9 @@ from sage_inductor.torch_internals import (
 
 @dataclass(frozen=True)
 class Expr:
-    """A value that the graph does not hold yet: a call whose arguments are nodes, other expressions and
-    constants.
+    """A value that the graph does not hold yet: a call whose arguments are nodes, other expressions and constants.
 
-    Patterns describe transposed keys or combined masks so; the nodes are made only if the call is rewritten.
+    Patterns describe transposed keys or combined masks in this form. The nodes are made only if the call is rewritten.
     `value` is what tracing would record for it.
     """
 
@@ -37,14 +36,14 @@ class Expr:
 
     @classmethod
     def of(cls, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Expr:
-        """The expression, its value worked out from the traced values of its arguments."""
+        """The expression. Its value is computed from the traced values of its arguments."""
         values = [example_value(arg) if isinstance(arg, (fx.Node, Expr)) else arg for arg in args]
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         with tracing(*values):
             return cls(target, args, kwargs, function(*values, **kwargs))
 
     def insert(self, graph: fx.Graph) -> fx.Node:
-        """The expression as nodes at `graph`'s insertion point."""
+        """Write the expression as nodes at the insertion point of `graph`, and return the last one."""
         args = tuple(arg.insert(graph) if isinstance(arg, Expr) else arg for arg in self.args)
         if isinstance(self.target, str):
             node = graph.call_method(self.target, args, self.kwargs)
@@ -84,8 +83,10 @@ def laid_out_as(tensor: Tensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:
 
 
 def tracing(*values: Any) -> AbstractContextManager[Any]:
-    """The fake mode of traced `values`: memory of a device that is not there, numbers that become tensors. What is asked of
-    symbolic sizes inside adds no guard: whoever traces the graph later asks for himself."""
+    """The fake mode of traced `values`, in which they can be computed with; a null context where they have none.
+
+    Questions about symbolic sizes inside it add no guard. Whoever traces the graph later asks for himself.
+    """
     modes = (getattr(value, "fake_mode", None) for value in values)
     mode = next((mode for mode in modes if mode is not None), None)
     if mode is None:
@@ -95,13 +96,13 @@ def tracing(*values: Any) -> AbstractContextManager[Any]:
 
 
 SDPA = builtin_sdpa
-"""`F.scaled_dot_product_attention`, whatever stands in that name's place."""
+"""torch's own `F.scaled_dot_product_attention`, also where something else was put in its place."""
 SDPA_TARGETS: tuple[Any, ...] = (
     SDPA,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
-"""What the target of a node is that calls it: the function in Dynamo's graphs, the overload in exported programs."""
+"""The targets of nodes that call SDPA: the function in Dynamo's graphs, the overload in exported programs."""
 
 Value: TypeAlias = "fx.Node | Expr"
 
@@ -110,9 +111,9 @@ Value: TypeAlias = "fx.Node | Expr"
 class AttentionCall:
     """One attention found in a graph. `node` is the node whose value is the attention output.
 
-    query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]` (batch, or batch
-    and heads, may be missing), attn_mask as for `F.scaled_dot_product_attention`. An option that the graph
-    computes at run time is held as its node.
+    query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]`; batch, or batch and heads, may
+    be missing. attn_mask is as for `F.scaled_dot_product_attention`. An option that the graph computes at run time is
+    held as its node.
     """
 
     node: fx.Node
@@ -126,11 +127,11 @@ class AttentionCall:
     scale: float | fx.Node | None = None
     enable_gqa: bool = False
     sink: Value | None = None
-    """A logit beside those of the keys, which has weight and no value; broadcasts to `[batch, heads, q_len]`."""
+    """A logit beside those of the keys. It takes weight and has no value. Broadcasts to `[batch, heads, q_len]`."""
     restore: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the attention output into the value of `node`."""
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """The way back: turns the traced value of `node` into that of the attention output."""
+    """Methods, with their arguments, that turn the traced value of `node` back into that of the attention output."""
 
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
@@ -143,16 +144,15 @@ class Pattern(ABC):
 
     name: ClassVar[str]
     under_transforms: ClassVar[bool] = False
-    """Whether `match` can be asked inside vmap or grad, where traced values are not to be computed with."""
+    """Whether `match` may be called inside vmap or grad, where it must not compute with traced values."""
 
     @abstractmethod
     def match(self, node: fx.Node) -> AttentionCall | None:
-        """The call whose output is `node`, or None when `node` is not this idiom. Must not change the
-        graph."""
+        """The call whose output is `node`, or None when `node` is not this idiom. Must not change the graph."""
 
     @abstractmethod
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
-        """(function, inputs) pairs that hold the idiom: they feed the tests and the documentation."""
+        """(function, inputs) pairs that hold the idiom, for the tests and the documentation."""
 
 
 class OpaquePattern(ABC):
@@ -165,7 +165,7 @@ class OpaquePattern(ABC):
         """The mathematics of `node`, traced; None when `node` is not this one. Must not change the graph."""
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
-        """Why `node`, which is this one, cannot be opened; empty when it can, or is something else."""
+        """Why `node` cannot be opened although it is this one. Empty where it can, and where it is something else."""
         return []
 
     @abstractmethod
@@ -175,8 +175,8 @@ class OpaquePattern(ABC):
 
 @dataclass(frozen=True)
 class Expansion:
-    """What an opaque node computes: `graph` with a placeholder for each of `inputs`; its output has the structure
-    that users of the node index into."""
+    """The mathematics of an opaque node. `graph` has a placeholder for each of `inputs`; its output has the structure of the
+    node's value, into which users of the node index."""
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
@@ -185,8 +185,11 @@ class Expansion:
 def trace(
     function: Callable[..., Any], inputs: tuple[fx.Node, ...], autocast: torch.dtype | None = None
 ) -> Expansion | None:
-    """`function` of the values of `inputs`, traced before dispatch (an SDPA call stays one node), as under autocast to a
-    dtype where one is given. None for inputs that cannot be traced: no tensors, or subclasses with a dispatch of their own."""
+    """`function` of the values of `inputs`, traced before dispatch, so that an SDPA call stays one node.
+
+    With `autocast` it is traced as under autocast to that dtype. None for inputs that cannot be traced: those that are no
+    tensors, or are of subclasses with a dispatch of their own.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     values = [example_value(node) for node in inputs]
@@ -202,14 +205,14 @@ def trace(
 
 
 def leaves(item: Any) -> list[fx.Node]:
-    """The nodes that a value is made of."""
+    """The nodes in a value: itself, or those in the arguments of an expression."""
     if isinstance(item, fx.Node):
         return [item]
     return [leaf for arg in item.args for leaf in leaves(arg)] if isinstance(item, Expr) else []
 
 
 def example_value(item: Value) -> Any:
-    """What tracing recorded: Dynamo's `example_value`, or `val` in an exported or AOT graph."""
+    """The value that tracing recorded: `example_value` in Dynamo's graphs, `val` in exported and AOT graphs."""
     if isinstance(item, Expr):
         return item.value
     return item.meta["example_value"] if "example_value" in item.meta else item.meta.get("val")

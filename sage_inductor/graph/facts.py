@@ -1,6 +1,6 @@
-"""What is true of the operations of a graph, by their names: one table, to which a spelling is added in one place.
+"""Facts about the operations of a graph, by their names, in one table: a new spelling is added in one place.
 
-A name stands for the method, for the function of torch or `operator`, and for the aten operator that are called so. Facts:
+A name stands for the method, the function of torch or `operator`, and the aten operator of that name. Facts:
 
     PURE      gives its value and does nothing else: arguments stay as they are, no random numbers are drawn
     VIEW      the value may lie in the memory of the first argument: `x.view(...)`, and `x.float()` of a float32 x
@@ -9,7 +9,7 @@ A name stands for the method, for the function of torch or `operator`, and for t
     RANDOM    the value depends on more than the arguments: on random numbers, or on what memory held before
     WRITES    the first argument is overwritten
 
-What is PURE and no VIEW has a value in memory of its own.
+The value of an operation that is PURE and no VIEW lies in memory of its own.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ RESHAPES = (
     "view", "view_as", "reshape", "reshape_as", "_unsafe_view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze",
 )  # fmt: skip
 BROADCASTS = ("expand", "expand_as", "broadcast_to")
-# To another dtype; where it is that already, the argument itself, or with `_to_copy` a copy.
+# To another dtype. Where the argument has that dtype already, the value is the argument itself, or with `_to_copy` a copy.
 _CASTS_WHERE_NEEDED = ("to", "float", "half", "bfloat16", "double", "bool", "int", "long", "type", "type_as")
 CASTS = (*_CASTS_WHERE_NEEDED, "_to_copy")
-# Element by element, into new memory. The method with an underscore behind the name (`add_`) and the operator with an i in
-# front of it (`iadd`) write the same numbers over the first argument.
+# Element by element, into new memory. `add_`, the method with an underscore, and `iadd`, the operator with an i in front, write
+# the same numbers over the first argument.
 ARITHMETIC = (
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv", "exp", "masked_fill", "clamp",
     "clamp_min",
 )  # fmt: skip
 ARITHMETIC_IN_PLACE = (*(f"{name}_" for name in ARITHMETIC), "iadd", "isub", "imul", "itruediv")
-# Filled with a number: the one that the name says, or the argument at this position, or of the name `fill_value`.
+# Filled with a number: the one here, or the argument at this position or of the name `fill_value`.
 FILLS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 FILLS_WITH_ARGUMENT = {"full": 1, "full_like": 1, "new_full": 2}
 # Of bools.
@@ -70,8 +70,8 @@ _ROWS: tuple[tuple[Fact, tuple[str, ...]], ...] = (
     (PURE | COPIES, ("repeat_interleave", "repeat")),
     (PURE | VIEW | IN_ORDER, _CASTS_WHERE_NEEDED),
     (PURE | IN_ORDER, ("_to_copy",)),
-    # `x.mT` as older versions of torch trace it, and sizes; other devices; memory regardless of what lies in it; a product
-    # of one operand; the argument itself where dropout is off (where it is on, `is_pure` knows).
+    # getattr: `x.mT` as older versions of torch trace it, and sizes. as_strided: any elements of the memory. einsum: of one
+    # operand it may be a view. dropout: the argument itself where it is off; `is_pure` knows where it is on.
     (PURE | VIEW, ("getattr", "cpu", "cuda", "as_strided", "einsum", "dropout")),
     (PURE, (
         *ARITHMETIC, *FILLS, *FILLS_WITH_ARGUMENT, *AND, *OR, *NOT, "__add__", "__sub__", "__mul__", "__truediv__",
@@ -96,8 +96,8 @@ FACTS: dict[str, Fact] = {name: facts for facts, names in _ROWS for name in name
 
 
 def operation(item: Value) -> str:
-    """The name of the method, or of the function of torch or `operator`, that `item` calls; empty for all else: a function
-    that the user allowed in the graph may have any name, and may be there for what it does."""
+    """The name of the method, or of the function of torch or `operator`, that `item` calls. Empty for all else: a function
+    that the user allowed in the graph may have any name, and any effect."""
     if isinstance(item, Expr) or item.op == "call_function":
         return item.target if isinstance(item.target, str) else _torch_name(item.target)
     return str(item.target) if item.op == "call_method" else ""
@@ -119,7 +119,7 @@ def facts_of(item: Value) -> Fact:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether `node` does nothing but give its value; of what is not known to, the answer is no."""
+    """Whether `node` does nothing but give its value. False for an operation that is not known."""
     if is_overload(node.target) and not node.is_impure():
         return True
     if node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
@@ -138,9 +138,11 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_function(node: fx.Node) -> bool:
-    """Whether the value of `node` can be had by calling what it calls with the values of its arguments, at any time: an
-    operator, or a function or method of torch, that does not draw random numbers, and no functorch transform, whose calls
-    make sense together only. (What it does besides giving a value, such as to write, is not looked at.)"""
+    """Whether the value of `node` is a function of the values of its arguments, which may be called at any time.
+
+    True for an operator, and for a function or method of torch, that draws no random numbers. False for parts of functorch
+    transforms, whose calls make sense together only. Effects, such as writing to an argument, are not looked at.
+    """
     if node.op == "call_function":
         module = getattr(node.target, "__module__", None) or ""
         if not (operation(node) or is_overload(node.target)) or "functorch" in module:
@@ -160,12 +162,12 @@ def is_fresh(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the value of `node` may lie in the memory of its first argument; functions of any module count by name."""
+    """Whether the value of `node` may lie in the memory of its first argument, by its name, whichever module that is from."""
     return VIEW in FACTS.get(node_name(node), NOTHING)
 
 
 def fill(item: Value) -> Any:
-    """What all elements of `item` are, where it is made by filling a tensor: a number or a node. None where it is not."""
+    """The number, or the node of it, that `item` is filled with. None where `item` is not made by filling a tensor."""
     name = operation(item)
     if name in FILLS:
         return FILLS[name]

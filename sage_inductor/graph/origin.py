@@ -1,4 +1,4 @@
-"""Where in the model a node comes from."""
+"""The origin of a node: its module and its line of code in the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import fx
 
-ROOT = "<root>"  # the path of what was compiled itself
+ROOT = "<root>"  # the path of the module or function that was compiled
 
 _SUBSCRIPT = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+)\]""")
 # Dynamo reaches the children of a module that has a __getattr__ of its own through its __dict__.
 _CHILDREN = re.compile(r"(\.__dict__)?\._modules(?=\.)")
-# A forward function that was replaced (hooks) leads back to the module by the bound method that it keeps.
+# A forward function that was replaced, as by hooks, leads back to the module by the bound method that it keeps.
 _REPLACED_FORWARD = re.compile(r"(^|\.)forward\.(.*\.)?__self__(?=\.|$)")
-# A model that reaches a wrapper of its forward function as an argument.
+# A wrapper of a forward function gets the model as an argument.
 _ARGUMENT = re.compile(r"^(args\.\d+|kwargs\.\w+)(?=\.|$)")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
@@ -27,7 +27,7 @@ _OPERATORS = f'File "{Path(__file__).parent.parent / "operators"}{os.sep}'
 
 @dataclass(frozen=True)
 class Entry:
-    """One of the modules that a node was made in."""
+    """One of the modules whose forward function made a node."""
 
     path: str
     class_name: str
@@ -36,7 +36,7 @@ class Entry:
 
 
 def module_stack(node: fx.Node) -> tuple[Entry, ...]:
-    """The modules that `node` was made in, the innermost last, from the metadata of Dynamo or export."""
+    """The modules whose forward functions made `node`, the innermost last, from the metadata of Dynamo or export."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple(
         Entry(
@@ -55,7 +55,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def _clean(path: str) -> str:
-    """The path alone, without the variable that holds the model, and without wrappers."""
+    """`path` without the variable that holds the model, and without wrappers."""
     if path.startswith(
         ("L[", "G[")
     ):  # as Dynamo writes it: the local or global variable that holds the model first
@@ -68,7 +68,7 @@ def _clean(path: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """ "file.py:123", the innermost frame of user code that made the call."""
+    """ "file.py:123" of the innermost frame of user code that made the call; "?" where it is not known."""
     frame, _ = _innermost_frame(node)
     if frame is None:
         return "?"
@@ -82,8 +82,8 @@ def source_code(node: fx.Node) -> str:
 
 
 def _innermost_frame(node: fx.Node) -> tuple[str | None, str]:
-    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace. The functions of this
-    package, which call its operator, are no one's code but its own."""
+    """('File "model.py", line 123, in forward', "the text of that line") of the stack trace. Functions of this package that
+    call its operator are no user code."""
     frame, text = None, ""
     for line in (node.meta.get("stack_trace") or "").splitlines():
         if line.strip().startswith('File "'):

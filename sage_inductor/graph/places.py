@@ -1,8 +1,8 @@
-"""Where in the model the nodes of a graph stand: by their path, and by all else that they can be known by.
+"""The places of nodes in the model: their module's path, and all other names that it can be known by.
 
-A graph that Dynamo made of one block tells paths from that block on (`attn1`), and one made of a wrapped model tells the
-wrappers, too (`module.blocks.0.attn1`). While it compiles, the modules that are being called stand on Python's stack;
-the outermost one that holds the block knows its full path, and which other modules run the same code.
+A graph that Dynamo made of one block has paths from that block on (`attn1`), and one made of a wrapped model has the wrappers
+in its paths, too (`module.blocks.0.attn1`). The modules that are being called stand on Python's stack while Dynamo compiles.
+The outermost of them that holds the block gives its full path, and the other modules that run the same code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sage_inductor.torch_internals import children_of, dynamo_is_compiling, ends
 
 # Attributes by which wrappers hold the module that they wrap: torch.compile, FSDP, activation checkpointing.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Classes that hold it as `module`, which is a name that models use, too.
+# Classes of wrappers that hold it as `module`. Models use that name, too.
 _HOLD_AS_MODULE = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "AveragedModel"})
 
 
@@ -30,12 +30,12 @@ class Place:
     path: str
     """From the outermost module that is known, without wrappers: "blocks.0.attn1"; "<root>" for that module itself."""
     names: tuple[str, ...] = field(default=(), repr=False)
-    """All that globs are held against: the path and its dotted tails ("0.attn1", "attn1"), with wrappers and without, and
-    the classes on the way with the path within ("Block.attn1", "Attention")."""
+    """The names that globs are compared with: the path and its dotted tails ("0.attn1", "attn1"), with wrappers and without,
+    and each class on the way with the path below it ("Block.attn1", "Attention")."""
     compiled: str = field(default=ROOT, repr=False)
-    """The path of the module that was compiled, with this one in it."""
+    """The path of the module that was compiled; this one is in it."""
     is_open: bool = field(default=False, repr=False)
-    """Whether the path may go on at its front: the module was compiled by itself, and nothing known holds it."""
+    """Whether the path may be the end of a longer one: the module was compiled by itself, and no known module holds it."""
 
 
 # The modules from the outermost one down to one of its submodules, each with the attribute that holds it.
@@ -43,16 +43,17 @@ Chain = tuple[tuple[str, nn.Module], ...]
 
 
 class Places:
-    """The places of the nodes of one graph, while it is being compiled, and those below it."""
+    """The places of the nodes of one graph and the graphs below it, while it is being compiled."""
 
     def __init__(self) -> None:
         called = called_modules() if dynamo_is_compiling() else []
         self._called = [module for module, _ in called]
-        # What calls the innermost: torch.nn for its forward function, itself where that is resumed behind a break.
+        # The Python module of the code that calls the innermost: torch.nn where its forward function is called, its own where
+        # that is resumed after a graph break.
         self._calling = called[0][1] if called else ""
         self._of_id: dict[int, list[Chain]] = {}
         self.outermost: nn.Module | None = None
-        """The module on the stack that holds all others which are called inside of it; None where there is none."""
+        """The outermost module on the stack that holds the innermost one; None where no module is called."""
         if self._called:
             innermost = self._called[0]
             for module in reversed(self._called):
@@ -64,8 +65,8 @@ class Places:
                 self._of_id.setdefault(id(chain[-1][1]), []).append(chain)
 
     def of(self, node: fx.Node) -> tuple[Place, ...]:
-        """Where `node` stands, and behind it where else the same code may run: Dynamo keeps one graph for all modules of a
-        class that its guards cannot tell apart, such as the blocks of a transformer compiled one by one."""
+        """The place of `node`, followed by the other places where the same code may run. Dynamo keeps one graph for all modules
+        of a class that its guards cannot tell apart, such as the blocks of a transformer compiled one by one."""
         chain = self._chain(node)
         if chain is None:
             return (_place_by_name(node),)
@@ -90,7 +91,7 @@ class Places:
         return tuple(by_path.values())
 
     def is_whole(self, graph: fx.Graph) -> bool:
-        """Whether `graph` is all of the outermost module: no part in front of it was cut off, nor one behind it."""
+        """Whether `graph` is all of the outermost module, and no graph break cut off a part before or after it."""
         return (
             self.outermost is not None
             and self._called[0] is _unwrapped(self.outermost)
@@ -99,8 +100,8 @@ class Places:
         )
 
     def of_compiled(self) -> tuple[tuple[str, ...], ...]:
-        """What the module that is being compiled can be known by, and all that share its code: with the graph itself, all
-        that `of` depends on."""
+        """The names of the module that is being compiled, and of all that share its code. `of` depends on these and on the
+        graph, and on nothing else."""
         if self.outermost is None:
             return ()
         innermost = _unwrapped(self._called[0])
@@ -109,19 +110,19 @@ class Places:
 
     @cached_property
     def all_names(self) -> frozenset[str]:
-        """What the modules of the model, those without attention too, can be known by."""
+        """The names of all modules of the model, those without attention included."""
         return frozenset(
             name for chains in self._of_id.values() for chain in chains for name in _names(chain)
         )
 
     def _chain(self, node: fx.Node) -> Chain | None:
-        """The way to the module that makes `node`; None where it is not on the stack's."""
+        """The way to the module that makes `node`; None where no module on the stack holds it."""
         stack = module_stack(node)
         if not stack:
-            # Straight in what is being compiled, which is the innermost module that is being called.
+            # The node is made by the compiled module itself, the innermost one that is being called.
             return None if not self._called else self._of_id[id(_unwrapped(self._called[0]))][0]
         chains = self._of_id.get(stack[-1].module_id or 0, [])
-        # A module that is held in several places: the one that the graph names.
+        # A module may be held in several places: the graph names the one.
         told = module_path(node)
         return max(chains, key=lambda chain: _common_tail(_path(chain), told), default=None)
 
@@ -139,9 +140,9 @@ class Places:
 
 
 def called_modules() -> list[tuple[nn.Module, str]]:
-    """The modules that are being called on this thread, the innermost first, each with the Python module of the function
-    that is nearest to it: the first arguments of the functions on the stack. Compilers, which call modules of their own,
-    are passed over."""
+    """The modules that are being called on this thread, the innermost first: the first arguments of the functions on the
+    stack. Each comes with the Python module of the innermost such function. Functions of compilers, which call modules of
+    their own, are passed over."""
     found: dict[int, tuple[nn.Module, str]] = {}
     frame = sys._getframe(1)
     while frame is not None:
@@ -163,7 +164,7 @@ def tails(path: str) -> tuple[str, ...]:
 
 
 def _chains(root: nn.Module) -> Iterator[Chain]:
-    """The ways from `root` to it and all of its submodules; one for each way where a module is held twice."""
+    """The ways from `root` to itself and to all of its submodules. A module that is held twice has two ways."""
 
     def below(chain: Chain) -> Iterator[Chain]:
         yield chain
@@ -181,7 +182,7 @@ def _is_wrapper(holder: nn.Module, name: str) -> bool:
 
 
 def _unwrapped(module: nn.Module | None) -> nn.Module | None:
-    """What `module` wraps, through all wrappers; itself where it is none."""
+    """The module inside all wrappers of `module`; `module` itself where it is no wrapper."""
     while module is not None:
         inner = next((child for name, child in children_of(module) if _is_wrapper(module, name)), None)
         if inner is None:
@@ -191,7 +192,8 @@ def _unwrapped(module: nn.Module | None) -> nn.Module | None:
 
 
 def _path(chain: Chain) -> str:
-    """Of `chain`'s names, without those of wrappers. A first module has no name, unless a holder is cut off."""
+    """The names in `chain` joined by dots, without those of wrappers. Its first module has a name only if its holder was cut
+    off."""
     holders = [None, *(module for _, module in chain)]
     return ".".join(
         name
@@ -220,12 +222,12 @@ def _names(chain: Chain) -> tuple[str, ...]:
 
 
 def _class_names(cls: type) -> list[str]:
-    """With those it derives from: FSDP gives a module a class of its own, `FSDPBlock` for `Block`."""
+    """The names of `cls` and of the module classes that it derives from: FSDP makes an `FSDPBlock` of a `Block`."""
     return [base.__name__ for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
 
 
 def _place_by_name(node: fx.Node) -> Place:
-    """By what the graph alone tells: the model is no module on the stack, or the graph was exported."""
+    """The place of `node` by the graph alone, where the model is no module on the stack or the graph was exported."""
     path = module_path(node)
     names = dict.fromkeys(tails(path))
     for entry in module_stack(node):

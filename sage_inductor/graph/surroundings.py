@@ -1,4 +1,4 @@
-"""What holds around a node: the SDPA backends that the user pinned, functorch transforms, and autocast."""
+"""The surroundings of a node: SDPA backends that the user pinned, functorch transforms, and autocast."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from sage_inductor.torch_internals import allowed_sdpa_backends, is_inside_sdpa_
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What holds at a point of the graph: the SDPA backends pinned there, and the functorch transforms
-    entered."""
+    """The SDPA backends pinned at a point of the graph, and the functorch transforms that were entered before it."""
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
@@ -33,24 +32,25 @@ class Surroundings:
 
 
 def ambient_pin() -> tuple[str, ...] | None:
-    """The SDPA backends that a surrounding `sdpa_kernel(...)` leaves, None when nothing is pinned.
+    """The SDPA backends that a surrounding `sdpa_kernel(...)` leaves; None when nothing is pinned.
 
-    Flags of the whole process (`torch.backends.cuda.enable_math_sdp(False)`) are no choice for the code at hand: they say what
-    SDPA may run where it runs."""
+    Flags of the whole process, as `torch.backends.cuda.enable_math_sdp(False)` sets, pin nothing: they limit SDPA where it
+    runs, and are no choice for the code at hand.
+    """
     found = _pin(allowed_sdpa_backends(), prefers_math())
     return found if found is not None and is_inside_sdpa_kernel() else None
 
 
 def _pin(allowed: tuple[str, ...], math_first: bool) -> tuple[str, ...] | None:
-    """The choice that an `sdpa_kernel(...)` of these backends makes. The math backend serves everything: who allows it beside
-    a faster one leaves the choice to torch, unless it is to come first."""
+    """The backends that an `sdpa_kernel(...)` of `allowed` pins; None where it leaves the choice to torch. That is so where the
+    math backend, which serves everything, is allowed beside a faster one and is not to come first."""
     if "MATH" not in allowed:
         return allowed
     return ("MATH",) if math_first or len(allowed) == 1 else None
 
 
 def enter(node: fx.Node, around: Surroundings) -> Surroundings:
-    """The surroundings behind `node`, which may open or close a transform or an `sdpa_kernel` region."""
+    """The surroundings after `node`, which may open or close a transform or an `sdpa_kernel` region."""
     if node.op != "call_function":
         return around
     name = getattr(node.target, "__name__", "")
@@ -61,7 +61,7 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
         return replace(around, transforms=around.transforms[:-1])
     if name == "_sdpa_kernel":
         backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]
-        if set(backends) == set(allowed_sdpa_backends()):  # behind a region: what it was before
+        if set(backends) == set(allowed_sdpa_backends()):  # the end of a region restores the state before it
             return replace(around, pinned=ambient_pin())
         has_order = len(node.args) > 1 and node.args[1] is True
         return replace(around, pinned=_pin(backends, has_order and backends[0] == "MATH"))

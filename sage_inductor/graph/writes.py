@@ -1,4 +1,4 @@
-"""Writing in place, which a graph before functionalisation still holds: what a node's value is, and until when."""
+"""Writes in place, which a graph before functionalisation still holds: after one, a node's value is another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sage_inductor.graph.call import AttentionCall, example_value, leaves, node_
 from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, FACTS, NOTHING, WRITES, is_view
 from sage_inductor.torch_internals import is_higher_order, storage_id, tensors_of, written_arguments
 
-# What may hold the same numbers: a storage that tracing saw, or the node that a value is, by its name, a view of
-# (storages of tensor subclasses say nothing).
+# Memory is told apart by the storages that tracing saw, and by the nodes that values are views of, judging by the names of
+# operations: storages of tensor subclasses say nothing.
 Memory: TypeAlias = "frozenset[int | fx.Node]"
 
 
@@ -76,7 +76,7 @@ def _nodes_in(argument: Any) -> list[fx.Node]:
 
 
 def _written_operands(node: fx.Node) -> list[fx.Node]:
-    """What a higher-order operator overwrites: all it is given, where its kernel or its body writes to an operand."""
+    """The nodes that a higher-order operator overwrites: all of its operands, if its kernel or its body writes to any."""
     operands = node.all_input_nodes
     bodies = [body for body in map(submodule_of, operands) if body is not None]
     writes = "mutation" in value_name(node) or any(map(_overwrites_an_operand, bodies))
@@ -101,11 +101,11 @@ def submodule_of(node: fx.Node) -> fx.GraphModule | None:
 
 
 class Writes:
-    """What the nodes of one graph overwrite; as it is when this is made."""
+    """The writes in one graph, as the graph is when this is made."""
 
     def __init__(self, graph: fx.Graph) -> None:
         writers = [node for node in graph.nodes if writes_in_place(node)]
-        # With the nodes written to: while these are held, no other value can get their storage.
+        # The nodes written to are held, so that no other value can get their storage meanwhile.
         self.writers = [(writer, (targets := _written(writer)), _memory_of(targets)) for writer in writers]
         self.written: Memory = frozenset().union(*(written for _, _, written in self.writers))
 
@@ -114,8 +114,10 @@ class Writes:
         return bool(self.written) and not _memory_of([node]).isdisjoint(self.written)
 
     def overwrite(self, call: AttentionCall) -> bool:
-        """Whether an operand of `call`, or a value on the way from there, which the call takes the place of, has been
-        written to by the time that the call's own node is reached."""
+        """Whether a value that `call` replaces, or an operand after its first read, is written to before the call's own node.
+
+        In `s = q @ k.mT; k.zero_(); softmax(s) @ v` the key is: a kernel in the place of the last product would read zeros.
+        """
         if not self.writers:
             return False
         position = {node: index for index, node in enumerate(call.node.graph.nodes)}
@@ -150,8 +152,8 @@ def _memory_of(nodes: list[fx.Node]) -> Memory:
 
 
 def follow_in_place(graph: fx.Graph) -> None:
-    """After `scores.masked_fill_(...)`, readers of scores read what the method returns, which is the same tensor:
-    then the graph shows the order in which its values came about."""
+    """Let readers of `scores` after `scores.masked_fill_(...)` read what the method returns. It is the same tensor, and the
+    graph then shows the order in which values come about."""
     writers = [
         node for node in graph.nodes if node.op == "call_method" and node.target in ARITHMETIC_IN_PLACE
     ]
@@ -167,7 +169,7 @@ def follow_in_place(graph: fx.Graph) -> None:
 
 
 def _between(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
-    """`node` and what it depends on, as far as `inputs`."""
+    """`node` and all nodes that it depends on, up to but without `inputs`."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:

@@ -123,7 +123,7 @@ class PlannedSite:
     decision: str
     steps: Steps | None = None
     graph: int = 0
-    """The number of the graph in which the site was met when the model was calibrated."""
+    """The number of the graph in which calibration first met the site."""
     source: str = "?"
     query: str = "?"
     key: str = "?"

@@ -1,4 +1,4 @@
-"""What was decided for every attention of a model, and why."""
+"""The report: the decision about every attention of a model, with the reasons."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sage_inductor.report.text import plain_table, to_json
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of one model, in the order of execution. `str(report)` is a table, `to_json()` the same as
-    data, `to_html()` a page to look at."""
+    """All sites of one model, in the order of execution. `str(report)` gives a table, `to_json()` the same as data,
+    `to_html()` a page to look at."""
 
     sites: tuple[Site, ...] = field(default_factory=tuple)
     graphs: int = 1
-    """Graphs that Dynamo made of the model: 1 means that nothing broke it."""
+    """The number of graphs that Dynamo made of the model; 1 means no graph break."""
     missing: tuple[str, ...] = ()
     """Sites of the plan that the model does not have."""
     unread: tuple[Unread, ...] = ()
-    """What looks like attention and is no site."""
+    """Code that looks like attention and is no site."""
     operators: tuple[AttentionOperator, ...] = ()
     """Operators that compute attention by themselves, this package's own among them."""
     unmatched: str = ""
@@ -52,8 +52,8 @@ class Report:
         return to_json(data, indent)
 
     def to_html(self, title: str = "Attention report") -> str:
-        """One self-contained page: the module tree, each site coloured by its decision, with filters and, where
-        there are measurements, bars. Needs no network, and no script to be read."""
+        """One self-contained page: the module tree with each site coloured by its decision, filters, and bars where there are
+        measurements. It needs no network, and can be read without scripts."""
         from sage_inductor.report.html.page import page  # few ask for it
 
         return page(
@@ -86,8 +86,8 @@ class Report:
         return f"{plain_table(header, rows)}\n{printable(self.summary())}"
 
     def summary(self) -> str:
-        """One line: how many sites, rewritten and left, in how many graphs; more where the plan has sites that the model
-        lacks, and where something looks like attention and is no site."""
+        """A line with the numbers of sites, rewritten and left, and of graphs. More lines follow where the plan has sites that
+        the model lacks, a glob matches nothing, or something computes or looks like attention and is no site."""
         if self.sites:
             found = (
                 f"{len(self.sites)} attention(s): {len(self.rewritten)} rewritten, {len(self.refused)} left; "
@@ -105,7 +105,7 @@ class Report:
         return ["computed by operators, which stay:", *map(str, self.operators)] if self.operators else []
 
     def hints(self) -> list[str]:
-        """What was taken instead of "fast" where that cannot run, and what to try where nothing can; empty elsewhere."""
+        """The precision that "auto" took where "fast" cannot run, and what to try where no kernel can. Else empty."""
         slower = {site.precision for site in self.rewritten if site.precision_was_open} - {"fast"}
         if slower:
             return [
@@ -120,7 +120,7 @@ class Report:
         ]
 
     def unread_lines(self) -> list[str]:
-        """What looks like attention and is no site, a line each, under a heading; empty where there is none."""
+        """Code that looks like attention and is no site, a line each, under a heading; empty where there is none."""
         return ["not recognised, and left as it is:", *map(str, self.unread)] if self.unread else []
 
     def plan_mismatch(self) -> str:

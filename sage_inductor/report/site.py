@@ -1,4 +1,4 @@
-"""The records of a report: one attention of the model, with its inputs, and what looks like one and is none."""
+"""The records of a report: an attention of the model with its inputs, and code that is none but looks or acts like one."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class TensorInfo:
 class Site:
     """One attention of the model.
 
-    `name` is the module path ("blocks.0.attn1"; "#2" marks a second call in the same module), `source` the
-    line that made the call ("model.py:123"). `rewritten` is true when `kernel` takes the place of what was
-    there; else `reasons` says all that spoke against it.
+    `name` is the module path, "blocks.0.attn1"; "#2" marks a second call in the same module. `source` is the line that made
+    the call, "model.py:123". `rewritten` is true where `kernel` replaces the attention; else `reasons` has everything that
+    spoke against it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Site:
     module: str = ""
     """The module path alone, which several calls may share."""
     precision_was_open: bool = False
-    """Whether `precision` is the fastest that the device has, as precision="auto" asks, and was not asked for by name."""
+    """Whether precision="auto" was asked for, so that `precision` is the fastest that the device has."""
     places: tuple[Place, ...] = ()
     """The module of this path, and others that run the same code: blocks that are compiled one by one share a graph."""
 
@@ -88,14 +88,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Unread:
-    """What looks like attention written out by hand but is in no form that is known: it stays as it is."""
+    """Code that looks like attention written out by hand, in a form that is not known. It stays as it is."""
 
     module: str
     """The module path ("blocks.0.attn1")."""
     source: str
     """The line of the product with the values ("model.py:123")."""
     obstacle: str
-    """What stands in the way, with its value: "scores=tanh between product and softmax (known: ...)"."""
+    """The unknown part: "scores=tanh between product and softmax (known: ...)"."""
     code: str = ""
     """The text of that line, where its file is at hand."""
 
@@ -105,7 +105,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class AttentionOperator:
-    """A registered operator that computes attention by itself: it stays as it is."""
+    """A registered operator that computes attention by itself. It stays as it is."""
 
     module: str
     """The module path ("blocks.0.attn1")."""
@@ -125,8 +125,8 @@ class AttentionOperator:
 
 
 def layout_of(tensor: Tensor) -> str:
-    """ "HND" or "NHD" for the memory of a `[batch, heads, seq, head_dim]` tensor, of which batch, or batch and heads, may be
-    missing; its strides where head_dim is not innermost."""
+    """ "HND" or "NHD", the order of a `[batch, heads, seq, head_dim]` tensor in memory; its strides where head_dim is not
+    innermost. Batch, or batch and heads, may be missing."""
     if tensor.dim() not in (2, 3, 4) or known(tensor.stride(-1)) != 1:
         return f"strides {tuple(tensor.stride())}"
     if tensor.dim() == 2:
@@ -137,7 +137,7 @@ def layout_of(tensor: Tensor) -> str:
 
 
 class Names:
-    """Gives sites their names, in order: "#2", "#3" behind a name that occurs again."""
+    """Gives sites their names, in order. A name that occurs again gets "#2", "#3" behind it."""
 
     def __init__(self) -> None:
         self._calls: Counter[str] = Counter()
@@ -153,6 +153,6 @@ class Names:
 
 
 def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The same sites, of several graphs, with names of their own."""
+    """The same sites with names that differ; sites of several graphs may share one before."""
     names = Names()
     return tuple(replace(site, name=names.next(site.module or site.name)) for site in sites)

@@ -15,8 +15,8 @@ WIDTH = 120  # of what is piped or kept as text
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
-    """Columns aligned with spaces, the header underlined, in lines of at most `width` characters: cells are wrapped
-    between words. Where no word has to be broken for that it is a table, else a block of lines for each row."""
+    """A table in lines of at most `width` characters, its columns aligned with spaces and its header underlined. Cells are
+    wrapped between words. Where a word would have to be broken, it is a block of lines for each row (`plain_records`)."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = column_widths(header, rows, width - 2 * (len(header) - 1))
     if widths is None:
@@ -35,7 +35,7 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def plain_records(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
-    """A block for each row: the first cell, and below it each other that is not empty behind its column's name."""
+    """A block for each row: the first cell, and below it each other cell that is not empty, after its column's name."""
     label = max(map(len, header[1:]), default=0)
     indent = " " * (label + 4)
     lines = []
@@ -50,8 +50,8 @@ def plain_records(header: Sequence[str], rows: Iterable[Sequence[str]], width: i
 
 
 def column_widths(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[int, ...] | None:
-    """Widths of the columns that make at most `width` together, none less than its longest word; None where there are
-    none such."""
+    """Widths of the columns, at most `width` together, and each at least that of its longest word. None where the longest
+    words do not fit."""
     columns = list(zip(header, *rows, strict=True))
     wanted = [max(map(len, column)) for column in columns]
     least = [max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
@@ -72,7 +72,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def to_json(data: Any, indent: int | None = 2) -> str:
-    """JSON in which a number that is NaN or infinite is text, "nan" or "inf": JSON has none such."""
+    """`data` as JSON. A number that is NaN or infinite becomes text, "nan" or "inf", because JSON has no such numbers."""
     return json.dumps(_json_value(data), indent=indent, allow_nan=False)
 
 

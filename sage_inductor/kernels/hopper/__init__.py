@@ -1,7 +1,9 @@
 """SageAttention in CUDA C++ for Hopper (sm_90a): the fastest kernel family where it runs.
 
-Quantises with the Triton kernels and attends with attention.cu, which is compiled when it is first needed by
-NVRTC (it comes with torch's CUDA wheels) and kept on disk. This module is torch only.
+The Triton kernels quantise, attention.cu attends. NVRTC, which comes with torch's CUDA wheels, compiles attention.cu when it is
+first needed; the result is kept on disk. This module imports torch only.
+
+Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958), as in kernels/triton/attention.py.
 """
 
 # cuda-bindings has no type information.
@@ -34,7 +36,8 @@ class HopperKernel(TritonKernel):
 
     name: ClassVar[str] = "hopper"
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
-    # P is rounded against a maximum of its own, which lags behind: two roundings that know nothing of each other.
+    # P is rounded against a maximum that lags behind, so its rounding errors are independent of the oracle's: their difference
+    # has the norm of two.
     oracle_distance: ClassVar[float] = 2**0.5
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""attention.cu compiled for one variant, by NVRTC, which comes with torch's CUDA wheels; kept on disk."""
+"""Compilation of attention.cu for one variant by NVRTC, which comes with torch's CUDA wheels. Results are kept on disk."""
 
 # cuda-bindings has no type information.
 # mypy: disable-error-code="import-untyped,import-not-found,unused-ignore"
@@ -19,7 +19,7 @@ from .wgmma import header
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cu")
-_PRECISION = {"fast": "fp8", "balanced": "int8"}  # in "accurate" P and V are of the output's 16 bits, or bf16
+_PRECISION = {"fast": "fp8", "balanced": "int8"}  # in "accurate" P and V are fp16 if the output is, else bf16
 PV = {"fp8": 0, "int8": 1, "bf16": 2, "fp16": 3}
 COMBINE_ROWS, COMBINE_THREADS = 16, 128  # rows and threads of a program of `combine`
 TILE = 64  # queries of one warpgroup
@@ -30,7 +30,7 @@ _OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=--verbo
 
 @dataclass(frozen=True)
 class HopperVariant:
-    """What a compiled kernel is specialised on; attention.cu says what each means."""
+    """The parameters that a compiled kernel is specialised on. attention.cu says what each means."""
 
     head_dim: int  # padded
     v_head_dim: int  # of a piece
@@ -48,7 +48,8 @@ class HopperVariant:
 
     @cached_property
     def span_bytes(self) -> int:
-        """Of a row of Q or K that lie together in shared memory, which is also their swizzle: what wastes least."""
+        """The bytes of a row of Q or K that lie together in shared memory, which is also the swizzle: 128, or 64 where that
+        pads head_dim less; 32 for head_dim 32."""
         return 32 if self.head_dim == 32 else min((128, 64), key=self._padded)
 
     def _padded(self, span: int) -> int:
@@ -56,7 +57,7 @@ class HopperVariant:
 
     @property
     def v_rows(self) -> int:
-        """Rows of a V^T tile: the channels, and eight with the row of ones that sums P up."""
+        """Rows of a V^T tile: the channels, and, except for INT8, eight more, one of which is the row of ones that sums P up."""
         return self.v_head_dim + (0 if self.pv == "int8" else 8)
 
     @property
@@ -70,7 +71,7 @@ class HopperVariant:
 
     @cached_property
     def shared_bytes(self) -> int:
-        """Of the tiles, which the launch asks for."""
+        """Dynamic shared memory of a block in bytes, for its tiles."""
         row_bytes = self._padded(self.span_bytes)
         tiles = 2 * self.block_m * row_bytes
         tiles += self.stages * 128 * (row_bytes + self.v_element * self.v_rows)
@@ -80,7 +81,7 @@ class HopperVariant:
 
     @property
     def fits(self) -> bool:
-        """Whether a multiprocessor has the shared memory, static variables included."""
+        """Whether a multiprocessor has enough shared memory for a block, static variables included."""
         static = 8 * (4 + 4 * self.stages) + 16 * 2  # barriers, items
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
@@ -114,14 +115,17 @@ def choose_variant(
     *,
     q_len: int,
 ) -> HopperVariant:
-    """The compiled form for padded head dims d and dv, not split. How many warpgroups, tiles and channels fit is a
-    matter of registers and shared memory; the choices up to 128 were measured (benchmarks/notes.md)."""
+    """The variant for padded head dims d (query, key) and dv (value), not split over keys.
+
+    Registers and shared memory limit the numbers of warpgroups, tiles in flight and channels. The choices up to head_dim 128
+    were measured (benchmarks/notes.md).
+    """
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
-    # What fits the registers: FP8 and INT8 products have sums of their own beside the output's.
+    # So many channels fit the registers: FP8 and INT8 products have sums of their own beside the output's.
     channels = 192 if pv in ("bf16", "fp16") else 128
     widest = max(d, dv)
-    # Fewer pieces come first, then more tiles in flight. Two passes are not for the shared memory alone: with them
-    # ptxas keeps the softmax in its best order, at head_dim 96, too, except for the INT8 product (measured).
+    # Fewer pieces come first, then more tiles in flight. Two passes save shared memory, and let ptxas keep the softmax in its
+    # best order. The latter holds at head_dim 96, too, except for the INT8 product (measured).
     if widest > 128:
         numbers_of_passes: tuple[int, ...] = 2, 4, 1
     else:
@@ -152,8 +156,11 @@ def choose_variant(
 
 
 def _consumers(pv: str, d: int, dv: int, q_len: int) -> int:
-    """Three warpgroups where that is faster by more than their longer tiles waste at the end of q_len. Between 64 and
-    128 channels ptxas finds no registers for three; three of FP8 are no faster (benchmarks/notes.md)."""
+    """The number of warpgroups that compute: three where they gain more than their longer tiles waste at the end of q_len,
+    else two.
+
+    Between 64 and 128 channels ptxas finds no registers for three. For FP8 three are no faster (benchmarks/notes.md).
+    """
     if pv == "int8" and max(d, dv) <= 64:
         gain = 1.25
     elif pv == "int8" and dv in (64, 128):
@@ -169,15 +176,15 @@ def _consumers(pv: str, d: int, dv: int, q_len: int) -> int:
 @dataclass(frozen=True)
 class Compiled:
     cubin: bytes
-    log: str  # what ptxas said: registers, spills, serialised wgmma
+    log: str  # the messages of ptxas: registers, spills, serialised wgmma
 
 
 class CompilationError(RuntimeError):
-    """NVRTC refused attention.cu; holds its log."""
+    """NVRTC refused attention.cu. The message is its log."""
 
 
 def compile_variant(variant: HopperVariant) -> Compiled:
-    """Compile, without the cache. Raises CompilationError with the compiler's log."""
+    """Compile `variant`; the cache is neither read nor written. Raises CompilationError with the compiler's log."""
     from cuda.bindings import nvrtc
 
     def checked(result: tuple[Any, ...]) -> Any:
@@ -208,8 +215,8 @@ def _program_log(nvrtc: Any, program: Any) -> str:
 
 
 def cubin(variant: HopperVariant, folder: Path | None) -> bytes:
-    """The compiled variant, from `folder` or compiled and stored there. Several processes may do so at once. A folder that
-    cannot be used costs a compilation per process, and a warning."""
+    """The compiled variant, read from `folder`, or compiled and stored there. Several processes may do so at once. Where the
+    folder is None or cannot be used, each process compiles for itself, and warns."""
     if folder is None:
         log.warning("compiled kernels are not kept: there is no home folder")
         return compile_variant(variant).cubin
@@ -232,7 +239,7 @@ def _compiler_version() -> tuple[int, int]:
 
 
 def spilled_bytes(log_text: str) -> int:
-    """Bytes that threads spill to local memory, by ptxas's report."""
+    """The bytes that threads spill to local memory, by ptxas's report."""
     return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log_text)))
 
 

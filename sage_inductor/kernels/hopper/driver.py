@@ -23,14 +23,15 @@ _ONES = [driver.cuuint32_t(1), driver.cuuint32_t(1)]
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """What a driver call returned; RuntimeError with the driver's name for what went wrong."""
+    """The value that a driver call returned. Raises RuntimeError with the driver's name of an error."""
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: {result[0].name}")
     return result[1] if len(result) > 1 else None
 
 
 def load(cubin: bytes, shared_bytes: dict[str, int]) -> tuple[Any, ...]:
-    """The kernels of `cubin` that are named, in the current context, each allowed so much shared memory."""
+    """The kernels of `cubin` named in `shared_bytes`, `{name: bytes}`, loaded in the current context. Each may use so much
+    dynamic shared memory. Raises RuntimeError where the driver refuses."""
     module = checked(driver.cuModuleLoadData(cubin))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     functions = []
@@ -44,7 +45,8 @@ def load(cubin: bytes, shared_bytes: dict[str, int]) -> tuple[Any, ...]:
 def tensor_map(
     address: int, element: int, rows: int, columns: int, box_rows: int, box_columns: int, swizzle: int
 ) -> Any:
-    """How TMA reads boxes of a row-major matrix of `element` bytes each at `address`; outside it reads zeros."""
+    """A tensor map: TMA reads boxes `[box_rows, box_columns]` of the row-major matrix `[rows, columns]` at `address`, whose
+    elements have `element` bytes, 1 or 2. Outside of the matrix it reads zeros. `swizzle`: 32, 64 or 128 bytes."""
     return checked(
         driver.cuTensorMapEncodeTiled(
             _TYPES[element],
@@ -71,8 +73,11 @@ def launch(
     arguments: int,
     overlap: bool = False,
 ) -> None:
-    """Launch on `grid` blocks; `arguments` is the address of an array of pointers to them. With `overlap` the kernel starts
-    before the one in front of it has ended (programmatic dependent launch), and must wait for that."""
+    """Launch `function` on `grid` blocks. `arguments` is the address of an array of pointers to its arguments.
+
+    With `overlap` the kernel may start before the preceding one on the stream has ended (programmatic dependent launch). It
+    must then wait for that one itself.
+    """
     if overlap:
         config = _overlapping(grid, threads, shared_bytes, stream)
         checked(driver.cuLaunchKernelEx(config, function, arguments, 0))

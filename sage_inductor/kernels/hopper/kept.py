@@ -1,10 +1,10 @@
-"""Compiled kernels on disk. They are code that runs on the GPU with the rights of this process, so that only what this user
-or the administrator can have written is loaded; SECURITY.md says what that covers.
+"""Compiled kernels on disk.
 
     <folder>/<name>    sha256(key, cubin), cubin
 
-Whether a file is trusted depends on who could write it, which the hash does not say: anybody can compute that. The hash
-finds a file that is damaged, or another kernel's.
+They are code that runs on the GPU with the rights of this process. Only files that nobody but this user or the administrator
+can have written are loaded; SECURITY.md says what that covers. The hash is no protection, as anybody can compute it: it finds
+a file that is damaged, or another kernel's.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def load(folder: Path, name: str, key: str) -> bytes | None:
-    """The cubin stored as `name` for `key`; None where there is none that can be trusted, with a warning where there is
-    another."""
+    """The cubin stored as `name` for `key`. None where there is none; None with a warning where the file cannot be read or
+    trusted, is damaged, or is another kernel's."""
     try:
         with _opened(folder) as directory:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
@@ -53,13 +53,13 @@ def load(folder: Path, name: str, key: str) -> bytes | None:
 
 
 def store(folder: Path, name: str, key: str, cubin: bytes) -> None:
-    """Keep `cubin` for `load`; a warning where that cannot be done. The file appears whole, or not at all."""
+    """Keep `cubin` for `load`. The file appears whole, or not at all; where it cannot be written there is a warning."""
     temporary = f".{secrets.token_hex(8)}.tmp"
     try:
         _make(folder)
         with _opened(folder) as directory:
             try:
-                # Whatever the umask is: nobody else may write what this user will run.
+                # 0600 whatever the umask is: nobody else may write code that this user will run.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
                 with os.fdopen(descriptor, "wb") as file:
@@ -78,7 +78,7 @@ def _digest(key: str, cubin: bytes) -> bytes:
 
 
 def _make(folder: Path) -> None:
-    """The folder and what leads to it, for the user alone: with a umask of 0 it would be everybody's."""
+    """Make the folder and its parents, for the user alone: with a umask of 0 everybody could write to them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
@@ -86,8 +86,10 @@ def _make(folder: Path) -> None:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of `folder`, by which it cannot be exchanged for another between a check and what follows. It is made
-    0700 where it is the user's. PermissionError for one that others can write to."""
+    """A descriptor of `folder`. A folder that is held by it cannot be exchanged for another after the check.
+
+    A folder of this user gets mode 0700. Raises PermissionError for one that others can write to.
+    """
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         status = os.fstat(directory)
@@ -100,7 +102,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def _check_writers(descriptor: int, path: Path) -> None:
-    """PermissionError for what somebody else than this user and root may have written."""
+    """Raise PermissionError for a file or folder that somebody else than this user and root may have written to."""
     status = os.fstat(descriptor)
     if status.st_uid not in (os.geteuid(), 0):
         raise PermissionError(
@@ -114,7 +116,7 @@ _warned: set[str] = set()
 
 
 def _warn(what: str, why: object) -> None:
-    """Once for each kind, and for what is wrong with one folder: that concerns every kernel."""
+    """Warn once for each kind of message, and once for each cause: one bad folder concerns every kernel."""
     if not _warned & {what, str(why)}:
         _warned.update((what, str(why)))
         log.warning("%s: %s", what, why)

@@ -48,17 +48,17 @@ class _Params(ctypes.Structure):
 
 
 class _Arguments(ctypes.Structure):
-    """Where the kernel's arguments are."""
+    """The addresses of the kernel's arguments."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("q_map", "k_map", "v_map", "numbers")]
 
 
 class _Rows(NamedTuple):
-    """How the rows of an output lie."""
+    """The layout of an output's rows. Both flags hold for an address that is a multiple of the size, too."""
 
-    strides: tuple[int, ...]  # batch, head, row
+    strides: tuple[int, ...]  # in elements: batch, head, row
     in_pairs: bool  # two neighbouring elements can be written at once
-    in_pieces: bool  # of 16 bytes, too; both if the address is a multiple as well
+    in_pieces: bool  # 16 bytes can be written at once
 
     @classmethod
     def of(cls, out: Tensor) -> _Rows:
@@ -71,7 +71,7 @@ class _Rows(NamedTuple):
 
 
 class HopperAttention(TritonAttention):
-    """Dense attention calls of one kind; `quantize` is the Triton kernels'."""
+    """Dense attention calls of one kind: `quantize` is that of the Triton kernels, `attend` launches attention.cu."""
 
     V_TRANSPOSED: ClassVar[bool] = True
 
@@ -91,8 +91,8 @@ class HopperAttention(TritonAttention):
         )
         tiles_per_head = -(-sizes.q_len // variant.block_m)
         tiles = tiles_per_head * sizes.batch * sizes.heads * variant.pieces
-        # Tiles of one length can be split so that all programs have as much to do. Those of different lengths come
-        # longest first, and nobody waits long.
+        # Tiles of one length can be split so that all programs have as much to do. Tiles of different lengths are not split:
+        # they come longest first, so no program waits long at the end.
         one_length = low is None and high is None and not mask.skip_blocks
         blocks = -(-sizes.kv_len // KEY_BLOCK) if one_length else 0
         work = share(tiles, blocks, multiprocessors(self.index))
@@ -100,9 +100,9 @@ class HopperAttention(TritonAttention):
         self.split_tiles = tiles - work.whole if work.units else 0
         self.variant = dataclasses.replace(variant, split=work.units > 0)
         self.shared_bytes = variant.shared_bytes
-        self.functions: tuple[Any, ...] | None = None  # not before the device is current
+        self.functions: tuple[Any, ...] | None = None  # loaded at the first call, when the device is current
         self.rows, self.pair_bytes = _Rows.of(out), 2 * out.element_size()
-        # Two parts of each program: the end of one tile and the beginning of another.
+        # Each program writes up to two parts: the end of one tile and the beginning of another.
         part_rows = 2 * work.grid * variant.block_m if work.units else 0
         self.parts = self._part(part_rows * variant.v_head_dim, torch.float32)
         self.part_lse = self._part(part_rows, torch.float32)
@@ -170,7 +170,7 @@ class HopperAttention(TritonAttention):
             self.plan.overlap,
         )
         if self.split_tiles:
-            # Its only argument is the last.
+            # `combine` takes the last of the arguments only.
             driver.launch(
                 self.functions[1],
                 (self.split_tiles, self.variant.block_m // COMBINE_ROWS),
@@ -182,7 +182,7 @@ class HopperAttention(TritonAttention):
 
 
 class _Placed(NamedTuple):
-    """What depends on where the workspace lies."""
+    """The arguments that depend on the address of the workspace."""
 
     numbers: _Params
     addresses: list[int]  # of the maps
@@ -191,8 +191,11 @@ class _Placed(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _placed(call: HopperAttention, address: int) -> _Placed:
-    """It holds nothing but numbers, so it may outlive the memory: torch's allocator gives the same addresses again and
-    again, and encoding maps takes microseconds."""
+    """The arguments for a workspace at `address`.
+
+    They are kept because torch's allocator gives the same addresses again and again, and encoding maps takes microseconds.
+    They hold nothing but numbers, so they may outlive the memory.
+    """
     plan, sizes, variant = call.plan, call.sizes, call.variant
     keys = sizes.kv_blocks * KEY_BLOCK
     span, element = variant.span_bytes, variant.v_element

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def header(v_rows: int, pv: int) -> str:
-    """`wgmma_qk` and `wgmma_pv` for the `PV` of attention.cu; `v_rows` is the n of PV."""
+    """The source of `wgmma_qk` and `wgmma_pv`. `pv` is the `PV` of attention.cu, `v_rows` the n of the product with V."""
     accumulator, types, k = (
         ("f32", "e4m3.e4m3", 32),
         ("s32", "u8.s8", 32),
@@ -16,9 +16,11 @@ def header(v_rows: int, pv: int) -> str:
 
 
 def _wrapper(name: str, n: int, k: int, accumulator: str, types: str, *, a_in_registers: bool) -> str:
-    """A device function `name(d, a, b, accumulate)`: d (+)= A B for A [64, k] in registers or in shared memory
-    and B [n, k] in shared memory, K-major. `types` as in PTX ("s8.s8", "e4m3.e4m3"). D may also be unsigned: bits, in
-    N registers that another product uses, too."""
+    """The source of a device function `name(d, a, b, accumulate)`: d = A B^T, or d += A B^T.
+
+    A [64, k] is in registers or in shared memory, B [n, k] in shared memory, both K-major. `types` are those of A and B in
+    PTX ("s8.s8", "e4m3.e4m3"). A second form takes d as unsigned bits, in N registers that another product uses, too.
+    """
     count = n // 2
     constraint, ctype = ("+r", "int") if accumulator == "s32" else ("+f", "float")
     d = ", ".join(f"%{i}" for i in range(count))

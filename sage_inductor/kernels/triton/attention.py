@@ -1,11 +1,12 @@
 """Device code of the attention kernel: Q quantised on the fly, INT8 QK^T, then PV in FP8, INT8 or 16 bits.
 
-One kernel, its variants chosen by constexpr. A program computes BLOCK_M queries of one head; scores, the
-running maximum and LSE are kept in units of log2. How the accumulator takes a V scale per 128-key block for
-free: its unit is that of the latest block, so the per-row factor of the online softmax, which is applied
-anyway, also converts units. "balanced" extends this to P: each block's P is rounded to INT8 against the
-block's own maximum (rather than the running one, which would waste bits), and the accumulator's unit follows.
-What was subtracted from V before it became 8 bits is added to the output.
+There is one kernel; constexprs choose its variant. A program computes BLOCK_M queries of one head. Scores, the running maximum
+and LSE are kept in units of log2.
+
+V has a scale for each block of 128 keys, and the accumulator takes it for free: the accumulator's unit is that of the latest
+block, and the factor per row of the online softmax, which is applied anyway, also converts units. "balanced" does the same for
+P: each block's P is rounded to INT8 against the block's own maximum, because the running one would waste bits, and the
+accumulator's unit follows. The mean that was subtracted from V before it was rounded to 8 bits is added to the output.
 
 Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958) for the quantisation of Q, K and P;
 FlashAttention-2 (arXiv:2307.08691) for the loop.
@@ -38,22 +39,21 @@ _LOG2_127 = tl.constexpr(6.9886846867721655)  # P in INT8
 # Below every score; finite, so that no row ever computes inf - inf.
 _LOWEST = tl.constexpr(-1.0e30)
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal float32: any score times it is 0 to softmax
-# "balanced": blocks whose maximum is this far (log2) below the row's are rounded against a higher reference,
-# so that the accumulator's unit cannot overflow. They weigh less than 2**-32.
+# "balanced": a block whose maximum is further (log2) than this below the row's is rounded against a higher reference, so that
+# the accumulator's unit cannot overflow. Its weights are below 2**-32.
 _REFERENCE_RANGE = tl.constexpr(32.0)
 
 
 @triton.jit
 def _permute_keys(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """P's columns in the order of V's (quantize.py): a renaming, no data moves between threads."""
+    """The columns of P in the order of V's keys (quantize.py). They are renamed only: no data moves between threads."""
     return p.reshape(BLOCK_M, BLOCK_N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _load_tile(source, row, col, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """[ROWS, COLS] of a workspace matrix at (row, col): `source` is a tensor descriptor, or, where there is
-    no tensor memory accelerator, a pointer (triton's own substitute for descriptors is not pipelined
-    there)."""
+    """The tile [ROWS, COLS] at (row, col) of a workspace matrix. `source` is a tensor descriptor with TMA, else a pointer:
+    triton's own substitute for descriptors is not pipelined."""
     if TMA:
         return source.load([row, col])
     else:
@@ -87,7 +87,7 @@ def _store_output(
 ):  # fmt: skip
     d = FIRST + tl.arange(0, SIZE)
     if channel is not None:
-        # What was subtracted from V, for the rows that see a key: the others stay 0.
+        # The mean of V is added back for rows that see a key; the others stay 0.
         tile = tile * tl.load(channel + tl.arange(0, SIZE))[None, :]
         tile += seen[:, None] * tl.load(mean + tl.arange(0, SIZE))[None, :]
     tl.store(
@@ -102,10 +102,10 @@ def _add_mask(
     x, mask, stride_mm, stride_mn, rows, cols, q_len, mask_end,
     MASK: tl.constexpr, KEY_MASK: tl.constexpr,
 ):  # fmt: skip
-    """The scores with attn_mask applied; KEY_MASK: it is the same for every query and is read as a vector.
+    """The scores with attn_mask applied. With KEY_MASK the mask is the same for every query and is read as a vector.
 
-    `mask_end` is kv_len, written so that the compiler sees what divides it: reads as wide as that allows are
-    what lets it fetch the tile ahead, asynchronously, and not a byte at a time when it is needed.
+    `mask_end` is kv_len, written so that the compiler sees what divides it. It then reads in wide words, and can fetch the
+    tile ahead, asynchronously; else it reads byte by byte when the tile is needed.
     """
     source = mask + cols.to(tl.int64) * stride_mn
     exists = cols < mask_end
@@ -120,8 +120,7 @@ def _add_mask(
     if MASK == 1:
         return tl.where(values != 0, x, float("-inf"))
     else:
-        # Large finite values (torch.finfo.min is a custom) must not become -inf: a row of nothing else is
-        # uniform.
+        # Large finite values, such as torch.finfo.min, must not become -inf: a row of nothing else is uniform.
         values = values.to(tl.float32)
         low = (values < _LOWEST) & (values > float("-inf"))
         return x + tl.where(low, _LOWEST, values * _LOG2_E)
@@ -179,8 +178,8 @@ def _attend_blocks(
 ):
     """Attend to key blocks begin..end.
 
-    State: acc in the unit 2**(unit - reference), total (the softmax denominator) in 2**-reference; in "fast"
-    and "accurate" reference is the running maximum, row_max, itself.
+    The accumulators are in the unit 2**(unit - reference), `total`, the softmax denominator, in 2**-reference. In "fast" and
+    "accurate" `reference` is the running maximum, `row_max`, itself.
     """
     for block in tl.range(begin, end):
         slot = block * BLOCK_N // _KEY_BLOCK
@@ -194,9 +193,9 @@ def _attend_blocks(
             s = tl.dot(
                 q1, _load_tile(k_tile1, key, D0, D0 + D1, BLOCK_N, D1, TMA).T, acc=s, out_dtype=tl.int32
             )
-        # V is asked for here, and not where it is used: waiting for a tile is a barrier, which costs least where the warps
-        # stand together anyway, and ptxas orders the softmax better without one behind it. Without TMA the tile would be in
-        # registers from here on; two tiles, or more than 128 channels, leave too few of those.
+        # V is read here, before it is used. Waiting for a tile is a barrier: it costs least here, where the warps stand together
+        # anyway, and ptxas orders the softmax better without a barrier after it. Without TMA the tile would take registers
+        # from here on; two tiles, or more than 128 channels, leave too few registers.
         EARLY_V: tl.constexpr = TMA and DV1 == 0 and DV0 <= 128
         if EARLY_V:
             v0, v1 = _load_v(
@@ -209,8 +208,9 @@ def _attend_blocks(
                 x *= scale[:, None]
                 scale = tl.full([BLOCK_M], 1.0, tl.float32)
             else:
-                # What is ruled out becomes -inf before the scale, which the exponential's argument takes up in one
-                # instruction. A scale of 0 would make NaN of it; where it is NaN the row is to be.
+                # Scores that are ruled out become -inf before they are scaled: scaling is one instruction with the
+                # exponential's subtraction. A scale of 0 would turn -inf into NaN, so it is raised. A scale of NaN stays, and
+                # makes the row NaN.
                 scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
             if MASK == 1 and MASK_BLOCKS:
                 x = add_bits(x, mask_bits, mask_block0 + block, BLOCK_M, BLOCK_N)
@@ -225,7 +225,7 @@ def _attend_blocks(
                 x = tl.where(keep, x, float("-inf"))
             block_max = tl.max(x, 1) * scale
         else:
-            # The maximum of the integers: integer maxima are cheaper, and the scale is the row's.
+            # The maximum is taken of the integers, which is cheaper; the whole row has one scale.
             block_max = tl.max(s, 1).to(tl.float32) * scale
         new_max = tl.maximum(row_max, block_max)
         if PRECISION == "balanced":
@@ -259,8 +259,8 @@ def _attend_blocks(
             rescale = exp2(drop + (unit - new_unit), PTX)
             unit = new_unit
             p = _permute_keys(p, BLOCK_M, BLOCK_N)
-            # The product of a block is complete before it is added: the tensor cores add 8-bit floats with
-            # few bits, and over a long sequence in one accumulator that shows.
+            # Each block's product is computed by itself, and then added: tensor cores add products of 8-bit floats with few
+            # bits, and over a long sequence in one accumulator that shows.
             if PRECISION == "fast":
                 p8 = to_float8(p, PTX)
                 acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0)
@@ -361,16 +361,18 @@ def attention_kernel(
     PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out (and lse) from the workspace that quantize.py describes: `*_tile0` and `*_tile1` give its tiles
-    (`_load_tile`).
+    """Compute out, and lse, from the workspace that quantize.py describes. `_load_tile` reads `*_tile0` and `*_tile1`.
 
-    Query i attends keys i + low .. i + high; MASK 0 none, 1 bool, 2 additive. MASK_BLOCKS: `mask_states` has what it
-    leaves of each block and, if it is bool, `mask_bits` the rest (mask_blocks.py), for as many batches and heads as it
-    has. Strides but the last of out come
-    in units of OUT_ALIGN elements, those of mask in units of MASK_ALIGN, which divides kv_len too; q_len and
-    kv_len are the longest of a varlen call. A 1-D grid of batch * heads * ceil(q_len / BLOCK_M) programs: the
-    tiles of `together` heads follow each other, so that those that run at a time share K and V in L2, and the
-    last of all these, under a causal mask the longest, come first.
+    Query i attends to keys i + low .. i + high. MASK is 0 for none, 1 for bool, 2 for additive. With MASK_BLOCKS,
+    `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
+    head that the mask has.
+
+    Strides of out but the last come in units of OUT_ALIGN elements. Strides of mask but the last come in units of
+    MASK_ALIGN, which divides kv_len, too. In a varlen call q_len and kv_len are the longest lengths.
+
+    The grid is 1-D, of batch * heads * ceil(q_len / BLOCK_M) programs. The tiles of `together` heads follow each other, so
+    that programs that run at a time share K and V in L2. Among them the last tiles of each head come first: under a causal
+    mask they are the longest.
     """
     if OVERLAP:
         gdc_wait()
@@ -406,7 +408,7 @@ def attention_kernel(
     if D1 > 0:
         q1 = _load_tile(q_tile1, q_row, D0, D0 + D1, BLOCK_M, D1, TMA)
 
-    # Key blocks: those that some row attends to, and among them the contiguous range that needs no mask.
+    # begin..end: the key blocks that some row attends to. full_begin..full_end: those among them that need no mask.
     offset = kv_len - q_len if BOTTOM_RIGHT else 0
     low = offset - window_left
     high = offset + window_right
@@ -460,8 +462,8 @@ def attention_kernel(
     value_row = kv_h * (DV0 + DV1)
     value_col = block0 * _KEY_BLOCK
     value_pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-    # Ascending: blocks cut by the window or the mask, blocks that all rows attend to in full, blocks cut by the diagonal,
-    # the mask or the end.
+    # In ascending order: blocks cut by the window or the mask; blocks that all rows attend to in full; blocks cut by the
+    # diagonal, the mask or the end.
     if (HAS_LOW and MASK == 0) or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,

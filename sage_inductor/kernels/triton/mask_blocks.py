@@ -1,10 +1,11 @@
-"""Device code: what a mask that differs from query to query leaves of each block, found by reading it once, so that the
-attention kernel passes over the blocks it rules out and does not read it for those it leaves whole.
+"""Device code: the state of each block of a mask that differs from query to query, found by reading the mask once.
 
-A causal mask, with padding or without, that comes as a tensor thus costs little more than `is_causal`. For the blocks in
-between a bool mask is written down again with a bit a score, in the order in which the tensor cores spread a product over
-threads: a thread finds all its bits of a row in one word, and the mask adds two instructions a score and no traffic to
-speak of, whatever its strides.
+The attention kernel then skips blocks that the mask rules out, and does not read the mask for blocks that it leaves whole. A
+causal mask that comes as a tensor, with padding or without, thus costs little more than `is_causal`.
+
+For all other blocks a bool mask is written again with one bit per score. The bits are in the order in which the tensor cores
+spread a product over threads, so a thread finds all its bits of a row in one word. Whatever the strides of the mask, it adds two
+instructions per score and almost no traffic.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from .quantize import used_keys_of
 
-# States of a block: no query attends to any of its keys; some scores change; all stay as they are.
+# States of a block. 0: no query attends to any of its keys. _SOME: some scores change. _ALL: all scores stay as they are.
 _SOME = tl.constexpr(1)
 _ALL = tl.constexpr(2)
 _STEP = tl.constexpr(128)  # states read at a time
@@ -43,9 +44,12 @@ def mask_blocks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """states: int8 [mask's batch, its heads, tiles of q_len, blocks of kv_len], a program for BLOCKS of them in a row; bits:
-    of a bool mask int8, the same by [BLOCK_M, BLOCK_N / 8], the words that `add_bits` reads. Strides but the last come in
-    units of MASK_ALIGN, which divides kv_len too; MASK 1 bool, 2 additive."""
+    """Write the states of all blocks, and the bits of a bool mask.
+
+    states: int8 [mask's batch, mask's heads, tiles of q_len, blocks of kv_len]. bits, for a bool mask: int8 of the same shape
+    with [BLOCK_M, BLOCK_N / 8] behind it, the words that `add_bits` reads. A program writes up to BLOCKS blocks of one tile.
+    Strides but the last come in units of MASK_ALIGN, which divides kv_len, too. MASK is 1 for bool, 2 for additive.
+    """
     blocks = tl.cdiv(kv_len, BLOCK_N)
     tiles = tl.cdiv(q_len, BLOCK_M)
     runs = tl.cdiv(blocks, BLOCKS)
@@ -62,7 +66,7 @@ def mask_blocks_kernel(
         bits += (bh * tiles + tile).to(tl.int64) * blocks * (BLOCK_M * BLOCK_N // 8)
         packing = _packing(BLOCK_N)
         byte = tl.arange(0, _PACKED)
-    # Elements that are read one by one take a register and an address each.
+    # Elements that are read one by one take a register and an address each, so fewer rows are read at a time.
     ROWS: tl.constexpr = BLOCK_M if MASK_ALIGN >= 4 else 16
     for block in range(first, min(first + BLOCKS, blocks)):
         cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,10 +95,10 @@ def mask_blocks_kernel(
 
 @triton.jit
 def _packing(BLOCK_N: tl.constexpr):
-    """int8 [BLOCK_N, _PACKED] by which a row of 0 and 1 is multiplied to pack it into bytes, modulo 256, and in column
-    _COUNT to count it: the tensor cores do it, so that no two threads need exchange a bit.
+    """int8 [BLOCK_N, _PACKED]: the product of a row of 0 and 1 with it is that row packed into bytes, modulo 256, and in column
+    _COUNT the number of ones. Tensor cores compute the product, so threads need not exchange bits.
 
-    Column 8 j + 2 t + e becomes bit 2 j + e of word t, which has BLOCK_N / 32 bytes.
+    Column 8 j + 2 t + e of the row becomes bit 2 j + e of word t, which has BLOCK_N / 32 bytes.
     """
     col = tl.arange(0, BLOCK_N)[:, None]
     byte = tl.arange(0, _PACKED)[None, :]
@@ -105,7 +109,7 @@ def _packing(BLOCK_N: tl.constexpr):
 
 @triton.jit
 def add_bits(x, bits, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The scores of a block, -inf where the bool mask of which `bits` is made is False and beyond kv_len."""
+    """The scores x of a block, with -inf where the bool mask is False, and beyond kv_len. `bits` is made of that mask."""
     word = tl.arange(0, BLOCK_M)[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = tl.load(bits + block.to(tl.int64) * (BLOCK_M * 4) + word).to(tl.int32)
     bit = tl.arange(0, BLOCK_N // 8)[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -115,7 +119,7 @@ def add_bits(x, bits, block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def used_blocks(states, count):
-    """First and last + 1 of `count` blocks in which some query attends to a key; count and 0 if there is none."""
+    """(first, last + 1) of those of `count` blocks in which some query attends to a key; (count, 0) if there is none."""
     first = tl.full([_STEP], 0x7FFFFFFF, tl.int32)
     last = tl.full([_STEP], -1, tl.int32)
     for start in range(0, count, _STEP):
@@ -128,8 +132,7 @@ def used_blocks(states, count):
 
 @triton.jit
 def whole_blocks(states, begin, end):
-    """The first run of blocks in begin..end that the mask leaves whole: its first and last + 1; end twice if there is
-    none."""
+    """(first, last + 1) of the first run of blocks in begin..end that the mask leaves whole; (end, end) if there is none."""
     first = tl.full([_STEP], 0x7FFFFFFF, tl.int32)
     for start in range(begin, end, _STEP):
         n = start + tl.arange(0, _STEP)

@@ -42,10 +42,12 @@ def sage_inductor(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="sage_inductor", options={...})`.
 
-    Options named "sage.<field>" make the Config; every other one goes to Inductor, which compiles the
-    rewritten graph. `torch.compile` refuses `mode` beside `options`; so `options={"mode": ...}` means the
-    same here.
-    Raises ValueError or TypeError for a bad option, NotEligibleError as `rewrite_graph` does.
+    Options named "sage.<field>" make the Config. All others go to Inductor, which compiles the rewritten graph.
+    `torch.compile` refuses `mode` beside `options`, so `options={"mode": ...}` means the same here.
+
+    Raises:
+        ValueError, TypeError: an option that is not valid, named, with what is.
+        NotEligibleError: as from `rewrite_graph`.
     """
     try:
         config, inductor_options = Config.from_options(options)
@@ -58,7 +60,7 @@ def sage_inductor(
 
 
 def _mode(mode: str | None, options: dict[str, Any]) -> str | None:
-    """Inductor's mode, from the argument or out of `options`."""
+    """Inductor's mode, from the argument or taken out of `options`. Raises ValueError for both, and for an unknown mode."""
     if "mode" in options:
         option = options.pop("mode")
         if mode is not None:
@@ -97,19 +99,19 @@ def explain(
 ) -> Report:
     """What `backend="sage_inductor"` would do with `model(*args, **kwargs)`, and why.
 
-    Traces with Dynamo and runs the graphs as they are, eagerly; compiles nothing, and leaves nothing in Dynamo's caches
-    that another call would find or that counts against its limit of recompiles. Other threads may call it, or run and
-    compile models, at the same time: one call of `explain` or `calibrate` is under way at a time, others wait. With
-    `tune="measure"` (the default) it measures what a compile would have to measure, which then finds the results.
+    Traces with Dynamo and runs the graphs as they are, eagerly. It compiles nothing. It leaves nothing in Dynamo's caches
+    that another call would find, or that counts against the limit of recompiles. Other threads may run and compile models
+    meanwhile; one call of `explain` or `calibrate` is under way at a time, others wait. With `tune="measure"`, the default,
+    it measures as a compile would, and a later compile finds the results.
 
     Args:
         model: a module or function.
-        args, kwargs: what it is called with.
+        args, kwargs: the arguments that it is called with.
         config: as for the backend.
         dynamic: as for `torch.compile`.
-        regional: show what regional compilation does, in which blocks are compiled one by one and share a graph: the
-            classes of the blocks, by name or as types; True: those that the model names itself (`_repeated_blocks`,
-            which diffusers' `compile_repeated_blocks` goes by). False: the whole model is compiled.
+        regional: classes of blocks, by name or as types, to compile one by one, as regional compilation does; blocks then
+            share a graph. True takes the classes that the model names itself in `_repeated_blocks`, as diffusers'
+            `compile_repeated_blocks` does. False compiles the whole model.
 
     Raises:
         NotEligibleError: as from the backend.
@@ -157,7 +159,7 @@ def explain(
 
 
 def _blocks(model: Callable[..., Any], regional: bool | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    """The modules that `regional` names."""
+    """The modules that `regional` names; none for False. Raises ValueError where it names no module."""
     if regional is False:
         return []
     modules = list(model.modules()) if isinstance(model, nn.Module) else []

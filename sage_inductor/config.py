@@ -14,7 +14,7 @@ from sage_inductor.plan.plan import Plan
 log = logging.getLogger(__name__)
 
 OPTION_PREFIX = "sage."
-# What the fields take. Editors complete a `Literal`; the check when a Config is made holds for what they do not see.
+# The values that fields take. Editors complete a `Literal`; a Config checks values when it is made.
 KernelName: TypeAlias = Literal["auto", "hopper", "triton", "sageattention", "reference"]
 Precision: TypeAlias = Literal["auto", "fast", "balanced", "accurate"]
 Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
@@ -25,8 +25,9 @@ Tune: TypeAlias = Literal["measure", "table", "off"]
 class Config:
     """What to rewrite and how. In `torch.compile(options=...)` each field is the key `"sage.<field>"`.
 
-    Raises ValueError for an unknown field or value, TypeError for a value of the wrong type; both list what
-    is valid. A plan's file that cannot be read, or is none, raises ValueError.
+    Raises:
+        ValueError: a value that is not valid, with those that are; a plan's file that cannot be read, or holds no plan.
+        TypeError: a value of the wrong type, with the types that are valid.
     """
 
     kernel: KernelName = "auto"
@@ -96,7 +97,8 @@ class Config:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
-        """Split `torch.compile` options into our Config and the keys that belong to Inductor."""
+        """Split `torch.compile` options into our Config and those that belong to Inductor. Raises ValueError for an unknown
+        "sage." option."""
         names = [field.name for field in fields(cls)]
         own: dict[str, Any] = {}
         rest: dict[str, Any] = {}
@@ -123,7 +125,8 @@ _read: dict[str, str] = {}  # the plan that was last read from each path
 
 
 def _warn_of_change(path: str, content: str) -> None:
-    """torch.compile tells compiled code by the options as they were given: by the path, and not by what the file held."""
+    """Warn where a plan's file has changed. torch.compile tells compiled code apart by the options as they were given: by the
+    path, not by the content of the file."""
     if _read.setdefault(path, content) != content:
         _read[path] = content
         log.warning(
@@ -139,7 +142,7 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def _folder(name: str, value: object) -> str:
-    """A path as text, which says the same in the `repr` of every system's paths."""
+    """A path as text, so that the `repr` of a Config is the same for a str and for any kind of path object."""
     path = os.fspath(value) if isinstance(value, (str, PathLike)) else None
     if not isinstance(path, str):
         raise TypeError(f"{name}={value!r} (valid: a path as a string or os.PathLike of one, None)")

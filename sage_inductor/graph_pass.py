@@ -28,11 +28,12 @@ __all__ = ["SageAttentionPass", "rewrite_graph", "source_hash"]
 class SageAttentionPass(CustomGraphPass):
     """For `options={"pre_grad_custom_pass": SageAttentionPass(config)}`.
 
-    `then` is a pass that was configured already; it runs after ours. The uuid covers the options, what torch was told of
-    attention (`sdpa_kernel`, the flash implementation, cuDNN's flags), the sources of this package, the versions of what
-    it runs on and, where choices are measured, the GPUs and their driver, so that a compiled graph is cached, and never
-    reused wrongly. Once something could not be measured it forbids caching:
-    the next process may have the memory for it.
+    `then` is a pass that was configured already; it runs after ours.
+
+    The uuid makes compiled graphs cacheable, and keeps them from being reused wrongly. It covers the options, torch's
+    settings of attention (`sdpa_kernel`, the flash implementation, cuDNN's flags), the sources of this package, the versions
+    of the packages it runs on and, where choices are measured, the GPUs and their driver. Once something could not be
+    measured, the uuid forbids caching: the next process may have the memory for it.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -66,7 +67,7 @@ class SageAttentionPass(CustomGraphPass):
             # A cached graph holds a choice that was measured: it serves where the measurement would hold.
             own += tuple(machine.fingerprint() for machine in machines())
         if self.config.include or self.config.exclude or self.config.plan is not None:
-            # A block that is compiled by itself gives the same graph wherever it stands, and a decision by where that is.
+            # A block that is compiled by itself gives the same graph wherever it stands, but decisions depend on its place.
             own += (Places().of_compiled(),)
         if self.then is None:
             return own
@@ -92,15 +93,15 @@ class _Sequence:
 
 
 def _ambient() -> str:
-    """What the pass looks at beside the graph and its options: a graph that was rewritten where nothing was pinned is not the
-    one of a process under `sdpa_kernel(...)`."""
+    """The settings of torch that the pass looks at, as JSON. A graph that was rewritten where nothing was pinned must not serve
+    a process under `sdpa_kernel(...)`."""
     facts = [ambient_pin(), float32_precision(), autocast_dtypes(), ambient_settings()]
     return json.dumps(facts, sort_keys=True)
 
 
 class _Uncacheable:
-    """A uuid with which no cache key can be made, at any time and in any version of torch. None will not do: torch 2.13
-    then takes it that the pass ran before the key was made, which it did not do for the graph at hand."""
+    """A uuid with which no cache key can be made, in any version of torch. None would not do: torch 2.13 then assumes that the
+    pass ran before the key was made, which is not so for the graph at hand."""
 
     def __reduce__(self) -> str:
         raise TypeError("sage_inductor could not measure a choice; what it chose instead is not for a cache")

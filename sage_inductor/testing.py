@@ -20,8 +20,7 @@ from sage_inductor.torch_internals import is_overload
 def capture(
     function: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any
 ) -> fx.GraphModule:
-    """The one graph that Dynamo makes of `function(*args, **kwargs)`; AssertionError when it makes
-    several."""
+    """The one graph that Dynamo makes of `function(*args, **kwargs)`. Raises AssertionError when it makes several."""
     graphs: list[fx.GraphModule] = []
 
     def keep(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -1,5 +1,4 @@
-"""What every kernel family shares: the description of one attention problem, and the interface of a
-kernel."""
+"""The description of one attention problem, and the interface that every kernel family has."""
 
 from __future__ import annotations
 
@@ -26,10 +25,9 @@ PRECISIONS: dict[str, str] = {
 class AttentionParams:
     """The part of an attention call that is not a tensor.
 
-    Query i may attend key j when `-window_left <= j - (i + offset) <= window_right`, a negative window
-    meaning no bound, where offset is 0 (top-left alignment, as SDPA) or `kv_len - q_len` (`bottom_right`, as
-    FlashAttention). `is_causal` is `window_right == 0`; it does not depend on the caller having written it as
-    a window.
+    Query i may attend to key j when `-window_left <= j - (i + offset) <= window_right`. A negative window means no bound.
+    The offset is 0 (top-left alignment, as in SDPA), or `kv_len - q_len` with `bottom_right` (as in FlashAttention).
+    `is_causal` means the same as `window_right == 0`.
     """
 
     is_causal: bool = False
@@ -62,7 +60,7 @@ class TensorSpec:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
     def as_4d(self) -> TensorSpec:
-        """The same with leading dims of size 1, as `unsqueeze` would give them."""
+        """The same with leading dims of size 1 up to four dims, as `unsqueeze` would give them."""
         missing = 4 - len(self.shape)
         if not missing:
             return self
@@ -77,8 +75,8 @@ class AttentionProblem:
     """One attention call as a kernel sees it.
 
     query `[batch, heads, q_len, head_dim]`, key `[batch, kv_heads, kv_len, head_dim]`, value
-    `[batch, kv_heads, kv_len, value_head_dim]`, heads a multiple of kv_heads; attn_mask None or a bool (True:
-    attend) or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All in any memory layout.
+    `[batch, kv_heads, kv_len, value_head_dim]`; heads is a multiple of kv_heads. attn_mask is None, or a bool (True:
+    attend) or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All may have any memory layout.
     """
 
     query: TensorSpec
@@ -103,16 +101,18 @@ class Kernel(ABC):
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
     oracle_distance: ClassVar[float] = 1.0
-    """How far an output may lie from the oracle's, in units of the precision's documented error. 1: the kernel takes
-    the oracle's steps, and rounding P against other maxima, in narrower tiles, is a rounding of its own within that
-    error. 2: another algorithm; both outputs lie within that error of the exact one."""
+    """How far an output may lie from the oracle's, in units of the precision's documented error.
+
+    1 is for a kernel that takes the oracle's steps: if it rounds P against other maxima, in narrower tiles, that differs
+    by less than the documented error. 2 is for another algorithm: both outputs lie within that error of the exact one.
+    """
 
     @abstractmethod
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         """Why the kernel cannot run on `device` (None: on any device of this machine); empty when it can."""
 
     def broken_reasons(self, device: torch.device | None = None) -> list[str]:
-        """Those of `unavailable_reasons` that a fault of the installation gives, and not a limit of the machine."""
+        """Those of `unavailable_reasons` that come from a fault of the installation, not from a limit of the machine."""
         return []
 
     def not_supported_reasons(self, problem: AttentionProblem) -> list[str]:
@@ -137,12 +137,12 @@ class Kernel(ABC):
         return self.precisions
 
     def only_by_name_reasons(self) -> list[str]:
-        """Why "auto" never takes this kernel, however fast it is; [] when it may."""
+        """Why "auto" never takes this kernel, however fast it is. Empty when it may."""
         return []
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
-        """Why "auto", going by measurements shipped with the kernel, leaves `problem` to SDPA although the
-        kernel could run it (it would be slower); [] to take it."""
+        """Why "auto" leaves `problem` to SDPA although the kernel could run it: it would be slower, by the measurements
+        shipped with the kernel. Empty when "auto" may take it."""
         return []
 
     @abstractmethod
@@ -156,9 +156,12 @@ class Kernel(ABC):
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
-        """Write the attention of 4-D inputs into `out` `[batch, heads, q_len, value_head_dim]` (any strides)
-        and, when asked for, the natural-log LSE into `lse` (fp32, contiguous `[batch, heads, q_len]`). Inputs
-        are never written; work goes to the current stream of the inputs' device."""
+        """Write the attention of 4-D inputs (see `AttentionProblem`) into `out`, and its LSE into `lse` if that is given.
+
+        `out` is `[batch, heads, q_len, value_head_dim]` of any strides. `lse` is contiguous, float32
+        `[batch, heads, q_len]`, in natural log. Inputs are never written to. The work goes to the current stream of the
+        inputs' device.
+        """
 
     def prepare(
         self,
@@ -170,8 +173,8 @@ class Kernel(ABC):
         out: Tensor,
         lse: Tensor | None,
     ) -> Prepared:
-        """`run` for all tensors of these shapes, strides, dtypes and device, wherever they lie, with what depends on
-        those alone worked out once. Keeps no tensor, and threads may share it."""
+        """`run` for all tensors of these shapes, strides, dtypes and device, at any address. Work that depends on those facts
+        alone is done once, here. The result keeps no tensor, and threads may share it."""
 
         def prepared(
             query: Tensor,
@@ -189,14 +192,14 @@ class Kernel(ABC):
 def without_keys(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
 ) -> None:
-    """What every kernel gives where there are no keys (or no output)."""
+    """Write the result that every kernel gives where there are no keys: 0, and an LSE of -inf."""
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
 
 
 def expanded_dim(tensor: Tensor) -> int | None:
-    """The first dim of `tensor` whose elements are all one in memory, and which cannot be written therefore."""
+    """The first expanded dim of `tensor`, whose elements are one in memory and cannot be written; None where there is none."""
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if type(stride) is int and stride == 0 and size > 1:
             return dim
@@ -204,8 +207,11 @@ def expanded_dim(tensor: Tensor) -> int | None:
 
 
 def output_problem(out: Tensor, **inputs: Tensor | None) -> str | None:
-    """Why torch's own `out=` would not take `out`, or that it lies in one of `inputs`, which a kernel reads while it
-    writes; None where it can be written."""
+    """Why `out` cannot be written to; None where it can.
+
+    Either torch's own `out=` would not take it, or it shares memory with one of `inputs`, which a kernel reads while it
+    writes.
+    """
     if out.requires_grad and torch.is_grad_enabled():
         return "out requires grad, of which the operator has none (valid: torch.no_grad(), out.detach())"
     if out.is_neg() or out.is_conj():
@@ -222,14 +228,14 @@ def output_problem(out: Tensor, **inputs: Tensor | None) -> str | None:
 
 
 def mark_written(out: Tensor) -> None:
-    """Kernels write to memory, of which autograd hears nothing: it may have saved `out` for a gradient."""
+    """Tell autograd that `out` was written to: it may have saved `out` for a gradient, and does not see a kernel's writes."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
 def _overlapping_dim(tensor: Tensor) -> int | None:
-    """A dim whose steps fall into what the finer dims span; None where each dim steps over it, and no two elements are
-    one in memory."""
+    """A dim whose stride is no larger than the span of the dims with smaller strides, so that elements may share memory. None
+    where no two elements do."""
     span = 0
     for stride, size, dim in sorted(zip(tensor.stride(), tensor.shape, range(tensor.dim()), strict=True)):
         if size > 1:
@@ -240,8 +246,8 @@ def _overlapping_dim(tensor: Tensor) -> int | None:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors without gaps meet. Those with gaps, as slices of one buffer have, may lie in one another and
-    share nothing: they are not looked at, as in torch."""
+    """Whether two tensors without gaps share memory. Tensors with gaps, such as slices of one buffer, may lie in one another
+    and share nothing; as in torch, they count only where address and strides are equal."""
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return False
     if not all(
@@ -272,8 +278,8 @@ def _text(value: object) -> str:
 
 
 def is_key_mask(attn_mask: Tensor) -> bool:
-    """Whether a mask that was expanded to `[batch, heads, q_len, kv_len]` is one over keys: the same for every
-    head and query, by its strides. All kernels go by this."""
+    """Whether a mask that was expanded to `[batch, heads, q_len, kv_len]` is the same for every head and query, by its
+    strides. All kernels go by this."""
     heads, q_len = attn_mask.shape[1:3]
     _, head_stride, row_stride, _ = attn_mask.stride()
     return (head_stride == 0 or heads == 1) and (row_stride == 0 or q_len == 1)

@@ -1,4 +1,4 @@
-"""A dictionary for what is worked out once per kind of call."""
+"""A dictionary for results that are computed once per kind of call."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ V = TypeVar("V")
 
 
 class Cache(dict[K, V]):
-    """At most `size` entries. It is emptied when it is full: what is still in use is soon back, and a look-up costs no
-    more than a dictionary's. Threads may share it."""
+    """A dictionary of at most `size` entries, emptied when it is full. Entries still in use are soon back, and a look-up costs
+    no more than a dictionary's. Threads may share it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a machine can run: whether it has a GPU, of which compute capability, and whether Triton interprets instead."""
+"""Facts about the machine: whether it has a GPU, its compute capability, and whether Triton interprets instead."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sage_inductor.kernels.base import reason
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU to ask; traced CUDA tensors need none."""
+    """Whether this machine has a GPU. Tensors may be traced as CUDA tensors without one."""
     return torch.cuda.is_available()
 
 
 @cache
 def capability(index: int | None) -> tuple[int, int]:
-    """Compute capability of a CUDA device, asked for once (the driver takes microseconds to answer)."""
+    """Compute capability of a CUDA device as (major, minor). Kept, because the driver takes microseconds to answer."""
     return torch.cuda.get_device_capability(index)
 
 
 def interpreted() -> bool:
-    """Whether Triton runs, or will run when it is imported, kernels on the CPU: its own environment variable decides, or
-    what was set in its place."""
+    """Whether Triton interprets kernels on the CPU, or will when it is imported. TRITON_INTERPRET decides, or the setting in
+    Triton that was changed since."""
     if sys.modules.get("triton") is not None:
         from sage_inductor.kernels.triton.internals import interprets
 

@@ -1,18 +1,17 @@
 """The kernels of the `sageattention` package, whichever version is installed: 1.0.x (Triton) or 2.2 (CUDA).
 
-SageAttention, arXiv:2410.02367, and SageAttention2, arXiv:2411.10958. What those packages get wrong is made
-good here:
+SageAttention, arXiv:2410.02367, and SageAttention2, arXiv:2411.10958. Faults of those packages are made good here:
 
 1.0.x  K is smoothed in a copy (the package subtracts the mean from the caller's K). Padded keys of a ragged
        kv_len are taken out of the softmax (`_run_v1`). K, its scales and V are padded, so that nothing is
        read out of bounds. V is scaled per head, so that neither its FP16 form nor the FP16 sum over 64 keys
        overflows or vanishes.
-2.x    Runs on the legacy default stream, where its CUDA kernels launch whatever the current stream is,
-       ordered against the current one; refuses CUDA graph capture, which would miss them. LSE is corrected in
-       float32 (the package rounds the correction to the input's dtype). An all-zero channel of V gives 0 (FP8
-       kernels: 0 / 0). A kernel that fails its self-test on this GPU is not used (some 2.2.0 wheels leave the
-       output unwritten on Hopper).
-both   NaN and inf in Q or K show in the whole head's output: the packages' maxima skip NaN and would hide it.
+2.x    All work runs on the legacy default stream, ordered against the current one: the package's CUDA kernels
+       launch there whatever the current stream is. CUDA graph capture would miss them and is refused. LSE is
+       corrected in float32 (the package rounds the correction to the input's dtype). An all-zero channel of V
+       gives 0 (FP8 kernels: 0 / 0). A kernel that fails its self-test on this GPU is not used (some 2.2.0 wheels
+       leave the output unwritten on Hopper).
+both   NaN and inf in Q or K make the whole head's output NaN: the packages' maxima skip NaN and would hide it.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ PV_ACCUMULATORS = {"fast": "fp32+fp32", "accurate": "fp32"}  # the most precise 
 
 
 class SageAttentionKernel(Kernel):
-    """`sageattention` as installed by the user; without it, or without a GPU it knows, unavailable."""
+    """`sageattention` as the user installed it. Unavailable without the package, and without a GPU that it has kernels for."""
 
     name = "sageattention"
     precisions = ("fast", "accurate")
@@ -111,8 +110,7 @@ class SageAttentionKernel(Kernel):
         return [] if any(not found for found in reasons) else list(dict.fromkeys(sum(reasons, [])))
 
     def broken_reasons(self, device: torch.device | None = None) -> list[str]:
-        """What is wrong with the installed 2.x on GPUs that it has kernels for: all that `_device_reasons` finds
-        there."""
+        """All that `_device_reasons` finds wrong with the installed 2.x on GPUs that it has kernels for."""
         limits = limits_of(installed_version())
         if limits is not V2 or not torch.cuda.is_available() or (device and device.type != "cuda"):
             return []
@@ -199,7 +197,7 @@ class SageAttentionKernel(Kernel):
 
 @cache
 def installed_version() -> str | None:
-    """None where there is none, "unknown" for one that has no metadata."""
+    """The version of the installed package: None where it is not installed, "unknown" where it has no metadata."""
     if importlib.util.find_spec("sageattention") is None:
         return None
     return package_version("sageattention") or "unknown"
@@ -304,14 +302,14 @@ def _v_scale(value: Tensor) -> Tensor:
 
 
 def _not_finite(query: Tensor, key_mean: Tensor) -> Tensor:
-    """0, or NaN where Q or K of that head hold NaN or inf, fp32 `[batch, heads, 1, 1]`."""
+    """0 for each head, or NaN where its Q or K hold NaN or inf; fp32 `[batch, heads, 1, 1]`."""
     groups = query.shape[1] // key_mean.shape[1]
     of_query = query.sum((2, 3), keepdim=True, dtype=torch.float32) * 0.0
     return of_query + (key_mean.sum(3, keepdim=True) * 0.0).repeat_interleave(groups, 1)
 
 
 def _is_addressable(tensor: Tensor) -> bool:
-    """Rows without gaps, and offsets that fit in 32 bits."""
+    """Whether the last dim has stride 1, and all offsets fit in 32 bits."""
     largest = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.stride(-1) == 1 and largest < INT32_ELEMENTS
 
@@ -359,12 +357,11 @@ def _run_v1(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
 
 
 def _padded_share(kv_len: int, padded_len: int) -> float:
-    """What padded keys take of the softmax at most.
+    """The largest share of the softmax that padded keys may take.
 
-    The kernel gives them score 0 instead of leaving them out. The scores of the real keys have mean 0,
-    because K has, so the sum of their exponentials is at least kv_len (the arithmetic mean is no less than
-    the geometric one); that of the padded keys is their number. The bound is reached when all scores are
-    equal.
+    The kernel gives padded keys score 0 instead of leaving them out, so the sum of their exponentials is their number. The
+    scores of the real keys have mean 0, because K has. The sum of their exponentials is at least kv_len, because the
+    arithmetic mean is no less than the geometric one. The bound is reached when all scores are equal.
     """
     return (padded_len - kv_len) / padded_len
 
@@ -459,12 +456,11 @@ def _run_v2(
 
 @contextlib.contextmanager
 def legacy_stream(device: torch.device) -> Iterator[None]:
-    """Run the body on the default stream of `device`, after what the current stream has been given and before
-    what it is given next.
+    """Run the body on the default stream of `device`: after the work that the current stream has, before its later work.
 
-    sageattention 2.x launches its CUDA kernels without naming a stream, and its Triton kernels on the current
-    one. Tensors made in the body belong to the default stream: none may leave it. NotEligibleError while a
-    CUDA graph is captured.
+    sageattention 2.x launches its CUDA kernels without naming a stream, and its Triton kernels on the current one. Tensors
+    made in the body belong to the default stream: none may leave the body. Raises NotEligibleError while a CUDA graph is
+    captured.
     """
     if device.type != "cuda":
         yield

@@ -1,4 +1,4 @@
-"""Launch configurations, chosen ahead of time: nothing is measured when a model runs.
+"""Launch configurations from a table: nothing is measured when a model runs.
 
 The table for sm_90 was measured on an H200 (triton 3.6.0, torch 2.11.0) at 16k and 4k tokens, causal and not.
 Other GPUs take the nearest configuration that fits their shared memory; `search.rank_launch_configs` finds a better one.
@@ -15,11 +15,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is launched; the quantise kernel uses `num_warps` and `max_registers` only.
+    """The parameters of a launch. The quantise kernel uses `num_warps` and `max_registers` only.
 
-    `block_m` queries per program, a power of two up to 128; `block_n` keys per step, 64 or 128 ("balanced"
-    rounds P per step: 128 is what the reference does); `max_registers` per thread, None leaves them to the
-    compiler.
+    block_m: queries per program, a power of two up to 128.
+    block_n: keys per step, 64 or 128. "balanced" rounds P per step; the reference does so per 128 keys.
+    max_registers: per thread; None leaves them to the compiler.
     """
 
     block_m: int = 64
@@ -29,15 +29,15 @@ class LaunchConfig:
     max_registers: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """As keyword arguments of a triton launch."""
+        """The keyword arguments of a triton launch."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
 
 
-# (precisions, largest padded head dim) -> configuration on sm_90; the first that fits the head dim. What
-# matters is how many programs share an SM: 168 registers let three of 128 threads in, 128 registers four.
+# precisions -> (largest padded head dim, configuration) on sm_90; the first that fits the head dim is taken. The number of
+# programs that share an SM decides: with 168 registers it is three of 128 threads, with 128 registers four.
 _SM90: dict[str, list[tuple[int, LaunchConfig]]] = {
     "8-bit PV": [
         (64, LaunchConfig(num_stages=3, max_registers=128)),
@@ -60,18 +60,24 @@ _overrides: dict[tuple[tuple[int, int], str, int, bool], LaunchConfig] = {}
 def override(
     capability: tuple[int, int], precision: str, head_dim: int, config: LaunchConfig, masked: bool = False
 ) -> None:
-    """Use `config`, which `search.rank_launch_configs` may have found, for a padded head dim (the larger of K's and V's) on GPUs
-    of `capability` from now on; `masked` as in `launch_config`. To be called before the first attention call
-    of that kind."""
+    """Use `config` from now on for `precision` and a padded head dim on GPUs of `capability`.
+
+    `search.rank_launch_configs` finds configurations. `head_dim` is the larger of K's and V's, `masked` as in
+    `launch_config`. Call it before the first attention call of that kind.
+    """
     _overrides[capability, precision, head_dim, masked] = config
 
 
 def launch_config(
     capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False, mask_align: int = 16
 ) -> LaunchConfig:
-    """The attention kernel's configuration; d and dv are the padded head dims of K and V, `masked` stands for
-    an attn_mask that differs from query to query, `mask_align` for how many of its elements can be read at once, 0 if it
-    comes packed in bits: they need two registers."""
+    """The attention kernel's configuration.
+
+    d, dv: the padded head dims of K and V.
+    masked: whether attn_mask differs from query to query.
+    mask_align: how many elements of attn_mask can be read at once. 0 where it comes packed in bits, which take two
+        registers only.
+    """
     if (capability, precision, max(d, dv), masked) in _overrides:
         return _overrides[capability, precision, max(d, dv), masked]
     if masked and (mask_align or capability[0] != 9):
@@ -93,7 +99,8 @@ def launch_config(
 def _masked_config(
     capability: tuple[int, int], precision: str, head_dim: int, mask_align: int
 ) -> LaunchConfig:
-    """A tile of the mask and its addresses take registers, the more the fewer elements are read at once."""
+    """The configuration for a mask of a row per query. A tile of the mask, with its addresses, takes the more registers the
+    fewer elements are read at once."""
     if capability[0] == 9 and head_dim in (*range(32, 129, 32), 192):
         # Measured on an H100 at head dims 64, 96, 128 and 192, bool and bfloat16, lengths of 8,192 and 8,191: with 8 warps
         # everything takes twice as long, and 128 keys of a mask that is read byte by byte up to 14 times.

@@ -1,10 +1,10 @@
-"""Where SDPA is faster than this kernel: the measurements that `tune="table"`, and calls outside a graph, go by.
+"""The lengths from which this kernel is faster than SDPA, as measured. `tune="table"`, and calls outside a graph, go by them.
 
-Origin: one H100 (compute capability 9.0), torch 2.11.0+cu130, triton 3.6.0, bfloat16 in NHD memory, quantisation included,
-against torch's default SDPA and cuDNN, which that is there, in the same process:
-benchmarks/results/attention_h100.json and, for head dims 96 and 192, attention_wide_h100.json. A length counts from a gain of
-2%, which is the measurement's noise, at it and all greater ones; a test holds the tables against those files. For head dim
-160, other batch sizes, q_len != kv_len and masks over keys: one H200, the same versions and timer.
+Origin: one H100 (compute capability 9.0), torch 2.11.0+cu130, triton 3.6.0, bfloat16 in NHD memory, quantisation included. The
+kernel was timed in one process with torch's default SDPA and with cuDNN, which is the default there:
+benchmarks/results/attention_h100.json and, for head dims 96 and 192, attention_wide_h100.json. A limit is the least length at
+which, and at all greater ones, the kernel gains 2%, the noise of the measurement. A test compares the tables with those files.
+Head dim 160, other batch sizes, q_len != kv_len and masks over keys were measured on one H200 with the same versions and timer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from ...graph.sizes import known, size_hint
 from ..base import AttentionProblem, TensorSpec
 
-# (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. What is not listed is slower
-# at every size measured (512 to 32768) or was not measured.
+# (precision, head_dim, is_causal) -> the kv_len from which the kernel is faster. Combinations that are not listed are slower at
+# every size measured (512 to 32768), or were not measured.
 MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("fast", 64, False): 4096,
     ("fast", 64, True): 8192,
@@ -41,18 +41,17 @@ MIN_KV_LEN: dict[tuple[str, int, bool], int] = {
     ("accurate", 96, True): 16384,
     ("accurate", 160, False): 8192,
 }
-# (precision, head_dim) -> the same with a bool mask of a row per query, even one that each head has of its own, that leaves no
-# block whole and rules none out, and that cannot be read in wide words; 2048 is the shortest that was measured:
-# benchmarks/results/masks_h100.json. Additive ones are 1.5 to 7 times as fast as SDPA where they rule blocks out, but up to head
-# dim 128 only .6 to 1.1 times where they do not: `tune="measure"`.
+# (precision, head_dim) -> the same with a bool mask of a row per query: benchmarks/results/masks_h100.json. It holds for the worst
+# such mask, which each head has of its own, which leaves no block whole and rules none out, and which cannot be read in wide
+# words. 2048 is the shortest length measured. With an additive mask the kernel is 1.5 to 7 times as fast as SDPA where the mask
+# rules blocks out, but up to head dim 128 only .6 to 1.1 times where it does not: `tune="measure"` decides.
 MASKED_MIN_KV_LEN: dict[tuple[str, int], int] = {
     (precision, head_dim): 2048
     for precision in ("fast", "balanced", "accurate")
     for head_dim in (64, 96, 128, 192)
 }
 MIN_Q_LEN = 4096  # queries times query heads per kv head: fewer do not pay for quantising the keys
-# batch * heads * q_len * kv_len: 8 heads of 8192 tokens (0.5e9) are no faster, 4 x 32 heads of 4096 (2.1e9)
-# are.
+# The least batch * heads * q_len * kv_len: 8 heads of 8192 tokens (0.5e9) are no faster, 4 x 32 heads of 4096 (2.1e9) are.
 MIN_PAIRS = 10**9
 MEASURED_CAPABILITY = (9, 0)
 
@@ -62,8 +61,10 @@ def slower_than_sdpa(
     capability: tuple[int, int],
     min_kv_len: Mapping[tuple[str, int, bool], int] = MIN_KV_LEN,
 ) -> list[str]:
-    """Reasons, with the measured limits. GPUs before sm_90 go by its limits; newer ones, whose SDPA is faster
-    and on which nothing was measured, are left to SDPA."""
+    """Why the kernel is slower than SDPA for `problem`, with the measured limits; empty where it is faster.
+
+    GPUs before sm_90 go by the limits of sm_90. Newer GPUs are left to SDPA: theirs is faster, and nothing was measured.
+    """
     if capability > MEASURED_CAPABILITY:
         return [f"compute capability={_dotted(capability)} (measured up to {_dotted(MEASURED_CAPABILITY)})"]
     params = problem.params
@@ -110,7 +111,7 @@ def slower_than_sdpa(
 
 
 def _masked_reasons(problem: AttentionProblem, mask: TensorSpec, capability: tuple[int, int]) -> list[str]:
-    """Against a mask of a row per query, which was measured on sm_90 as a bool mask without a window beside it."""
+    """Why a problem with a mask of a row per query is left to SDPA: only bool masks without a window were measured, on sm_90."""
     params = problem.params
     if capability < MEASURED_CAPABILITY:
         return [f"attn_mask=one row per query (measured on sm_90 only, not on {_dotted(capability)})"]

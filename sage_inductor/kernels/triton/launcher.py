@@ -1,8 +1,8 @@
-"""Launches of Triton kernels that are prepared once: only addresses differ from one to the next.
+"""Launches of Triton kernels that are prepared once: only addresses differ from one launch to the next.
 
-Triton looks at each of its arguments at each launch, asks the driver about each tensor and encodes each tensor
-descriptor, which takes longer than a small attention call does on the GPU. What the compiled form of a kernel depends on
-is known here, so it is kept, and launched directly.
+At each launch Triton itself looks at each argument, asks the driver about each tensor and encodes each tensor descriptor. That
+takes longer than a small attention call on the GPU. Here it is known on which facts the compiled kernel depends, so the
+compiled kernel is kept, and launched directly.
 """
 
 # Triton has no type information.
@@ -22,7 +22,7 @@ from .internals import DirectLaunch, direct_launch, has_hooks
 
 
 class Part(NamedTuple):
-    """Of a workspace: `elements` of `dtype` from byte `offset` on."""
+    """A part of a workspace: `elements` of `dtype` from byte `offset` on."""
 
     offset: int
     elements: int
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A part as a matrix `[rows, columns]` that TMA reads in the blocks of `template`."""
+    """A part of a workspace as a matrix `[rows, columns]`. TMA reads it in the blocks of `template`."""
 
     part: Part
     template: TensorDescriptor
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
         return self.over(self.part.of(workspace))
 
     def over(self, base: Any) -> TensorDescriptor:
-        """A copy of the template: its constructor's checks would cost microseconds."""
+        """A descriptor over `base`. It is a copy of the template, because the checks of its constructor take microseconds."""
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(
             self.template.__dict__, base=base, shape=[self.rows, self.columns], strides=[self.columns, 1]
@@ -58,10 +58,10 @@ class Tile(NamedTuple):
 class Launch:
     """`kernel(*callers, *own, *numbers, *variant, **constants)` on `programs` programs of device `index`.
 
-    `callers` are the caller's tensors, which come with each launch: of `dtypes`, None where there is none. `own` lie in
-    the workspace. The kernel is specialised on the strides in `specialized`, and on no other number. `constants`, its
-    last arguments and its options, live as long as the process. Where `direct` is False each launch is Triton's own:
-    under its interpreter, and for numbers beyond 32 bits, which change the compiled form.
+    `callers` are the caller's tensors, which come with each launch; `dtypes` has their dtypes, None for one that is missing.
+    `own` are parts of the workspace. The kernel is specialised on the strides in `specialized`, and on no other number.
+    `constants`, the kernel's last arguments and its options, must live as long as the process. Where `direct` is False,
+    each launch is Triton's own: under its interpreter, and for numbers beyond 32 bits, which change the compiled kernel.
     """
 
     __slots__ = (
@@ -89,7 +89,7 @@ class Launch:
         self.binaries: dict[tuple[bool, ...], _Binary] = {}  # by which of the callers' tensors are aligned
 
     def __call__(self, stream: int, callers: tuple[Tensor | None, ...], workspace: Tensor) -> None:
-        """On `stream`, which is the current one of the current device, which is `index`."""
+        """Launch on `stream`. It must be the current stream of device `index`, which must be the current device."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in callers]
         aligned = tuple([address & 15 == 0 for address in addresses])
         binary = self.binaries.get(aligned) or self._known(aligned)
@@ -112,21 +112,22 @@ class Launch:
         return self.kernel[(self.programs,)](*callers, *own, *self.numbers, *self.variant, **self.constants)
 
     def _known(self, aligned: tuple[bool, ...]) -> _Binary | None:
-        """The compiled form, if a launch of any lengths has left it."""
+        """The compiled kernel that a launch of this or other lengths has left; None where there was none."""
         binary = _binaries.get(self._key(aligned)) if self.direct else None
         if binary is not None:
             self.binaries[aligned] = binary
         return binary
 
     def _key(self, aligned: tuple[bool, ...]) -> tuple[Any, ...]:
-        """All that the compiled form depends on. `constants` are those of one kernel in one plan and stand for both."""
+        """All that the compiled kernel depends on. The id of `constants` stands for kernel and plan: each pair of those has its
+        own."""
         specialized = tuple([_specialization(number) for number in self.specialized])
         return id(self.constants), self.index, self.variant, self.dtypes, aligned, specialized
 
 
 @dataclass(frozen=True, eq=False)
 class _Binary:
-    """A compiled kernel, and what Triton itself launches it with; None where this version of Triton is built
+    """A compiled kernel. `direct` has what Triton itself launches it with; None where this version of Triton is built
     differently."""
 
     compiled: Any
@@ -148,8 +149,8 @@ _binaries: dict[tuple[Any, ...], _Binary] = {}
 def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
     """The arguments after the callers', with the workspace at `address`.
 
-    They hold nothing but numbers, so they may outlive the memory: torch's allocator gives the same addresses again and
-    again.
+    They are kept because torch's allocator gives the same addresses again and again. They hold nothing but numbers, so they
+    may outlive the memory.
     """
     own: list[Any] = []
     tiles = 0
@@ -167,7 +168,7 @@ def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
 
 
 class _Address(NamedTuple):
-    """As much of a tensor as a descriptor needs to be encoded."""
+    """Stands for a tensor while a descriptor is encoded, which asks for its address only."""
 
     address: int
 
@@ -176,5 +177,5 @@ class _Address(NamedTuple):
 
 
 def _specialization(number: int) -> int:
-    """What Triton compiles an integer argument for: 1 itself, a multiple of 16, or (0) any other."""
+    """How Triton specialises on an integer argument: 1 for 1 itself, 16 for a multiple of 16, 0 for any other."""
     return 1 if number == 1 else 16 if number % 16 == 0 else 0

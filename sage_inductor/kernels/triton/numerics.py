@@ -1,8 +1,7 @@
 """Device-side rounding and exponentials shared by the kernels.
 
-PTX selects the lean instructions of an NVIDIA GPU. Without it (triton's interpreter on the CPU, which rounds
-bfloat16 and FP8 toward zero, mishandles FP8 subnormals and cannot run inline assembly) the same values come
-from plain arithmetic.
+With PTX they are lean instructions of an NVIDIA GPU. Without it the same values come from plain arithmetic, for triton's
+interpreter on the CPU: that rounds bfloat16 and FP8 toward zero, mishandles FP8 subnormals and cannot run inline assembly.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -21,7 +20,7 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def exp2(x, PTX: tl.constexpr):
-    """2**x. In PTX the bare instruction: tl.exp2 adds two more to keep denormal results, of no use to P."""
+    """2**x. With PTX it is the bare instruction: tl.exp2 adds two more to keep denormal results, which P does not need."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -62,7 +61,7 @@ def pack_to_int8(x, PTX: tl.constexpr):
 
 @triton.jit
 def pack_four(a, b, c, d, FLOAT8: tl.constexpr, PTX: tl.constexpr):
-    """Four numbers each, as e4m3 or rounded to INT8, in the bytes of an int32, `a` lowest."""
+    """Elements of a, b, c and d, as e4m3 or rounded to INT8, in the four bytes of an int32; `a` in the lowest."""
     if PTX:
         asm: tl.constexpr = _PACK_FLOAT8 if FLOAT8 else _PACK_INT8
         return tl.inline_asm_elementwise(
@@ -82,7 +81,7 @@ def _byte(x, FLOAT8: tl.constexpr):
 
 @triton.jit
 def to_float8(x, PTX: tl.constexpr):
-    """e4m3, to nearest even, saturating at 448."""
+    """x in e4m3, rounded to nearest even, saturating at 448."""
     if not PTX:
         # Below 2**-6 the spacing is that of the subnormals.
         exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
@@ -94,7 +93,7 @@ def to_float8(x, PTX: tl.constexpr):
 
 @triton.jit
 def to_float(x, dtype: tl.constexpr, PTX: tl.constexpr):
-    """float32 to a 16-bit float (or float32), to nearest even."""
+    """A float32 x in `dtype`, a 16-bit float or float32, rounded to nearest even."""
     if not PTX and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
@@ -113,8 +112,8 @@ def dot_float(a, b, acc, PTX: tl.constexpr):
 
 @triton.jit
 def load_uniform(pointer, PTX: tl.constexpr):
-    """One read-only float32. In a loop with tensor core operations triton would bring it through shared
-    memory with a barrier per iteration, which cost 3 to 8% of the attention kernel (H200)."""
+    """One read-only float32. In a loop with tensor core operations triton would load it through shared memory, with a barrier
+    per iteration, which cost 3 to 8% of the attention kernel's time (H200)."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];",
@@ -130,8 +129,7 @@ def load_uniform(pointer, PTX: tl.constexpr):
 
 @triton.jit
 def magnitude(x):
-    """The bits of |x|: as integers they order like |x|, with inf and NaN on top, so that a maximum keeps
-    them."""
+    """The bits of |x|. As integers they order like |x|, with inf and then NaN on top, so that a maximum keeps those."""
     return x.to(tl.int32, bitcast=True) & _MAGNITUDE
 
 
@@ -142,7 +140,6 @@ def finite_or_zero(x):
 
 @triton.jit
 def scale_or_nan(bits, floor):
-    """|x| back from its bits, at least `floor`; NaN for inf and NaN, so that whatever is scaled by it becomes
-    NaN."""
+    """|x| from its bits, at least `floor`. NaN for inf and NaN, so that everything scaled by it becomes NaN."""
     value = tl.maximum(bits.to(tl.float32, bitcast=True), floor)
     return tl.where(bits >= _INFINITY, float("nan"), value)

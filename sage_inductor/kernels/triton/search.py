@@ -28,12 +28,11 @@ def rank_launch_configs(
     dtype: torch.dtype = torch.bfloat16,
     candidates: Iterable[LaunchConfig] | None = None,
 ) -> list[tuple[float, LaunchConfig]]:
-    """Time launch configurations of the attention kernel on the current GPU: (TFLOP/s, configuration), best
-    first.
+    """Time launch configurations of the attention kernel on the current GPU: (TFLOP/s, configuration), best first.
 
-    `masked`: with a bool attn_mask of a row per query. For a GPU, head dim or precision that the table was not
-    made for; pass the best to `override`. Compiles every candidate, which takes seconds each. Candidates that
-    the GPU has too little shared memory for are left out.
+    It is for a GPU, head dim or precision that the table was not made for; pass the best to `configs.override`. With
+    `masked` there is a bool attn_mask of a row per query. Every candidate is compiled, which takes seconds each. Candidates
+    that need more shared memory than the GPU has are left out.
     """
     if candidates is None:
         candidates = [

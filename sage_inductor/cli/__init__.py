@@ -27,7 +27,7 @@ EXIT_CODES = f"""exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; what is wrong with the arguments goes to stderr."""
+    """Run one command and return its exit code. Errors in the arguments go to stderr."""
     if sys.stdout is None:  # closed by the shell
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _let_go_of_stdout() -> None:
-    """The interpreter flushes it at its end, and would say again that it cannot."""
+    """Replace stdout by the null device: the interpreter flushes stdout at its end, and would report the error again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())

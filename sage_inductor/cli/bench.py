@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _is_for_want_of_memory(error: Exception) -> bool:
-    """torch has an exception of its own for that on a GPU alone."""
+    """Whether memory ran out. torch has an exception of its own for that on GPUs only."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OverflowError)):
         return True
     return any(

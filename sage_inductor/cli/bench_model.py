@@ -1,4 +1,4 @@
-"""A whole model: plain torch.compile against the backend."""
+"""Times of a whole model: plain torch.compile against the backend."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _compiled(
     rows: Sequence[Row],
     compile_options: dict[str, Any],
 ) -> tuple[Row, list[Tensor]]:
-    """Compile afresh, run, time; the output's tensors too. Caches of compiled code are dropped before: entries
-    count against Dynamo's limit of recompiles."""
+    """Compile, run and time the model; the row, and the floating-point tensors of its output. Caches of compiled code are
+    dropped before, because their entries count against Dynamo's limit of recompiles."""
     torch.compiler.reset()
     breaks = graph_breaks()
     with failing("the model raised"):

@@ -39,12 +39,12 @@ class Problem:
 
     @property
     def operations(self) -> float:
-        """Of both products; a causal mask leaves half of them."""
+        """The floating-point operations of both products. A causal mask leaves half of them."""
         total = 4.0 * self.batch * self.heads * self.seq**2 * self.head_dim
         return total / 2 if self.is_causal else total
 
     def inputs(self) -> list[tuple[Tensor, ...]]:
-        """As many sets of query, key and value as must take turns so that none is found in L2."""
+        """Sets of query, key and value, as many as must take turns so that none is found in the L2 cache."""
         shape = self.batch, self.seq, self.heads, self.head_dim
         size = 3 * self.dtype.itemsize * self.batch * self.heads * self.seq * self.head_dim
         return [

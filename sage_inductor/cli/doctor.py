@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def diagnose(name: str, device: torch.device, progress: ProgressCallback | None = None) -> Diagnosis:
-    """Whatever a kernel family does when it is asked, imported or run becomes part of the result."""
+    """The diagnosis of one kernel. Exceptions that it raises when it is imported, asked or run become part of the result."""
     try:
         kernel = kernels.get(name)
         reasons, broken = kernel.unavailable_reasons(device), kernel.broken_reasons(device)
@@ -78,7 +78,8 @@ def diagnose(name: str, device: torch.device, progress: ProgressCallback | None 
 
 
 def exit_code(diagnoses: Iterable[Diagnosis], asked: Iterable[str]) -> int:
-    """The oracle runs everywhere and speeds up nothing: it counts as a kernel only where it is asked for."""
+    """FAILED where a kernel is broken or fails, NOT_AS_ASKED where none can run, else 0. The oracle runs everywhere and speeds
+    up nothing, so it counts only where it is asked for."""
     diagnoses = list(diagnoses)
     if not all(diagnosis.is_sound for diagnosis in diagnoses):
         return FAILED
@@ -87,7 +88,7 @@ def exit_code(diagnoses: Iterable[Diagnosis], asked: Iterable[str]) -> int:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What one would ask for first in a bug report."""
+    """The facts that one would ask for first in a bug report."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
         "sage_inductor": package_version("sage_inductor") or "not installed",
@@ -156,7 +157,7 @@ def _rows(diagnosis: Diagnosis) -> Iterable[tuple[Cell, ...]]:
 
 
 def _size(error: float) -> float:
-    """What errors are ordered by: NaN is the largest."""
+    """The key that errors are ordered by, NaN as the largest."""
     return math.inf if math.isnan(error) else error
 
 

@@ -1,4 +1,4 @@
-"""What ends a command, and with which exit code."""
+"""The error that ends a command, and the exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ INTERRUPTED = 130  # as shells have it of a program that SIGINT ended
 
 
 class CommandError(Exception):
-    """Its message is all that the user needs to see."""
+    """Ends a command with `exit_code`. Its message is all that the user needs to see."""
 
     def __init__(self, message: str, exit_code: int = USAGE) -> None:
         super().__init__(message)

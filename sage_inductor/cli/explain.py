@@ -78,7 +78,8 @@ def _show(options: argparse.Namespace, report: Report) -> None:
 def explained(
     subject: Subject, config: Config, dynamic: bool | None = None, regional: bool | Sequence[str] = False
 ) -> Report:
-    """NotEligibleError as from `explain`; whatever else is raised is the model's."""
+    """The report of `explain` about the model. Raises NotEligibleError as `explain`, and CommandError for anything else that
+    the model raises."""
     with failing("the model raised"), contextlib.nullcontext() if config.training else torch.no_grad():
         return explain(
             subject.model,

@@ -1,4 +1,4 @@
-"""FILE.py:make_model: the function that gives a command its model and inputs."""
+"""Loading of FILE.py:FUNCTION, which gives a command its model and inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Subject:
         return (self.model if model is None else model)(*self.args, **self.kwargs)
 
     def sample(self) -> Any:
-        """The inputs as one value: a tuple of positional ones, or a dict of keywords. CommandError for both."""
+        """The inputs as one value: a tuple of positional ones, or a dict of keywords. Raises CommandError where there are both."""
         if self.args and self.kwargs:
             raise CommandError(
                 "positional and keyword inputs together (valid: (model, args) or (model, kwargs))"
@@ -55,13 +55,13 @@ def add_model(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
 
 
 def load(spec: str) -> Subject:
-    """What FILE.py:FUNCTION makes. CommandError for a file, a function or a return that is not as it should be; what
-    they raise goes to stderr, and ends the command."""
+    """The model and inputs that FILE.py:FUNCTION returns. Raises CommandError for a file, function or return value that is not
+    valid. An exception of the user's code is printed to stderr, and ends the command."""
     return _subject(spec, make(spec))
 
 
 def make(spec: str) -> Any:
-    """What FILE.py:FUNCTION returns."""
+    """The value that FILE.py:FUNCTION returns. Raises CommandError as `load`."""
     file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
         raise CommandError(f"{spec!r} (valid: FILE.py:FUNCTION)")
@@ -84,8 +84,8 @@ def make(spec: str) -> Any:
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Exceptions of the user's code: its traceback, and the exit code for that. What the package itself raises about
-    its arguments needs no traceback; NotEligibleError passes."""
+    """Turn exceptions of the user's code into a CommandError with their exit code, and print the traceback. ValueError and
+    TypeError that the package itself raises about its arguments need no traceback. NotEligibleError passes."""
     try:
         yield
     except NotEligibleError:
@@ -100,14 +100,14 @@ def failing(what: str) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether code of this package raised it, and not code that it called."""
+    """Whether code of this package raised `error`, and not code that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
 def _import(path: Path) -> Any:
-    """As `python FILE.py` would, with the modules beside it, but for `__main__` guards. The module's name is one that
-    no other has: a file may be called json.py."""
+    """Import the file with the modules beside it, as `python FILE.py` would, but without running `__main__` guards. The module
+    gets a name that no other has, because a file may be called json.py."""
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -17,7 +17,7 @@ from sage_inductor import kernels
 from sage_inductor.cli.errors import CommandError
 from sage_inductor.config import Config
 
-CONFIG_PREFIX = "config_"  # of what the fields of Config are called among the parsed arguments
+CONFIG_PREFIX = "config_"  # of the names that fields of Config have among the parsed arguments
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
-    """CommandError for a device that this machine does not have."""
+    """The device of `--device`. Raises CommandError for one that this machine does not have."""
     try:
         device = torch.device(options.device)
     except RuntimeError as error:
@@ -40,7 +40,7 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
 
 
 def add_kernels(parser: argparse.ArgumentParser, help_text: str, *others: str) -> None:
-    """`--kernel NAME`, of all kernels and `others`; may be repeated."""
+    """Add `--kernel NAME`, which may be repeated. NAME is a kernel, or one of `others`."""
     names = (*others, *kernels.KERNELS)
     parser.add_argument(
         "--kernel",
@@ -57,7 +57,7 @@ def config_fields(*but: str) -> tuple[str, ...]:
 
 
 def add_config(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """`--<field>` for these fields of Config, with their docstrings; only those that are given are set."""
+    """Add `--<field>` for these fields of Config, with their docstrings as help. Only those that are given are set."""
     group = parser.add_argument_group("options of sage_inductor.Config")
     hints, texts = get_type_hints(Config), _field_docs()
     for name in names:
@@ -73,7 +73,7 @@ def add_config(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    """CommandError for a value that Config refuses."""
+    """The Config of the options that are given. Raises CommandError for a value that Config refuses."""
     given = {
         name.removeprefix(CONFIG_PREFIX): value
         for name, value in vars(options).items()
@@ -86,7 +86,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
 
 
 def _parser_of(hint: Any) -> Any:
-    """What makes a value out of text: int or float where only a number is valid, else the text itself."""
+    """The function from text to a value: int or float where only a number is valid, else str."""
     is_union = get_origin(hint) in (Union, types.UnionType)
     members = set(get_args(hint)) - {type(None)} if is_union else {hint}
     for number in (int, float):

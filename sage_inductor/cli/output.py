@@ -44,7 +44,7 @@ def weak(text: str) -> Styled:
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print one table, on stdout: no wider than the terminal, or than 120 columns elsewhere, with no word broken."""
+    """Print one table to stdout, no wider than the terminal, or than 120 columns elsewhere. No word is broken."""
     title = printable(title)
     rows = [
         [
@@ -92,18 +92,18 @@ def show_lines(*lines: str) -> None:
 
 
 def show_json(data: Any) -> None:
-    """Print data, or JSON that is made already."""
+    """Print data as JSON; a str is JSON already."""
     show_lines(data if isinstance(data, str) else to_json(data))
 
 
 def show_error(text: str) -> None:
-    """Print it on stderr, if that is to be had."""
+    """Print to stderr, if there is one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{printable(text)}\n")
 
 
 def check_writable(path: str) -> None:
-    """CommandError for a file that could not be written, before there is anything to write."""
+    """Raise CommandError for a file that cannot be written, before there is anything to write."""
     try:
         check_target(path)
     except (OSError, ValueError) as error:
@@ -111,7 +111,8 @@ def check_writable(path: str) -> None:
 
 
 def write_file(path: str, text: str) -> None:
-    """As a whole, or CommandError and what was there before. What UTF-8 does not have is escaped."""
+    """Write the file as a whole. Raises CommandError where that fails, and then leaves the file as it was. Characters that
+    UTF-8 does not have are escaped."""
     try:
         replace_file(path, text.encode("utf-8", "backslashreplace"), sync=True)
     except (OSError, ValueError) as error:
@@ -123,5 +124,5 @@ def _cannot_write(path: str, error: Exception) -> str:
 
 
 def _is_rich() -> bool:
-    """On a terminal, or where FORCE_COLOR asks for it, as in rich itself."""
+    """Whether to print with rich: on a terminal, or where FORCE_COLOR asks for it, as in rich itself."""
     return (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))) and find_spec("rich") is not None

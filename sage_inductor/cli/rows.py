@@ -1,4 +1,4 @@
-"""What `bench` measures of one way to compute something."""
+"""The rows of `bench`, each with the figures of one way to compute something."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One way to compute it. Without a time it was not run, for `problems`."""
+    """One way to compute something. Where `ms` is None it was not run, for the reasons in `problems`."""
 
     name: str
     precision: str
     ms: float | None = None
     speedup: float | None = None
-    """Time of the first row over this one's."""
+    """The time of the first row over that of this one."""
     rel_l2: float | None = None
     tflops: float | None = None
     graph_breaks: int | None = None

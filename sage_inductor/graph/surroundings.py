@@ -13,7 +13,8 @@ from sage_inductor.torch_internals import allowed_sdpa_backends, is_inside_sdpa_
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The SDPA backends pinned at a point of the graph, and the functorch transforms that were entered before it."""
+    """What surrounds a point of the graph: the SDPA backends pinned there, and the functorch transforms and autocast regions
+    that were entered before it."""
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
@@ -22,7 +23,7 @@ class Surroundings:
 
     @classmethod
     def ambient(cls) -> Surroundings:
-        """What holds around the graph itself, which is being compiled."""
+        """The surroundings of the whole graph, by torch's settings while it is being compiled."""
         on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
         return cls(ambient_pin(), autocast=tuple((device, torch.get_autocast_dtype(device)) for device in on))
 

@@ -18,8 +18,8 @@ _ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)
 
 
 def attention_operators(graph: fx.Graph, places: Places | None = None) -> tuple[AttentionOperator, ...]:
-    """Those in `graph`, which has been rewritten, and in the graphs of its submodules, that by their name compute
-    attention, and are none of its sites."""
+    """Operators whose name says that they compute attention, in `graph` and the graphs of its submodules, without its sites.
+    `graph` has been rewritten before."""
     places = Places() if places is None else places
     found: list[AttentionOperator] = []
     for node in graph.nodes:
@@ -35,7 +35,7 @@ def attention_operators(graph: fx.Graph, places: Places | None = None) -> tuple[
 
 
 def _is_site(node: fx.Node) -> bool:
-    """Whether the pass wrote it, or it is one that the pass judges."""
+    """Whether the pass wrote `node`, or judges it as a site."""
     return (
         "sage_site" in node.meta
         or any(pattern.match(node) is not None for pattern in ALL)

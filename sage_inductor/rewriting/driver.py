@@ -67,8 +67,8 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
 
 
 def rewrite_sites(graph: fx.Graph, config: Config, places: Places | None = None) -> tuple[Site, ...]:
-    """The rewriting alone: says nothing, and raises only where a kernel asked for by name cannot run here. The nodes
-    of our operator that it writes carry the name of their site as `meta["sage_site"]`."""
+    """The rewriting alone, without log, warnings or fallback. The nodes of our operator that it writes carry the name of their
+    site as `meta["sage_site"]`. Raises NotEligibleError where a kernel asked for by name cannot run here."""
     places = Places() if places is None else places
     regions: list[_Region] = []
     found = list(_collect(graph, Surroundings.ambient(), regions, set()))
@@ -81,7 +81,7 @@ def rewrite_sites(graph: fx.Graph, config: Config, places: Places | None = None)
 
 @dataclass(frozen=True)
 class _Walk:
-    """What holds for one graph and all below it."""
+    """The facts that hold for one graph and all below it."""
 
     config: Config
     names: Names
@@ -96,7 +96,7 @@ def _plan_of(config: Config) -> Plan:
 
 
 def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
-    """Say where a plan and a graph do not fit. What they disagree about stays SDPA."""
+    """Log where a plan and a graph do not fit. Sites about which they disagree stay SDPA."""
     calls = calls_per_module(sites)
     verdicts = [_verdict(plan, site, calls[site.module]) for site in sites]
     for verdict in verdicts:
@@ -114,8 +114,8 @@ def _verdict(plan: Plan, site: Site, calls: int) -> Verdict:
 
 
 def planned_names(plan: Plan, site: Site) -> list[str]:
-    """What `plan` may call `site`, and the others that run its code: by path, or by none ("<root>") where it was made for
-    the module alone."""
+    """The names that `plan` may have for `site` and for the other sites that run its code. They are module paths, or "<root>"
+    where the plan was made for the module alone."""
     number = site.name.removeprefix(site.module)
     names = [place.path + number for place in site.places]
     alone = ROOT + number
@@ -150,7 +150,7 @@ class _Region:
     """The submodule whose graph it is; None for the root, which the caller recompiles."""
     writes: Writes
     constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
-    """Masks whose value is worked out, for all calls of the graph."""
+    """Masks whose value was computed, for all calls of the graph."""
     transformed: set[fx.Node] = field(default_factory=set)
     """Nodes inside functorch transforms."""
     openings: list[_Opening] = field(default_factory=list)
@@ -166,7 +166,7 @@ class _Opening:
 
 @dataclass(frozen=True)
 class _Match:
-    """A call with repeated heads seen through, and as the model makes it."""
+    """A call twice: `call` reads key and value from before their heads were repeated, `as_found` is as the model makes it."""
 
     call: AttentionCall
     as_found: AttentionCall
@@ -174,8 +174,8 @@ class _Match:
 
 @dataclass(frozen=True)
 class _Found:
-    """An attention of the model, called at `node`: a match there or in the expansion of `node`, or, where `match` is None,
-    a node that cannot be opened."""
+    """An attention of the model, called at `node`. `match` is there, or in the expansion of `node` if that is opaque. Where
+    `match` is None, `node` is opaque and cannot be opened."""
 
     node: fx.Node
     pattern: str
@@ -188,7 +188,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Decision:
-    """What becomes of `found`; `insert` puts our operator into the graph, and is None where the attention stays."""
+    """The decision about `found`. `insert` puts our operator into the graph; it is None where the attention stays."""
 
     found: _Found
     site: Site
@@ -202,9 +202,11 @@ def _collect(
     visited: set[int],
     owner: fx.GraphModule | None = None,
 ) -> Iterator[_Found]:
-    """Every attention of `graph` in the order of its nodes; those of a subgraph where it is first referred to, in its
-    surroundings there. Nothing is rewritten, but expansions of opaque nodes stand beside them afterwards. `regions`
-    receives `graph` and all graphs below it."""
+    """Every attention of `graph` in the order of its nodes.
+
+    Those of a subgraph come where it is first referred to, with the surroundings there. Nothing is rewritten, but afterwards
+    the expansions of opaque nodes stand in front of them. `regions` receives `graph` and all graphs below it.
+    """
     follow_in_place(graph)
     region = _Region(graph, owner, Writes(graph))
     regions.append(region)
@@ -224,7 +226,7 @@ def _collect(
 
 
 def _opened(node: fx.Node, region: _Region, around: Surroundings) -> Iterator[_Found]:
-    """The attention inside `node`, where that is opaque; or that it is closed."""
+    """The attentions inside `node` if that is opaque; one with `closed` reasons if it cannot be opened."""
     for opaque in OPAQUE:
         closed = opaque.closed_reasons(node)
         if closed:
@@ -265,12 +267,12 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
 
 
 def _carry_out(region: _Region, decisions: Sequence[_Decision]) -> None:
-    """Rewrite the graph of `region`. An opaque node gives way to its expansion only where that wins something."""
+    """Rewrite the graph of `region`. An opaque node is replaced by its expansion only if some attention in it is rewritten."""
     won = {decision.found.opening for decision in decisions if decision.insert is not None}
     for opening in region.openings:
         if opening not in won:
             opening.inlined.remove()
-    # A call may read the value of another: all operators stand in the graph before the first takes a place.
+    # A call may read the value of another, so all operators are inserted before the first call is replaced.
     substitutes = [decision.insert() for decision in decisions if decision.insert is not None]
     for opening in region.openings:
         if opening in won:
@@ -313,8 +315,8 @@ def _decide(
     node: fx.Node,
     reasons: Sequence[str] = (),
 ) -> tuple[Site, Choice]:
-    """The decision about `call`, which the model makes at `node`, and which is `as_found` with repeated heads seen
-    through."""
+    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated.
+    `reasons` speak against it already."""
     places, config = walk.places.of(node), walk.config
     path = places[0].path
     site = Site(
@@ -352,7 +354,7 @@ def _decide(
             missing = kernels.get(config.kernel).unavailable_reasons(problem.query.device)
             if missing:
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
-        # What stays for another reason is not worth a measurement.
+        # A site that stays for another reason is not worth a measurement.
         unmeasured = bool(reasons) and config.tune == "measure"
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
         choice = choose(Comparison(problem, sdpa_call), tuning)

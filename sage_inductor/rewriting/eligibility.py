@@ -1,4 +1,4 @@
-"""The rules that hold for every kernel: why an attention call must stay what it is."""
+"""The rules that hold for every kernel: the reasons why an attention call must stay as it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sage_inductor.tuning import SdpaCall
 
 
 def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: Surroundings) -> list[str]:
-    """Every reason, true of all kernels, why `call` cannot be rewritten; empty when it can."""
+    """Every reason why no kernel can replace `call`. Empty where one may."""
     reasons = []
     if around.transforms:
         reasons.append(reason("transform", around.transforms, "none"))
@@ -51,7 +51,7 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
 
 
 def _subclass_reasons(call: AttentionCall) -> list[str]:
-    """Why tensors of subclasses with a dispatch of their own forbid to rewrite `call`: they have no rule for our operator."""
+    """Reasons for operands of tensor subclasses with a dispatch of their own, which have no rule for our operator."""
     nodes = {
         "query": call.query,
         "key": call.key,
@@ -84,7 +84,7 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
 
 
 def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
-    """Why gradients that flow through an opaque node forbid to open it."""
+    """Why an opaque node cannot be opened for the gradients that flow through it."""
     values = example_value(node)
     outputs = values if isinstance(values, (tuple, list)) else [values]
     if config.training or not any(isinstance(value, Tensor) and value.requires_grad for value in outputs):
@@ -115,7 +115,7 @@ def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]
             )
     lengths = [size[-2] for size in sizes[1:]]
     if differ(*lengths):
-        # What SDPA does then depends on the device.
+        # SDPA's behaviour then depends on the device.
         reasons.append(reason("kv_len", lengths, "alike for key and value"))
     devices = {str(tensor.device) for tensor in (query, key, value)}
     if len(devices) != 1:
@@ -137,14 +137,14 @@ def _stride_reasons(call: AttentionCall) -> list[str]:
 
 
 def output_order(output: Tensor) -> list[int] | None:
-    """The memory order of the output that users of the node may rely on; None when no dense tensor has its
-    strides."""
+    """The order of the output's dims in memory, outermost first, on which users of the node may rely. None when no dense tensor
+    has its strides."""
     order = memory_order(output)
     return order if is_dense(output, order) else None
 
 
 def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
-    """The problem that kernels judge, None where its shapes do not make one. Its dtype is that of the output,
+    """The problem that kernels judge; None where shapes are missing, or are not of 2 to 4 dims. Its dtype is that of the output,
     which autocast decides."""
     output = call.output()
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
@@ -161,7 +161,7 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
-    """SDPA as `call`, before anything in it was seen through, stands for it; None where it has no shapes."""
+    """The SDPA call that `call`, as the model makes it, stands for; None where shapes are missing."""
     output = call.output()
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
     mask = example_tensor(call.attn_mask)
@@ -180,6 +180,6 @@ def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
 
 
 def _spec_as_cast(tensor: Tensor, output: Tensor) -> TensorSpec:
-    """`tensor` as it is when attention reads it: autocast turns floats into the dtype of the output."""
+    """`tensor` as attention reads it: autocast casts floats to the dtype of the output."""
     spec = TensorSpec.of(tensor)
     return replace(spec, dtype=output.dtype) if tensor.is_floating_point() else spec

@@ -1,4 +1,4 @@
-"""What an exported program asks of its graph: operators only, a traced value for each node, outputs under their names."""
+"""Rewriting of exported programs, whose graphs hold operators only, a traced value for each node, and outputs by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sage_inductor.torch_internals import is_operator
 
 
 def rewrite_program(program: torch.export.ExportedProgram, config: Config) -> None:
-    """Rewrite the graph of `program` in place, and leave it a program that torch.export takes for valid."""
+    """Rewrite the graph of `program` in place, so that it stays valid for torch.export. Raises as `rewrite_graph`."""
     graph_module = program.graph_module
     before = _outputs(graph_module.graph)
     rewrite_graph(graph_module.graph, config)
@@ -47,12 +47,12 @@ def _conform(graph: fx.Graph) -> None:
 
 
 def _is_python(node: fx.Node) -> bool:
-    """Whether `node` calls a method or a function, which the pass writes, and no operator."""
+    """Whether `node` calls a method or a function, as the pass writes them, and no operator."""
     return node.op == "call_method" or (node.op == "call_function" and not is_operator(node.target))
 
 
 def _caller(node: fx.Node) -> Any:
-    """What `node` does, as a function of the tensors that it reads."""
+    """The call of `node` as a function of the tensors that it reads."""
 
     def call(*tensors: torch.Tensor) -> Any:
         values = dict(zip(node.all_input_nodes, tensors, strict=True))

@@ -1,5 +1,4 @@
-"""Repeated key and value heads: `repeat_kv` seen through, so that a kernel with GQA reads K and V
-uncopied."""
+"""Repeated key and value heads, as `repeat_kv` makes them: a kernel with GQA reads K and V from before the repetition."""
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ from sage_inductor.graph.sizes import are_multiples, sizes_of
 
 
 def absorb_repeated_heads(call: AttentionCall) -> AttentionCall:
-    """`call` with key and value taken from before their heads were repeated, when both were, by the same
-    factor.
+    """`call` with key and value from before their heads were repeated, if both were, by the same factor. Else `call`.
 
-    Query head h then reads key head `h // (heads / kv_heads)`, which is what the repetition computed.
+    Query head h then reads key head `h // (heads / kv_heads)`, the one that the repetition gave it.
     """
     if call.enable_gqa:
         return call
@@ -43,8 +41,7 @@ def _broadcasts_one_head(call: AttentionCall) -> bool:
 
 
 def _unrepeated(node: Value) -> fx.Node | None:
-    """The `[batch, kv_heads, seq, dim]` node that `node` repeats along heads; None when it repeats
-    nothing."""
+    """The `[batch, kv_heads, seq, dim]` node that `node` repeats along heads; None when it repeats nothing."""
     if not isinstance(node, fx.Node):
         return None
     repeated = _repeat_interleaved(node) or _expanded_and_reshaped(node)

@@ -1,4 +1,4 @@
-"""Which sites `include` and `exclude` leave out, and which of their globs, or of a plan's sites, match nothing."""
+"""The sites that `include` and `exclude` leave out; globs, and sites of a plan, that match nothing in the model."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from sage_inductor.graph.places import Place, Places, tails
 from sage_inductor.plan.plan import Plan
 from sage_inductor.report.site import Site
 
-# What was warned of already, for each model: one of blocks that are compiled one by one gives many graphs.
+# The warnings given already for each model: a model whose blocks are compiled one by one gives many graphs.
 _WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def matches(glob: str, place: Place) -> bool:
-    """Whether `glob` matches anything that `place` can be known by. Where a block was compiled by itself, and nothing
-    tells what holds it, the end of the glob has to match the whole path: `blocks.*.attn1` matches `attn1`."""
+    """Whether `glob` matches one of the names of `place`. For a block that was compiled by itself, and whose holder is not
+    known, it is enough that the end of the glob matches the whole path: `blocks.*.attn1` matches `attn1`."""
     if any(fnmatchcase(name, glob) for name in place.names):
         return True
     return place.is_open and any(_same_form(place.path, end) for end in tails(glob)[1:])
 
 
 def _same_form(path: str, glob: str) -> bool:
-    """Component by component; a glob that begins with "*" alone says nothing of where it begins."""
+    """Whether `path` matches `glob` component by component. False for a glob whose first component is "*", which would match
+    at any place."""
     parts, globs = path.split("."), glob.split(".")
     return len(parts) == len(globs) and globs[0] != "*" and all(map(fnmatchcase, parts, globs))
 
 
 def selection_reasons(config: Config, places: Sequence[Place]) -> list[str]:
-    """Why include and exclude leave out the site in `places`, whose code all of them run; empty when they do not.
+    """Why include and exclude leave out the site in `places`, which all run its code. Empty when they do not.
 
-    The most careful decision counts: a site stays where exclude matches one of its places, or include fails to match one.
+    The most careful decision counts: the site stays if exclude matches one of its places, or include fails to match one.
     """
     reasons = []
     if config.include:
@@ -75,8 +76,10 @@ def unmatched_text(what: Iterable[object], sites: Iterable[Site], at_most: int =
 
 
 def warn_of_unmatched(config: Config, sites: Sequence[Site], graph: fx.Graph, places: Places) -> None:
-    """Warn of globs, and of a plan, that match nothing in `graph` nor can in a later one: it is the whole model, or no
-    module of the model, with attention or without, goes by such a name. Once for each model."""
+    """Warn of globs, and of a plan, that match nothing in `graph` and cannot match in a later one. Once for each model.
+
+    That is known if `graph` is the whole model, or if no module of the model, with attention or without, has such a name.
+    """
     is_whole = places.is_whole(graph)
     what = [
         str(selector)

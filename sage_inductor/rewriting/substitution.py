@@ -1,5 +1,4 @@
-"""The substitution: an eligible call becomes a node of our operator, with its metadata and its output
-strides."""
+"""The substitution of an eligible call by a node of our operator, with the call's metadata and output strides."""
 
 from __future__ import annotations
 
@@ -57,15 +56,15 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Substitute:
-    """What is to take the place of the call at `old`: `new`, a node that stands in front of it."""
+    """`new`, a node that is in the graph already, is to replace the call at `old`."""
 
     old: fx.Node
     new: fx.Node
     gives_nhd: bool
-    """Whether users of `new` see the memory of `[batch, seq, heads, head_dim]`, whatever `old` gave them."""
+    """Whether `new` lies in memory as `[batch, seq, heads, head_dim]`, whatever strides `old` had."""
 
     def replace(self) -> None:
-        """Give the users of the call the new value, and erase what nothing reads any more."""
+        """Give the users of the call the new value, and erase nodes that nothing reads any more."""
         self.old.replace_all_uses_with(self.new)
         if self.gives_nhd:
             for user in self.new.users:
@@ -78,13 +77,13 @@ class Substitute:
 
 
 def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> Substitute:
-    """The site's kernel, from the lengths of `choice` on, in the graph before `call`. Options at their defaults are not
-    written out."""
+    """Insert our operator before `call`, with the site's kernel from the lengths of `choice` on. Options at their defaults are
+    not written out."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
     order = output_order(output)
-    # Where a sink takes what masked keys do not, no row attends to all keys alike.
+    # With a sink, a row whose keys are all masked gives its weight to the sink, and does not attend to all keys alike.
     seeing = mask.seeing if call.sink is None else None
     if seeing is None and _is_transposed_and_copied(call):
         order = NHD
@@ -100,7 +99,7 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
         "bottom_right": mask.bottom_right,
         "window_left": mask.window_left,
         "window_right": mask.window_right,
-        # Users of the node rely on the strides SDPA would have given: name them where ours would be others.
+        # Users of the node rely on SDPA's strides: they are named where our default would differ.
         "memory_order": None if order == memory_order(query) and order_is_known(query) else order,
         "min_q_len": choice.min_q_len,
         "min_kv_len": choice.min_kv_len,
@@ -159,10 +158,12 @@ def _gradient_order(call: AttentionCall) -> list[int]:
 
 
 def _is_transposed_and_copied(call: AttentionCall) -> bool:
-    """Whether all that is done with the output is `transpose(1, 2)` and one copy of that: laid out in that order to begin
-    with, it needs none, and nobody sees the other strides. (Of two copies, each may be written to; two views would be
-    written to at once.) A reshape that is a view of the output as it lies shows those: it is no copy, unless its strides
-    are a copy's."""
+    """Whether the output is read by `transpose(1, 2)` only, and that by a single node, which copies it.
+
+    An output that has that order in memory from the beginning saves the copy, and nobody sees the other strides. With two
+    readers each gets a copy that it may write to; two views would share their memory. A reshape that is a view of the
+    output as it lies shows the output's strides: it counts as a copy only if they are those of a copy.
+    """
     if call.restore or (tensor := example_tensor(call.node)) is None or tensor.dim() != 4:
         return False
     users = list(call.node.users)
@@ -191,7 +192,7 @@ def _takes_any_strides(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Inlined:
-    """An expansion's nodes in the graph, before it is decided whether they take the place of the opaque node."""
+    """The nodes of an expansion in the graph, until it is decided whether they replace the opaque node."""
 
     nodes: list[fx.Node]
     output: Any  # nodes in the structure of the opaque node's value
@@ -215,7 +216,7 @@ class Inlined:
 
 
 def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
-    """The nodes of `expansion` before the opaque `node`, with its place in the model."""
+    """Insert the nodes of `expansion` before the opaque `node`. They get its place in the model and its line of code."""
     graph = node.graph
     placeholders = [inner for inner in expansion.graph.nodes if inner.op == "placeholder"]
     mapping: dict[fx.Node, Any] = dict(zip(placeholders, expansion.inputs, strict=True))
@@ -241,7 +242,7 @@ def insert_expansion(node: fx.Node, expansion: Expansion) -> Inlined:
 
 
 def _with_gradients(value: Any, node: fx.Node) -> Any:
-    """`value`, which tracing kept without gradients, wanting them where an input of its `node` does."""
+    """`value`, with `requires_grad` set if an input of its `node` has it: the expansion was traced without gradients."""
     inputs = map(example_tensor, node.all_input_nodes)
     if not any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return value
@@ -255,7 +256,7 @@ def _wanting_gradients(item: Any) -> Any:
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:
-    """Remove what the call no longer reads (repeated heads, scores, weights) where nothing else reads it."""
+    """Remove nodes that the call read before (repeated heads, scores, weights), as far as nothing else reads them."""
     pending = list(nodes)
     while pending:
         node = pending.pop()
@@ -276,7 +277,7 @@ def _erase_with_readers(node: fx.Node) -> None:
 
 
 def _writes_to_nothing_else(node: fx.Node) -> bool:
-    """Whether what `node` overwrites is a fresh tensor of which there is no other reader."""
+    """Whether `node` overwrites a fresh tensor that nothing else reads."""
     target = node.args[0] if node.args else None
     if not isinstance(target, fx.Node) or set(target.users) != {node}:
         return False

@@ -1,4 +1,4 @@
-"""Graph changes that keep Inductor from miscompiling what we leave alone."""
+"""Graph changes that keep Inductor from miscompiling attention that we leave alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sage_inductor.patterns.softmax import own_maximum, softmax
 
 
 def apply(graph: fx.Graph, transformed: Collection[fx.Node]) -> None:
-    """All of them, on `graph` and nothing below it. The traced values of the nodes `transformed`, inside vmap and the
-    like, are not computed with."""
+    """Apply all of them to `graph`, without its subgraphs. The nodes `transformed` are inside vmap and the like, where traced
+    values must not be computed with."""
     for node in list(graph.nodes):
         _softmax_over_last_dim(node, with_values=node not in transformed)
 
@@ -22,9 +22,9 @@ def apply(graph: fx.Graph, transformed: Collection[fx.Node]) -> None:
 def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
     """A softmax over a dim other than the last becomes one over the last dim of a transposed tensor.
 
-    Inductor's `_sfdp_pattern_*` take `((q @ k^T) * s).softmax(dim) @ v` for attention whatever dim is (torch
-    2.13.0+cpu: relative errors .98, .96 and .21 for dims 0, 1 and 2 of 4; of 3 and 5 dims too), and a softmax that is
-    written out, which is what they see of any; with the transposes they do not match.
+    Inductor's `_sfdp_pattern_*` take `((q @ k^T) * s).softmax(dim) @ v` for attention whatever dim is (torch 2.13.0+cpu:
+    relative errors .98, .96 and .21 for dims 0, 1 and 2 of 4; with 3 and 5 dims, too). The same holds for a softmax that is
+    written out, the form in which they see every softmax. With the transposes they do not match.
     """
     if node in SOFTMAX:
         source, dim = argument(node, 0, "input"), argument(node, 1, "dim")
@@ -32,8 +32,8 @@ def _softmax_over_last_dim(node: fx.Node, with_values: bool) -> None:
         found = softmax(node) if node in DIV else None
         if found is None or own_maximum(found.logits, found.dim) is None:
             return
-        # With a cast between the exponential and the division it is no match, and torch.softmax would lose the cast; one
-        # that changes nothing is gone before Inductor looks.
+        # With a cast between the exponential and the division Inductor's patterns do not match, and torch.softmax would lose
+        # the cast. A cast that changes nothing is gone before Inductor looks.
         dtypes = {
             tensor.dtype for item in (found.logits, node) if (tensor := example_tensor(item)) is not None
         }

@@ -41,7 +41,7 @@ def test_folders_that_cannot_be_are_refused(path: Any) -> None:
     ("field", "valid"),
     [
         ("kernel", "auto, hopper, triton, sageattention, reference"),
-        ("precision", "fast, balanced, accurate"),
+        ("precision", "auto, fast, balanced, accurate"),
         ("fallback", "sdpa, warn, error"),
         ("tune", "measure, table, off"),
     ],

@@ -56,4 +56,4 @@ def test_one_module_asks_for_versions_of_packages_and_one_for_the_interpreter() 
 
 def test_the_literals_of_config_are_the_names_in_use() -> None:
     assert get_args(config.KernelName) == ("auto", *KERNELS)
-    assert get_args(config.Precision) == tuple(PRECISIONS)
+    assert get_args(config.Precision) == ("auto", *PRECISIONS)

@@ -84,7 +84,7 @@ def separate(look: Callable[[nn.Module, Tensor], None]) -> None:
 
 def running(look: Callable[[nn.Module, Tensor], None]) -> None:
     """One thread compiles and runs the model, another one of the same code for the first time, two look at it."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     models, x = [Attentions(), Attentions()], torch.randn(1, 8, 16)
     looked = threading.Event()
 

@@ -98,7 +98,7 @@ def check(seed: int, way: str | None = None) -> Outcome:
                 )
         finally:
             if way != "traced":
-                torch._dynamo.reset()
+                torch.compiler.reset()
             logging.disable(logging.NOTSET)
     if backend.sites:
         counted.append("rewritten" if any(site.rewritten for site in backend.sites) else "seen")
@@ -222,7 +222,7 @@ def _flags(sizes: str) -> Iterator[None]:
 
 
 def _plain(program: Any, inputs: Any, settings: dict[str, Any], way: str) -> Run:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if way == "export":
         return _run(_exported(program, inputs, settings).module(), inputs, settings)
     counter = _Counter({"dynamo": "eager", "aot": "aot_eager", "inductor": "inductor"}[way])
@@ -232,7 +232,7 @@ def _plain(program: Any, inputs: Any, settings: dict[str, Any], way: str) -> Run
 def _ours(
     program: Any, inputs: Any, settings: dict[str, Any], way: str, rewriting: RewritingBackend, config: Config
 ) -> Run:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if way == "export":
         rewritten = rewrite_exported(_exported(program, inputs, settings), config)
         if settings["sizes"] == "unbacked":

@@ -169,6 +169,6 @@ def test_one_graph_when_compiled() -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
         return sage_attention(query, key, value, kernel="reference", precision="accurate")
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     out = torch.compile(attend, backend="eager", fullgraph=True)(query, key, value)
     check(out, exact(query, key, value))

@@ -58,7 +58,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(plan: Plan, **options: Any) -> tuple[Net, SteppedModel, dict[str, Tensor]]:
     """A model, its stepped form, and the output of each decision."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     model = Net().eval()
     outputs = {}

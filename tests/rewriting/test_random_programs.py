@@ -11,11 +11,18 @@ from program_check import check
 
 from sage_inductor.rewriting import substitution
 
-# A fifth to a third of a second each, most of it for the tracing of symbolic sizes: a minute or two of one core.
-PROGRAMS, AT_ONCE = 300, 25
+# A fifth to a third of a second each, most of it for the tracing of symbolic sizes: always half a minute of one core, and
+# ten minutes where the slow ones are asked for.
+ALWAYS, SLOW, AT_ONCE = 125, 2000, 25
 
 
-@pytest.mark.parametrize("first", range(0, PROGRAMS, AT_ONCE))
+@pytest.mark.parametrize(
+    "first",
+    [
+        *range(0, ALWAYS, AT_ONCE),
+        *(pytest.param(first, marks=pytest.mark.slow) for first in range(ALWAYS, SLOW, AT_ONCE)),
+    ],
+)
 def test_programs(first: int) -> None:
     for seed in range(first, first + AT_ONCE):
         outcome = check(seed)

@@ -25,7 +25,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 def rewritten(function: Callable[..., Any], *inputs: Tensor) -> RewritingBackend:
     """The one site of `function` is rewritten and gives what eager gives."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(Config(kernel="reference", precision="accurate"))
     out = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
     (site,) = backend.sites

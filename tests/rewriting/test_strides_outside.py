@@ -52,7 +52,7 @@ def test_of_what_a_region_returns(
 
     inputs = tuple(LAYOUTS[layout](*shape, dtype) for _ in range(3))
     backend = RewritingBackend(ACCURATE)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         actual = torch.compile(attend, backend=backend)(*inputs)
         eager, exact = attend(*inputs), attend(*(tensor.double() for tensor in inputs))
@@ -71,7 +71,7 @@ def test_a_view_behind_the_region_that_its_strides_allow(reads: Callable[[Tensor
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 24, 128)
 
     q, k, v = (seq_first(2, 2, 24, 64, torch.float32) for _ in range(3))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         expected = reads(attend(q, k, v))
         compiled = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference"})

@@ -59,7 +59,7 @@ def test_a_zero_is_known_for_one(function: Any) -> None:
 def test_as_many_graphs_as_plain_over_several_lengths(function: Any) -> None:
     counts = []
     for backend in (RewritingBackend(STRICT), "eager"):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counter = CompileCounterWithBackend("eager") if backend == "eager" else backend
         compiled = torch.compile(function, backend=counter, dynamic=True)
         for length in (24, 40, 56):

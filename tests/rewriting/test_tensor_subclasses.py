@@ -125,7 +125,7 @@ def test_a_mask_of_a_subclass() -> None:
 def test_what_makes_no_difference_is_rewritten() -> None:
     plain = torch.randn(2, 4, 16, 32)
     for x in (plain, nn.Parameter(plain), nn.Parameter(plain, requires_grad=False), nn.Buffer(plain)):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         backend = RewritingBackend(REFERENCE)
         out = torch.compile(sdpa, backend=backend)(x)
         assert [site.rewritten for site in backend.sites] == [True], type(x)
@@ -199,7 +199,7 @@ with torch.no_grad():
     for function in (sdpa, by_hand, einsum, made_inside, masked):
         for placement in (Shard(0), Shard(1), Replicate()):
             sharded = distribute_tensor(x, mesh, [placement])
-            torch._dynamo.reset()
+            torch.compiler.reset()
             backend = RewritingBackend(config)
             out = torch.compile(function, backend=backend)(sharded)
             difference = (out.full_tensor() - function(sharded).full_tensor()).abs().max().item()

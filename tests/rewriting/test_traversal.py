@@ -83,7 +83,7 @@ def test_each_node_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Any, *inputs: Tensor, sites: int, config: Config = REFERENCE) -> tuple[fx.Graph, Tensor]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = RewritingBackend(config)
     out = torch.compile(model, backend=backend)(*inputs)
     assert [site.rewritten for site in backend.sites] == [not config.exclude] * sites

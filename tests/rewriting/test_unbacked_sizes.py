@@ -121,15 +121,15 @@ def test_compiled(function: Callable[[Tensor], Tensor], dim: int) -> None:
     flags = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
     backend = RewritingBackend(CONFIG)
     with torch.no_grad(), flags:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             torch.compile(model, backend="eager", fullgraph=True)(*args)
         except Exception as error:
             pytest.skip(f"torch.compile: {type(error).__name__}")
-        torch._dynamo.reset()
+        torch.compiler.reset()
         actual = torch.compile(model, backend=backend, fullgraph=True)(*args)
         assert len(backend.graphs) == 1 and [site.rewritten for site in backend.sites] == [True]
-        torch._dynamo.reset()
+        torch.compiler.reset()
         (site,) = explain(model, *args, config=CONFIG).sites
         assert site.rewritten and "u0" in str(site.query)
     check(actual, model, args)
@@ -177,12 +177,12 @@ def test_examples_of_patterns_with_an_unbacked_dim(at: int, dim: int) -> None:
     keep = torch.arange(args[0].shape[dim]) % 3 != 1
     flags = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
     with torch.no_grad(), flags:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             torch.compile(of_kept, backend="eager", fullgraph=True)(keep, *args)
         except Exception as error:
             pytest.skip(f"torch.compile: {type(error).__name__}")
-        torch._dynamo.reset()
+        torch.compiler.reset()
         actual = torch.compile(of_kept, backend=RewritingBackend(CONFIG), fullgraph=True)(keep, *args)
         exact = of_kept(keep, *(tensor.double() for tensor in args))
     assert relative_l2(actual, exact) < 0.02
@@ -197,7 +197,7 @@ def test_examples_of_patterns_with_an_unbacked_dim(at: int, dim: int) -> None:
 ])  # fmt: skip
 def test_symbolic_sizes_take_no_more_graphs(function: Any, first: Any, second: Any) -> None:
     def graphs(backend: Any) -> int:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("eager") if backend is None else backend
         compiled = torch.compile(function, backend=counter, dynamic=True)
         for shape in (first, second):
@@ -216,7 +216,7 @@ def test_symbolic_sizes_take_no_more_graphs(function: Any, first: Any, second: A
 def test_a_head_dim_that_the_kernel_does_not_take_gets_exact_attention() -> None:
     """In a graph whose sizes may change; a call of the operator by itself says that it cannot."""
     backend = RewritingBackend(CONFIG)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(F.scaled_dot_product_attention, backend=backend, dynamic=True)
     with torch.no_grad():
         for dim in (16, 1032):

@@ -43,7 +43,7 @@ def attend(x: Tensor) -> Tensor:
 
 
 def is_rewritten(function: Callable[[Tensor], Tensor] = attend) -> list[bool]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return [site.rewritten for site in explain(function, torch.randn(1, 2, 16, 32), config=REFERENCE).sites]
 
 
@@ -200,7 +200,7 @@ with torch.no_grad(), sdpa_kernel(SDPBackend.MATH) if sys.argv[1] == "math" else
     exact = attend(x)
     with sage_inductor.enabled(config):
         by_pass = torch.compile(attend)(x)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     by_name = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference"})(x)
 for out in (by_pass, by_name):
     print(((out - exact).norm() / exact.norm()).item())

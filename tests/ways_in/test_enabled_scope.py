@@ -60,7 +60,7 @@ def no_warning(request: pytest.FixtureRequest) -> Any:
 def test_a_worker_thread_inside() -> None:
     with enabled(REFERENCE):
         assert not in_thread(is_exact, compiled())
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert in_thread(is_exact, compiled())
 
 
@@ -70,7 +70,7 @@ def test_a_thread_that_was_there_before() -> None:
         with enabled(REFERENCE):
             assert not pool.submit(is_exact, compiled()).result()
             assert pool.submit(configured_pre_grad_pass).result() is None
-        torch._dynamo.reset()
+        torch.compiler.reset()
         assert pool.submit(is_exact, compiled()).result()
 
 
@@ -92,10 +92,10 @@ def test_the_innermost_context_counts_in_threads() -> None:
     with enabled(Config(kernel="reference", exclude=("*",))), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert in_thread(is_exact, compiled())
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with enabled(REFERENCE):
             assert not in_thread(is_exact, compiled())
-        torch._dynamo.reset()
+        torch.compiler.reset()
         assert in_thread(is_exact, compiled())
 
 
@@ -143,7 +143,7 @@ def test_a_later_context_around_what_an_earlier_one_compiled_is_silent() -> None
 
 def test_a_reset_inside_is_no_reason_to_warn() -> None:
     with enabled(REFERENCE):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         assert not is_exact(compiled())
 
 

@@ -53,11 +53,11 @@ PATCHES: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(params=PATCHES)
 def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     monkeypatch.setattr(F, "scaled_dot_product_attention", PATCHES[request.param])
     with torch.no_grad():
         yield request.param
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ def test_explain_and_a_layer_of_torch(patched: str) -> None:
     backend = RewritingBackend(REFERENCE)
     out = torch.compile(lambda x: layer(x, x, x, need_weights=False)[0], backend=backend)(x)
     assert relative_l2(out, layer(x, x, x, need_weights=False)[0]) < 0.02
-    torch._dynamo.reset()
+    torch.compiler.reset()
     sites = explain(attend, *inputs(), config=REFERENCE).sites
     assert len(sites) == (0 if patched == "sage_attention" else 1)
 
@@ -177,7 +177,7 @@ with torch.no_grad():
     backend = RewritingBackend(sage_inductor.Config(kernel="reference"))
     out = torch.compile(attend, backend=backend)(x)
     F.scaled_dot_product_attention = original
-    torch._dynamo.reset()
+    torch.compiler.reset()
     after = RewritingBackend(sage_inductor.Config(kernel="reference"))
     torch.compile(attend, backend=after)(x)
     exact = sage_inductor.sage_attention(x, x, x)

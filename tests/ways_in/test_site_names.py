@@ -192,13 +192,13 @@ class Backend:
 
 def decisions(way: str, **options: Any) -> dict[str, str]:
     """What every module of the model runs, by its name in the model alone."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = Backend(Config(kernel="reference", **options))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*record_function.*")
         result = WAYS[way](make_model(), backend)(make_x())
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert relative_l2(result, make_model()(make_x())) < 0.02  # attention is a part of the output
     return {
         path.removeprefix("inner."): site.precision if site.rewritten else "sdpa"
@@ -308,7 +308,7 @@ def test_attention_modules_that_are_sharded_one_by_one(group: None) -> None:
 
 def test_a_block_that_is_called_alone_is_known_by_its_class_and_the_ends_of_globs() -> None:
     def rewritten(**options: Any) -> list[bool]:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         backend = Backend(Config(kernel="reference", **options))
         torch.compile(Block(), backend=backend)(make_x())
         assert [site.name for site in backend.sites] == ["attn1", "attn2"]
@@ -324,7 +324,7 @@ def test_a_block_that_is_called_alone_is_known_by_its_class_and_the_ends_of_glob
 
 
 def unmatched(way: str, **options: Any) -> list[str]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         WAYS[way](make_model(), Backend(Config(kernel="reference", **options)))(make_x())
@@ -368,7 +368,7 @@ def test_a_glob_for_what_follows_a_graph_break_does_not_warn() -> None:
 
     for glob in ("*.attn1", "*.attn2"):
         backend = Backend(Config(kernel="reference", exclude=(glob,)))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             torch.compile(Broken(), backend=backend)(make_x())
@@ -427,7 +427,7 @@ def test_a_cached_graph_of_a_block_serves_no_place_with_another_decision(order: 
 
     exact = make_model().blocks[0](make_x())
     for name in order:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         parent = Parent(name)
         parent.get_submodule(name).compile()
         config = Config(kernel="reference", exclude=(f"{order[0]}.*",))

@@ -464,7 +464,7 @@ def expression(size: torch.SymInt) -> Any:
     is x: they differ where a tensor is empty, and its strides say nothing."""
     from torch.utils._sympy.functions import Max
 
-    found = getattr(size.node, "expr", size)  # a jagged length has none, and compares by what it is
+    found: Any = getattr(size.node, "expr", size)  # a jagged length has none, and compares by what it is
     if found is size or isinstance(found, int):
         return found
     if found.is_number:

@@ -82,7 +82,7 @@ def enabled(config: Config | None = None) -> Iterator[None]:
     inside, and where code that was compiled inside is compiled again outside, for inputs of another shape.
     """
     from sage_inductor.graph_pass import SageAttentionPass  # imports Inductor
-    from sage_inductor.scope import covering_all_threads
+    from sage_inductor.rewriting.scope import covering_all_threads
 
     graph_pass = SageAttentionPass(config).before(configured_pre_grad_pass())
     with pre_grad_pass(graph_pass), covering_all_threads(graph_pass):

@@ -63,7 +63,7 @@ REMEMBERED = {
     "sage_inductor.kernels.triton.configs": ("_overrides",),
     "sage_inductor.kernels.triton.launcher": ("_rest",),
     "sage_inductor.operators.inference": ("_resolved",),
-    "sage_inductor.scope": ("_inside", "_seen", "_warned"),
+    "sage_inductor.rewriting.scope": ("_inside", "_seen", "_warned"),
     "sage_inductor.tuning.choice": ("_known", "_unmeasurable", "_warned"),
     "sage_inductor.tuning.machine": ("_machine",),
     "sage_inductor.tuning.store": ("_warned",),

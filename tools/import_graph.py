@@ -34,7 +34,6 @@ ROOMS: tuple[str, ...] = (
     "rewriting",
     "calibration",
     "graph_pass",
-    "scope",
     "backend",
     "backends",
     "testing",

@@ -10,9 +10,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from sage_inductor.graph_pass import SageAttentionPass
 from sage_inductor.torch_internals import (
     configured_pre_grad_pass,
     listen_to_compiles,
@@ -32,10 +31,22 @@ OUTSIDE = (
 )
 
 
+class CountingPass(Protocol):
+    """What `SageAttentionPass` counts, by which a scope knows that it was run."""
+
+    times_asked: int
+    """How often Inductor asked for the uuid or ran the pass."""
+    times_run: int
+    rewritten: int
+
+    def before(self, configured: Any) -> Any:
+        """A pass that runs this one, and `configured` behind it."""
+
+
 class _Scope:
     """One open `enabled()`."""
 
-    def __init__(self, graph_pass: SageAttentionPass) -> None:
+    def __init__(self, graph_pass: CountingPass) -> None:
         self.graph_pass = graph_pass
         self.thread = threading.get_ident()
 
@@ -57,7 +68,7 @@ _warned: set[str] = set()
 
 
 @contextmanager
-def covering_all_threads(graph_pass: SageAttentionPass) -> Iterator[None]:
+def covering_all_threads(graph_pass: CountingPass) -> Iterator[None]:
     """Graphs that any thread compiles inside are rewritten by `graph_pass`, in front of a pass that is configured there.
 
     Warns, once in a process, on leaving when nothing was ever compiled inside such a context, and, later, when code that was
@@ -111,7 +122,7 @@ def _parts(compile_id: str) -> tuple[str, bool]:
     return code, times in ("", "0")
 
 
-def _holds(configured: Any, graph_pass: SageAttentionPass) -> bool:
+def _holds(configured: Any, graph_pass: CountingPass) -> bool:
     while configured is not None:
         if configured is graph_pass:
             return True

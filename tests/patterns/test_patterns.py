@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sage_inductor import Config, Site, explain
-from sage_inductor.rewriting import driver
 from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -735,25 +731,3 @@ def test_mutations_are_never_wrong(count: int) -> None:
             if bool(exact.isfinite().all()):
                 assert relative_l2(actual, exact) < bound, key
     assert 0.1 < found / count < 0.7
-
-
-def test_the_smallest_pattern_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[2] / "patterns" / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
-    library = types.ModuleType("mylib")
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-
-    library.attention = torch._dynamo.allow_in_graph(attention)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mylib", library)
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), namespace)
-    pattern = namespace["MyLibAttention"]()
-    monkeypatch.setattr(driver, "ALL", (pattern,))
-    for function, inputs in pattern.examples():
-        out, (site,) = run(function, *inputs)
-        assert site.rewritten and site.pattern == "mylib" and site.mask == "causal"
-        expected = function(*inputs)
-        assert relative_l2(out, expected) < BOUND and out.stride() == expected.stride()

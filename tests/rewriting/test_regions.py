@@ -208,7 +208,10 @@ def test_repeated_blocks_of_diffusers() -> None:
     backend = RewritingBackend(CONFIG)
     model.compile_repeated_blocks(backend=backend, fullgraph=True)
     out = model(**inputs)[0]
-    assert len(backend.graphs) == 1 and [site.name for site in backend.sites] == ["attn1", "attn2"]
+    assert len(backend.graphs) == 1 and [site.name for site in backend.sites] == [
+        "blocks.0.attn1",
+        "blocks.0.attn2",
+    ]
     assert all(site.rewritten for site in backend.sites) and 1e-5 < relative_l2(out, expected) < BOUND
 
 

@@ -223,7 +223,7 @@ kept = Store(folder, Machine(*"abcdefg"))
 print("ready", flush=True)
 sys.stdin.readline()
 for turn in range(200):
-    kept.save({"k": 1}, Result(worker, turn % 20, 1.0, {"triton": Timing(1.0, 1.0, 0.0)}))
+    kept.save({"k": 1}, Result(worker + 1, turn % 20 + 1, 1.0, {"triton": Timing(1.0, 1.0, 0.0)}))
     assert kept.load({"k": 1}), "a reader saw no file or half of one"
 """
 
@@ -252,11 +252,11 @@ def test_the_default_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_without_a_home_nothing_is_kept(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_home() -> Path:
+    def no_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(Path, "expanduser", no_home)
     kept = Store(None, MACHINE)
     kept.save(KEY, RESULT)
     assert kept.load(KEY) == [] and "no folder for measured times" in caplog.text
@@ -591,7 +591,7 @@ def test_a_planned_site_is_measured_and_run_in_its_precision(
     site, text, _ = rewritten(replace(config, plan=plan), *inputs, dynamic=(0, 1, 2))
     assert precisions == {"balanced"} and site.precision == "balanced" and site.rel_l2 is not None
     assert site.speedup is not None
-    assert "min_kv_len=384, kernel_name='reference', precision='balanced')" in text
+    assert "min_kv_len=384, or_exact=True, kernel_name='reference', precision='balanced')" in text
 
 
 def test_sdpa_is_timed_as_the_graph_calls_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

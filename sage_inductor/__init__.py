@@ -1,15 +1,35 @@
 """8-bit attention for people who use `torch.compile`: finds, judges, substitutes and reports every attention."""
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# patterns/ lies beside this folder in the sources and inside it in an installed package. Python started in the root of a
-# clone finds the sources first, whatever is installed; there the folder beside is searched, too.
+_PATTERNS = Path(__file__).parent.parent / "patterns"
+
+
+class _PatternsBesideTheSources(MetaPathFinder):
+    """Finds `sage_inductor.patterns` in a clone, where patterns/ lies beside this folder, not inside it.
+
+    Python started in the root of a clone finds the sources first, whatever is installed. (To search the root for all
+    submodules would not do: it holds `sage_inductor` itself, so that whoever walks the package would never end.)
+    """
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname != "sage_inductor.patterns":
+            return None
+        return spec_from_file_location(
+            fullname, _PATTERNS / "__init__.py", submodule_search_locations=[str(_PATTERNS)]
+        )
+
+
 if not (Path(__file__).parent / "patterns").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+    sys.meta_path.insert(0, _PatternsBesideTheSources())
 
 from sage_inductor import backends, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported

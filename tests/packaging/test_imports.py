@@ -101,3 +101,17 @@ def test_patterns_cannot_be_imported_by_the_name_of_the_folder() -> None:
     assert done.returncode == 1
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("ImportError: ") and "Import sage_inductor.patterns" in error
+
+
+def test_walking_the_package_ends() -> None:
+    """torch does so for TORCH_LOGS. In a clone the root, which holds the package, is no place to look for submodules."""
+    code = """
+import pkgutil, sage_inductor
+names = [module.name for module in pkgutil.walk_packages(sage_inductor.__path__, "sage_inductor.")]
+assert "sage_inductor.rewriting.driver" in names and "sage_inductor.sage_inductor" not in names
+print(len(names), sage_inductor.patterns.__path__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and str(ROOT / "patterns") in done.stdout, done.stderr

@@ -40,9 +40,13 @@ def read_descriptor(descriptor: int, path: PathName, most: int) -> bytes:
 
 
 def replace_file(path: PathName, content: bytes, mode: int = 0o666, *, sync: bool = False) -> None:
-    """Write `content` beside `path` and put it in its place: a full disk, an error or a reader meets the whole of what was
-    there before. A link's target is replaced; a file keeps its permissions, a new one gets `mode` as the umask leaves it;
-    a device or pipe is written to. With `sync` the content is on the disk before the name is. Raises OSError, and ValueError for a name that no file can have."""
+    """Write `content` beside `path`, then put it in its place. A full disk, an error or a reader meets the old file, whole.
+
+    The target of a link is replaced, not the link. An existing file keeps its permissions; a new one gets `mode` as the
+    umask leaves it. A device or pipe is written to. With `sync` the content is on the disk before the name is.
+
+    Raises OSError, and ValueError for a name that no file can have.
+    """
     status = _status(path)
     if status is not None and not stat.S_ISREG(status.st_mode):
         _write_to(path, content)

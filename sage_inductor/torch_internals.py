@@ -84,11 +84,12 @@ def runs_eagerly(arguments: Iterable[object]) -> bool:
     tensors are no subclass with a dispatch of its own, nor functionalised, nor to be negated before they are read."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
-    return all(
-        type(tensor) in _PLAIN and not torch._is_functional_tensor(tensor) and not tensor.is_neg()
-        for tensor in tensors
-    )
+    for argument in arguments:  # a loop: generators would cost 1.5 us, a tenth of an operator's call
+        if isinstance(argument, torch.Tensor) and (
+            type(argument) not in _PLAIN or torch._is_functional_tensor(argument) or argument.is_neg()
+        ):
+            return False
+    return True
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -136,7 +136,7 @@ class AttentionCall:
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
         value = example_tensor(self.node)
-        return None if value is None else traced(value, self.undo)
+        return traced(value, self.undo) if value is not None and self.undo else value
 
 
 class Pattern(ABC):

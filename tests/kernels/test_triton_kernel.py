@@ -741,17 +741,19 @@ def test_compiles_without_spills_where_there_is_no_gpu(
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    version = importlib.metadata.version("triton").rpartition(".")[0]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
     assert names == [*before, "statistics_kernel", "quantize_kernel", "attention_kernel"]
-    assert kernels[-1].get("spills_in_loop", []) == [] and (
-        capability == 80 or "spills_in_loop" in kernels[-1]
+    # Of some 2,000 instructions. Triton 3.8 allocates registers worse than the versions before and after it.
+    spills = {("3.8", "fast", 64, "keys"): 3, ("3.8", "fast", 128, "queries"): 12}.get(
+        (version, precision, head_dim, mask), 0
     )
-    allowed = {}
-    if (head_dim, mask) == (64, "keys"):
-        allowed["attention_kernel"] = 8  # what is needed after the loop only
-    if importlib.metadata.version("triton").startswith("3.6."):
+    assert len(kernels[-1].get("spills_in_loop", [])) <= spills
+    assert capability == 80 or "spills_in_loop" in kernels[-1]
+    allowed = {"attention_kernel": 8 * spills}
+    if version == "3.6":
         # Held to 80 registers, for three programs on an SM.
         allowed |= {"statistics_kernel": 24, "quantize_kernel": 24}
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []

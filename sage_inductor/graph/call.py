@@ -15,6 +15,7 @@ from sage_inductor.graph.sizes import all_in_memory_order, is_static
 from sage_inductor.torch_internals import (
     builtin_sdpa,
     dispatches_itself,
+    fake_mode_of,
     first_fake,
     operator_name,
     without_guards,
@@ -87,8 +88,7 @@ def tracing(*values: Any) -> AbstractContextManager[Any]:
 
     Questions about symbolic sizes inside it add no guard. Whoever traces the graph later asks for himself.
     """
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    mode = next((mode for mode in modes if mode is not None), None)
+    mode = next((mode for mode in map(fake_mode_of, values) if mode is not None), None)
     if mode is None:
         return nullcontext()
     are_known = all(is_static(value) for value in values if isinstance(value, Tensor))
@@ -132,9 +132,13 @@ class AttentionCall:
     """Methods, with their arguments, that turn the attention output into the value of `node`."""
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the traced value of `node` back into that of the attention output."""
+    output_value: Tensor | None = None
+    """The attention output where it is another than tracing recorded for `node`: this rank's part of a DTensor."""
 
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
+        if self.output_value is not None:
+            return self.output_value
         value = example_tensor(self.node)
         return traced(value, self.undo) if value is not None and self.undo else value
 

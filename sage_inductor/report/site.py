@@ -15,11 +15,14 @@ from sage_inductor.graph.sizes import known, memory_order
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape (symbolic sizes as text), dtype and memory layout ("HND", "NHD", or the strides) of an input."""
+    """Shape (symbolic sizes as text), dtype and memory layout ("HND", "NHD", or the strides) of an input. Of a DTensor, those of
+    the part that a kernel on this rank reads."""
 
     shape: tuple[int | str, ...]
     dtype: str
     layout: str
+    placements: str = ""
+    """Of a DTensor, where the model has it: "dp=4: S(0), tp=2: R" is sharded by dim 0 over four, and replicated over two."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
@@ -27,7 +30,8 @@ class TensorInfo:
         return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor))
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+        placed = f" of {self.placements}" if self.placements else ""
+        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}{placed}"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from sage_inductor.rewriting.eligibility import (
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
+from sage_inductor.rewriting.sharded import on_this_rank
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
@@ -319,14 +320,15 @@ def _decide(
     `reasons` speak against it already."""
     places, config = walk.places.of(node), walk.config
     path = places[0].path
+    seen = on_this_rank(call, mask)
     site = Site(
         name=walk.names.next(path),
         module=path,
         source=source_line(node),
         pattern=call.pattern,
-        query=_info(call.query),
-        key=_info(call.key),
-        value=_info(call.value),
+        query=_info(seen.call.query, seen.placements[0]),
+        key=_info(seen.call.key, seen.placements[1]),
+        value=_info(seen.call.value, seen.placements[2]),
         mask=str(mask),
         kernel=None,
         precision=config.precision,
@@ -346,8 +348,10 @@ def _decide(
         precision = kernels.precision_on(query.device, "auto", config.kernel)
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         site = dataclasses.replace(site, precision=precision, precision_was_open=True)
-    reasons += ineligible_reasons(call, mask, config, around)
-    problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
+    reasons += seen.reasons
+    reasons += ineligible_reasons(seen.call, seen.mask, config, around) if not seen.reasons else []
+    problem = make_problem(seen.call, seen.mask, config, seen.gives_lse)
+    sdpa_call = make_sdpa_call(on_this_rank(as_found, mask).call)
     choice = Choice(None)
     if problem is not None and sdpa_call is not None:
         if config.kernel != "auto":
@@ -369,6 +373,6 @@ def _decide(
     return site, choice
 
 
-def _info(node: Value) -> TensorInfo | None:
+def _info(node: Value, placements: str) -> TensorInfo | None:
     tensor = example_tensor(node)
-    return None if tensor is None else TensorInfo.of(tensor)
+    return None if tensor is None else dataclasses.replace(TensorInfo.of(tensor), placements=placements)

@@ -51,7 +51,8 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
 
 
 def _subclass_reasons(call: AttentionCall) -> list[str]:
-    """Reasons for operands of tensor subclasses with a dispatch of their own, which have no rule for our operator."""
+    """Reasons for operands of tensor subclasses with a dispatch of their own, which have no rule for our operator. A DTensor
+    has one; what is judged then are plain tensors, this rank's parts (`sharded.py`), unless others are none."""
     nodes = {
         "query": call.query,
         "key": call.key,
@@ -65,7 +66,8 @@ def _subclass_reasons(call: AttentionCall) -> list[str]:
         # Nested tensors are refused by their layout.
         if value is not None and not value.is_nested and dispatches_itself(value):
             names.setdefault(type(value).__name__, []).append(name)
-    return [reason(f"type of {', '.join(found)}", kind, "plain tensors") for kind, found in names.items()]
+    valid = "plain tensors, or DTensors alone"
+    return [reason(f"type of {', '.join(found)}", kind, valid) for kind, found in names.items()]
 
 
 def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: Config) -> list[str]:
@@ -143,9 +145,11 @@ def output_order(output: Tensor) -> list[int] | None:
     return order if is_dense(output, order) else None
 
 
-def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
+def make_problem(
+    call: AttentionCall, mask: Mask, config: Config, gives_lse: bool = False
+) -> AttentionProblem | None:
     """The problem that kernels judge; None where shapes are missing, or are not of 2 to 4 dims. Its dtype is that of the output,
-    which autocast decides."""
+    which autocast decides. `gives_lse`: the output's parts are merged by their LSE."""
     output = call.output()
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
     if output is None or any(tensor is None or not 2 <= tensor.dim() <= 4 for tensor in tensors):
@@ -157,7 +161,7 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
-    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
+    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None or gives_lse)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:

@@ -30,12 +30,14 @@ from sage_inductor.graph.sizes import (
     sizes_of,
 )
 from sage_inductor.operators import inference, training
+from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.patterns.axes import permutation
 from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.rewriting.sharded import placements_of_output
 from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
@@ -87,11 +89,7 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     seeing = mask.seeing if call.sink is None else None
     if seeing is None and _is_transposed_and_copied(call):
         order = NHD
-        wants_gradients = output.requires_grad
-        with tracing(output):
-            output = torch.empty_permuted(
-                output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
-            )
+        output = _in_nhd(output)
     options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
@@ -118,6 +116,13 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
+        shards = placements_of_output(call)
+        if shards is not None:
+            # The nodes behind were traced with these placements, which may not be those that the operator chooses.
+            from sage_inductor.operators.distributed.handler import placed
+
+            new = graph.call_function(placed, (new, shards))
+            new.meta = {**old.meta, "example_value": output}
         if seeing is not None:
             new = with_uniform_rows(new, seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
@@ -126,6 +131,17 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
     return Substitute(old, new, gives_nhd=order == NHD and not call.restore)
+
+
+def _in_nhd(output: Tensor) -> Tensor:
+    """What tracing would record for `output` in the order NHD."""
+    if is_dtensor(output):
+        return traced(output, (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))))
+    wants_gradients = output.requires_grad
+    with tracing(output):
+        return torch.empty_permuted(
+            output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
+        )
 
 
 def _has_known_sizes(item: Value) -> bool:

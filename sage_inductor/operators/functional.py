@@ -66,8 +66,9 @@ def sage_attention(
 
     Raises:
         NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
-        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is made inside
-            `torch.distributed.tensor.experimental.context_parallel`.
+        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is compiled inside
+            `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
+            is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
         ValueError: an unknown kernel or precision.
     """
@@ -88,7 +89,7 @@ def sage_attention(
         raise ValueError("return_lse=True with out: only one of them is valid")
 
     if not is_dtensor(query) and in_context_parallel():
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # Dynamo then leaves the call to Python, unless told fullgraph=True
             raise RuntimeError(
                 f"sage_attention compiled {CONTEXT_PARALLEL} (valid: F.scaled_dot_product_attention there, which "
                 'torch.compile(backend="sage_inductor") rewrites; sage_attention that is not compiled; either outside)'
@@ -159,10 +160,15 @@ def _around_ring(
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`sage_attention` of this rank's shards of a sequence, all of which the active `context_parallel` has. As it does with
-    SDPA's, inputs become DTensors, and the output is this rank's part of theirs."""
+    SDPA's, inputs become DTensors, and the output is this rank's part of theirs. Raises NotImplementedError for what no
+    ring computes."""
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, seq_dim = context_parallel_mesh()
+    if query.dim() != seq_dim + 2:
+        raise NotImplementedError(
+            f"sage_attention of {query.dim()} dimensions {CONTEXT_PARALLEL} (valid: {seq_dim + 2}: it shards dim {seq_dim})"
+        )
     shards = [
         DTensor.from_local(tensor, mesh, [Shard(seq_dim)], run_check=False) for tensor in (query, key, value)
     ]

@@ -261,6 +261,45 @@ def compiled_with_causality_and_grouped_heads(mesh: Any) -> None:
             check(out, single, exact)
 
 
+@on_every_rank
+def sage_attention_compiled(mesh: Any) -> None:
+    from torch._dynamo import lookup_backend
+
+    q, k, v = inputs()
+    one = sage_attention(q, k, v, is_causal=True, kernel="reference")
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sage_attention(q, k, v, is_causal=True, kernel="reference") * 1
+
+    fast = torch.compile(attend, backend=lookup_backend("aot_eager"), fullgraph=True)
+    with torch.no_grad():
+        for name in ("heads", "queries"):
+            check(fast(*sharded((q, k, v), mesh, placements()[name])), one, exact)
+
+
+@on_every_rank
+def values_that_a_mask_hides_in_part(mesh: Any) -> None:
+    """Rows that finite numbers hide attend to all keys alike, in parts as in one."""
+    from torch.distributed.tensor import Replicate
+
+    q, k, v = inputs()
+    padding = torch.ones(B, 1, 1, N, dtype=torch.bool)
+    padding[0, ..., :10] = False
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        mask = (1.0 - padding.to(q.dtype)) * torch.finfo(q.dtype).min
+        return torch.softmax(q @ k.mT * D**-0.5 + mask, -1) @ v
+
+    with torch.no_grad():
+        single, _ = compiled(attend, q, k, v, padding)
+        for name in ("batch", "heads"):
+            parts = [*sharded((q, k, v), mesh, placements()[name]), *sharded((padding,), mesh, Replicate())]
+            out, (site,) = compiled(attend, *parts)
+            assert site.rewritten, site.reasons
+            check(out, single, attend(q, k, v, padding))
+
+
 def _like(function: Any, attention: Tensor) -> Tensor:
     return attention.transpose(1, 2).flatten(2) if function is as_models_do else attention
 

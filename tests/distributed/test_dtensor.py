@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage_inductor import Config, explain, sage_attention
 from sage_inductor.testing import RewritingBackend, relative_l2
@@ -345,6 +345,69 @@ def training_in_five_placements(mesh: Any) -> None:
     wanted = torch.autograd.grad((plain * weights).sum(), whole)
     for grad, exact_grad in zip(torch.autograd.grad((out * its).sum(), parts), wanted, strict=True):
         assert relative_l2(grad.full_tensor(), exact_grad) < 1e-5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 16)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+def trained(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Any]]:
+    """A step's loss, gradients and sites."""
+    out, sites = compiled(model, x)
+    loss = out.square().mean()
+    loss.backward()
+    grads = {name: item.grad for name, item in model.named_parameters()}
+    whole = {name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in grads.items()}
+    return loss.detach(), whole, sites
+
+
+def training_is_as_in_one_process(model: nn.Module, x: Tensor, mine: Tensor) -> None:
+    """`model` is parallel, of the parameters of a `Block` seeded 5, and is given `mine` of `x`."""
+    torch.manual_seed(5)
+    exact_block = Block()
+    exact_block(x).square().mean().backward()
+    exact = {name: item.grad for name, item in exact_block.named_parameters()}
+    torch.manual_seed(5)
+    _, one, _ = trained(Block(), x)
+    _, found, sites = trained(model, mine)
+    assert [site.rewritten for site in sites] == [True], sites
+    for name, gradient in found.items():
+        error, single = relative_l2(gradient, exact[name]), relative_l2(one[name], exact[name])
+        assert error <= MARGIN * single + 1e-5, (name, error, single)
+
+
+@on_every_rank
+def tensor_parallel_training(mesh: Any) -> None:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    teach_dtensors_sdpa_of_cpus()
+    x = torch.randn(B, 32, 64)
+    for local in (False, True):  # DTensors at SDPA, or this rank's heads
+        torch.manual_seed(5)
+        plan: dict[str, Any] = {
+            name: ColwiseParallel(input_layouts=Replicate(), use_local_output=local) for name in "qkv"
+        }
+        plan["o"] = RowwiseParallel(output_layouts=Replicate())
+        training_is_as_in_one_process(parallelize_module(Block(), mesh, plan), x, x)
+
+
+@on_every_rank
+def fully_sharded_training(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(B, 32, 64)
+    torch.manual_seed(5)
+    model = Block()
+    fully_shard(model, mesh=mesh)
+    training_is_as_in_one_process(model, x, x.chunk(2)[mesh.get_local_rank()])
 
 
 test_on_two_ranks = two_ranks(__file__)

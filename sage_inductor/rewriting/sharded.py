@@ -43,6 +43,9 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     )
     output = call.output()
     seen = Seen(call, mask, placements=placements, problem=whole)  # type: ignore[arg-type]
+    if call.lse is not None:
+        kinds = reason("type of query, key, value", "DTensor", "plain tensors where a fused kernel is called")
+        return replace(seen, reasons=(kinds,))
     if not is_dtensor(output):
         return replace(seen, reasons=(reason("type of the output", type(output).__name__, "a DTensor"),))
     if _dims(output) is None:

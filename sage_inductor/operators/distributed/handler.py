@@ -18,7 +18,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from sage_inductor.graph.sizes import all_in_memory_order
 from sage_inductor.operators.distributed import ring
 from sage_inductor.operators.distributed.layouts import Layout, choose, ring_dim
-from sage_inductor.torch_internals import handle_dtensors, is_replicated_implicitly, rings_are_on
+from sage_inductor.torch_internals import (
+    bound_arguments,
+    handle_dtensors,
+    is_replicated_implicitly,
+    rings_are_on,
+)
 
 TENSORS = ("query", "key", "value", "attn_mask", "sink", "grad_output")
 # `ring` has imported both modules that define them.
@@ -38,8 +43,7 @@ def register() -> None:
 
 
 def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    names = [argument.name for argument in operator._schema.arguments]
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    bound = bound_arguments(operator, args, kwargs)
     tensors = _tensors(bound)
     options = {name: value for name, value in bound.items() if name not in TENSORS}
     layout = layout_of(tensors, options)
@@ -52,8 +56,8 @@ def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     if "ring" in layout.divisions:
         results = ring.attend(operator, local, options, tensors["query"].device_mesh, layout)
     elif operator is torch.ops.sage_inductor.attention_backward.default:
-        given = {name: local.get(name) for name in names if name in TENSORS}
-        results = operator(**given, **options)
+        without_mask = {name: tensor for name, tensor in local.items() if name != "attn_mask"}
+        results = operator(attn_mask=local.get("attn_mask"), **without_mask, **options)
     else:
         results = operator(**local, **options)
     if operator is torch.ops.sage_inductor.attention_backward.default:

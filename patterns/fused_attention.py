@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, LseForm, Pattern, example_tensor, example_value, laid_out_as
+from sage_inductor.graph.call import (
+    AttentionCall,
+    LseForm,
+    Pattern,
+    example_tensor,
+    example_value,
+    laid_out_as,
+)
 from sage_inductor.graph.sizes import is_dense, sizes_of
 from sage_inductor.torch_internals import bound_arguments, operator_name
 
@@ -74,7 +81,7 @@ class FusedAttention(Pattern):
         )
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
         yield attend, tuple(torch.randn(1, 2, 16, 64) for _ in range(3))

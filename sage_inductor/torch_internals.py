@@ -495,10 +495,14 @@ def handle_dtensors(operators: Iterable[Any], handler: Callable[..., Any]) -> No
             table[operator] = handler
 
 
-def ring_attention(group: Any, attend: Callable[..., Any], query: Any, key: Any, value: Any, is_causal: bool) -> Any:
+def ring_attention(
+    group: Any, attend: Callable[..., Any], query: Any, key: Any, value: Any, is_causal: bool
+) -> Any:
     """torch's ring attention of this rank's shards `[batch, heads, seq, dim]` over `group`: `attend(query, key, value,
     is_causal=...)` gives the output and LSE of one part, torch sends keys and values around and merges. (output, LSE)."""
-    return _known(_rings(), "_templated_ring_attention")(group, 2, attend, query, key, value, is_causal=is_causal)[:2]
+    return _known(_rings(), "_templated_ring_attention")(
+        group, 2, attend, query, key, value, is_causal=is_causal
+    )[:2]
 
 
 def context_parallel_is_balanced() -> bool:

@@ -21,9 +21,7 @@ from sage_inductor.torch_internals import (
     dispatches_itself,
 )
 
-CONTEXT_PARALLEL = (
-    "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
-)
+CONTEXT_PARALLEL = "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
 
 
 def sage_attention(
@@ -95,7 +93,7 @@ def sage_attention(
                 'torch.compile(backend="sage_inductor") rewrites; sage_attention that is not compiled; either outside)'
             )
         return _around_ring(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             kernel=kernel, precision=precision, return_lse=return_lse, out=out,
         )  # fmt: skip
     bottom_right = False
@@ -154,8 +152,7 @@ def _around_ring(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    *args: Any,
-    return_lse: bool,
+    *,
     out: Tensor | None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -176,7 +173,7 @@ def _around_ring(
         raise NotImplementedError(
             f"sage_attention with attn_mask {CONTEXT_PARALLEL} (valid: is_causal, or no mask)"
         )
-    found = sage_attention(*shards, None, *args, return_lse=return_lse, **options)
+    found = sage_attention(shards[0], shards[1], shards[2], **options)
     if isinstance(found, tuple):
         return found[0].to_local(), found[1].to_local()  # type: ignore[attr-defined]
     local: Tensor = found.to_local()  # type: ignore[attr-defined]

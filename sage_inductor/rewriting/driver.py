@@ -361,7 +361,7 @@ def _decide(
         # A site that stays for another reason is not worth a measurement.
         unmeasured = bool(reasons) and config.tune == "measure"
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
-        choice = choose(Comparison(problem, sdpa_call), tuning)
+        choice = choose(Comparison(problem, sdpa_call, seen.whole), tuning, site.precision_was_open)
         reasons += choice.reasons
     site = dataclasses.replace(
         site,

@@ -28,7 +28,7 @@ class Seen:
     """Whether the parts of a ring are merged by their LSE."""
     placements: tuple[str, str, str] = ("", "", "")
     """Of query, key and value in the model: "tp=2: S(1)"."""
-    problem: str = ""
+    whole: str = ""
     """What the ranks have in common where each has a part of it: whole shapes and placements."""
 
 
@@ -37,12 +37,12 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     named = _inputs(call, mask.attn_mask)
     if not all(map(is_dtensor, named.values())):  # a mixture is refused for the type of its tensors
         return Seen(call, mask)
-    placements = tuple(_described(named[name]) for name in ("query", "key", "value"))
+    placements = (_described(named["query"]), _described(named["key"]), _described(named["value"]))
     whole = "; ".join(
         f"{name} {tuple(map(str, tensor.shape))} {_described(tensor)}" for name, tensor in named.items()
     )
-    output = call.output()
-    seen = Seen(call, mask, placements=placements, problem=whole)  # type: ignore[arg-type]
+    output: Any = call.output()
+    seen = Seen(call, mask, placements=placements, whole=whole)
     if call.lse is not None:
         kinds = reason("type of query, key, value", "DTensor", "plain tensors where a fused kernel is called")
         return replace(seen, reasons=(kinds,))
@@ -65,27 +65,29 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     except NotImplementedError as error:
         return replace(seen, reasons=(str(error),))
     dims = named["query"].dim()
-    local = {name: _part(tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()}
+    local = {
+        name: _part(tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()
+    }
     order = memory_order(output) if is_dense(output, memory_order(output)) else None
     with tracing(output):
         shape = (*local["query"].shape[:-1], local["value"].shape[-1])
         part = (
-            output.to_local()  # type: ignore[union-attr]
+            output.to_local()
             if order is None
-            else torch.empty_permuted(shape, order, dtype=output.dtype, device=output.device)  # type: ignore[union-attr]
+            else torch.empty_permuted(shape, order, dtype=output.dtype, device=output.device)
         )
-        if output.requires_grad and not part.requires_grad:  # type: ignore[union-attr]
+        if output.requires_grad and not part.requires_grad:
             part.requires_grad_()
 
-    def seen_as(name: str, item: Value | None) -> Value | None:
-        return None if item is None else Expr("to_local", (item,), value=local[name])
+    def seen_as(name: str, item: Value) -> Expr:
+        return Expr("to_local", (item,), value=local[name])
 
     judged = dataclasses.replace(
         call,
         query=seen_as("query", call.query),
         key=seen_as("key", call.key),
         value=seen_as("value", call.value),
-        sink=seen_as("sink", call.sink),
+        sink=None if call.sink is None else seen_as("sink", call.sink),
         attn_mask=None
         if call.attn_mask is None
         else Expr("to_local", (call.attn_mask,), value=_mask_part(call, layout, dims)),
@@ -94,7 +96,9 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     return replace(
         seen,
         call=judged,
-        mask=dataclasses.replace(mask, attn_mask=seen_as("attn_mask", mask.attn_mask)),
+        mask=dataclasses.replace(
+            mask, attn_mask=None if mask.attn_mask is None else seen_as("attn_mask", mask.attn_mask)
+        ),
         gives_lse="ring" in layout.divisions,
     )
 
@@ -152,4 +156,6 @@ def _described(tensor: Any) -> str:
 
 
 def _short(placement: Any) -> str:
-    return "R" if placement.is_replicate() else f"S({placement.dim})" if placement.is_shard() else str(placement)
+    return (
+        "R" if placement.is_replicate() else f"S({placement.dim})" if placement.is_shard() else str(placement)
+    )

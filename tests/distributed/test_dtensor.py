@@ -109,7 +109,7 @@ def eager_with_what_is_not_independent(mesh: Any) -> None:
             exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
             parts = sharded((q, k, v), mesh, placement)
             check(sage_attention(*parts, is_causal=causal, kernel="reference"), one, exact)
-            window = dict(window_left=10, window_right=5, kernel_name="reference")
+            window = {"window_left": 10, "window_right": 5, "kernel_name": "reference"}
             plain = torch.ops.sage_inductor.attention(q, k, v, **window)
             out = torch.ops.sage_inductor.attention(*parts, **window).full_tensor()
             assert relative_l2(out, plain) < 0.02, name
@@ -133,7 +133,7 @@ def eager_with_masks_and_sinks(mesh: Any) -> None:
             assert kind and name
         for shape in ((H, 1), (B, H, N), (1, H, 1)):
             sink = torch.randn(shape)
-            options = dict(kernel_name="reference")
+            options = {"kernel_name": "reference"}
             plain = torch.ops.sage_inductor.attention(q, k, v, sink=sink, **options)
             for of_sink in (Replicate(), Shard(len(shape) - 2)):
                 (its,) = sharded((sink,), mesh, of_sink)
@@ -232,7 +232,11 @@ def compiled_in_five_placements(mesh: Any) -> None:
                     continue
                 assert site.rewritten, (name, function.__name__, site.reasons)
                 assert out.placements == eager.placements and out.stride() == eager.stride(), (name, function)
-                shape = (1 if name == "batch" else B, 2 if name == "heads" else H, 48 if name == "queries" else N)
+                shape = (
+                    1 if name == "batch" else B,
+                    2 if name == "heads" else H,
+                    48 if name == "queries" else N,
+                )
                 if function is plain_sdpa and name != "channels":
                     assert site.query.shape[:3] == shape, (name, site.query)
                 check(out, _like(function, one), _like(function, exact))
@@ -364,7 +368,9 @@ def trained(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], lis
     loss = out.square().mean()
     loss.backward()
     grads = {name: item.grad for name, item in model.named_parameters()}
-    whole = {name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in grads.items()}
+    whole = {
+        name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in grads.items()
+    }
     return loss.detach(), whole, sites
 
 

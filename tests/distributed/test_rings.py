@@ -211,7 +211,9 @@ def what_has_no_ring_raises(mesh: Any) -> None:
         refused(lambda: sage_attention(q[0], k[0], v[0], is_causal=True), "dimensions")
         refused(lambda: sage_attention(q[:, :, :63], k[:, :, :63], v[:, :, :63], is_causal=True), "q_len=126")
         impl = SageAttentionBackend.get_impl_cls()(H, D, False, None)
-        refused(lambda: impl.forward(*(tensor.transpose(1, 2) for tensor in buffers), None), "context_parallel")
+        refused(
+            lambda: impl.forward(*(tensor.transpose(1, 2) for tensor in buffers), None), "context_parallel"
+        )
         whole = torch.compile(lambda *args: sage_attention(*args), backend="eager", fullgraph=True)
         refused(lambda: whole(q, k, v), "context_parallel")
     (site,) = _sites_inside(mesh, Config(kernel="reference"), is_causal=False, balanced=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sage_inductor import Config, calibrate, rewrite_exported
-from sage_inductor.testing import RewritingBackend, capture, graph_text, relative_l2
 from sage_inductor.rewriting.driver import rewrite_graph
+from sage_inductor.testing import RewritingBackend, capture, graph_text, relative_l2
 
 aten = torch.ops.aten
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -68,7 +68,9 @@ def test_output_and_lse_are_right_and_lie_as_before(packet: bool) -> None:
 def test_golden() -> None:
     graph = capture(on_cpu, *qkv())
     rewrite_graph(graph.graph, CONFIG)
-    assert_expected_inline(graph_text(graph.graph), """\
+    assert_expected_inline(
+        graph_text(graph.graph),
+        """\
 a = input: 2x4x24x32
 b = input: 2x4x40x32
 c = input: 2x4x40x32
@@ -79,7 +81,8 @@ g = .permute(f, 0, 2, 1): 2x4x24
 h = .contiguous(g): 2x4x24
 i = .permute(h, 0, 2, 1): 2x4x24
 j = mul(e, 1): 2x4x24x32
-return (j, i)""")
+return (j, i)""",
+    )
 
 
 def test_merged_parts_are_the_whole() -> None:
@@ -182,7 +185,9 @@ def test_an_lse_that_was_not_computed_is_not_read_as_one() -> None:
 def test_gradients_beside_an_lse_stay() -> None:
     q, k, v = qkv()
     with torch.enable_grad():
-        _, backend = rewritten(on_cpu, q.requires_grad_(), k, v, config=Config(kernel="reference", training=True))
+        _, backend = rewritten(
+            on_cpu, q.requires_grad_(), k, v, config=Config(kernel="reference", training=True)
+        )
     (site,) = backend.sites
     assert not site.rewritten and "the LSE is read" in site.reasons[0]
 

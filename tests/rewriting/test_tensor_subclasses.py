@@ -98,7 +98,9 @@ def test_a_subclass_with_a_dispatch_of_its_own_stays(function: Any) -> None:
     assert relative_l2(out.held / 2, function(plain)) < 1e-5
     (site,) = backend.sites
     assert not site.rewritten
-    assert any("=Halved (supported: plain tensors, or DTensors alone)" in reason for reason in site.reasons), site.reasons
+    assert any(
+        "=Halved (supported: plain tensors, or DTensors alone)" in reason for reason in site.reasons
+    ), site.reasons
 
 
 def test_explain_says_what_a_compile_does_and_names_the_tensors() -> None:

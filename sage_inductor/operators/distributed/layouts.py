@@ -128,7 +128,9 @@ def ring_dim(query: Any, key: Any, value: Any) -> int | None:
     NotImplementedError for several."""
     found = list(_sequence_dims((query, key, value)))
     if len(found) > 1:
-        raise NotImplementedError(f"attention with its sequence sharded over {len(found)} dims of a mesh (valid: one)")
+        raise NotImplementedError(
+            f"attention with its sequence sharded over {len(found)} dims of a mesh (valid: one)"
+        )
     return found[0] if found else None
 
 

@@ -38,9 +38,7 @@ def not_supported_reasons(tensors: Mapping[str, Any], options: Mapping[str, Any]
         return reasons
     is_causal = bool(options.get("is_causal"))
     if is_causal and size_hint(query.shape[SEQ]) != size_hint(key.shape[SEQ]):
-        reasons.append(
-            reason("kv_len", key.shape[SEQ], f"q_len={query.shape[SEQ]} in a ring that is causal")
-        )
+        reasons.append(reason("kv_len", key.shape[SEQ], f"q_len={query.shape[SEQ]} in a ring that is causal"))
     balanced = context_parallel_is_balanced()
     if balanced and not is_causal:
         reasons.append("is_causal=False (supported: True where context_parallel balances the load)")

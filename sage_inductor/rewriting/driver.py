@@ -37,7 +37,7 @@ from sage_inductor.rewriting.eligibility import (
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
-from sage_inductor.rewriting.sharded import on_this_rank
+from sage_inductor.rewriting.sharded import on_this_rank, ring_parts
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
@@ -363,6 +363,9 @@ def _decide(
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
         choice = choose(Comparison(problem, sdpa_call, seen.whole), tuning, site.precision_was_open)
         reasons += choice.reasons
+        if choice.kernel is not None and seen.gives_lse:
+            for part in ring_parts(problem):
+                reasons += kernels.select(part, choice.kernel)[1]
     site = dataclasses.replace(
         site,
         kernel=None if reasons else choice.kernel,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, tracing
 from sage_inductor.graph.sizes import is_dense, memory_order
+from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.rewriting.masks.classify import Mask
@@ -101,6 +102,25 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         ),
         gives_lse="ring" in layout.divisions,
     )
+
+
+def ring_parts(problem: AttentionProblem) -> list[AttentionProblem]:
+    """The other problems that a ring makes of `problem`, this rank's own part: all keys of another rank; where ranks hold a
+    chunk from the head and one from the tail of a causal sequence, half of them, or all of them for half of the queries."""
+    if not problem.params.is_causal:
+        return []
+    params = replace(problem.params, is_causal=False)
+    q, k, v = (_halved(spec) for spec in (problem.query, problem.key, problem.value))
+    return [
+        replace(problem, params=params),
+        replace(problem, params=params, query=q),
+        replace(problem, params=params, key=k, value=v),
+    ]
+
+
+def _halved(spec: TensorSpec) -> TensorSpec:
+    *outer, length, dim = spec.shape
+    return replace(spec, shape=(*outer, length // 2, dim))
 
 
 def placements_of_output(call: AttentionCall) -> list[int] | None:

@@ -17,6 +17,7 @@ from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.installed import package_version
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
@@ -73,11 +74,20 @@ class Prober:
             self._sites.setdefault(key, (site, self.graphs))
             if not site.rewritten:
                 self.reasons[key] = site.reasons
+            elif site.query is not None and site.query.placements:
+                # Ranks would decide differently, and run the model differently often.
+                self.reasons[key] = (
+                    reason("type of query, key, value", "DTensor", "plain tensors, to measure"),
+                )
         for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
             for node in list(module.graph.nodes):
                 # Where the pass did not write the operator, the model itself calls it: that is no site, and stays.
                 ours = node.op == "call_function" and node.target in _Probe.OPERATORS
-                if ours and "sage_site" in node.meta:
+                if not ours or "sage_site" not in node.meta:
+                    continue
+                if keys[node.meta["sage_site"]] in self.reasons:
+                    node.kwargs = {**node.kwargs, "kernel_name": inference.EXACT}
+                else:
                     _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]], node.target))
             module.recompile()
         self.graphs += 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sage_inductor import Config, explain, sage_attention
+from sage_inductor import Config, calibrate, explain, sage_attention
 from sage_inductor.testing import RewritingBackend, relative_l2
 from tests.helpers.ranks import main, on_every_rank, teach_dtensors_sdpa_of_cpus, two_ranks
 
@@ -319,6 +319,20 @@ def explain_shows_parts_and_placements(mesh: Any) -> None:
     (site,) = report.sites
     assert site.rewritten and str(site.query) == f"2x2x{N}x{D} float32 HND of tp=2: S(1)", site.query
     assert "tp=2: S(1)" in str(report) and "tp=2: S(1)" in report.to_json()
+
+
+@on_every_rank
+def calibration_leaves_dtensors(mesh: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, q: Any, k: Any, v: Any) -> Tensor:
+            sharded = plain_sdpa(q, k, v).to_local()
+            return sharded + F.scaled_dot_product_attention(sharded, sharded, sharded)
+
+    parts = tuple(sharded(inputs(), mesh, placements()["heads"]))
+    with written_out():
+        plan = calibrate(Model(), [parts], tolerance=0.1, config=Config(kernel="reference"))
+    first, second = sorted(plan.sites, key=lambda site: site.name)
+    assert not first.measured and "DTensor" in first.reasons[0] and second.measured, plan
 
 
 @on_every_rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -270,6 +270,46 @@ def training(mesh: Any) -> None:
                     assert gradient.placements == (Shard(2),)
                     assert gradient.to_local().stride() == part.to_local().stride()
                     assert relative_l2(gradient.to_local(), wanted) < 1e-5, (options, balanced)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * D, 3 * H * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+@on_every_rank
+def training_compiled(mesh: Any) -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    teach_rings_of_cpus()
+    x = torch.randn(B, N, H * D, generator=torch.Generator().manual_seed(5))
+    config = Config(kernel="reference", training=True)
+    torch.manual_seed(6)
+    block = Block()
+    errors = []
+    block(x).square().sum().backward()
+    exact = {name: item.grad for name, item in block.named_parameters()}
+    for inside in (False, True):
+        block.zero_grad()
+        torch.compiler.reset()
+        backend = RewritingBackend(config)
+        part = x.clone()
+        manager = context_parallel(mesh, buffers=[part], buffer_seq_dims=[1]) if inside else nullcontext()
+        with manager:
+            torch.compile(block, backend=backend)(part).square().sum().backward()
+            for item in block.parameters():
+                if inside:
+                    torch.distributed.all_reduce(item.grad)
+        assert [site.rewritten for site in backend.sites] == [True], backend.sites
+        errors.append({name: relative_l2(item.grad, exact[name]) for name, item in block.named_parameters()})
+    alone, together = errors
+    assert all(together[name] <= MARGIN * alone[name] for name in alone), errors
 
 
 @on_every_rank

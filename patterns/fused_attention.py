@@ -31,14 +31,17 @@ from sage_inductor.graph.call import (
     laid_out_as,
 )
 from sage_inductor.graph.sizes import is_dense, sizes_of
-from sage_inductor.torch_internals import bound_arguments, operator_name
+from sage_inductor.torch_internals import bound_arguments
 
-_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-# A kernel that a build of torch lacks is not called either.
-_OPERATORS: dict[str, Any] = {
-    f"aten::_scaled_dot_product_{name}": getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
-    for name in (*_KERNELS, "fused_attention_overrideable")
-    if hasattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+_KERNELS = (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu", "fused_attention_overrideable",
+)  # fmt: skip
+# Each kernel's operator, by itself and by all of its overloads together. One that a build of torch lacks is not called either.
+_OPERATORS: dict[Any, Any] = {
+    target: packet.default
+    for name in _KERNELS
+    if (packet := getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)) is not None
+    for target in (packet, packet.default)
 }
 
 
@@ -49,7 +52,7 @@ class FusedAttention(Pattern):
     name = "fused_sdpa"
 
     def match(self, node: fx.Node) -> AttentionCall | None:
-        kernel = _OPERATORS.get(operator_name(node.target) or "") if node.op == "call_function" else None
+        kernel = _OPERATORS.get(node.target) if node.op == "call_function" else None
         if kernel is None:
             return None
         given = bound_arguments(kernel, node.args, node.kwargs)

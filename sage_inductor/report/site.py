@@ -25,9 +25,9 @@ class TensorInfo:
     """Of a DTensor, where the model has it: "dp=4: S(0), tp=2: R" is sharded by dim 0 over four, and replicated over two."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorInfo:
+    def of(cls, tensor: Tensor, placements: str = "") -> TensorInfo:
         shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
-        return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor))
+        return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor), placements)
 
     def __str__(self) -> str:
         placed = f" of {self.placements}" if self.placements else ""

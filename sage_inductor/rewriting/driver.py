@@ -378,4 +378,4 @@ def _decide(
 
 def _info(node: Value, placements: str) -> TensorInfo | None:
     tensor = example_tensor(node)
-    return None if tensor is None else dataclasses.replace(TensorInfo.of(tensor), placements=placements)
+    return None if tensor is None else TensorInfo.of(tensor, placements)

@@ -35,6 +35,8 @@ class Seen:
 
 def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     """`call` as this rank carries it out. Whatever holds no DTensors is as it was."""
+    if not is_dtensor(example_tensor(call.query)):  # this is asked for every site
+        return Seen(call, mask)
     named = _inputs(call, mask.attn_mask)
     if not all(map(is_dtensor, named.values())):  # a mixture is refused for the type of its tensors
         return Seen(call, mask)

@@ -85,6 +85,7 @@ class FusedAttention(Pattern):
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out: Tensor
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             return out * torch.sigmoid(lse)[..., None]  # beside a logit of 0
 

@@ -37,7 +37,7 @@ from sage_inductor.rewriting.eligibility import (
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
-from sage_inductor.rewriting.sharded import on_this_rank, ring_parts
+from sage_inductor.rewriting.sharded import Seen, on_this_rank, ring_parts
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
@@ -262,8 +262,9 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.constants, found.region.writes)
     gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
-    site, choice = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
-    insert = partial(insert_substitute, call, mask, site, choice) if site.rewritten else None
+    seen = on_this_rank(call, mask)
+    site, choice = _decide(found.match.as_found, call, mask, seen, walk, found.around, found.node, gradients)
+    insert = partial(insert_substitute, call, mask, site, choice, seen.moves_to) if site.rewritten else None
     return _Decision(found, site, insert)
 
 
@@ -311,16 +312,16 @@ def _decide(
     as_found: AttentionCall,
     call: AttentionCall,
     mask: classify.Mask,
+    seen: Seen,
     walk: _Walk,
     around: Surroundings,
     node: fx.Node,
     reasons: Sequence[str] = (),
 ) -> tuple[Site, Choice]:
-    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated.
-    `reasons` speak against it already."""
+    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated,
+    `seen` as kernels are to judge it. `reasons` speak against it already."""
     places, config = walk.places.of(node), walk.config
     path = places[0].path
-    seen = on_this_rank(call, mask)
     site = Site(
         name=walk.names.next(path),
         module=path,

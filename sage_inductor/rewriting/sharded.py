@@ -31,6 +31,9 @@ class Seen:
     """Of query, key and value in the model: "tp=2: S(1)"."""
     whole: str = ""
     """What the ranks have in common where each has a part of it: whole shapes and placements."""
+    moves_to: tuple[int, ...] | None = None
+    """The dims by which the graph has the output sharded, one for each dim of its mesh (-1: replicated), where the operator
+    leaves it otherwise."""
 
 
 def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
@@ -96,8 +99,10 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         else Expr("to_local", (call.attn_mask,), value=_mask_part(call, layout, dims)),
         output_value=part,
     )
+    outcome = layout.placements("output", output.shape, dims)
     return replace(
         seen,
+        moves_to=None if outcome == tuple(output.placements) else tuple(_dims(output) or ()),
         call=judged,
         mask=dataclasses.replace(
             mask, attn_mask=None if mask.attn_mask is None else seen_as("attn_mask", mask.attn_mask)
@@ -123,12 +128,6 @@ def ring_parts(problem: AttentionProblem) -> list[AttentionProblem]:
 def _halved(spec: TensorSpec) -> TensorSpec:
     *outer, length, dim = spec.shape
     return replace(spec, shape=(*outer, length // 2, dim))
-
-
-def placements_of_output(call: AttentionCall) -> list[int] | None:
-    """The dims by which the output is sharded, one for each dim of its mesh (-1: replicated); None of a plain tensor."""
-    output = call.output()
-    return _dims(output) if is_dtensor(output) else None
 
 
 def _inputs(call: AttentionCall, attn_mask: Value | None) -> dict[str, Any]:

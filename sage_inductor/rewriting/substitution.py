@@ -38,7 +38,6 @@ from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
-from sage_inductor.rewriting.sharded import placements_of_output
 from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
@@ -88,9 +87,11 @@ class Substitute:
         _erase_unused(former_inputs)
 
 
-def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> Substitute:
+def insert_substitute(
+    call: AttentionCall, mask: Mask, site: Site, choice: Choice, moves_to: tuple[int, ...] | None = None
+) -> Substitute:
     """Insert our operator before `call`, with the site's kernel from the lengths of `choice` on. Options at their defaults are
-    not written out."""
+    not written out. `moves_to` are the dims by which a DTensor is to be sharded that the operator shards otherwise."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
@@ -132,12 +133,11 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
         lse = None
         if gives_lse:
             new, lse = _output_and_lse(new, output, call)
-        shards = placements_of_output(call)
-        if shards is not None:
-            # The nodes behind were traced with these placements, which may not be those that the operator chooses.
+        if moves_to is not None:
+            # The nodes behind were traced with these placements.
             from sage_inductor.operators.distributed.handler import placed
 
-            new = graph.call_function(placed, (new, shards))
+            new = graph.call_function(placed, (new, moves_to))
             new.meta = {**old.meta, "example_value": output}
         if seeing is not None:
             new = with_uniform_rows(new, seeing, call).insert(graph)

@@ -430,6 +430,45 @@ def fully_sharded_training(mesh: Any) -> None:
     training_is_as_in_one_process(model, x, x.chunk(2)[mesh.get_local_rank()])
 
 
+@on_every_rank
+def training_with_masks(mesh: Any) -> None:
+    from torch.distributed.tensor import Replicate
+
+    q, k, v = inputs(2)
+    whole = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    weights = torch.randn(B, H, N, D)
+    for kind, mask in masks().items():
+        exact = F.scaled_dot_product_attention(*whole, mask, enable_gqa=True)
+        expected = torch.autograd.grad((exact * weights).sum(), whole)
+        one = sage_attention(q, k, v, mask, enable_gqa=True, kernel="reference")
+        for name in ("batch", "heads", "queries"):
+            parts = [part.requires_grad_() for part in sharded((q, k, v), mesh, placements()[name])]
+            (its,) = sharded((weights,), mesh, placements()[name])
+            (its_mask,) = sharded((mask,), mesh, Replicate())
+            options = {"enable_gqa": True, "kernel_name": "reference"}
+            out = torch.ops.sage_inductor.attention_training(*parts, its_mask, **options)
+            check(out.detach(), one, exact.detach())
+            for grad, wanted in zip(torch.autograd.grad((out * its).sum(), parts), expected, strict=True):
+                assert relative_l2(grad.full_tensor(), wanted) < 1e-5, (kind, name)
+
+
+@on_every_rank
+def without_autograd(mesh: Any) -> None:
+    """In inference mode, and under autocast."""
+    q, k, v = inputs()
+    parts = sharded((q, k, v), mesh, placements()["heads"])
+    exact = F.scaled_dot_product_attention(q, k, v)
+    one = sage_attention(q, k, v, kernel="reference")
+    with torch.inference_mode():
+        check(
+            sage_attention(*sharded((q, k, v), mesh, placements()["heads"]), kernel="reference"), one, exact
+        )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = sage_attention(*parts, kernel="reference")
+        assert out.dtype == torch.bfloat16
+        check(out.float(), sage_attention(q, k, v, kernel="reference").float(), exact)
+
+
 test_on_two_ranks = two_ranks(__file__)
 
 if __name__ == "__main__":

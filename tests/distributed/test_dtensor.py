@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sage_inductor import Config, calibrate, explain, sage_attention
+from sage_inductor.operators.sharded import are_taught
 from sage_inductor.testing import RewritingBackend, relative_l2
 from tests.helpers.ranks import main, on_every_rank, teach_dtensors_sdpa_of_cpus, two_ranks
 
@@ -102,6 +103,7 @@ def eager_in_five_placements(mesh: Any) -> None:
 @on_every_rank
 def eager_with_what_is_not_independent(mesh: Any) -> None:
     """The same call with another option must not find the layout of the one before."""
+    are_taught()
     q, k, v = inputs()
     for name, placement in placements().items():
         for causal in (False, True, False):
@@ -119,6 +121,7 @@ def eager_with_what_is_not_independent(mesh: Any) -> None:
 def eager_with_masks_and_sinks(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate, Shard
 
+    are_taught()
     q, k, v = inputs()
     for name, placement in placements().items():
         parts = sharded((q, k, v), mesh, placement)
@@ -167,6 +170,7 @@ def a_mixture_raises(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.experimental import implicit_replication
 
+    are_taught()
     q, k, v = inputs()
     (part,) = sharded((q,), mesh, Replicate())
     for call in (
@@ -337,6 +341,7 @@ def calibration_leaves_dtensors(mesh: Any) -> None:
 
 @on_every_rank
 def training_in_five_placements(mesh: Any) -> None:
+    are_taught()
     teach_dtensors_sdpa_of_cpus()
     q, k, v = inputs()
     whole = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
@@ -434,6 +439,7 @@ def fully_sharded_training(mesh: Any) -> None:
 def training_with_masks(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate
 
+    are_taught()
     q, k, v = inputs(2)
     whole = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     weights = torch.randn(B, H, N, D)

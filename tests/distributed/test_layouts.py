@@ -76,7 +76,8 @@ def test_layouts_on_large_meshes() -> None:
     assert chosen((8,), queries, whole, whole, banded=True) != ("queries",)
     assert chosen((8,), Replicate()) == ("whole",)
     assert chosen((8,), whole, (Shard(1),), (Shard(1),)) == ("heads",)
-    assert chosen((3,), Shard(1), heads=8) == ("heads",)  # uneven, and nobody without a head
+    assert chosen((3,), Shard(1)) == ("heads",)  # uneven, and nobody without a head
+    assert chosen((4,), Shard(1), heads=5, kv_heads=5) == ("batch",)  # 2, 2, 1 and none
     assert chosen((16,), Shard(1), heads=8) == ("batch",)
     assert chosen((2,), Partial()) in (("batch",), ("heads",))
 

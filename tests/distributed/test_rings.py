@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sage_inductor import Config, NotEligibleError, explain, sage_attention
 from sage_inductor.backends import SageAttentionBackend
+from sage_inductor.operators.sharded import are_taught
 from sage_inductor.testing import RewritingBackend, relative_l2
 from tests.helpers.ranks import main, on_every_rank, two_ranks
 
@@ -248,6 +249,7 @@ def _sites_inside(mesh: Any, config: Config, is_causal: bool, balanced: bool) ->
 def training(mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Shard
 
+    are_taught()
     weights = torch.randn(B, H, N, D, generator=torch.Generator().manual_seed(4))
     for kv_heads in (H, 2):
         for is_causal, balanced in WAYS:
@@ -310,6 +312,27 @@ def training_compiled(mesh: Any) -> None:
         errors.append({name: relative_l2(item.grad, exact[name]) for name, item in block.named_parameters()})
     alone, together = errors
     assert all(together[name] <= MARGIN * alone[name] for name in alone), errors
+
+
+@on_every_rank
+def a_ring_that_is_one_dim_of_a_mesh(mesh: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    are_taught()
+    larger = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    buffers = inputs()
+    whole = [tensor.clone().requires_grad_() for tensor in buffers]
+    one = sage_attention(*buffers, is_causal=True, kernel="reference")
+    exact = F.scaled_dot_product_attention(*whole, is_causal=True)
+    mine = [exact.detach().clone(), *(grad.clone() for grad in torch.autograd.grad(exact.sum(), whole))]
+    with context(mesh, True, *buffers, *mine):
+        placed = [Shard(0), Shard(2)]
+        parts = [DTensor.from_local(tensor.clone(), larger, placed).requires_grad_() for tensor in buffers]
+        out = torch.ops.sage_inductor.attention_training(*parts, is_causal=True, kernel_name="reference")
+        check(out.to_local().detach(), mine[0], one, exact.detach())
+        for gradient, wanted in zip(torch.autograd.grad(out.to_local().sum(), parts), mine[1:], strict=True):
+            assert relative_l2(gradient.to_local(), wanted) < 1e-5
 
 
 @on_every_rank

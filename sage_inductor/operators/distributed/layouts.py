@@ -57,7 +57,8 @@ def _placement(division: Division, name: str, shape: Sequence[Any], dims: int) -
 def choose(tensors: Mapping[str, Any], is_banded: bool, ring: int | None = None) -> Layout:
     """The layout for DTensors `tensors` (query, key, value, and attn_mask, sink, grad_output where there are) that moves the
     fewest elements between ranks, those of an output that is placed as the query was among them; of equal ones that of the
-    query, then one that divides the work. `is_banded`: which keys a query sees depends on where it stands. `ring` is the dim of the mesh that is a ring."""
+    query, then one that divides the work. `is_banded`: which keys a query sees depends on where it stands. `ring` is the
+    dim of the mesh that is a ring."""
     query = tensors["query"]
     mesh, dims = query.device_mesh, query.dim()
     ranks = dict.fromkeys(DIVISIONS, 1)  # among which a dim is divided so far
@@ -99,14 +100,19 @@ def _divides(division: Division, tensors: Mapping[str, Any], ranks: int, is_band
     if division == "whole":
         return True
     if division == "batch":
-        return query.dim() == 4 and _size(query.shape[0]) >= ranks
+        return query.dim() == 4 and _fills(query.shape[0], ranks)
     if division == "queries":
-        return not is_banded and query.dim() >= 2 and _size(query.shape[-2]) >= ranks
+        return not is_banded and query.dim() >= 2 and _fills(query.shape[-2], ranks)
     if query.dim() < 3:
         return False
     heads, kv_heads = _size(query.shape[-3]), _size(key.shape[-3])
     # Groups of query heads must stay with their key head.
-    return heads >= ranks if heads == kv_heads else kv_heads % ranks == 0
+    return _fills(heads, ranks) if heads == kv_heads else kv_heads % ranks == 0
+
+
+def _fills(size: Any, ranks: int) -> bool:
+    """Whether every rank gets something: five heads on four ranks are two, two, one and none."""
+    return -(-_size(size) // ranks) * (ranks - 1) < _size(size)
 
 
 def _moved(now: Placement, then: Placement, tensor: Tensor, ranks: int) -> float:

@@ -75,6 +75,10 @@ def attend(
 
 def _backward(local: Mapping[str, Tensor], options: Mapping[str, Any], mesh: Any, mesh_dim: int) -> Any:
     """Gradients of this rank's shards of query, key and value, each in the strides that the operator gives them."""
+    if mesh.ndim > 1 and mesh.mesh_dim_names is None:
+        raise NotImplementedError(
+            f"gradients of attention around one dim of {mesh} (valid: a mesh whose dims have names, or one of one dim)"
+        )
     ring = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[mesh_dim]]
     ranks, rank = ring.size(), ring.get_local_rank()
     key, value = (_gathered(local[name], ring) for name in ("key", "value"))

@@ -8,12 +8,13 @@ if __name__ != "sage_inductor.patterns":
 
 from sage_inductor.graph.call import OpaquePattern, Pattern
 from sage_inductor.patterns.flex_attention import FlexAttention
+from sage_inductor.patterns.fused_attention import FusedAttention
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
 from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 
-ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), SoftmaxMatmul())
+ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), FusedAttention(), SoftmaxMatmul())
 OPAQUE: tuple[OpaquePattern, ...] = (
     MultiHeadAttention(),
     TransformerEncoderLayer(),
@@ -25,6 +26,7 @@ __all__ = [
     "ALL",
     "OPAQUE",
     "FlexAttention",
+    "FusedAttention",
     "ManyDims",
     "MultiHeadAttention",
     "ScaledDotProductAttention",

@@ -17,6 +17,7 @@ from sage_inductor.torch_internals import (
     CustomGraphPass,
     ambient_settings,
     autocast_dtypes,
+    default_store,
     float32_precision,
 )
 from sage_inductor.tuning.choice import is_makeshift
@@ -33,7 +34,8 @@ class SageAttentionPass(CustomGraphPass):
     The uuid makes compiled graphs cacheable, and keeps them from being reused wrongly. It covers the options, torch's
     settings of attention (`sdpa_kernel`, the flash implementation, cuDNN's flags), the sources of this package, the versions
     of the packages it runs on and, where choices are measured, the GPUs and their driver. Once something could not be
-    measured, the uuid forbids caching: the next process may have the memory for it.
+    measured, the uuid forbids caching: the next process may have the memory for it. So it does where ranks of a process group
+    choose together.
     """
 
     def __init__(self, config: Config | None = None, then: Any = None) -> None:
@@ -62,7 +64,8 @@ class SageAttentionPass(CustomGraphPass):
         self.times_asked += 1
         own: tuple[Any, ...] = ("sage_inductor", source_hash(), repr(self.config), _ambient())
         if self.config.tune == "measure":
-            if is_makeshift():
+            # Ranks agree by way of the pass: one that finds its graph in a cache would not have a say.
+            if is_makeshift() or default_store() is not None:
                 return _Uncacheable()
             # A cached graph holds a choice that was measured: it serves where the measurement would hold.
             own += tuple(machine.fingerprint() for machine in machines())
@@ -104,7 +107,9 @@ class _Uncacheable:
     pass ran before the key was made, which is not so for the graph at hand."""
 
     def __reduce__(self) -> str:
-        raise TypeError("sage_inductor could not measure a choice; what it chose instead is not for a cache")
+        raise TypeError(
+            "sage_inductor's choice is this process's alone, or this group's, and not for a cache"
+        )
 
 
 @cache

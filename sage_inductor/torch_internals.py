@@ -23,20 +23,26 @@ __all__ = [
     "ambient_settings",
     "autocast_dtypes",
     "below_autograd",
+    "bound_arguments",
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
     "compiled_one_by_one",
     "configured_pre_grad_pass",
     "context_parallel_is_active",
+    "context_parallel_is_balanced",
+    "context_parallel_mesh",
+    "default_store",
     "dispatches_itself",
     "draws_random_numbers",
     "dynamo_is_compiling",
     "ends_its_frame",
+    "fake_mode_of",
     "first_fake",
     "float32_precision",
     "expression",
     "graph_breaks",
+    "handle_dtensors",
     "hinted",
     "inductor_modes",
     "is_erased",
@@ -44,8 +50,10 @@ __all__ = [
     "is_inside_sdpa_kernel",
     "is_operator",
     "is_overload",
+    "is_replicated_implicitly",
     "is_always_true",
     "is_backed",
+    "is_dtensor",
     "keep_gpu_busy",
     "listen_to_compiles",
     "listens_to_compiles",
@@ -56,6 +64,8 @@ __all__ = [
     "past_autocast",
     "pre_grad_pass",
     "prefers_math",
+    "ring_attention",
+    "rings_are_on",
     "runs_eagerly",
     "storage_id",
     "surfaced",
@@ -402,18 +412,25 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+_RINGS = "torch.distributed.tensor.experimental._context_parallel._attention"
+
+
+def rings_are_on() -> bool:
+    """Whether torch computes SDPA of DTensors whose sequence is sharded around a ring of ranks: inside its `context_parallel`,
+    or after `_enable_context_parallel_dispatcher`, which the modules wrapped by `_ContextParallel` need."""
+    module, dtensor = sys.modules.get(_RINGS), sys.modules.get("torch.distributed.tensor")
+    if module is None or dtensor is None:
+        return False
+    handlers = getattr(dtensor.DTensor._op_dispatcher, "_custom_op_handlers", {})
+    return torch.ops.aten._scaled_dot_product_flash_attention.default in handlers
+
+
 def context_parallel_is_active() -> bool:
     """Whether torch's `context_parallel` is active: it puts a function in SDPA's place that takes tensors for shards of the
     sequence, and tells DTensor to compute SDPA around a ring of ranks. (The newer way, by `_context_parallel_shard`, hands
     DTensors to modules that were wrapped for it, and leaves calls on plain tensors alone.)"""
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
-    if dtensor is None or module is None:
-        return False
-    handlers = getattr(dtensor.DTensor._op_dispatcher, "_custom_op_handlers", {})
-    mode = getattr(module, "_dispatch_mode", None)
-    in_ring = torch.ops.aten._scaled_dot_product_flash_attention.default in handlers
-    return in_ring and getattr(mode, "name", "MONKEY_PATCH") == "MONKEY_PATCH"
+    mode = getattr(sys.modules.get(_RINGS), "_dispatch_mode", None)
+    return rings_are_on() and getattr(mode, "name", "MONKEY_PATCH") == "MONKEY_PATCH"
 
 
 # Dynamo calls it while tracing, and takes what it returns for a constant.
@@ -437,6 +454,106 @@ def _dispatches(kind: type[torch.Tensor]) -> bool:
 
 
 _dispatches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether `tensor` is a DTensor. Imports nothing: where torch.distributed.tensor was not imported there are none."""
+    return _is_dtensor(type(tensor))
+
+
+def _is_dtensor(kind: type) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
+_is_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_replicated_implicitly() -> bool:
+    """Whether plain tensors beside DTensors count as replicated (`implicit_replication()`)."""
+    from torch.distributed.tensor import DTensor
+
+    return bool(getattr(DTensor._op_dispatcher, "_allow_implicit_replication", False))
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The fake mode that `value` was traced in, of a DTensor that of its local tensor; None where there is none."""
+    return getattr(getattr(value, "_local_tensor", value), "fake_mode", None)
+
+
+def handle_dtensors(operators: Iterable[Any], handler: Callable[..., Any]) -> None:
+    """DTensor calls `handler(operator, args, kwargs)` for each of `operators` that is called with DTensors, also inside
+    `context_parallel`. torch 2.11 to 2.13 have the tables. Raises RuntimeError where this torch has others."""
+    from torch.distributed.tensor import DTensor
+
+    tables = [_known(DTensor._op_dispatcher, "_custom_op_handlers")]
+    if _RINGS in sys.modules:
+        # `context_parallel` puts a copy of this table, with its own handlers, in the place of the other, and takes it back.
+        tables.append(_known(sys.modules[_RINGS], "existing_custom_ops"))
+    for operator in operators:
+        for table in tables:
+            table[operator] = handler
+
+
+def ring_attention(
+    group: Any, attend: Callable[..., Any], query: Any, key: Any, value: Any, is_causal: bool
+) -> Any:
+    """torch's ring attention of this rank's shards `[batch, heads, seq, dim]` over `group`: `attend(query, key, value,
+    is_causal=...)` gives the output and LSE of one part, torch sends keys and values around and merges. (output, LSE)."""
+    return _known(_rings(), "_templated_ring_attention")(
+        group, 2, attend, query, key, value, is_causal=is_causal
+    )[:2]
+
+
+def context_parallel_is_balanced() -> bool:
+    """Whether each rank of a ring holds a chunk from the head of the sequence and one from its tail, as torch shards causal
+    attention unless told otherwise."""
+    return bool(_known(_known(_rings(), "_cp_options"), "enable_load_balance"))
+
+
+def context_parallel_mesh() -> tuple[Any, int]:
+    """(mesh, dim of the sequence) of the `context_parallel` that is active. Raises RuntimeError where this torch's is not as
+    known (2.11 to 2.13): it puts a function in SDPA's place that has both in its closure."""
+    replaced = _known(_rings(), "_replaced_functions")
+    wrapper = next(reversed(replaced), None)  # the latest
+    cells = getattr(wrapper, "__closure__", None) or ()
+    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+    held = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    seq_dim = getattr(getattr(held.get("input_fn"), "__self__", None), "seq_dim", None)
+    if "device_mesh" not in held or not isinstance(seq_dim, int):
+        raise _other_torch("the function that context_parallel puts in SDPA's place")
+    return held["device_mesh"], seq_dim
+
+
+def _rings() -> Any:
+    from importlib import import_module
+
+    return import_module(_RINGS)
+
+
+def _known(holder: Any, name: str) -> Any:
+    found = getattr(holder, name, None)
+    if found is None:
+        raise _other_torch(f"{getattr(holder, '__name__', type(holder).__name__)}.{name}")
+    return found
+
+
+def _other_torch(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"torch {torch.__version__} lacks {what}, by which sage_inductor computes attention of DTensors (known: torch 2.11 "
+        "to 2.13)"
+    )
+
+
+def default_store() -> Any:
+    """The store by which the ranks of this process's group found one another; None without a group of several processes."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    from torch.distributed import distributed_c10d
+
+    if torch.distributed.get_world_size() < 2 or "fake" in torch.distributed.get_backend():
+        return None
+    return distributed_c10d._get_default_store()
 
 
 def storage_id(tensor: torch.Tensor) -> int | None:
@@ -546,6 +663,14 @@ def operator_name(target: Any) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name)
     return str(target._qualified_op_name) if isinstance(target, torch._ops.OpOverloadPacket) else None
+
+
+def bound_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `operator`, such as `torch.ops.aten.view.default`, by their names, its defaults among them."""
+    schema = operator._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    names = [argument.name for argument in schema]
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def written_arguments(target: Any) -> tuple[tuple[int, str], ...] | None:

@@ -64,6 +64,7 @@ REMEMBERED = {
     "sage_inductor.kernels.triton.launcher": ("_rest",),
     "sage_inductor.operators.inference": ("_resolved",),
     "sage_inductor.rewriting.scope": ("_inside", "_seen", "_warned"),
+    "sage_inductor.tuning.agreement": ("_decided", "_absent", "_met_in"),
     "sage_inductor.tuning.choice": ("_known", "_unmeasurable", "_warned"),
     "sage_inductor.tuning.machine": ("_machine",),
     "sage_inductor.tuning.store": ("_warned",),

@@ -17,6 +17,7 @@ from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.installed import package_version
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
@@ -73,12 +74,21 @@ class Prober:
             self._sites.setdefault(key, (site, self.graphs))
             if not site.rewritten:
                 self.reasons[key] = site.reasons
+            elif site.query is not None and site.query.placements:
+                # Ranks would decide differently, and run the model differently often.
+                self.reasons[key] = (
+                    reason("type of query, key, value", "DTensor", "plain tensors, to measure"),
+                )
         for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
             for node in list(module.graph.nodes):
                 # Where the pass did not write the operator, the model itself calls it: that is no site, and stays.
-                ours = node.op == "call_function" and node.target is inference.attention
-                if ours and "sage_site" in node.meta:
-                    _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]]))
+                ours = node.op == "call_function" and node.target in _Probe.OPERATORS
+                if not ours or "sage_site" not in node.meta:
+                    continue
+                if keys[node.meta["sage_site"]] in self.reasons:
+                    node.kwargs = {**node.kwargs, "kernel_name": inference.EXACT}
+                else:
+                    _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]], node.target))
             module.recompile()
         self.graphs += 1
         self.progress.sites = len(self._sites) - len(self.reasons)
@@ -216,18 +226,22 @@ class _Probe(nn.Module):
     """Stands in a graph for one attention. It gives the exact output on to the model, except while this site is quantised
     (`Prober.quantising`)."""
 
-    def __init__(self, prober: Prober, key: Key) -> None:
+    OPERATORS = (inference.attention, inference.attention_lse)
+
+    def __init__(self, prober: Prober, key: Key, operator: Any) -> None:
         super().__init__()
         self.prober = prober
         self.key = key
+        self.operator = operator
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes the arguments of the operator `sage_inductor::attention`, whose place it has in the graph."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the arguments of `operator`, `sage_inductor::attention` or the one that gives an LSE, too, whose place it has in
+        the graph. The output is what is compared."""
         exact = self._attention(args, kwargs, inference.EXACT, "fast")
         wanted = self.prober.quantised.get(self.key)
         if wanted is None and not self.prober.measuring:
             return exact
-        able = self.prober.kernels_for(self.key, _problem(args, kwargs, exact))
+        able = self.prober.kernels_for(self.key, _problem(args, kwargs, _output(exact)))
         if wanted is not None:
             if wanted not in able:
                 return exact
@@ -238,16 +252,21 @@ class _Probe(nn.Module):
             errors = self.prober.replayed(self.key, precision, names)
             if errors is None:
                 errors = {
-                    name: compare(self._attention(args, kwargs, name, precision), exact) for name in names
+                    name: compare(_output(self._attention(args, kwargs, name, precision)), _output(exact))
+                    for name in names
                 }
             self.prober.record(self.key, precision, errors)
         self.prober.progress.tick(self.key[0])
         return exact
 
-    @staticmethod
-    def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Tensor:
-        out: Tensor = inference.attention(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
-        return out
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Any:
+        return self.operator(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
+
+
+def _output(result: Any) -> Tensor:
+    """The output of an operator that may give an LSE behind it."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _by_size(error: float) -> float:

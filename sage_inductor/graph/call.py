@@ -15,6 +15,7 @@ from sage_inductor.graph.sizes import all_in_memory_order, is_static
 from sage_inductor.torch_internals import (
     builtin_sdpa,
     dispatches_itself,
+    fake_mode_of,
     first_fake,
     operator_name,
     without_guards,
@@ -87,8 +88,7 @@ def tracing(*values: Any) -> AbstractContextManager[Any]:
 
     Questions about symbolic sizes inside it add no guard. Whoever traces the graph later asks for himself.
     """
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    mode = next((mode for mode in modes if mode is not None), None)
+    mode = next((mode for mode in map(fake_mode_of, values) if mode is not None), None)
     if mode is None:
         return nullcontext()
     are_known = all(is_static(value) for value in values if isinstance(value, Tensor))
@@ -108,8 +108,20 @@ Value: TypeAlias = "fx.Node | Expr"
 
 
 @dataclass(frozen=True)
+class LseForm:
+    """The LSE that a call gives behind its output, as item 1 of its node's tuple, of which nothing else is read."""
+
+    is_read: bool
+    steps: tuple[tuple[str | Callable[..., Any], tuple[Any, ...]], ...] = ()
+    """Methods or functions, with their further arguments, that make it of a contiguous float32 `[batch, heads, q_len]`."""
+    value: Tensor | None = None
+    """What tracing recorded for it."""
+
+
+@dataclass(frozen=True)
 class AttentionCall:
-    """One attention found in a graph. `node` is the node whose value is the attention output.
+    """One attention found in a graph. `node` is the node whose value is the attention output, or, with `lse`, a tuple that
+    begins with it.
 
     query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]`; batch, or batch and heads, may
     be missing. attn_mask is as for `F.scaled_dot_product_attention`. An option that the graph computes at run time is
@@ -132,10 +144,15 @@ class AttentionCall:
     """Methods, with their arguments, that turn the attention output into the value of `node`."""
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the traced value of `node` back into that of the attention output."""
+    lse: LseForm | None = None
+    output_value: Tensor | None = None
+    """The attention output where it is another than tracing recorded for `node`: this rank's part of a DTensor."""
 
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
-        value = example_tensor(self.node)
+        if self.output_value is not None:
+            return self.output_value
+        value = example_tensor(self.node) if self.lse is None else example_value(self.node)[0]
         return traced(value, self.undo) if value is not None and self.undo else value
 
 

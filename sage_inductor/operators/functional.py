@@ -13,12 +13,15 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.leading_dims import folded
-from sage_inductor.torch_internals import builtin_sdpa, context_parallel_is_active, dispatches_itself
-
-CONTEXT_PARALLEL = (
-    "sage_attention inside torch's context_parallel: every rank holds a part of the sequence, and would attend to that part "
-    "alone (valid: F.scaled_dot_product_attention there, or sage_attention outside)"
+from sage_inductor.operators.sharded import are_taught, is_dtensor
+from sage_inductor.torch_internals import (
+    builtin_sdpa,
+    context_parallel_is_active,
+    context_parallel_mesh,
+    dispatches_itself,
 )
+
+CONTEXT_PARALLEL = "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
 
 
 def sage_attention(
@@ -61,8 +64,9 @@ def sage_attention(
 
     Raises:
         NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
-        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is made inside
-            `torch.distributed.tensor.experimental.context_parallel`.
+        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is compiled inside
+            `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
+            is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
         ValueError: an unknown kernel or precision.
     """
@@ -82,7 +86,16 @@ def sage_attention(
     if return_lse and out is not None:
         raise ValueError("return_lse=True with out: only one of them is valid")
 
-    refuse_context_parallel()
+    if not is_dtensor(query) and in_context_parallel():
+        if torch.compiler.is_compiling():  # Dynamo then leaves the call to Python, unless told fullgraph=True
+            raise RuntimeError(
+                f"sage_attention compiled {CONTEXT_PARALLEL} (valid: F.scaled_dot_product_attention there, which "
+                'torch.compile(backend="sage_inductor") rewrites; sage_attention that is not compiled; either outside)'
+            )
+        return _around_ring(
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            kernel=kernel, precision=precision, return_lse=return_lse, out=out,
+        )  # fmt: skip
     bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
         attn_mask, is_causal, bottom_right = _seen_through(attn_mask, query, key, is_causal)
@@ -99,6 +112,8 @@ def sage_attention(
         return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if is_dtensor(query):
+        are_taught()
     given = folded(query, key, value, inference.cast_as_sdpa(attn_mask), enable_gqa)
     inputs = (given.query, given.key, given.value, given.attn_mask, is_causal)
     options: dict[str, Any] = {
@@ -112,7 +127,7 @@ def sage_attention(
         result, lse = inference.attention_lse(*inputs, **options, memory_order=given.memory_order)
         return given.unfolded(result), given.unfolded(lse, rows_only=True)
     if out is not None:
-        buffer = given.buffer(out)
+        buffer = None if is_dtensor(out) else given.buffer(out)
         if buffer is not None:
             inference.attention_out(*inputs, **options, output=buffer)
             return out
@@ -120,13 +135,49 @@ def sage_attention(
     return given.unfolded(inference.attention(*inputs, **options, memory_order=given.memory_order))
 
 
-def refuse_context_parallel() -> None:
-    """Inside torch's `context_parallel` each rank holds a part of the sequence, of which attention must see the whole."""
+def in_context_parallel() -> bool:
+    """Whether torch's `context_parallel` takes calls of SDPA for calls on shards of the sequence now."""
     # Read by its name: Dynamo then traces anew where another function stands there, as one does in that context.
-    if F.scaled_dot_product_attention is builtin_sdpa:
-        return
-    if context_parallel_is_active():
-        raise RuntimeError(CONTEXT_PARALLEL)
+    return F.scaled_dot_product_attention is not builtin_sdpa and context_parallel_is_active()
+
+
+def refuse_context_parallel() -> None:
+    """Raises RuntimeError in torch's `context_parallel`: attention must see the whole sequence."""
+    if in_context_parallel():
+        raise RuntimeError(f"attention {CONTEXT_PARALLEL} (valid: F.scaled_dot_product_attention there)")
+
+
+def _around_ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    out: Tensor | None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`sage_attention` of this rank's shards of a sequence, all of which the active `context_parallel` has. As it does with
+    SDPA's, inputs become DTensors, and the output is this rank's part of theirs. Raises NotImplementedError for what no
+    ring computes."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, seq_dim = context_parallel_mesh()
+    if query.dim() != seq_dim + 2:
+        raise NotImplementedError(
+            f"sage_attention of {query.dim()} dimensions {CONTEXT_PARALLEL} (valid: {seq_dim + 2}: it shards dim {seq_dim})"
+        )
+    shards = [
+        DTensor.from_local(tensor, mesh, [Shard(seq_dim)], run_check=False) for tensor in (query, key, value)
+    ]
+    if attn_mask is not None:
+        raise NotImplementedError(
+            f"sage_attention with attn_mask {CONTEXT_PARALLEL} (valid: is_causal, or no mask)"
+        )
+    found = sage_attention(shards[0], shards[1], shards[2], **options)
+    if isinstance(found, tuple):
+        return found[0].to_local(), found[1].to_local()  # type: ignore[attr-defined]
+    local: Tensor = found.to_local()  # type: ignore[attr-defined]
+    return local if out is None else out.copy_(local)
 
 
 def _seen_through(
@@ -151,10 +202,12 @@ def _needs_of_exact_attention(
 ) -> list[str]:
     """What a quantised inference kernel cannot give: dropout, gradients, and what a subclass of Tensor does with SDPA."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    sharded = all(is_dtensor(tensor) for tensor in present.values())
     reasons = [
-        reason(f"type of {name}", type(tensor).__name__, "plain tensors")
-        for name, tensor in tensors.items()
-        if tensor is not None and dispatches_itself(tensor)
+        reason(f"type of {name}", type(tensor).__name__, "plain tensors, or DTensors alone")
+        for name, tensor in present.items()
+        if not sharded and dispatches_itself(tensor)
     ]
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))

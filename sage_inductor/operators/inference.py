@@ -127,7 +127,7 @@ def _misfit(message: str) -> RuntimeError:
     return RuntimeError(f"sage_inductor attention: {message}")
 
 
-def _empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
+def empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
     if order is None:
         order = memory_order(query, guarded=True)
     elif sorted(order) != list(range(query.dim())):
@@ -248,7 +248,7 @@ def _run(
     given, lse = out, _empty_lse(query) if return_lse else None
     if out is None:
         if resolved is None:
-            out = _empty_output(query, value, memory_order)
+            out = empty_output(query, value, memory_order)
         else:
             out = torch.empty_strided(
                 resolved.out_shape, resolved.out_strides, dtype=query.dtype, device=query.device
@@ -322,7 +322,7 @@ def _differentiable(
     q, k, v = map(as_4d, (query, key, value))
     mask = None if attn_mask is None else as_4d(attn_mask)
     out = sdpa(q, k, v, mask, params).view(*query.shape[:-1], value.shape[-1])
-    expected = _empty_output(query.detach(), value.detach(), memory_order)
+    expected = empty_output(query.detach(), value.detach(), memory_order)
     if out.stride() != expected.stride():
         out = expected.copy_(out)
     if not return_lse:
@@ -374,7 +374,7 @@ def fake_attention(
     **params: Any,
 ) -> Tensor:
     validate(query, key, value, attn_mask, enable_gqa)
-    return _empty_output(query, value, memory_order)
+    return empty_output(query, value, memory_order)
 
 
 def fake_attention_out(

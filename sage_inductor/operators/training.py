@@ -61,7 +61,7 @@ def _attention_backward(
         output = sdpa(q, k, v, None if attn_mask is None else inference.as_4d(attn_mask), params)
         grads = torch.autograd.grad(output, inputs, inference.as_4d(grad_output))
     # In the strides that the traced backward was told.
-    empty = _empty_gradients((query, key, value), gradient_order)
+    empty = empty_gradients((query, key, value), gradient_order)
     dq, dk, dv = (gradient.copy_(grad) for gradient, grad in zip(empty, grads, strict=True))
     return dq, dk, dv
 
@@ -69,10 +69,10 @@ def _attention_backward(
 def _fake_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients((query, key, value), args[-1]))
+    return tuple(empty_gradients((query, key, value), args[-1]))
 
 
-def _empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> list[Tensor]:
+def empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> list[Tensor]:
     dims = inputs[0].dim()
     orders = (
         [memory_order(tensor, guarded=True) for tensor in inputs]

@@ -15,19 +15,23 @@ from sage_inductor.graph.sizes import known, memory_order
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape (symbolic sizes as text), dtype and memory layout ("HND", "NHD", or the strides) of an input."""
+    """Shape (symbolic sizes as text), dtype and memory layout ("HND", "NHD", or the strides) of an input. Of a DTensor, those of
+    the part that a kernel on this rank reads."""
 
     shape: tuple[int | str, ...]
     dtype: str
     layout: str
+    placements: str = ""
+    """Of a DTensor, where the model has it: "dp=4: S(0), tp=2: R" is sharded by dim 0 over four, and replicated over two."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorInfo:
+    def of(cls, tensor: Tensor, placements: str = "") -> TensorInfo:
         shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
-        return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor))
+        return cls(shape, str(tensor.dtype).removeprefix("torch."), layout_of(tensor), placements)
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+        placed = f" of {self.placements}" if self.placements else ""
+        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}{placed}"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from sage_inductor.rewriting.eligibility import (
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
+from sage_inductor.rewriting.sharded import Seen, on_this_rank, ring_parts
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
 from sage_inductor.torch_internals import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
@@ -261,8 +262,9 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.constants, found.region.writes)
     gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
-    site, choice = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
-    insert = partial(insert_substitute, call, mask, site, choice) if site.rewritten else None
+    seen = on_this_rank(call, mask)
+    site, choice = _decide(found.match.as_found, call, mask, seen, walk, found.around, found.node, gradients)
+    insert = partial(insert_substitute, call, mask, site, choice, seen.moves_to) if site.rewritten else None
     return _Decision(found, site, insert)
 
 
@@ -310,13 +312,14 @@ def _decide(
     as_found: AttentionCall,
     call: AttentionCall,
     mask: classify.Mask,
+    seen: Seen,
     walk: _Walk,
     around: Surroundings,
     node: fx.Node,
     reasons: Sequence[str] = (),
 ) -> tuple[Site, Choice]:
-    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated.
-    `reasons` speak against it already."""
+    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated,
+    `seen` as kernels are to judge it. `reasons` speak against it already."""
     places, config = walk.places.of(node), walk.config
     path = places[0].path
     site = Site(
@@ -324,9 +327,9 @@ def _decide(
         module=path,
         source=source_line(node),
         pattern=call.pattern,
-        query=_info(call.query),
-        key=_info(call.key),
-        value=_info(call.value),
+        query=_info(seen.call.query, seen.placements[0]),
+        key=_info(seen.call.key, seen.placements[1]),
+        value=_info(seen.call.value, seen.placements[2]),
         mask=str(mask),
         kernel=None,
         precision=config.precision,
@@ -346,8 +349,10 @@ def _decide(
         precision = kernels.precision_on(query.device, "auto", config.kernel)
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         site = dataclasses.replace(site, precision=precision, precision_was_open=True)
-    reasons += ineligible_reasons(call, mask, config, around)
-    problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
+    reasons += seen.reasons
+    reasons += ineligible_reasons(seen.call, seen.mask, config, around) if not seen.reasons else []
+    problem = make_problem(seen.call, seen.mask, config, seen.gives_lse)
+    sdpa_call = make_sdpa_call(on_this_rank(as_found, mask).call)
     choice = Choice(None)
     if problem is not None and sdpa_call is not None:
         if config.kernel != "auto":
@@ -357,8 +362,11 @@ def _decide(
         # A site that stays for another reason is not worth a measurement.
         unmeasured = bool(reasons) and config.tune == "measure"
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
-        choice = choose(Comparison(problem, sdpa_call), tuning)
+        choice = choose(Comparison(problem, sdpa_call, seen.whole), tuning, site.precision_was_open)
         reasons += choice.reasons
+        if choice.kernel is not None and seen.gives_lse:
+            for part in ring_parts(problem):
+                reasons += kernels.select(part, choice.kernel)[1]
     site = dataclasses.replace(
         site,
         kernel=None if reasons else choice.kernel,
@@ -369,6 +377,6 @@ def _decide(
     return site, choice
 
 
-def _info(node: Value) -> TensorInfo | None:
+def _info(node: Value, placements: str) -> TensorInfo | None:
     tensor = example_tensor(node)
-    return None if tensor is None else TensorInfo.of(tensor)
+    return None if tensor is None else TensorInfo.of(tensor, placements)

@@ -39,10 +39,18 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
     if call.attn_mask is not None and call.is_causal is True:
         reasons.append("attn_mask with is_causal=True (SDPA refuses it)")
 
+    output = call.output()
+    if (
+        call.lse is not None and output is not None
+    ):  # autocast casts what our operator is given, and not a kernel's inputs
+        cast = around.autocast_dtype(output.device.type)
+        if cast not in (None, output.dtype):
+            reasons.append(reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none"))
+
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     values = {name: example_tensor(node) for name, node in tensors.items()}
     missing = [name for name, value in values.items() if value is None]
-    if missing or call.output() is None:
+    if missing or output is None:
         return [*reasons, f"no traced shape of {', '.join(missing) or 'the output'}"]
     present = {name: value for name, value in values.items() if value is not None}
     reasons += _subclass_reasons(call)
@@ -51,7 +59,8 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
 
 
 def _subclass_reasons(call: AttentionCall) -> list[str]:
-    """Reasons for operands of tensor subclasses with a dispatch of their own, which have no rule for our operator."""
+    """Reasons for operands of tensor subclasses with a dispatch of their own, which have no rule for our operator. A DTensor
+    has one; what is judged then are plain tensors, this rank's parts (`sharded.py`), unless others are none."""
     nodes = {
         "query": call.query,
         "key": call.key,
@@ -65,7 +74,8 @@ def _subclass_reasons(call: AttentionCall) -> list[str]:
         # Nested tensors are refused by their layout.
         if value is not None and not value.is_nested and dispatches_itself(value):
             names.setdefault(type(value).__name__, []).append(name)
-    return [reason(f"type of {', '.join(found)}", kind, "plain tensors") for kind, found in names.items()]
+    valid = "plain tensors, or DTensors alone"
+    return [reason(f"type of {', '.join(found)}", kind, valid) for kind, found in names.items()]
 
 
 def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: Config) -> list[str]:
@@ -74,6 +84,8 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
         return []
     if call.sink is not None:
         return [reason("requires_grad", "output", "none beside an attention sink; torch.no_grad()")]
+    if call.lse is not None and call.lse.is_read:
+        return [reason("requires_grad", "output", "none where the LSE is read; torch.no_grad()")]
     mask = example_tensor(call.attn_mask)
     if mask is not None and mask.requires_grad:
         return [reason("requires_grad", "attn_mask", "query, key and value, with training=True")]
@@ -143,9 +155,11 @@ def output_order(output: Tensor) -> list[int] | None:
     return order if is_dense(output, order) else None
 
 
-def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionProblem | None:
+def make_problem(
+    call: AttentionCall, mask: Mask, config: Config, gives_lse: bool = False
+) -> AttentionProblem | None:
     """The problem that kernels judge; None where shapes are missing, or are not of 2 to 4 dims. Its dtype is that of the output,
-    which autocast decides."""
+    which autocast decides. `gives_lse`: the output's parts are merged by their LSE."""
     output = call.output()
     tensors = [example_tensor(node) for node in (call.query, call.key, call.value)]
     if output is None or any(tensor is None or not 2 <= tensor.dim() <= 4 for tensor in tensors):
@@ -157,7 +171,8 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
-    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
+    gives_lse = gives_lse or call.sink is not None or (call.lse is not None and call.lse.is_read)
+    return AttentionProblem(q, k, v, spec, params, return_lse=gives_lse)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from sage_inductor.graph.sizes import (
     sizes_of,
 )
 from sage_inductor.operators import inference, training
+from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.patterns.axes import permutation
 from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report.site import Site
@@ -62,9 +64,18 @@ class Substitute:
     new: fx.Node
     gives_nhd: bool
     """Whether `new` lies in memory as `[batch, seq, heads, head_dim]`, whatever strides `old` had."""
+    lse: fx.Node | None = None
+    """The LSE, where `old` is a tuple of the output, the LSE and more."""
+    is_tuple: bool = False
 
     def replace(self) -> None:
         """Give the users of the call the new value, and erase nodes that nothing reads any more."""
+        if self.is_tuple:
+            for user in list(self.old.users):  # getitem(old, i)
+                item = self.new if user.args[1] == 0 else self.lse
+                assert item is not None, user
+                user.replace_all_uses_with(item)
+                self.old.graph.erase_node(user)
         self.old.replace_all_uses_with(self.new)
         if self.gives_nhd:
             for user in self.new.users:
@@ -76,9 +87,11 @@ class Substitute:
         _erase_unused(former_inputs)
 
 
-def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choice) -> Substitute:
+def insert_substitute(
+    call: AttentionCall, mask: Mask, site: Site, choice: Choice, moves_to: tuple[int, ...] | None = None
+) -> Substitute:
     """Insert our operator before `call`, with the site's kernel from the lengths of `choice` on. Options at their defaults are
-    not written out."""
+    not written out. `moves_to` are the dims by which a DTensor is to be sharded that the operator shards otherwise."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
@@ -87,11 +100,7 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     seeing = mask.seeing if call.sink is None else None
     if seeing is None and _is_transposed_and_copied(call):
         order = NHD
-        wants_gradients = output.requires_grad
-        with tracing(output):
-            output = torch.empty_permuted(
-                output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
-            )
+        output = _in_nhd(output)
     options: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "scale": call.scale,
@@ -108,7 +117,10 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
+    gives_lse = call.lse is not None and call.lse.is_read
     target = training.attention_training if output.requires_grad else inference.attention
+    if gives_lse:
+        target = inference.attention_lse
     if output.requires_grad and call.node.target in SDPA_TARGETS:
         kwargs["gradient_order"] = _gradient_order(call)
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
@@ -118,6 +130,15 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
+        lse = None
+        if gives_lse:
+            new, lse = _output_and_lse(new, output, call)
+        if moves_to is not None:
+            # The nodes behind were traced with these placements.
+            from sage_inductor.operators.distributed.handler import placed
+
+            new = graph.call_function(placed, (new, moves_to))
+            new.meta = {**old.meta, "example_value": output}
         if seeing is not None:
             new = with_uniform_rows(new, seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
@@ -125,7 +146,38 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             value = traced(new.meta["example_value"], ((method, arguments),))
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
-    return Substitute(old, new, gives_nhd=order == NHD and not call.restore)
+    return Substitute(old, new, order == NHD and not call.restore, lse, call.lse is not None)
+
+
+def _output_and_lse(both: fx.Node, output: Tensor, call: AttentionCall) -> tuple[fx.Node, fx.Node]:
+    """The items of `both`, a call of the operator that gives output and LSE: the LSE in the form that `call` gives it in."""
+    graph, form = both.graph, call.lse
+    assert form is not None
+    with tracing(output):
+        value = torch.empty(output.shape[:-1], dtype=torch.float32, device=output.device)
+    site, inherited = both.meta["sage_site"], {**both.meta}
+    del inherited["sage_site"]
+    both.meta = {**inherited, "example_value": (output, value), "sage_site": site}
+    first, last = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
+    first.meta, last.meta = {**inherited, "example_value": output}, {**inherited, "example_value": value}
+    for step, arguments in form.steps:
+        if isinstance(step, str):
+            last = graph.call_method(step, (last, *arguments))
+        else:
+            last = graph.call_function(step, (last, *arguments))
+        last.meta = {**inherited, "example_value": form.value}
+    return first, last
+
+
+def _in_nhd(output: Tensor) -> Tensor:
+    """What tracing would record for `output` in the order NHD."""
+    if is_dtensor(output):
+        return traced(output, (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2))))
+    wants_gradients = output.requires_grad
+    with tracing(output):
+        return torch.empty_permuted(
+            output.shape, NHD, dtype=output.dtype, device=output.device, requires_grad=wants_gradients
+        )
 
 
 def _has_known_sizes(item: Value) -> bool:

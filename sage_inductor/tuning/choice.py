@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.kernels import Kernel
 from sage_inductor.tuning import measure as measuring
+from sage_inductor.tuning.agreement import Choice, Vote, agreed
 from sage_inductor.tuning.comparison import Comparison
 from sage_inductor.tuning.machine import Machine, machine
 from sage_inductor.tuning.measure import CannotMeasure
@@ -28,23 +29,10 @@ LONGER = 4
 SHORTEST = 128
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What runs at a site.
-
-    `kernel` runs from `min_q_len` queries and `min_kv_len` keys on, and exact attention below. None leaves SDPA, for all
-    the `reasons`. `speedup` is SDPA's time over the kernel's, where that was measured.
-    """
-
-    kernel: str | None
-    reasons: tuple[str, ...] = ()
-    speedup: float | None = None
-    min_q_len: int = 0
-    min_kv_len: int = 0
-
-
-def choose(comparison: Comparison, config: Config) -> Choice:
-    """The kernel for the site, or SDPA and every reason. Sizes may be symbolic; none is guarded on."""
+def choose(comparison: Comparison, config: Config, precision_is_open: bool = False) -> Choice:
+    """The kernel for the site, or SDPA and every reason. Sizes may be symbolic; none is guarded on. Where times are measured
+    and this process is a rank of several, it is what all ranks choose. `precision_is_open`: the precision is this device's
+    fastest, and may be another on another's."""
     problem = comparison.problem
     if config.kernel != "auto":
         kernel, reasons = kernels.select(problem, config.kernel)
@@ -53,6 +41,21 @@ def choose(comparison: Comparison, config: Config) -> Choice:
     if against:
         return Choice(None, tuple(against))
     candidates, refused = kernels.candidates(problem)
+    unable = {name: "; ".join(reasons) for name, reasons in refused.items()}
+    choice = _of_this_rank(comparison, config, candidates, refused, unable)
+    if config.tune != "measure":
+        return choice
+    return agreed(comparison, Vote(choice, problem.params.precision, unable), precision_is_open)
+
+
+def _of_this_rank(
+    comparison: Comparison,
+    config: Config,
+    candidates: Sequence[Kernel],
+    refused: Mapping[str, Sequence[str]],
+    unable: dict[str, str],
+) -> Choice:
+    """What this process chooses among `candidates`. Those that fail while they are measured are added to `unable`."""
     others = [text for reasons in refused.values() for text in reasons]
     if not candidates:
         return Choice(None, tuple(others))
@@ -62,7 +65,7 @@ def choose(comparison: Comparison, config: Config) -> Choice:
     choice = None
     if config.tune == "measure":
         try:
-            choice = _across_lengths(comparison, _by_measurement(candidates, config))
+            choice = _across_lengths(comparison, _by_measurement(candidates, config, unable))
         except CannotMeasure as why:
             note = [f"tune=measure: {why} (decided by the shipped table)"]
             if note[0] not in _warned:  # once, for as many equal layers as there are
@@ -148,7 +151,7 @@ def _by_table(candidates: Sequence[Kernel]) -> _Judge:
     return judge
 
 
-def _by_measurement(candidates: Sequence[Kernel], config: Config) -> _Judge:
+def _by_measurement(candidates: Sequence[Kernel], config: Config, unable: dict[str, str]) -> _Judge:
     names = [kernel.name for kernel in candidates]
 
     def judge(comparison: Comparison) -> _Outcome:
@@ -156,7 +159,9 @@ def _by_measurement(candidates: Sequence[Kernel], config: Config) -> _Judge:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise CannotMeasure("no GPU to measure on")
         here = machine(device)
-        return _verdict(_result(comparison, names, config, here), comparison, names, here)
+        result = _result(comparison, names, config, here)
+        unable.update(result.failed)
+        return _verdict(result, comparison, names, here)
 
     return judge
 

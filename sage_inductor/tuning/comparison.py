@@ -46,6 +46,8 @@ class Comparison:
 
     problem: AttentionProblem
     sdpa: SdpaCall
+    whole: str = ""
+    """The inputs as all ranks have them together, where each has a part of them; "" where they are this process's own."""
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -60,11 +62,13 @@ class Comparison:
 
     def hinted(self) -> Comparison:
         """The comparison at the sizes that it was traced with."""
-        return Comparison(_hinted(self.problem), _hinted(self.sdpa))
+        return Comparison(_hinted(self.problem), _hinted(self.sdpa), self.whole)
 
     def at(self, q_len: int, kv_len: int) -> Comparison:
         """A hinted comparison at other lengths; strides keep their order, and gaps their share."""
-        return Comparison(_resized(self.problem, q_len, kv_len), _resized(self.sdpa, q_len, kv_len))
+        return Comparison(
+            _resized(self.problem, q_len, kv_len), _resized(self.sdpa, q_len, kv_len), self.whole
+        )
 
     def key(self) -> dict[str, Any]:
         """Everything in a hinted comparison, and in torch's settings, that times depend on; lengths by their bucket. It can

@@ -49,8 +49,8 @@ OWN = {
     ),
     "another's": (lambda x: flash(x), "flash_attn_stub::_flash_attn_forward"),
     "torch's": (
-        lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0],
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        lambda x: torch.ops.aten._scaled_dot_product_attention_math(x, x, x)[0],
+        "aten::_scaled_dot_product_attention_math",
     ),
 }
 
@@ -87,6 +87,7 @@ def test_what_is_a_site_is_not_listed_besides() -> None:
     for function in (
         lambda q: F.scaled_dot_product_attention(q, q, q),
         lambda q: torch.ops.aten.scaled_dot_product_attention(q, q, q),
+        lambda q: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0],
         lambda q: mha(q[0], q[0], q[0])[0],
     ):
         assert explain(function, q).operators == () != explain(function, q).sites

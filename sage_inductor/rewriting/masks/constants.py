@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from sage_inductor.graph.call import Expr, Value, example_tensor, leaves
 from sage_inductor.graph.facts import fill, is_function, operation
 from sage_inductor.graph.writes import Writes, writes_in_place
-from sage_inductor.torch_internals import outside_fake_tensors
+from sage_inductor.torch_internals import is_dtensor, outside_fake_tensors
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
         return None
     nodes = leaves(node)
     ancestors = _constant_ancestors(nodes, writes) if nodes else []
-    if ancestors is None:
+    # To make a DTensor may send something, which other ranks would have to receive.
+    if ancestors is None or any(is_dtensor(example_tensor(item)) for item in (node, *ancestors)):
         return None
     device = torch.device(example.device.type)
     if device.type == "cuda" and not torch.cuda.is_available():

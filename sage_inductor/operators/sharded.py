@@ -1,0 +1,20 @@
+"""DTensors given to our operators: asked about by everyone, while torch.distributed.tensor is imported by nobody in vain."""
+
+from __future__ import annotations
+
+from sage_inductor.torch_internals import is_dtensor
+
+__all__ = ["are_taught", "is_dtensor"]
+
+
+def are_taught() -> bool:
+    """DTensors know our operators from here on; True. Call it where there are DTensors. Raises RuntimeError where this torch's
+    DTensor is not as known."""
+    from sage_inductor.operators.distributed.handler import register
+
+    register()
+    return True
+
+
+# Dynamo calls it while tracing, and takes what it returns for a constant.
+are_taught._dynamo_marked_constant = True  # type: ignore[attr-defined]

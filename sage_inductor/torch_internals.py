@@ -26,6 +26,8 @@ __all__ = [
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
+    "called_by",
+    "compiled_calls",
     "compiled_one_by_one",
     "configured_pre_grad_pass",
     "context_parallel_is_active",
@@ -114,6 +116,27 @@ def compiled_one_by_one(modules: Sequence[torch.nn.Module], **compile_args: Any)
     try:
         for module in modules:
             module.compile(**compile_args)
+        yield
+    finally:
+        for module, call in zip(modules, before, strict=True):
+            module._compiled_call_impl = call
+
+
+def compiled_calls(modules: Sequence[torch.nn.Module], **compile_args: Any) -> list[Callable[..., Any]]:
+    """What `module.compile(**compile_args)` would let each module's calls be; the modules stay as they are."""
+    with compiled_one_by_one(modules, **compile_args):
+        return [module._compiled_call_impl for module in modules]
+
+
+@contextmanager
+def called_by(
+    modules: Sequence[torch.nn.Module], calls: Sequence[Callable[..., Any] | None]
+) -> Iterator[None]:
+    """Inside, calls of each module go to its own of `calls`, which `compiled_calls` gave; None: to no compiled code."""
+    before = [module._compiled_call_impl for module in modules]
+    try:
+        for module, call in zip(modules, calls, strict=True):
+            module._compiled_call_impl = call
         yield
     finally:
         for module, call in zip(modules, before, strict=True):

@@ -37,6 +37,7 @@ ROOMS: tuple[str, ...] = (
     "backend",
     "backends",
     "testing",
+    "integrations",
     "__init__",
     "cli",
     "__main__",

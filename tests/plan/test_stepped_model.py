@@ -200,13 +200,13 @@ def test_steps_follow_the_timestep(plan: Plan, timesteps: Any, expected: list[in
     counted = []
     for index, timestep in enumerate(timesteps):
         given = form(timestep)
-        stepped._steps.advance(
+        stepped._steps.counter.advance(
             (None, given) if index % 2 else (None,), {} if index % 2 else {"timestep": given}
         )
         counted.append(stepped.step)
     assert counted == expected
     stepped.reset()
-    stepped._steps.advance((None, form(1)), {})
+    stepped._steps.counter.advance((None, form(1)), {})
     assert stepped.step == 0
 
 

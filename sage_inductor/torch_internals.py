@@ -125,7 +125,7 @@ def compiled_one_by_one(modules: Sequence[torch.nn.Module], **compile_args: Any)
 def compiled_calls(modules: Sequence[torch.nn.Module], **compile_args: Any) -> list[Callable[..., Any]]:
     """What `module.compile(**compile_args)` would let each module's calls be; the modules stay as they are."""
     with compiled_one_by_one(modules, **compile_args):
-        return [module._compiled_call_impl for module in modules]
+        return cast(list[Callable[..., Any]], [module._compiled_call_impl for module in modules])
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def _on_one_part(
         if masks:
             attn_mask = next(turns)
         # A ring's parts come out of a collective that may still be under way.
-        given = (diffusers.waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
-        out = sage_attention(*given, attn_mask, scale=scale, return_lse=return_lse, **options)
+        q, k, v = (diffusers.waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
+        out = sage_attention(q, k, v, attn_mask, scale=scale, return_lse=return_lse, **options)
         if isinstance(out, Tensor):
             return out.transpose(1, 2)
         return out[0].transpose(1, 2), out[1].transpose(1, 2).clamp(min=NOTHING_ATTENDED)

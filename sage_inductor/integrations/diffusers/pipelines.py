@@ -43,7 +43,10 @@ def time_argument(model: nn.Module) -> str:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model that `compile_steps` was given, or `model` itself."""
-    return model.uncompiled if isinstance(model, SteppedModel) else model
+    if not isinstance(model, SteppedModel):
+        return model
+    assert isinstance(model.uncompiled, nn.Module)
+    return model.uncompiled
 
 
 def _time_of(model: nn.Module) -> str | None:

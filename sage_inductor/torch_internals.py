@@ -63,6 +63,7 @@ __all__ = [
     "surfaced",
     "tensors_of",
     "trace_artifact",
+    "waited_for",
     "without_guards",
     "without_leaving_dynamo_entries",
     "without_limit_of_recompiles",
@@ -441,6 +442,17 @@ def context_parallel_is_active() -> bool:
 
 # Dynamo calls it while tracing, and takes what it returns for a constant.
 context_parallel_is_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def waited_for(tensor: torch.Tensor) -> torch.Tensor:
+    """What a functional collective gave, as a plain tensor; any other tensor as it is."""
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return cast(torch.Tensor, tensor.wait())
+    return tensor
 
 
 def dispatches_itself(tensor: torch.Tensor) -> bool:

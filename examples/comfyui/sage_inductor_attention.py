@@ -73,7 +73,10 @@ def reason_against(given: dict[str, Any], kernel: str, sigmas: tuple[float, floa
         options = given.get("transformer_options") or {}
         sigma = options.get("sigmas")
         # Sigmas of a sampler are float32: one at the end of the range is in it.
-        if sigma is not None and not sigmas[0] + ROUNDING >= float(sigma.flatten()[0]) >= sigmas[1] - ROUNDING:
+        if (
+            sigma is not None
+            and not sigmas[0] + ROUNDING >= float(sigma.flatten()[0]) >= sigmas[1] - ROUNDING
+        ):
             return "a step outside of the range"
     return ""
 

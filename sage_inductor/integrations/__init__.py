@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sage_inductor.integrations import diffusers, fastvideo
+    from sage_inductor.integrations import diffusers, fastvideo, xdit
 
-__all__ = ["diffusers", "fastvideo"]
+__all__ = ["diffusers", "fastvideo", "xdit"]
 
 
 def __getattr__(name: str) -> Any:

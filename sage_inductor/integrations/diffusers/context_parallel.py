@@ -18,6 +18,7 @@ from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import sage_attention
+from sage_inductor.torch_internals import waited_for
 
 # The log-sum-exp of a row that may attend no key of a part is -inf, of which diffusers' merging makes NaN (inf - inf). This is
 # finite, far below what scores come to, and near enough to 0 that float32 keeps 4 digits of what is merged with it.
@@ -35,13 +36,13 @@ def attention_of_ranks(
     enable_gqa: bool,
     return_lse: bool,
     parallel_config: Any,
-    diffusers: internals.ContextParallelism,
+    templated: Callable[..., Any],
     options: dict[str, Any],
 ) -> Any:
     """Attention of this rank's queries to the keys of all ranks.
 
     query, key, value: this rank's part, `[batch, seq / ranks, heads, head_dim]`. attn_mask: four dims, over this rank's keys or
-    over those of all. `options` are those of `sage_attention`.
+    over those of all. templated: diffusers' own ring and Ulysses. options: those of `sage_attention`.
 
     Raises:
         NotEligibleError: gradients or dropout.
@@ -60,15 +61,13 @@ def attention_of_ranks(
         # The ring begins with a rank's own part, and goes on to that of the next rank.
         masks = [parts[(place + turn) % ring] for turn in range(ring)]
         attn_mask = None
-    return diffusers.attention(
+    return templated(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse,
-        forward_op=_on_one_part(masks, diffusers, options), backward_op=_no_backward, _parallel_config=parallel_config,
+        forward_op=_on_one_part(masks, options), backward_op=_no_backward, _parallel_config=parallel_config,
     )  # fmt: skip
 
 
-def _on_one_part(
-    masks: list[Tensor], diffusers: internals.ContextParallelism, options: dict[str, Any]
-) -> Callable[..., Any]:
+def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
     """What diffusers calls on each part. `masks` are those of the parts, in turn; empty where there is one mask, or none."""
     turns = iter(masks)
 
@@ -89,7 +88,7 @@ def _on_one_part(
         if masks:
             attn_mask = next(turns)
         # A ring's parts come out of a collective that may still be under way.
-        q, k, v = (diffusers.waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
+        q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
         out = sage_attention(q, k, v, attn_mask, scale=scale, return_lse=return_lse, **options)
         if isinstance(out, Tensor):
             return out.transpose(1, 2)

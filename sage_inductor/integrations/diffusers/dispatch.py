@@ -79,7 +79,7 @@ def registered() -> tuple[str, ...]:
 
 
 def _attention(kernel: str, precision: str) -> Callable[..., Any]:
-    parallel = internals.context_parallelism()
+    templated = internals.context_parallel_attention()
 
     def attention(
         query: Tensor,
@@ -109,7 +109,7 @@ def _attention(kernel: str, precision: str) -> Callable[..., Any]:
                 enable_gqa,
                 return_lse,
                 _parallel_config,
-                parallel,
+                templated,
                 options,
             )
         given = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)

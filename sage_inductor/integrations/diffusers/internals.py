@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 OLDEST = (0, 36)
 NEWEST = (0, 42)  # the newest that the tests were run with
@@ -42,7 +41,7 @@ def dispatcher() -> Any:
             for holder, names in (
                 (
                     attention_dispatch,
-                    ("AttentionBackendName", "_templated_context_parallel_attention", "_wait_tensor"),
+                    ("AttentionBackendName", "_templated_context_parallel_attention"),
                 ),
                 (
                     registry,
@@ -111,19 +110,10 @@ def _processors(model: nn.Module) -> Iterator[Any]:
             yield processor
 
 
-@dataclass(frozen=True)
-class ContextParallelism:
-    """What diffusers moves the parts of a sequence with."""
-
-    attention: Callable[..., Any]
-    """Its ring and Ulysses, around an attention of one rank."""
-    waited_for: Callable[[Tensor], Tensor]
-    """What a collective gave, as a plain tensor."""
-
-
-def context_parallelism() -> ContextParallelism:
-    module = dispatcher()
-    return ContextParallelism(module._templated_context_parallel_attention, module._wait_tensor)
+def context_parallel_attention() -> Callable[..., Any]:
+    """diffusers' ring and Ulysses, around an attention of one rank."""
+    attention: Callable[..., Any] = dispatcher()._templated_context_parallel_attention
+    return attention
 
 
 def parallel_degrees(parallel_config: Any) -> tuple[int, int, int]:

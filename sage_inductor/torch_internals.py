@@ -451,7 +451,7 @@ def waited_for(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     if isinstance(tensor, AsyncCollectiveTensor):
-        return cast(torch.Tensor, tensor.wait())
+        return tensor.wait()
     return tensor
 
 

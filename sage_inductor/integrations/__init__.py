@@ -1,9 +1,8 @@
-"""One line for the libraries in which people hold their models. A module each, imported when it is first asked for.
+"""Other libraries' ways of choosing attention, a library a module.
 
-A module imports the library that it is named after only where it is called, so that none has to be installed.
+A module is imported when it is first asked for, as `sage_inductor.integrations.diffusers` or by an import, and imports its
+library when one of its functions is called.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,3 +17,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r} (valid: {', '.join(__all__)})")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sage_inductor.calibration.calibrate import calibrate
 from sage_inductor.config import Config
@@ -19,7 +19,7 @@ from sage_inductor.integrations.diffusers.quality import OutputLoss, output_loss
 from sage_inductor.measurement.progress import ProgressCallback
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.stepped import StepCounter, Stepping, stepped
-from sage_inductor.testing import RewritingBackend
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.torch_internals import called_by
 
 Samples = dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -218,8 +218,14 @@ class _Eager(Stepping):
         )
         if kernel == "auto" and not any(tensor.is_cuda for tensor in tensors):
             kernel = "reference"  # what `calibrate` measures with where no kernel can run
-        backend = RewritingBackend(replace(self.config, kernel=kernel, plan=plan))
-        return torch.compile(self.model, backend=backend, dynamic=False)
+        chosen = replace(self.config, kernel=kernel, plan=plan)
+
+        def rewritten(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            rewrite_graph(graph_module.graph, chosen)
+            graph_module.recompile()
+            return graph_module.forward
+
+        return torch.compile(self.model, backend=rewritten, dynamic=False)
 
 
 @contextmanager

@@ -6,16 +6,16 @@ backend up by its member. So a member is added as Enum's own machinery would hav
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from enum import Enum
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-OLDEST = (0, 36)
-NEWEST = (0, 42)  # the newest that the tests were run with
-SUPPORTED = "0.36 to 0.42"
+from sage_inductor.integrations.versions import require
+
+SUPPORTED = ("0.36", "1")  # from the first, below the second, where they have what is used here
 
 
 def dispatcher() -> Any:
@@ -24,14 +24,7 @@ def dispatcher() -> Any:
     Raises:
         ImportError: diffusers is not installed, or its version is not supported. Names the versions that are.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f"diffusers is not installed (supported: {SUPPORTED}): {error}") from error
-    version = str(diffusers.__version__)
-    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if found < OLDEST:
-        raise ImportError(f"diffusers {version} (supported: {SUPPORTED})")
+    require("diffusers", *SUPPORTED)
     try:
         from diffusers.models import attention_dispatch
 
@@ -53,10 +46,17 @@ def dispatcher() -> Any:
             if not hasattr(holder, name)
         ]
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"diffusers {version} (supported: {SUPPORTED}): {error}") from error
+        raise ImportError(f"{_of_another_form()}: {error}", name="diffusers") from error
     if missing:
-        raise ImportError(f"diffusers {version} has no {', '.join(missing)} (supported: {SUPPORTED})")
+        raise ImportError(f"{_of_another_form()}: no {', '.join(missing)}", name="diffusers")
     return attention_dispatch
+
+
+def _of_another_form() -> str:
+    return (
+        f"the attention dispatcher of diffusers {version('diffusers')} has another form than that of 0.36 to 0.42, which are "
+        "supported"
+    )
 
 
 def backend_names() -> list[str]:

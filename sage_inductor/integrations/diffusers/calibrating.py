@@ -81,7 +81,7 @@ def calibrate_pipeline(
 
     Raises:
         TypeError, ValueError: an argument that is not valid; no model that runs in steps; a model that is set to an attention
-            backend of `register`, whose attention is not exact; an output without images.
+            backend of `register`, or to one of diffusers' Sage backends, whose attention is not exact; an output without images.
         RuntimeError: no model was called in steps.
     """
     if isinstance(ranges, bool) or not isinstance(ranges, int) or ranges < 1:
@@ -89,7 +89,8 @@ def calibrate_pipeline(
     chosen = Config.of(config)
     models = {name: uncompiled(model) for name, model in denoisers(pipeline).items()}
     for name, model in models.items():
-        inexact = internals.backends_in_use(model) & set(dispatch.registered())
+        used = internals.backends_in_use(model)
+        inexact = [backend for backend in used if backend in dispatch.registered() or "sage" in backend]
         if inexact:
             raise ValueError(
                 f"{name} has the attention backend {', '.join(inexact)} (valid: one that is exact; {name}.reset_attention_backend(), "
@@ -119,6 +120,10 @@ def calibrate_pipeline(
             )
             for name, recorder in recorders.items()
         }  # fmt: skip
+        if chosen.kernel == "auto" and not any(recorder.on_gpu for recorder in recorders.values()):
+            chosen = replace(
+                chosen, kernel="reference"
+            )  # what `calibrate` measures with where no kernel can run
         planned = {
             name: stepped(
                 _Eager(models[name], plan, {}, {}, follow=time_argument(models[name]), config=chosen)
@@ -156,6 +161,7 @@ class _Recorder:
         self.model = model
         self.samples: Samples = {}
         self._counter = StepCounter(model, time)
+        self.on_gpu = False
         self._kept: list[Tensor] = []
 
     @contextmanager
@@ -182,7 +188,8 @@ class _Recorder:
             for kept in self._kept:
                 if kept.shape == value.shape and kept.dtype == value.dtype and torch.equal(kept, value):
                     return kept
-            self._kept = [*self._kept[-7:], value.detach().clone()]
+            self.on_gpu |= value.is_cuda
+            self._kept = [*self._kept[-31:], value.detach().clone()]
             return self._kept[-1]
         if isinstance(value, dict):
             return {name: self._copy(item) for name, item in value.items()}
@@ -212,13 +219,7 @@ class _Eager(Stepping):
     config: Config = Config()
 
     def compile(self, plan: Plan) -> Callable[..., Any]:
-        kernel = self.config.kernel
-        tensors = (
-            [*self.model.parameters(), *self.model.buffers()] if isinstance(self.model, nn.Module) else []
-        )
-        if kernel == "auto" and not any(tensor.is_cuda for tensor in tensors):
-            kernel = "reference"  # what `calibrate` measures with where no kernel can run
-        chosen = replace(self.config, kernel=kernel, plan=plan)
+        chosen = replace(self.config, plan=plan)
 
         def rewritten(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             rewrite_graph(graph_module.graph, chosen)

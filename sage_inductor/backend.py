@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.plan.blocks import blocks_of
 from sage_inductor.plan.plan import Plan
 from sage_inductor.report.report import Report
 from sage_inductor.report.site import AttentionOperator, Site, Unread, unique_names
@@ -81,7 +81,7 @@ def enabled(config: Config | None = None) -> Iterator[None]:
     configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours. Warns, once, where nothing was compiled
     inside, and where code that was compiled inside is compiled again outside, for inputs of another shape.
     """
-    from sage_inductor.graph_pass import SageAttentionPass  # imports Inductor
+    from sage_inductor.rewriting.graph_pass import SageAttentionPass  # imports Inductor
     from sage_inductor.rewriting.scope import covering_all_threads
 
     graph_pass = SageAttentionPass(config).before(configured_pre_grad_pass())
@@ -135,7 +135,7 @@ def explain(
             raise surfaced(error) from None
         return graph_module.forward
 
-    blocks = _blocks(model, regional)
+    blocks = blocks_of(model, regional)
     with without_leaving_dynamo_entries(collect):
         if blocks:
             with compiled_one_by_one(blocks, backend=collect, dynamic=dynamic):
@@ -156,25 +156,6 @@ def explain(
         tuple(operators),
         unmatched_text(left, sites) if left else "",
     )
-
-
-def _blocks(model: Callable[..., Any], regional: bool | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    """The modules that `regional` names; none for False. Raises ValueError where it names no module."""
-    if regional is False:
-        return []
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    classes = getattr(model, "_repeated_blocks", None) if regional is True else regional
-    if isinstance(classes, str):
-        raise TypeError(
-            f"regional={classes!r} (valid: True, False, a tuple or list of classes or their names)"
-        )
-    wanted = {cls if isinstance(cls, str) else cls.__name__ for cls in classes or ()}
-    blocks = [module for module in modules if wanted & {cls.__name__ for cls in type(module).__mro__}]
-    if not blocks:
-        counts = Counter(type(module).__name__ for module in modules)
-        repeated = ", ".join(name for name, count in counts.items() if count > 1) or "none"
-        raise ValueError(f"regional={regional!r} names no module (classes that repeat: {repeated})")
-    return blocks
 
 
 def rewrite_exported(

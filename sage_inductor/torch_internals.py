@@ -27,6 +27,8 @@ __all__ = [
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
+    "called_by",
+    "compiled_calls",
     "compiled_one_by_one",
     "configured_pre_grad_pass",
     "context_parallel_is_active",
@@ -71,6 +73,7 @@ __all__ = [
     "surfaced",
     "tensors_of",
     "trace_artifact",
+    "waited_for",
     "without_guards",
     "without_leaving_dynamo_entries",
     "without_limit_of_recompiles",
@@ -124,6 +127,27 @@ def compiled_one_by_one(modules: Sequence[torch.nn.Module], **compile_args: Any)
     try:
         for module in modules:
             module.compile(**compile_args)
+        yield
+    finally:
+        for module, call in zip(modules, before, strict=True):
+            module._compiled_call_impl = call
+
+
+def compiled_calls(modules: Sequence[torch.nn.Module], **compile_args: Any) -> list[Callable[..., Any]]:
+    """What `module.compile(**compile_args)` would let each module's calls be; the modules stay as they are."""
+    with compiled_one_by_one(modules, **compile_args):
+        return cast(list[Callable[..., Any]], [module._compiled_call_impl for module in modules])
+
+
+@contextmanager
+def called_by(
+    modules: Sequence[torch.nn.Module], calls: Sequence[Callable[..., Any] | None]
+) -> Iterator[None]:
+    """Inside, calls of each module go to its own of `calls`, which `compiled_calls` gave; None: to no compiled code."""
+    before = [module._compiled_call_impl for module in modules]
+    try:
+        for module, call in zip(modules, calls, strict=True):
+            module._compiled_call_impl = call
         yield
     finally:
         for module, call in zip(modules, before, strict=True):
@@ -435,6 +459,17 @@ def context_parallel_is_active() -> bool:
 
 # Dynamo calls it while tracing, and takes what it returns for a constant.
 context_parallel_is_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def waited_for(tensor: torch.Tensor) -> torch.Tensor:
+    """What a functional collective gave, as a plain tensor; any other tensor as it is."""
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.wait()
+    return tensor
 
 
 def dispatches_itself(tensor: torch.Tensor) -> bool:

@@ -5,44 +5,34 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sage_inductor.plan.blocks import blocks_of
 from sage_inductor.plan.plan import Plan
+from sage_inductor.torch_internals import called_by, compiled_calls
 
 
 @dataclass(eq=False)
-class _Stepping:
-    """The compiled versions of a model, and its present step."""
+class StepCounter:
+    """Counts the steps of a model by an argument that it is called with."""
 
     model: Callable[..., Any]
-    plan: Plan
-    options: dict[str, Any]
-    compile_args: dict[str, Any]
-    steps: int | None = None
-    follow: str | None = None
+    follow: str | None
     step: int = 0
-    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
-    of_step: dict[int, Callable[..., Any]] = field(default_factory=dict)
     last: float | None = None
     """The value of the followed argument at the last call."""
     falls: bool | None = None
     """Whether the followed argument goes down from step to step; None during the first step."""
 
-    def of(self, model: Callable[..., Any]) -> _Stepping:
-        """The same for another model, at its first step."""
-        return _Stepping(
-            model, self.plan, dict(self.options), dict(self.compile_args), self.steps, self.follow
-        )
-
     def reset(self) -> None:
         self.step, self.last, self.falls = 0, None, None
 
     def advance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Set the step that this call belongs to, by the argument that is followed."""
+        """Set the step that this call belongs to."""
         value = _value_of(self.model, str(self.follow), args, kwargs)
         if self.last is None:
             self.last = value
@@ -54,20 +44,62 @@ class _Stepping:
                 self.reset()
             self.last = value
 
+
+@dataclass(eq=False)
+class Stepping:
+    """The compiled versions of a model, and its present step."""
+
+    model: Callable[..., Any]
+    plan: Plan
+    options: dict[str, Any]
+    compile_args: dict[str, Any]
+    steps: int | None = None
+    follow: str | None = None
+    regional: bool = False
+    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    of_step: dict[int, Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.counter = StepCounter(self.model, self.follow)
+
+    def of(self, model: Callable[..., Any]) -> Stepping:
+        """The same for another model, at its first step."""
+        return replace(
+            self,
+            model=model,
+            options=dict(self.options),
+            compile_args=dict(self.compile_args),
+            compiled={},
+            of_step={},
+        )
+
     def callable_now(self) -> Callable[..., Any]:
-        if self.step not in self.of_step:
-            plan = self.plan.at(self.step)
+        step = self.counter.step
+        if step not in self.of_step:
+            plan = self.plan.at(step)
             decisions = tuple((site.name, site.fingerprint, site.decision) for site in plan.sites)
             if decisions not in self.compiled:
-                options: dict[str, Any] = {**self.options, "sage.plan": plan}
-                self.compiled[decisions] = torch.compile(
-                    self.model,
-                    backend="sage_inductor",
-                    options=options,
-                    **self.compile_args,
-                )
-            self.of_step[self.step] = self.compiled[decisions]
-        return self.of_step[self.step]
+                self.compiled[decisions] = self.compile(plan)
+            self.of_step[step] = self.compiled[decisions]
+        return self.of_step[step]
+
+    def compile(self, plan: Plan) -> Callable[..., Any]:
+        """The model compiled with the decisions of a plan that does not depend on the step."""
+        arguments: dict[str, Any] = {
+            "backend": "sage_inductor",
+            "options": {**self.options, "sage.plan": plan},
+            **self.compile_args,
+        }
+        if not self.regional:
+            return torch.compile(self.model, **arguments)
+        blocks = blocks_of(self.model, True)
+        calls = compiled_calls(blocks, **arguments)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with called_by(blocks, calls):
+                return self.model(*args, **kwargs)
+
+        return call
 
 
 class SteppedModel(nn.Module):
@@ -79,14 +111,14 @@ class SteppedModel(nn.Module):
     """
 
     __slots__ = ("_steps",)  # not in the state that is shared
-    _steps: _Stepping
+    _steps: Stepping
 
     @property
     def step(self) -> int:
         """The step that the next call belongs to, from 0. Set it before each call, e.g. in a pipeline's callback, unless
         an argument is followed. With `steps=n`, step n is step 0 of the next run. Setting it raises ValueError for anything
         but an int from 0, and where an argument is followed."""
-        return self._steps.step
+        return self._steps.counter.step
 
     @step.setter
     def step(self, step: int) -> None:
@@ -96,20 +128,25 @@ class SteppedModel(nn.Module):
             raise ValueError(
                 f"step={step} (valid: not to be set, it is counted by {self._steps.follow!r}; reset() begins anew)"
             )
-        self._steps.step = step if self._steps.steps is None else step % self._steps.steps
+        self._steps.counter.step = step if self._steps.steps is None else step % self._steps.steps
+
+    @property
+    def uncompiled(self) -> Callable[..., Any]:
+        """The model itself."""
+        return self._steps.model
 
     def reset(self) -> None:
         """Begin a run: the next call is of step 0."""
-        self._steps.reset()
+        self._steps.counter.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         steps = self._steps
         if steps.follow is not None:
-            steps.advance(args, kwargs)
+            steps.counter.advance(args, kwargs)
         return steps.callable_now()(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteppedModel:
-        return _stepped(self._steps.of(copy.deepcopy(self._steps.model, memo)))
+        return stepped(self._steps.of(copy.deepcopy(self._steps.model, memo)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         steps = self._steps
@@ -120,6 +157,7 @@ class SteppedModel(nn.Module):
             steps.compile_args,
             steps.steps,
             steps.follow,
+            steps.regional,
         )
 
 
@@ -139,6 +177,7 @@ def compile_steps(
     *,
     steps: int | None = None,
     follow: str | None = None,
+    regional: bool = False,
     options: Mapping[str, Any] | None = None,
     **compile_args: Any,
 ) -> SteppedModel:
@@ -166,6 +205,8 @@ def compile_steps(
             call is of step 0. A call with another value is of the next step; one with the same value, such as a second
             call for guidance, of the same step. A value that turns back, up where it went down or down where it went up,
             begins a new run at 0. Call `reset()` after a run that was cut short.
+        regional: compile the blocks that the model names in `_repeated_blocks` one by one, as diffusers'
+            `compile_repeated_blocks` does, not the whole model.
         options: those of `torch.compile(backend="sage_inductor")`, without "sage.plan".
         compile_args: further arguments of `torch.compile`.
 
@@ -181,7 +222,8 @@ def compile_steps(
         raise ValueError(f"steps={steps} and follow={follow!r} (valid: one of them)")
     if follow is not None and follow not in (names := list(_signature(model).parameters)):
         raise ValueError(f"follow={follow!r} (valid: a parameter of the model: {', '.join(names)})")
-    return _rebuilt(model, plan, dict(options), compile_args, steps, follow)
+    blocks_of(model, regional)
+    return _rebuilt(model, plan, dict(options), compile_args, steps, follow, regional)
 
 
 def _rebuilt(
@@ -191,11 +233,13 @@ def _rebuilt(
     compile_args: dict[str, Any],
     steps: int | None,
     follow: str | None,
+    regional: bool = False,
 ) -> SteppedModel:
-    return _stepped(_Stepping(model, plan, options, compile_args, steps, follow))
+    return stepped(Stepping(model, plan, options, compile_args, steps, follow, regional))
 
 
-def _stepped(steps: _Stepping) -> SteppedModel:
+def stepped(steps: Stepping) -> SteppedModel:
+    """The module that stands for `steps.model`."""
     model = steps.model
     if not isinstance(model, nn.Module):
         function = _SteppedFunction()
@@ -204,12 +248,10 @@ def _stepped(steps: _Stepping) -> SteppedModel:
     cls = type(model)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # The class has the same name, because pipelines write down the class of each of their models.
-    stepped: SteppedModel = object.__new__(
-        type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()})
-    )
-    object.__setattr__(stepped, "__dict__", model.__dict__)
-    object.__setattr__(stepped, "_steps", steps)
-    return stepped
+    made: SteppedModel = object.__new__(type(cls.__name__, (SteppedModel, cls), {**names, "__slots__": ()}))
+    object.__setattr__(made, "__dict__", model.__dict__)
+    object.__setattr__(made, "_steps", steps)
+    return made
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature:

@@ -200,13 +200,13 @@ def test_steps_follow_the_timestep(plan: Plan, timesteps: Any, expected: list[in
     counted = []
     for index, timestep in enumerate(timesteps):
         given = form(timestep)
-        stepped._steps.advance(
+        stepped._steps.counter.advance(
             (None, given) if index % 2 else (None,), {} if index % 2 else {"timestep": given}
         )
         counted.append(stepped.step)
     assert counted == expected
     stepped.reset()
-    stepped._steps.advance((None, form(1)), {})
+    stepped._steps.counter.advance((None, form(1)), {})
     assert stepped.step == 0
 
 
@@ -221,6 +221,8 @@ def test_what_is_not_valid(plan: Plan) -> None:
         compile_steps(model, plan, follow="t")
     with pytest.raises(ValueError, match="steps=3 and follow='timestep'"):
         compile_steps(model, plan, steps=3, follow="timestep")
+    with pytest.raises(ValueError, match=r"regional=True names no module \(classes that repeat: none\)"):
+        compile_steps(model, plan, regional=True)
     stepped = compile_steps(model, plan, follow="timestep")
     with pytest.raises(ValueError, match=r"step=1 \(valid: not to be set"):
         stepped.step = 1
@@ -250,6 +252,33 @@ def test_the_model_itself_stays_as_it_is(plan: Plan) -> None:
     assert type(model) is Net and "_steps" not in vars(model)
     assert torch.equal(model(make_x()), outputs["sdpa"])
     copy.deepcopy(model), pickle.dumps(model)
+
+
+def test_blocks_by_themselves(plan: Plan) -> None:
+    """`regional=True`: the blocks are compiled, the model around them is not, and what was compiled before stays."""
+
+    class Model(nn.Module):
+        _repeated_blocks = ["Net"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.compiling = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.compiling |= torch.compiler.is_compiling()
+            return self.net(x)
+
+    model = Model().eval()
+    before = calibrate(model, {step: (make_x(),) for step in range(2)}, effect="none")
+    stepped = compile_steps(model, before, regional=True, options={"sage.kernel": "reference"})
+    exact, model.compiling = model(make_x()), False
+    out = stepped(make_x())
+    assert 0 < (out - exact).norm() / exact.norm() < 0.04
+    assert not model.compiling and torch.equal(model(make_x()), exact)
+    copied = pickle.loads(pickle.dumps(compile_steps(model.net, plan, steps=3)))
+    assert copied.uncompiled.qkv.weight.equal(model.net.qkv.weight)
+    assert copy.deepcopy(stepped)(make_x()).equal(out)
 
 
 def test_functions(plan: Plan) -> None:

@@ -1,0 +1,121 @@
+"""8-bit attention inside diffusers' context parallelism: the ring, Ulysses, and both together.
+
+diffusers moves the parts of the sequence between ranks, and merges the partial results of a ring by their log-sum-exp. Here
+stands what it calls on each part, and what it leaves out: in a ring it would apply the mask of a rank's own keys to the keys
+of every other rank. The masks of all ranks are gathered first, and each part gets its own columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.integrations.diffusers import internals
+from sage_inductor.kernels.base import reason
+from sage_inductor.operators import inference
+from sage_inductor.operators.functional import sage_attention
+from sage_inductor.torch_internals import waited_for
+
+# The log-sum-exp of a row that may attend no key of a part is -inf, of which diffusers' merging makes NaN (inf - inf). This is
+# finite, far below what scores come to, and near enough to 0 that float32 keeps 4 digits of what is merged with it.
+NOTHING_ATTENDED = -1000.0
+
+
+def attention_of_ranks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    parallel_config: Any,
+    templated: Callable[..., Any],
+    options: dict[str, Any],
+) -> Any:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    query, key, value: this rank's part, `[batch, seq / ranks, heads, head_dim]`. attn_mask: four dims, over this rank's keys or
+    over those of all. templated: diffusers' own ring and Ulysses. options: those of `sage_attention`.
+
+    Raises:
+        NotEligibleError: gradients or dropout.
+        ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
+    """
+    reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
+    wanting = inference.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    if wanting is not None:
+        reasons.append(wanting)
+    if reasons:
+        raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
+    ring, ulysses, place = internals.parallel_degrees(parallel_config)
+    masks: list[Tensor] = []
+    if ring > 1 and attn_mask is not None:
+        parts = _of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config).chunk(ring, -1)
+        # The ring begins with a rank's own part, and goes on to that of the next rank.
+        masks = [parts[(place + turn) % ring] for turn in range(ring)]
+        attn_mask = None
+    return templated(
+        query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse,
+        forward_op=_on_one_part(masks, options), backward_op=_no_backward, _parallel_config=parallel_config,
+    )  # fmt: skip
+
+
+def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    """What diffusers calls on each part. `masks` are those of the parts, in turn; empty where there is one mask, or none."""
+    turns = iter(masks)
+
+    def forward_op(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool,
+        _save_ctx: bool = True,
+        _parallel_config: Any = None,
+    ) -> Any:
+        if masks:
+            attn_mask = next(turns)
+        # A ring's parts come out of a collective that may still be under way.
+        q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
+        out = sage_attention(q, k, v, attn_mask, scale=scale, return_lse=return_lse, **options)
+        if isinstance(out, Tensor):
+            return out.transpose(1, 2)
+        return out[0].transpose(1, 2), out[1].transpose(1, 2).clamp(min=NOTHING_ATTENDED)
+
+    return forward_op
+
+
+def _of_all_keys(attn_mask: Tensor, local: int, ranks: int, parallel_config: Any) -> Tensor:
+    """The mask over the keys of all ranks."""
+    keys = attn_mask.shape[-1]
+    if keys == local * ranks:
+        return attn_mask
+    if keys != local or attn_mask.dim() != 4 or attn_mask.shape[-2] != 1:
+        raise ValueError(
+            f"attn_mask {tuple(attn_mask.shape)} in a ring (valid: [batch, 1, 1, {local}] over this rank's keys, or "
+            f"{local * ranks} columns over those of all {ranks} ranks)"
+        )
+    gathered = [torch.empty_like(attn_mask) for _ in range(ranks)]
+    torch.distributed.all_gather(
+        gathered, attn_mask.contiguous(), group=internals.parallel_group(parallel_config)
+    )
+    return torch.cat(gathered, -1)
+
+
+def _no_backward(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotEligibleError(
+        "sage_inductor in diffusers' context parallelism",
+        [reason("requires_grad", True, "none; use torch.no_grad()")],
+    )

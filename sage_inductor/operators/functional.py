@@ -13,6 +13,7 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.leading_dims import folded
+from sage_inductor.operators.unquantised import combined_mask, same_segment
 from sage_inductor.torch_internals import builtin_sdpa, context_parallel_is_active, dispatches_itself
 
 CONTEXT_PARALLEL = (
@@ -35,6 +36,8 @@ def sage_attention(
     precision: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.
 
@@ -55,6 +58,11 @@ def sage_attention(
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
             strides.
+        query_segments: int32 `[batch, q_len]` (`[q_len]` for a query without batch), with key_segments: query i of a sequence
+            attends to the keys of its own id only, beside what attn_mask and is_causal leave. Packed sequences count up, as
+            in `[0, 0, 0, 1, 1]`; any numbers in any order are valid. A query of an id that no key has gets 0. Of the GPU
+            kernels "triton" takes segments; "auto" computes exact attention, with a mask of q_len * kv_len bools.
+        key_segments: int32 `[batch, kv_len]`, or `[kv_len]`.
 
     Returns:
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
@@ -66,8 +74,10 @@ def sage_attention(
         TypeError: an input is no tensor.
         ValueError: an unknown kernel or precision.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
+    required = {"query": query, "key": key, "value": value}
+    optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
+    for name, tensor in (required | optional).items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
             raise TypeError(f"{name} is a {type(tensor).__name__} (valid: a tensor)")
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             raise RuntimeError(f"{name} is nested or sparse (valid: a strided tensor that is not nested)")
@@ -81,6 +91,10 @@ def sage_attention(
         raise ValueError(f"dropout_p={dropout_p!r} (valid: 0 to 1)")
     if return_lse and out is not None:
         raise ValueError("return_lse=True with out: only one of them is valid")
+
+    dims = max(tensor.dim() for tensor in required.values())
+    if (query_segments is not None or key_segments is not None) and dims > 4:
+        raise RuntimeError(f"sage_attention: segments of inputs with {dims} dims (valid: 2 to 4)")
 
     refuse_context_parallel()
     bottom_right = False
@@ -96,6 +110,11 @@ def sage_attention(
                 lengths[1] - lengths[0]
             )
             is_causal = False
+        if query_segments is not None or key_segments is not None:
+            inference.validate_segments(query, key, query_segments, key_segments)
+            assert query_segments is not None and key_segments is not None
+            same = same_segment(query_segments, key_segments)
+            attn_mask, is_causal = combined_mask(query, key, attn_mask, None, 0 if is_causal else None, same)
         return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -108,6 +127,8 @@ def sage_attention(
         "kernel_name": kernel,
         "precision": precision,
     }
+    if query_segments is not None or key_segments is not None:
+        options |= {"query_segments": query_segments, "key_segments": key_segments}
     if return_lse:
         result, lse = inference.attention_lse(*inputs, **options, memory_order=given.memory_order)
         return given.unfolded(result), given.unfolded(lse, rows_only=True)

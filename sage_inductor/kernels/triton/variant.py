@@ -39,6 +39,7 @@ class Variant:
     quantize: dict[str, Any]
     attention: dict[str, Any]
     mask_blocks: dict[str, Any]
+    segments: dict[str, Any]
     q_tiles: tuple[TensorDescriptor, ...]  # templates, one or two per tensor: the blocks that TMA reads
     k_tiles: tuple[TensorDescriptor, ...]
     v_tiles: tuple[TensorDescriptor, ...]
@@ -133,6 +134,7 @@ def make_variant(
             "num_warps": 4,
             **_FUSED,
         },
+        segments={"BLOCK_M": config.block_m, "BLOCK_N": n, "num_warps": 1, **_FUSED},
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
         k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
         v_tiles=_templates(

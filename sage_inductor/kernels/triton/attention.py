@@ -232,7 +232,7 @@ def _attend_blocks(
                     keep = keep & (cols[None, :] >= (rows + low)[:, None])
                 x = tl.where(keep, x, float("-inf"))
             if SEGMENTS:
-                x = within_segment(x, own_ids, k_ids + cols)
+                x = within_segment(x, own_ids, k_ids + block * BLOCK_N, BLOCK_N)
             block_max = tl.max(x, 1) * scale
         else:
             # The maximum is taken of the integers, which is cheaper; the whole row has one scale.

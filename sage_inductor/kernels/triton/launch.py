@@ -151,6 +151,7 @@ class TritonAttention:
             mask.read_at_once,
             self.V_TRANSPOSED,
             config,
+            self.has_segments,
         )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]

@@ -118,6 +118,7 @@ def _are_of_one(k_range, slots, n, end, low, high):
 
 
 @triton.jit
-def within_segment(x, own, k_ids):
-    """The scores x [rows, keys] of a block, -inf where the key's id, read at the pointers `k_ids` [keys], is not `own` [rows]."""
-    return tl.where(own[:, None] == tl.load(k_ids)[None, :], x, float("-inf"))
+def within_segment(x, own, k_ids, BLOCK_N: tl.constexpr):
+    """The scores x [rows, BLOCK_N] of a block, -inf where the key's id is not `own` [rows]. `k_ids` points to the block's ids."""
+    ids = tl.load(k_ids + tl.arange(0, BLOCK_N))
+    return tl.where(own[:, None] == ids[None, :], x, float("-inf"))

@@ -56,13 +56,14 @@ def make_variant(
     mask_align: int,  # as in `launch_config`
     v_transposed: bool,
     config: LaunchConfig | None,
+    segments: bool = False,
 ) -> Variant:
     d0, d1 = padded_head_dim(head_dim)
     dv0, dv1 = padded_head_dim(v_head_dim)
     if dv0 == 256 and precision != "accurate":
         dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv, masked, mask_align)
+    config = config or launch_config(arch, precision, d, dv, masked, mask_align, segments)
     n = config.block_n
     if precision == "fast":
         v_dtype = torch.float8_e4m3fn

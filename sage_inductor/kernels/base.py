@@ -61,7 +61,14 @@ class TensorSpec:
 
     def as_4d(self) -> TensorSpec:
         """The same with leading dims of size 1 up to four dims, as `unsqueeze` would give them."""
-        missing = 4 - len(self.shape)
+        return self._with_dims(4)
+
+    def as_2d(self) -> TensorSpec:
+        """The same of ids, which have two dims."""
+        return self._with_dims(2)
+
+    def _with_dims(self, dims: int) -> TensorSpec:
+        missing = dims - len(self.shape)
         if not missing:
             return self
         outer = self.shape[0] * self.stride[0] if self.shape else 1

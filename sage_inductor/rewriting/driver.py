@@ -261,7 +261,7 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.constants, found.region.writes)
     gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
-    site, choice = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
+    site, choice, mask = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
     insert = partial(insert_substitute, call, mask, site, choice) if site.rewritten else None
     return _Decision(found, site, insert)
 
@@ -314,9 +314,9 @@ def _decide(
     around: Surroundings,
     node: fx.Node,
     reasons: Sequence[str] = (),
-) -> tuple[Site, Choice]:
-    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated.
-    `reasons` speak against it already."""
+) -> tuple[Site, Choice, classify.Mask]:
+    """The decision about `call`, which the model makes at `node`, and its mask as the kernel is to read it. `as_found` is the
+    same call with its heads still repeated. `reasons` speak against it already."""
     places, config = walk.places.of(node), walk.config
     path = places[0].path
     site = Site(
@@ -346,7 +346,32 @@ def _decide(
         precision = kernels.precision_on(query.device, "auto", config.kernel)
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         site = dataclasses.replace(site, precision=precision, precision_was_open=True)
-    reasons += ineligible_reasons(call, mask, config, around)
+    against, choice = _chosen(as_found, call, mask, config, around, reasons)
+    if against and mask.as_read is not None:
+        mask = mask.as_read
+        others, choice = _chosen(as_found, call, mask, config, around, reasons)
+        against = [*against, *others] if others else []
+    reasons += against
+    site = dataclasses.replace(
+        site,
+        kernel=None if reasons else choice.kernel,
+        rewritten=not reasons,
+        reasons=tuple(dict.fromkeys(reasons)),
+        speedup=choice.speedup,
+    )
+    return site, choice, mask
+
+
+def _chosen(
+    as_found: AttentionCall,
+    call: AttentionCall,
+    mask: classify.Mask,
+    config: Config,
+    around: Surroundings,
+    before: Sequence[str],
+) -> tuple[list[str], Choice]:
+    """(all reasons against `call` with `mask`, beside those from `before`; the kernel)."""
+    reasons = ineligible_reasons(call, mask, config, around)
     problem, sdpa_call = make_problem(call, mask, config), make_sdpa_call(as_found)
     choice = Choice(None)
     if problem is not None and sdpa_call is not None:
@@ -355,18 +380,11 @@ def _decide(
             if missing:
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
         # A site that stays for another reason is not worth a measurement.
-        unmeasured = bool(reasons) and config.tune == "measure"
+        unmeasured = bool(before or reasons) and config.tune == "measure"
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
         choice = choose(Comparison(problem, sdpa_call), tuning)
         reasons += choice.reasons
-    site = dataclasses.replace(
-        site,
-        kernel=None if reasons else choice.kernel,
-        rewritten=not reasons,
-        reasons=tuple(dict.fromkeys(reasons)),
-        speedup=choice.speedup,
-    )
-    return site, choice
+    return reasons, choice
 
 
 def _info(node: Value) -> TensorInfo | None:

@@ -157,7 +157,9 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
-    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
+    ids = [example_tensor(ids) for ids in (mask.query_segments, mask.key_segments)]
+    segments = [None if tensor is None else TensorSpec.of(tensor).as_2d() for tensor in ids]
+    return AttentionProblem(q, k, v, spec, params, call.sink is not None, *segments)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:

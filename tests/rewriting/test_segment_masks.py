@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -86,8 +87,20 @@ SPELLINGS: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], str]] = [
     ("positions", lambda p: (positions_to_ids(p)[:, :, None] == positions_to_ids(p)[:, None, :])[:, None] & CAUSAL_NOW(), (POSITIONS,), "causal, segments"),
     ("positions, a sequence at each 0", lambda p: ((p == 0).cumsum(-1)[:, :, None] == (p == 0).cumsum(-1)[:, None, :])[:, None], (POSITIONS,), "segments"),
     ("positions, indexed", lambda p: indexed(positions_to_ids(p)), (POSITIONS,), "causal, segments"),
+    ("positions that count down, indexed", lambda p: indexed((p.diff(prepend=p[:, :1] - 1) != 1).cumsum(-1)), (POSITIONS.flip(1),), "causal, segments"),
+    ("positions, causal by positions", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS,), "causal, segments"),
+    ("positions, causal by positions, jumps", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS + 3 * (POSITIONS > 4),), "causal, segments"),
     ("images", lambda e: (torch.bucketize(torch.arange(SEQ), e, right=True)[:, None] == torch.bucketize(torch.arange(SEQ), e, right=True)), (torch.tensor([3, 11, 17]),), "segments"),
 ]  # fmt: skip
+
+
+def within(ids: Tensor, positions: Tensor, compared: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """As transformers' `remap_positions_for_packed_sequence` has causality."""
+    batch, at = torch.arange(2)[:, None, None, None], torch.arange(SEQ) + 0
+    queries, keys = at[None, None, :, None], at[None, None, None, :]
+    return (ids[batch, queries] == ids[batch, keys]) & compared(
+        positions[batch, keys], positions[batch, queries]
+    )
 
 
 def CAUSAL_NOW() -> Tensor:
@@ -99,3 +112,154 @@ def CAUSAL_NOW() -> Tensor:
 )
 def test_spellings(make_mask: Callable[..., Tensor], extra: tuple[Tensor, ...], kind: str) -> None:
     assert attend(make_mask, *extra) == kind
+
+
+BIG = torch.tensor([[2**32] * 9 + [0] * 9 + [2**32 + 1] * 6, [-1] * 12 + [2**32 - 1] * 12])
+
+
+def test_ids_of_64_bits_that_would_be_one_in_32() -> None:
+    assert attend(lambda i: (i[:, :, None] == i[:, None, :])[:, None], BIG) == "segments"
+    # Ids of queries that no key has.
+    assert attend(lambda a, b: (a[:, :, None] == b[:, None, :])[:, None], BIG, BIG.clamp(min=0)) == "segments"
+
+
+@pytest.mark.parametrize(
+    ("make_mask", "extra", "kind"),
+    [
+        (lambda i: (i[:, :, None] >= i[:, None, :])[:, None], (IDS,), "bool"),
+        (lambda i: (i[:, :, None] != i[:, None, :])[:, None] | CAUSAL_NOW(), (IDS,), "bool"),
+        (lambda i: (i[:, :, None] == i[:, None, :])[:, None] | CAUSAL_NOW(), (IDS,), "bool"),
+        (lambda i: (i[:, :, None] == i[:, None, :] + 1)[:, None], (IDS,), "segments"),
+        (lambda i: (i[:, :, None] - i[:, None, :] == 1)[:, None], (IDS,), "bool"),
+        (lambda i: (i[:, :, None].float() == i[:, None, :].float())[:, None], (IDS,), "bool"),
+        (lambda i: (i[:, None, None, :] == 0), (IDS,), "key_padding"),
+        (lambda i: i[:, None, :, None] == i.flip(1)[:, None, None, :], (IDS,), "segments"),
+        # Heads have ids of their own; a further mask of the model that differs from query to query.
+        (lambda i: i[:, :, None] == i[:, None, :], (IDS.repeat(2, 1),), "bool"),
+        (lambda i, m: (i[:, None, :, None] == i[:, None, None, :]) & m, (IDS, torch.rand(SEQ, SEQ) > 0.5), "bool"),
+        # Causality by positions, almost.
+        (lambda p: within(positions_to_ids(p), p, torch.lt), (POSITIONS,), "bool"),
+        (lambda p: within(positions_to_ids(p), p, torch.ge), (POSITIONS,), "bool"),
+        (lambda p, o: within(positions_to_ids(p), o, torch.le), (POSITIONS, POSITIONS.flip(1)), "bool"),
+        (lambda p: within((p == 0).cumsum(-1), p, torch.le), (POSITIONS,), "bool"),
+        (lambda p: within((p.diff(prepend=p[:, :1] - 1) != 2).cumsum(-1), p, torch.le), (POSITIONS,), "bool"),
+        (lambda p: within((p.diff(prepend=p[:, :1] - 1) != 1).cumsum(0), p, torch.le), (POSITIONS,), "bool"),
+        # Nothing but constants: a band, and chunks.
+        (lambda: torch.arange(SEQ)[:, None] == torch.arange(SEQ), (), "sliding_window left=0 right=0"),
+        (lambda: (torch.arange(SEQ)[:, None] // 8 == torch.arange(SEQ) // 8) & CAUSAL_NOW(), (), "chunked_causal size=8"),
+        (lambda: torch.arange(SEQ)[:, None] // 7 == torch.arange(SEQ) // 7, (), "segments"),
+        # Beside a finite number a query without keys attends to all alike.
+        (lambda i: torch.zeros(2, 1, SEQ, SEQ).masked_fill(i[:, None, :, None] != i[:, None, None, :], -1e38 * 3), (IDS,), "additive"),
+    ],
+)  # fmt: skip
+def test_near_misses(make_mask: Callable[..., Tensor], extra: tuple[Tensor, ...], kind: str) -> None:
+    assert attend(make_mask, *extra) == kind
+
+
+def test_ids_that_are_written_to_later_are_read_as_the_mask_was_made() -> None:
+    def mask(ids: Tensor) -> Tensor:
+        own = ids.clone()
+        made = (own[:, :, None] == own[:, None, :])[:, None]
+        own.zero_()
+        return made
+
+    assert attend(mask, IDS) == "bool"
+
+
+def test_symbolic_lengths() -> None:
+    def model(q: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, (ids[:, :, None] == ids[:, None, :])[:, None])
+
+    torch.compiler.reset()
+    backend = RewritingBackend(CONFIG)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for batch, seq in ((3, 24), (4, 40), (5, 130)):
+        q, ids = torch.randn(batch, 2, seq, 32), torch.randint(-1, 3, (batch, seq))
+        expected, _ = float64_attention(
+            q, q, q, (ids[:, :, None] == ids[:, None])[:, None].expand(-1, 2, -1, -1)
+        )
+        assert relative_l2(compiled(q, ids), expected) < 0.013
+    assert len(backend.graphs) == 1 and backend.sites[0].mask == "segments"
+
+
+def test_layers_share_the_ids_and_nobody_makes_the_mask() -> None:
+    def model(q: Tensor, ids: Tensor) -> Tensor:
+        mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, q, q, mask)
+        return q
+
+    torch.compiler.reset()
+    backend = RewritingBackend(CONFIG)
+    torch.compile(model, backend=backend)(torch.randn(2, 2, SEQ, 32), IDS.int())
+    assert_expected_inline(
+        graph_text(backend.graphs[0].graph),
+        """\
+a = input: 2x24
+b = input: 2x2x24x32
+c = getitem(a, (:, :, None)): 2x24x1
+d = .unsqueeze(c, 1): 2x1x24x1
+e = .select(d, 3, 0): 2x1x24
+f = .select(e, 1, 0): 2x24
+g = getitem(a, (:, None, :)): 2x1x24
+h = .unsqueeze(g, 1): 2x1x1x24
+i = .select(h, 2, 0): 2x1x24
+j = .select(i, 1, 0): 2x24
+k = sage_inductor.attention(b, b, b, kernel_name='reference', precision='accurate', query_segments=f, key_segments=j): 2x2x24x32
+l = sage_inductor.attention(k, k, k, kernel_name='reference', precision='accurate', query_segments=f, key_segments=j): 2x2x24x32
+return (l)""",
+    )
+
+
+def test_kernels_without_segments_read_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do those that "auto" takes by the shipped measurements, of which there are none for segments."""
+    from sage_inductor.kernels.reference.kernel import ReferenceKernel
+
+    monkeypatch.setattr(ReferenceKernel, "takes_segments", False)
+    q, ids = torch.randn(2, 2, SEQ, 32), IDS
+
+    def model(q: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, (ids[:, :, None] == ids[:, None, :])[:, None])
+
+    torch.compiler.reset()
+    backend = RewritingBackend(CONFIG)
+    out = torch.compile(model, backend=backend)(q, ids)
+    assert relative_l2(out, model(q, ids)) < 0.013
+    assert backend.sites[0].rewritten and "query_segments" not in graph_text(backend.graphs[0].graph)
+
+
+def test_training() -> None:
+    ids = IDS
+
+    def model(q: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, (ids[:, :, None] == ids[:, None, :])[:, None])
+
+    torch.compiler.reset()
+    with torch.inference_mode(False), torch.enable_grad():
+        q = torch.randn(2, 2, SEQ, 32, requires_grad=True)
+        backend = RewritingBackend(Config(kernel="reference", training=True))
+        out = torch.compile(model, backend=backend)(q, ids)
+        (found,) = torch.autograd.grad(out.square().sum(), q)
+        (expected,) = torch.autograd.grad(model(q, ids).square().sum(), q)
+    assert backend.sites[0].rewritten and "query_segments" in graph_text(backend.graphs[0].graph)
+    assert relative_l2(found, expected) < 0.05
+
+
+def test_packed_positions_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    tokens, positions = torch.randint(64, (1, SEQ)), POSITIONS[:1]
+
+    def run(tokens: Tensor, positions: Tensor) -> Any:
+        return model(tokens, position_ids=positions).last_hidden_state
+
+    torch.compiler.reset()
+    backend = RewritingBackend(CONFIG)
+    out = torch.compile(run, backend=backend)(tokens, positions)
+    alone = [run(part, at) for part, at in zip(tokens.split([7, 9, 8], 1), positions.split([7, 9, 8], 1), strict=True)]  # fmt: skip
+    assert relative_l2(out, torch.cat(alone, 1)) < 0.03
+    assert [site.mask for site in backend.sites] == ["causal, segments"] * 2

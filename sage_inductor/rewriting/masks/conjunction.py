@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, example_tensor
-from sage_inductor.graph.facts import AND, BROADCASTS, NOT, OR, operation
+from sage_inductor.graph.facts import AND, BROADCASTS, CASTS, NOT, OR, operation
 from sage_inductor.graph.writes import Writes
 
 
@@ -22,6 +22,10 @@ def conjuncts(mask: Value, writes: Writes) -> list[Value]:
     name = operation(mask)
     if name in BROADCASTS and operands:
         return conjuncts(operands[0], writes)
+    if name in CASTS and operands:
+        source = example_tensor(operands[0])
+        same = source is not None and (source.dtype, source.device) == (tensor.dtype, tensor.device)
+        return conjuncts(operands[0], writes) if same else [mask]
     if name in AND and len(operands) == 2:
         return [part for operand in operands for part in conjuncts(operand, writes)]
     if name in NOT and len(operands) == 1 and is_function(operands[0], writes):

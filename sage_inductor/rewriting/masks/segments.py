@@ -20,6 +20,8 @@ from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.additive import allowed_keys
 from sage_inductor.rewriting.masks.conjunction import conjuncts, is_function, joined
+from sage_inductor.rewriting.masks.new_dims import new_dims, with_dims
+from sage_inductor.rewriting.masks.packed_positions import is_causal_within
 
 _EQUAL = ("eq", "__eq__")
 _UNEQUAL = ("ne", "__ne__", "not_equal")
@@ -37,6 +39,8 @@ class PackedMask:
     key: Value
     rest: Value | None
     """Bool, what the mask asks for besides; None where that is nothing."""
+    is_causal: bool
+    """Whether it asks for keys that are no later than the query, too."""
 
 
 def packed_mask(call: AttentionCall, writes: Writes) -> PackedMask | None:
@@ -59,23 +63,43 @@ def packed_mask(call: AttentionCall, writes: Writes) -> PackedMask | None:
             ids = _row(own, -2, query, query), _row(other, -1, query, key)
             if ids[0] is None or ids[1] is None or any(map(writes.touch, leaves(own) + leaves(other))):
                 continue
-            rest = [item for item in parts if item is not part]
-            seen = [row for item in rest if (row := _row(item, -2, query, query)) is not None]
-            rest = [item for item in rest if _row(item, -2, query, query) is None]
-            if any(map(writes.touch, [leaf for row in seen for leaf in leaves(row)])):
-                return None
-            own_ids, key_ids = _as_int32(ids[0], ids[1], joined(seen) if seen else None, writes)
-            return PackedMask(own_ids, key_ids, joined(rest) if rest else None)
+            return _packed(
+                ids[0], ids[1], (own, other), [item for item in parts if item is not part], query, writes
+            )
     return None
+
+
+def _packed(
+    query_ids: Value,
+    key_ids: Value,
+    compared: tuple[Value, Value],
+    others: list[Value],
+    query: Tensor,
+    writes: Writes,
+) -> PackedMask | None:
+    """The mask where `others`, bool masks, hold beside the ids, which were made of the rows `compared`."""
+    is_causal, seen, rest = False, list[Value](), list[Value]()
+    for item in others:
+        row = _row(item, -2, query, query)
+        if row is not None:
+            seen.append(row)
+        elif is_causal_within(item, *compared, writes):
+            is_causal = True
+        else:
+            rest.append(item)
+    if any(map(writes.touch, [leaf for row in seen for leaf in leaves(row)])):
+        return None
+    ids = _as_int32(query_ids, key_ids, joined(seen) if seen else None, writes)
+    return PackedMask(*ids, joined(rest) if rest else None, is_causal)
 
 
 def _parts(mask: Value, writes: Writes) -> list[Value]:
     """The values whose logical and `mask` is, those in front of which dims of one element were put among them."""
     found: list[Value] = []
     for part in conjuncts(mask, writes):
-        dims = _new_dims(part, writes)
-        inner = [] if dims is None else _parts(part.args[0], writes)
-        found += [part] if dims is None or len(inner) < 2 else [_with_dims(item, *dims) for item in inner]
+        dims, source = new_dims(part, writes), part.args[0] if part.args else None
+        inner = _parts(source, writes) if dims is not None and isinstance(source, (fx.Node, Expr)) else []
+        found += [with_dims(item, *dims) for item in inner] if dims and len(inner) > 1 else [part]
     return found
 
 
@@ -89,10 +113,10 @@ def _compared_rows(
     left = args[0]
     if name in NOT and isinstance(left, (fx.Node, Expr)):
         return _compared_rows(left, writes, _UNEQUAL if wanted is _EQUAL else _EQUAL)
-    dims = _new_dims(part, writes)
+    dims = new_dims(part, writes)
     if dims is not None and isinstance(left, (fx.Node, Expr)):
         inner = _compared_rows(left, writes, wanted)
-        return None if inner is None else (_with_dims(inner[0], *dims), _with_dims(inner[1], *dims))
+        return None if inner is None else (with_dims(inner[0], *dims), with_dims(inner[1], *dims))
     if name not in wanted or len(args) != 2 or part.kwargs:
         return None
     right = args[1]
@@ -103,47 +127,6 @@ def _compared_rows(
     if not isinstance(left, (fx.Node, Expr)) or not isinstance(right, (fx.Node, Expr)):
         return None
     return _before_broadcast(left, writes), _before_broadcast(right, writes)
-
-
-def _new_dims(item: Value, writes: Writes) -> tuple[int, list[int]] | None:
-    """How many dims the first argument of `item` has, and where `item` puts new ones of one element. None where it is no
-    such view."""
-    before = example_tensor(item.args[0]) if item.args and isinstance(item.args[0], (fx.Node, Expr)) else None
-    after = example_tensor(item)
-    if before is None or after is None or not is_function(item, writes):
-        return None
-    name, rank = operation(item), before.dim()
-    if name == "unsqueeze" and len(item.args) == 2 and isinstance(item.args[1], int):
-        return rank, [item.args[1] % (rank + 1)]
-    if name in ("view", "reshape") and after.dim() == rank + 1:
-        sizes, wanted = sizes_of(after), sizes_of(before)
-        places = [
-            dim for dim in range(rank + 1) if sizes[dim] == 1 and sizes[:dim] + sizes[dim + 1 :] == wanted
-        ]
-        return (rank, places[:1]) if places else None
-    if name not in ("getitem", "__getitem__"):
-        return None
-    index = item.args[1] if isinstance(item.args[1], tuple) else (item.args[1],)
-    if any(part is not None and part is not Ellipsis and part != slice(None) for part in index):
-        return None
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        whole = (slice(None),) * (rank - sum(part == slice(None) for part in index))
-        index = index[:at] + whole + index[at + 1 :]
-    return rank, [dim for dim, part in enumerate(index) if part is None]
-
-
-def _with_dims(item: Value, rank: int, dims: list[int]) -> Value:
-    """`item`, which broadcasts to a tensor of `rank` dims, with new ones so that it broadcasts to that tensor with `dims` put
-    into it."""
-    for dim in dims:
-        tensor = example_tensor(item)
-        assert tensor is not None
-        place = dim - (rank - tensor.dim())
-        if place >= 0:  # where it is further in front, it broadcasts
-            item = Expr.of("unsqueeze", item, place)
-        rank += 1
-    return item
 
 
 def _is_zero(item: Any) -> bool:
@@ -242,7 +225,9 @@ def insert_once(item: Value, graph: fx.Graph) -> fx.Node:
     while place.op == "placeholder" and place.next.op == "placeholder":
         place = place.next
     with graph.inserting_after(place):
-        called = graph.call_method if isinstance(item.target, str) else graph.call_function
-        node: fx.Node = called(item.target, args, item.kwargs)  # type: ignore[operator]
+        if isinstance(item.target, str):
+            node = graph.call_method(item.target, args, item.kwargs)
+        else:
+            node = graph.call_function(item.target, args, item.kwargs)
     node.meta = {"example_value": item.value, "sage_ids": True}
     return node

@@ -121,7 +121,7 @@ def _counted(ids: Value, writes: Writes) -> Value | None:
     while operation(positions) in BROADCASTS and is_function(positions, writes):
         positions = positions.args[0]
     found: Value = positions
-    return found
+    return None if writes.touch(positions) else found
 
 
 def _first_of(item: Any, name: str, writes: Writes) -> Any:

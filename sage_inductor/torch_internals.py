@@ -548,6 +548,16 @@ def operator_name(target: Any) -> str | None:
     return str(target._qualified_op_name) if isinstance(target, torch._ops.OpOverloadPacket) else None
 
 
+def arguments_by_name(node: torch.fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an operator, by the names in its schema, defaults among them. `_schema` is as old as operators
+    of torch.library."""
+    target: Any = node.target
+    schema = getattr(target, "default", target)._schema
+    found = {argument.name: argument.default_value for argument in schema.arguments}
+    found |= dict(zip(found, node.args, strict=False))
+    return found | dict(node.kwargs)
+
+
 def written_arguments(target: Any) -> tuple[tuple[int, str], ...] | None:
     """(position, name) of the arguments that an operator writes to; None of what has no schema that says so."""
     if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads():

@@ -23,6 +23,7 @@ from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.patterns.sdpa import as_autocast_reads
+from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import Fingerprint, Verdict, calls_per_module
 from sage_inductor.report.report import Report
@@ -33,6 +34,7 @@ from sage_inductor.rewriting.eligibility import (
     ineligible_reasons,
     make_problem,
     make_sdpa_call,
+    varlen_reasons,
 )
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
@@ -261,6 +263,9 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.constants, found.region.writes)
     gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
+    if found.pattern == VarlenAttention.name:
+        mask = dataclasses.replace(mask, as_read=None)
+        gradients += varlen_reasons(found.node, mask, walk.config)
     site, choice, mask = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
     insert = partial(insert_substitute, call, mask, site, choice) if site.rewritten else None
     return _Decision(found, site, insert)

@@ -92,6 +92,20 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
     return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
 
 
+def varlen_reasons(node: fx.Node, mask: Mask, config: Config) -> list[str]:
+    """Why the attention of the `varlen_attn` at `node`, of which `mask` is made, has to stay. It never reads a mask, so that it
+    is no alternative to one, and no time of SDPA with a mask says what it takes."""
+    reasons = []
+    if config.kernel == "auto":
+        reasons.append('varlen_attn (supported: a kernel by name; "auto" has no measurement against it)')
+    if mask.query_segments is None or mask.attn_mask is not None:
+        reasons.append(reason("mask of varlen_attn", mask, "segments, causal or within a window"))
+    values = example_value(node)
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        reasons.append(reason("requires_grad", "output", "none of varlen_attn; torch.no_grad()"))
+    return reasons
+
+
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}

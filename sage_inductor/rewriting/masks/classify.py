@@ -80,10 +80,11 @@ def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], write
     read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
     if read is not None and query is not None and not _is_key_padding(read, sizes_of(query)[-2]):
         return as_read  # a kernel would read as much beside the ids
-    if packed.is_causal:
-        if rest.kind not in ("none", "all_true", "key_padding"):
-            return as_read
-        kind = "causal, key_padding" if rest.kind == "key_padding" else "causal"
+    if packed.is_causal and not (rest.is_causal and not rest.bottom_right):
+        if rest.bottom_right or rest.is_causal or rest.window_right >= 0:
+            return as_read  # the smaller of two bounds
+        band = "causal" if rest.window_left < 0 else "sliding_window"
+        kind = f"{band}, key_padding" if rest.attn_mask is not None else band
         rest = dataclasses.replace(rest, kind=kind, is_causal=True)
     return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, example_tensor
-from sage_inductor.graph.facts import operation
+from sage_inductor.graph.facts import BROADCASTS, operation
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.conjunction import is_function
@@ -46,7 +46,28 @@ def with_dims(item: Value, rank: int, dims: list[int]) -> Value:
         tensor = example_tensor(item)
         assert tensor is not None
         place = dim - (rank - tensor.dim())
-        if place >= 0:  # where it is further in front, it broadcasts
+        if place > 0:  # where it would stand in front, it broadcasts
             item = Expr.of("unsqueeze", item, place)
         rank += 1
+    return item
+
+
+def operands(part: Value, names: tuple[str, ...], writes: Writes) -> tuple[str, Value, Value] | None:
+    """(name, left, right) of an operation of two tensors that is one of `names`, also where `part` puts new dims into its value:
+    those are put into the operands then. The operands are those before they were broadcast."""
+    dims, source = new_dims(part, writes), part.args[0] if part.args else None
+    if dims is not None and isinstance(source, (fx.Node, Expr)):
+        inner = operands(source, names, writes)
+        return None if inner is None else (inner[0], with_dims(inner[1], *dims), with_dims(inner[2], *dims))
+    if operation(part) not in names or len(part.args) != 2 or part.kwargs or not is_function(part, writes):
+        return None
+    left, right = part.args
+    if not isinstance(left, (fx.Node, Expr)) or not isinstance(right, (fx.Node, Expr)):
+        return None
+    return operation(part), _before_broadcast(left, writes), _before_broadcast(right, writes)
+
+
+def _before_broadcast(item: Value, writes: Writes) -> Value:
+    while operation(item) in BROADCASTS and isinstance(item.args[0], fx.Node) and is_function(item, writes):
+        item = item.args[0]
     return item

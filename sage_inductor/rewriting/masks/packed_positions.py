@@ -17,16 +17,16 @@ from sage_inductor.graph.facts import BROADCASTS, CASTS, operation
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.conjunction import is_function
-from sage_inductor.rewriting.masks.new_dims import new_dims
+from sage_inductor.rewriting.masks.new_dims import new_dims, operands
 
 
 def is_causal_within(part: Value, query_ids: Value, key_ids: Value, writes: Writes) -> bool:
     """Whether `part`, a bool mask, says for keys of a query's own id that they are no later. `query_ids` and `key_ids` are the
     rows that are compared for that, with dims of one element for the other index."""
-    name, args = operation(part), part.args
-    if name not in ("le", "ge") or len(args) != 2 or part.kwargs or not is_function(part, writes):
+    ordered = _ordered(part, writes)
+    if ordered is None:
         return False
-    key, query = args if name == "le" else args[::-1]
+    key, query = ordered
     found = [_read(item, writes) for item in (query, key, query_ids, key_ids)]
     reads = [read for read in found if read is not None]
     if len(reads) < 4:
@@ -47,6 +47,24 @@ def is_causal_within(part: Value, query_ids: Value, key_ids: Value, writes: Writ
         return False
     counted = _counted(of_query.source, writes)
     return counted is not None and counted is by_query.source
+
+
+def compared_ranges(part: Value, writes: Writes) -> tuple[Value, Value] | None:
+    """(keys, queries) where `part`, a bool mask, is `keys <= queries` of two tensors that count 0, 1, 2, ... each."""
+    ordered = _ordered(part, writes)
+    if ordered is None:
+        return None
+    key, query = ordered
+    return (key, query) if _is_range(key, writes) and _is_range(query, writes) else None
+
+
+def _ordered(part: Value, writes: Writes) -> tuple[Value, Value] | None:
+    """(first, second) where `part` is `first <= second`."""
+    found = operands(part, ("le", "ge"), writes)
+    if found is None:
+        return None
+    name, left, right = found
+    return (left, right) if name == "le" else (right, left)
 
 
 @dataclass(frozen=True)

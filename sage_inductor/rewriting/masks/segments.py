@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves
-from sage_inductor.graph.facts import BROADCASTS, CASTS, COPIES, NOT, facts_of, operation
+from sage_inductor.graph.facts import CASTS, COPIES, NOT, facts_of, operation
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.additive import allowed_keys
 from sage_inductor.rewriting.masks.conjunction import conjuncts, is_function, joined
-from sage_inductor.rewriting.masks.new_dims import new_dims, with_dims
-from sage_inductor.rewriting.masks.packed_positions import is_causal_within
+from sage_inductor.rewriting.masks.new_dims import new_dims, operands, with_dims
+from sage_inductor.rewriting.masks.packed_positions import compared_ranges, is_causal_within
 
 _EQUAL = ("eq", "__eq__")
 _UNEQUAL = ("ne", "__ne__", "not_equal")
@@ -64,7 +64,7 @@ def packed_mask(call: AttentionCall, writes: Writes) -> PackedMask | None:
             if ids[0] is None or ids[1] is None or any(map(writes.touch, leaves(own) + leaves(other))):
                 continue
             return _packed(
-                ids[0], ids[1], (own, other), [item for item in parts if item is not part], query, writes
+                ids[0], ids[1], (own, other), [item for item in parts if item is not part], query, key, writes
             )
     return None
 
@@ -75,6 +75,7 @@ def _packed(
     compared: tuple[Value, Value],
     others: list[Value],
     query: Tensor,
+    key: Tensor,
     writes: Writes,
 ) -> PackedMask | None:
     """The mask where `others`, bool masks, hold beside the ids, which were made of the rows `compared`."""
@@ -83,7 +84,7 @@ def _packed(
         row = _row(item, -2, query, query)
         if row is not None:
             seen.append(row)
-        elif is_causal_within(item, *compared, writes):
+        elif is_causal_within(item, *compared, writes) or _is_causal(item, query, key, writes):
             is_causal = True
         else:
             rest.append(item)
@@ -91,6 +92,14 @@ def _packed(
         return None
     ids = _as_int32(query_ids, key_ids, joined(seen) if seen else None, writes)
     return PackedMask(*ids, joined(rest) if rest else None, is_causal)
+
+
+def _is_causal(part: Value, query: Tensor, key: Tensor, writes: Writes) -> bool:
+    """Whether `part`, a bool mask, is causal (top-left) by a comparison of indices, of whatever lengths."""
+    ranges = compared_ranges(part, writes)
+    if ranges is None:
+        return False
+    return _is_row(ranges[0], -1, query, key) and _is_row(ranges[1], -2, query, query)
 
 
 def _parts(mask: Value, writes: Writes) -> list[Value]:
@@ -113,51 +122,48 @@ def _compared_rows(
     left = args[0]
     if name in NOT and isinstance(left, (fx.Node, Expr)):
         return _compared_rows(left, writes, _UNEQUAL if wanted is _EQUAL else _EQUAL)
-    dims = new_dims(part, writes)
-    if dims is not None and isinstance(left, (fx.Node, Expr)):
-        inner = _compared_rows(left, writes, wanted)
-        return None if inner is None else (with_dims(inner[0], *dims), with_dims(inner[1], *dims))
-    if name not in wanted or len(args) != 2 or part.kwargs:
-        return None
-    right = args[1]
-    if isinstance(left, (fx.Node, Expr)) and _is_zero(right) and operation(left) in _DIFFERENCE:
-        if len(left.args) != 2 or left.kwargs or not is_function(left, writes):
-            return None
-        left, right = left.args
-    if not isinstance(left, (fx.Node, Expr)) or not isinstance(right, (fx.Node, Expr)):
-        return None
-    return _before_broadcast(left, writes), _before_broadcast(right, writes)
+    found = operands(part, wanted, writes)
+    if found is not None:
+        return found[1], found[2]
+    if name in wanted and len(args) == 2 and not part.kwargs and _is_zero(args[1]):
+        difference = operands(left, _DIFFERENCE, writes) if isinstance(left, (fx.Node, Expr)) else None
+        if difference is not None:
+            return difference[1], difference[2]
+    return None
 
 
 def _is_zero(item: Any) -> bool:
     return isinstance(item, int) and item == 0
 
 
-def _before_broadcast(item: Value, writes: Writes) -> Value:
-    while operation(item) in BROADCASTS and isinstance(item.args[0], fx.Node) and is_function(item, writes):
-        item = item.args[0]
-    return item
+def _is_row(item: Value, along: int, query: Tensor, rows: Tensor) -> bool:
+    """Whether `item` broadcasts to the scores, and differs along dim `along` (-2: queries, -1: keys), and in the batch, only."""
+    tensor, batch = example_tensor(item), sizes_of(query)[0]
+    if tensor is None or not -along <= tensor.dim() <= query.dim():
+        return False
+    others = {dim: size for dim, size in enumerate(sizes_of(tensor), -tensor.dim()) if dim != along}
+    if others.pop(-4, 1) not in (1, batch):
+        return False
+    return sizes_of(tensor)[along] == sizes_of(rows)[-2] and all(size == 1 for size in others.values())
 
 
 def _row(ids: Value, along: int, query: Tensor, rows: Tensor) -> Value | None:
-    """Ids that broadcast to the scores and differ along dim `along` (-2: queries, -1: keys), and in the batch, as
-    `[batch, length]`, or `[length]` where query has no batch. None where they are something else."""
+    """Such integers or bools as `[batch, length]`, or `[length]` where query has no batch. None where they are something else."""
     tensor, batch = example_tensor(ids), sizes_of(query)[0]
-    if tensor is None or tensor.is_floating_point() or tensor.is_complex():
+    if (
+        tensor is None
+        or tensor.is_floating_point()
+        or tensor.is_complex()
+        or not _is_row(ids, along, query, rows)
+    ):
         return None
-    rank, sizes = tensor.dim(), sizes_of(tensor)
-    if not -along <= rank <= query.dim() or sizes[along] != sizes_of(rows)[-2]:
-        return None
+    rank = tensor.dim()
     for dim in reversed(range(rank)):
         if dim - rank not in (along, -4):
-            if sizes[dim] != 1:
-                return None
             ids = Expr.of("select", ids, dim, 0)
-    if query.dim() < 4 or (rank == 4 and sizes[0] == batch):
+    if query.dim() < 4 or (rank == 4 and sizes_of(tensor)[0] == batch):
         return ids
-    if not isinstance(batch, int) or (rank == 4 and sizes[0] != 1):
-        return None
-    return Expr.of("expand", ids, batch, -1)
+    return Expr.of("expand", ids, batch, -1) if isinstance(batch, int) else None
 
 
 def _as_int32(query: Value, key: Value, seen: Value | None, writes: Writes) -> tuple[Value, Value]:
@@ -195,6 +201,8 @@ def _fits(ids: Value, writes: Writes) -> bool:
         return all(isinstance(arg, int) and abs(arg) < 2**31 for arg in args) and "start" not in ids.kwargs
     if not isinstance(args[0], (fx.Node, Expr)):
         return False
+    if name in ("searchsorted", "bucketize"):  # no more than there are bounds
+        return True
     if name == "cumsum":  # counts no more than there are elements
         return _is_bool(args[0], writes)
     is_halved = name in ("floordiv", "floor_divide") and isinstance(args[1], int) and args[1] > 0

@@ -702,7 +702,7 @@ def operator_name(target: Any) -> str | None:
 
 def bound_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `operator`, such as `torch.ops.aten.view.default`, by their names, its defaults among them."""
-    schema = operator._schema.arguments
+    schema = getattr(operator, "default", operator)._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     names = [argument.name for argument in schema]
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}

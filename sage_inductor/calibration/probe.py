@@ -278,7 +278,8 @@ def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> At
     """The problem that the operator's arguments make, in the dtype of its output, which autocast may have changed."""
     query, key, value, *mask = args
     params = AttentionParams(**{name: kwargs[name] for name in PARAMS if name in kwargs})
-    problem = inference.make_problem(query, key, value, mask[0] if mask else None, params)
+    ids = inference.as_segments(kwargs.get("query_segments"), kwargs.get("key_segments"))
+    problem = inference.make_problem(query, key, value, mask[0] if mask else None, params, segments=ids)
     q, k, v = (replace(spec, dtype=exact.dtype) for spec in (problem.query, problem.key, problem.value))
     return replace(problem, query=q, key=k, value=v)
 

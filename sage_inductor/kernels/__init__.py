@@ -12,6 +12,7 @@ from sage_inductor.kernels.base import (
     AttentionParams,
     AttentionProblem,
     Kernel,
+    Segments,
     TensorSpec,
     reason,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionParams",
     "AttentionProblem",
     "Kernel",
+    "Segments",
     "TensorSpec",
     "PRECISION_CHOICES",
     "available",

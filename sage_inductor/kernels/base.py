@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,7 +61,14 @@ class TensorSpec:
 
     def as_4d(self) -> TensorSpec:
         """The same with leading dims of size 1 up to four dims, as `unsqueeze` would give them."""
-        missing = 4 - len(self.shape)
+        return self._with_dims(4)
+
+    def as_2d(self) -> TensorSpec:
+        """The same of ids, which have two dims."""
+        return self._with_dims(2)
+
+    def _with_dims(self, dims: int) -> TensorSpec:
+        missing = dims - len(self.shape)
         if not missing:
             return self
         outer = self.shape[0] * self.stride[0] if self.shape else 1
@@ -70,13 +77,22 @@ class TensorSpec:
         )
 
 
+class Segments(NamedTuple):
+    """The ids of packed sequences: a query attends to the keys of its own id, wherever they lie, beside what a mask and a band
+    leave. Both int32, any numbers; on the inputs' device, in any strides."""
+
+    query: Tensor  # [batch, q_len]
+    key: Tensor  # [batch, kv_len]
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """One attention call as a kernel sees it.
 
     query `[batch, heads, q_len, head_dim]`, key `[batch, kv_heads, kv_len, head_dim]`, value
     `[batch, kv_heads, kv_len, value_head_dim]`; heads is a multiple of kv_heads. attn_mask is None, or a bool (True:
-    attend) or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. All may have any memory layout.
+    attend) or additive tensor that broadcasts to `[batch, heads, q_len, kv_len]`. `query_segments` and `key_segments` are
+    both None, or those of `Segments`. All may have any memory layout.
     """
 
     query: TensorSpec
@@ -85,10 +101,24 @@ class AttentionProblem:
     attn_mask: TensorSpec | None
     params: AttentionParams
     return_lse: bool = False
+    query_segments: TensorSpec | None = None
+    key_segments: TensorSpec | None = None
 
 
-# `Kernel.run` without the parameters: (query, key, value, attn_mask, out, lse).
-Prepared = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None], None]
+class Prepared(Protocol):
+    """`Kernel.run` without the parameters."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        *,
+        segments: Segments | None = None,
+    ) -> None: ...
 
 
 class Kernel(ABC):
@@ -100,6 +130,7 @@ class Kernel(ABC):
     dtypes: ClassVar[Collection[torch.dtype]]
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
+    takes_segments: ClassVar[bool] = False
     oracle_distance: ClassVar[float] = 1.0
     """How far an output may lie from the oracle's, in units of the precision's documented error.
 
@@ -130,7 +161,12 @@ class Kernel(ABC):
         ):
             if size_hint(size) not in self.head_dims:
                 reasons.append(reason(name, size, self.head_dims))
-        return reasons
+        return reasons + self.segment_reasons(problem)
+
+    def segment_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why the kernel cannot serve the segments of `problem`; empty where it can, and where there are none."""
+        has_none = problem.query_segments is None or self.takes_segments
+        return [] if has_none else ["segments (supported: none)"]
 
     def precisions_on(self, device: torch.device) -> Collection[str]:
         """Those of `precisions` that the hardware of `device` can run."""
@@ -140,9 +176,14 @@ class Kernel(ABC):
         """Why "auto" never takes this kernel, however fast it is. Empty when it may."""
         return []
 
+    def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why "auto" takes this kernel for `problem` only where it was timed on the machine itself. Empty where the shipped
+        measurements hold."""
+        return []
+
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why "auto" leaves `problem` to SDPA although the kernel could run it: it would be slower, by the measurements
-        shipped with the kernel. Empty when "auto" may take it."""
+        shipped with the kernel, or there are none. Empty when "auto" may take it."""
         return []
 
     @abstractmethod
@@ -155,6 +196,7 @@ class Kernel(ABC):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> None:
         """Write the attention of 4-D inputs (see `AttentionProblem`) into `out`, and its LSE into `lse` if that is given.
 
@@ -172,6 +214,7 @@ class Kernel(ABC):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> Prepared:
         """`run` for all tensors of these shapes, strides, dtypes and device, at any address. Work that depends on those facts
         alone is done once, here. The result keeps no tensor, and threads may share it."""
@@ -183,14 +226,26 @@ class Kernel(ABC):
             attn_mask: Tensor | None,
             out: Tensor,
             lse: Tensor | None,
+            *,
+            segments: Segments | None = None,
         ) -> None:
-            self.run(query, key, value, attn_mask, params, out, lse)
+            if segments is None:
+                self.run(query, key, value, attn_mask, params, out, lse)
+            else:
+                self.run(query, key, value, attn_mask, params, out, lse, segments)
 
         return prepared
 
 
 def without_keys(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    segments: Segments | None = None,
 ) -> None:
     """Write the result that every kernel gives where there are no keys: 0, and an LSE of -inf."""
     out.zero_()

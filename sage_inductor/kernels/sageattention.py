@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.sizes import known, size_hint
-from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, reason
+from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, reason
 from sage_inductor.kernels.device import interpreted
 from sage_inductor.kernels.installed import package_version
 from sage_inductor.torch_internals import builtin_sdpa, outside_fake_tensors
@@ -139,7 +139,7 @@ class SageAttentionKernel(Kernel):
             reasons.append(reason("attn_mask", problem.attn_mask.dtype, "none"))
         if problem.return_lse and limits is not None and not limits.returns_lse:
             reasons.append(reason("return_lse", True, False))
-        reasons += _band_reasons(params, query.shape[2], key.shape[2])
+        reasons += _band_reasons(params, query.shape[2], key.shape[2]) + self.segment_reasons(problem)
         for name, size in (("batch", query.shape[0]), ("heads", query.shape[1])):
             if (size_hint(size) or 0) > GRID_LIMIT:
                 reasons.append(reason(name, size, f"up to {GRID_LIMIT}"))
@@ -181,6 +181,7 @@ class SageAttentionKernel(Kernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> None:
         is_causal = params.bounds(query.shape[2], key.shape[2])[1] is not None
         scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale

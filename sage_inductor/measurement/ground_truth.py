@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sage_inductor.kernels.base import AttentionParams
+from sage_inductor.kernels.base import AttentionParams, Segments
 from sage_inductor.measurement.metrics import relative_l2
 
 DOCUMENTED = {"fast": 0.040, "balanced": 0.021, "accurate": 0.013}
@@ -32,11 +32,13 @@ def float64_attention(
     attn_mask: Tensor | None = None,
     params: AttentionParams | None = None,
     rows: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp (natural log), written out in float64.
 
     query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]`; attn_mask, bool or additive,
-    must expand to `[batch, heads, q_len, kv_len]`. `rows`, indices of queries, limits the result to those.
+    must expand to `[batch, heads, q_len, kv_len]`. `rows`, indices of queries, limits the result to those. With `segments` a
+    query sees keys of its own id only.
 
     Returns `[batch, heads, rows, value_head_dim]` and `[batch, heads, rows]`, both float64. A row that sees no key gives 0
     and -inf.
@@ -54,6 +56,9 @@ def float64_attention(
         scores = scores.masked_fill(distance < low, -math.inf)
     if high is not None:
         scores = scores.masked_fill(distance > high, -math.inf)
+    if segments is not None:
+        same = segments.query[:, rows, None] == segments.key[:, None]
+        scores = scores.masked_fill(~same[:, None], -math.inf)
     if attn_mask is not None:
         mask = attn_mask.expand(*query.shape[:3], kv_len)[:, :, rows]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()

@@ -14,6 +14,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.leading_dims import folded
 from sage_inductor.operators.sharded import are_taught, is_dtensor
+from sage_inductor.operators.unquantised import combined_mask, same_segment
 from sage_inductor.torch_internals import (
     builtin_sdpa,
     context_parallel_is_active,
@@ -38,6 +39,8 @@ def sage_attention(
     precision: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.
 
@@ -58,6 +61,11 @@ def sage_attention(
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
             strides.
+        query_segments: int32 `[batch, q_len]` (`[q_len]` for a query without batch), with key_segments: query i of a sequence
+            attends to the keys of its own id only, beside what attn_mask and is_causal leave. Packed sequences count up, as
+            in `[0, 0, 0, 1, 1]`; any numbers in any order are valid. A query of an id that no key has gets 0. Of the GPU
+            kernels "triton" takes segments; "auto" computes exact attention, with a mask of q_len * kv_len bools.
+        key_segments: int32 `[batch, kv_len]`, or `[kv_len]`.
 
     Returns:
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
@@ -70,8 +78,10 @@ def sage_attention(
         TypeError: an input is no tensor.
         ValueError: an unknown kernel or precision.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
+    required = {"query": query, "key": key, "value": value}
+    optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
+    for name, tensor in (required | optional).items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
             raise TypeError(f"{name} is a {type(tensor).__name__} (valid: a tensor)")
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             raise RuntimeError(f"{name} is nested or sparse (valid: a strided tensor that is not nested)")
@@ -86,12 +96,19 @@ def sage_attention(
     if return_lse and out is not None:
         raise ValueError("return_lse=True with out: only one of them is valid")
 
+    has_segments = query_segments is not None or key_segments is not None
+    dims = max(tensor.dim() for tensor in required.values())
+    if has_segments and dims > 4:
+        raise RuntimeError(f"sage_attention: segments of inputs with {dims} dims (valid: 2 to 4)")
+
     if not is_dtensor(query) and in_context_parallel():
         if torch.compiler.is_compiling():  # Dynamo then leaves the call to Python, unless told fullgraph=True
             raise RuntimeError(
                 f"sage_attention compiled {CONTEXT_PARALLEL} (valid: F.scaled_dot_product_attention there, which "
                 'torch.compile(backend="sage_inductor") rewrites; sage_attention that is not compiled; either outside)'
             )
+        if has_segments:
+            raise NotImplementedError(f"sage_attention with segments {CONTEXT_PARALLEL} (valid: none)")
         return _around_ring(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             kernel=kernel, precision=precision, return_lse=return_lse, out=out,
@@ -109,6 +126,11 @@ def sage_attention(
                 lengths[1] - lengths[0]
             )
             is_causal = False
+        if has_segments:
+            inference.validate_segments(query, key, query_segments, key_segments)
+            assert query_segments is not None and key_segments is not None
+            same = same_segment(query_segments, key_segments)
+            attn_mask, is_causal = combined_mask(query, key, attn_mask, None, 0 if is_causal else None, same)
         return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -123,6 +145,8 @@ def sage_attention(
         "kernel_name": kernel,
         "precision": precision,
     }
+    if has_segments:
+        options |= {"query_segments": query_segments, "key_segments": key_segments}
     if return_lse:
         result, lse = inference.attention_lse(*inputs, **options, memory_order=given.memory_order)
         return given.unfolded(result), given.unfolded(lse, rows_only=True)

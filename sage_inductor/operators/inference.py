@@ -20,7 +20,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.sizes import are_multiples, differ, known, memory_order
-from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels import AttentionParams, AttentionProblem, Segments, TensorSpec
 from sage_inductor.kernels.base import (
     Prepared,
     expanded_dim,
@@ -51,11 +51,16 @@ TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _Library: Any = torch.library.Library  # torch leaves it untyped
 LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 # sink: logits beside those of the keys, which take weight and have no value; they broadcast to `[batch, heads, q_len]`.
+# *_segments: int32 ids, `[batch, q_len]` and `[batch, kv_len]`, without batch where query has none; see `Segments`.
+SEGMENTS = "Tensor? query_segments=None, Tensor? key_segments=None"
 LIBRARY.define(
-    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None) -> Tensor", tags=TAGS
+    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}) -> Tensor",
+    tags=TAGS,
 )
-LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output) -> ()", tags=TAGS)
-LIBRARY.define(f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None) -> (Tensor, Tensor)", tags=TAGS)
+LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output, {SEGMENTS}) -> ()", tags=TAGS)
+LIBRARY.define(
+    f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None, {SEGMENTS}) -> (Tensor, Tensor)", tags=TAGS
+)
 
 
 def validate(
@@ -65,6 +70,8 @@ def validate(
     attn_mask: Tensor | None,
     enable_gqa: bool,
     out: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> None:
     """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced
     tensors."""
@@ -97,6 +104,8 @@ def validate(
             raise _misfit(f"query has {heads} heads, key has {kv_heads}; enable_gqa is False")
     if attn_mask is not None:
         _validate_mask(query, key, attn_mask)
+    if query_segments is not None or key_segments is not None:
+        validate_segments(query, key, query_segments, key_segments)
     if out is not None:
         expected = (*query.shape[:-1], value.shape[-1])
         if out.dim() != len(expected) or any(map(differ, out.shape, expected)):
@@ -121,6 +130,25 @@ def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     for size, expected in zip(reversed(attn_mask.shape), reversed(scores), strict=False):
         if known(size) != 1 and differ(size, expected):
             raise _misfit(f"attn_mask {tuple(attn_mask.shape)} does not broadcast to the scores {scores}")
+
+
+def validate_segments(
+    query: Tensor, key: Tensor, query_segments: Tensor | None, key_segments: Tensor | None
+) -> None:
+    """Raise RuntimeError for ids that are not those of query and key, or of only one of them."""
+    if query_segments is None or key_segments is None:
+        missing, given = ("query", "key") if query_segments is None else ("key", "query")
+        raise _misfit(f"{given}_segments without {missing}_segments (valid: both, or neither)")
+    for name, ids, rows in (("query", query_segments, query), ("key", key_segments, key)):
+        if ids.dtype != torch.int32:
+            raise _misfit(f"{name}_segments is {ids.dtype} (valid: torch.int32)")
+        if ids.device != query.device:
+            raise _misfit(f"{name}_segments is on {ids.device}, query on {query.device}")
+        expected = (*query.shape[:-3], rows.shape[-2])
+        if ids.dim() != len(expected) or any(map(differ, ids.shape, expected)):
+            dims = "[batch, {0}]" if query.dim() == 4 else "[{0}]"
+            length = {"query": "q_len", "key": "kv_len"}[name]
+            raise _misfit(f"{name}_segments is {tuple(ids.shape)} (valid: {dims.format(length)}, {expected})")
 
 
 def _misfit(message: str) -> RuntimeError:
@@ -169,7 +197,9 @@ def _attention_out(
     output: Tensor,
     **options: Any,
 ) -> None:
-    if problem := output_problem(output, query=query, key=key, value=value, attn_mask=attn_mask):
+    read = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    segments = {name: options.get(name) for name in ("query_segments", "key_segments")}
+    if problem := output_problem(output, **read, **segments):
         raise _misfit(problem)
     _run(query, key, value, attn_mask, is_causal, output, False, None, **options)
     mark_written(output)
@@ -223,14 +253,18 @@ def _run(
     min_q_len: int = 0,
     min_kv_len: int = 0,
     or_exact: bool = False,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE if asked for); the output is `out` where that is given."""
+    given_segments = query_segments, key_segments
     if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
         if out is not None:
             raise NotEligibleError(f"kernel={kernel_name}", [wanting])
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
-        validate(query, key, value, attn_mask, enable_gqa)
-        return _differentiable(query, key, value, attn_mask, params, memory_order, return_lse)
+        validate(query, key, value, attn_mask, enable_gqa, None, *given_segments)
+        segments = as_segments(*given_segments)
+        return _differentiable(query, key, value, attn_mask, params, memory_order, return_lse, segments)
     kind = (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
@@ -238,13 +272,14 @@ def _run(
         None if attn_mask is None
         else (attn_mask.shape, attn_mask.stride(), attn_mask.dtype, attn_mask.device),
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+        *[None if ids is None else (ids.shape, ids.stride(), ids.dtype, ids.device) for ids in given_segments],
         None if memory_order is None else tuple(memory_order),
         return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
         min_q_len, min_kv_len, or_exact,
     )  # fmt: skip
     resolved = _resolved.get(kind)
     if resolved is None:
-        validate(query, key, value, attn_mask, enable_gqa, out)
+        validate(query, key, value, attn_mask, enable_gqa, out, *given_segments)
     given, lse = out, _empty_lse(query) if return_lse else None
     if out is None:
         if resolved is None:
@@ -259,20 +294,34 @@ def _run(
         lse = None if lse is None else lse.view(query.shape[:-1])
     if attn_mask is not None:
         attn_mask = as_4d(attn_mask)
+    segments = as_segments(*given_segments)
     if resolved is None:
         precision = kernels.precision_on(query.device, precision, kernel_name)
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
         run = _resolve(
-            query, key, value, attn_mask, params, out, lse, kernel_name, (min_q_len, min_kv_len), or_exact
+            query,
+            key,
+            value,
+            attn_mask,
+            params,
+            out,
+            lse,
+            kernel_name,
+            (min_q_len, min_kv_len),
+            or_exact,
+            segments,
         )
         resolved = _Resolved(run, params, result[0].shape, result[0].stride())
         _resolved.keep(kind, resolved)
     if resolved.run is not None:
-        resolved.run(query, key, value, attn_mask, out, lse)
+        if segments is None:
+            resolved.run(query, key, value, attn_mask, out, lse)
+        else:
+            resolved.run(query, key, value, attn_mask, out, lse, segments=segments)
         return result
-    exact = sdpa(query, key, value, attn_mask, resolved.params)
+    exact = sdpa(query, key, value, attn_mask, resolved.params, segments)
     if lse is not None:
-        exact_lse(query, key, attn_mask, resolved.params, lse)
+        exact_lse(query, key, attn_mask, resolved.params, lse, segments)
     if given is None and out is result[0] and exact.stride() == out.stride():
         return exact, lse  # nobody else has seen ours
     out.copy_(exact)
@@ -290,6 +339,7 @@ def _resolve(
     name: str,
     least: tuple[int, int],
     or_exact: bool,
+    segments: Segments | None,
 ) -> Prepared | None:
     """What to run; None for exact attention, asked for, fallen back to by "auto", for fewer than `least` queries and keys,
     or, with `or_exact`, for sizes that the kernel does not take."""
@@ -297,7 +347,7 @@ def _resolve(
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     chosen = None
     if name != EXACT:
-        problem = make_problem(query, key, value, attn_mask, params, lse is not None)
+        problem = make_problem(query, key, value, attn_mask, params, lse is not None, segments)
         chosen, reasons = kernels.select(problem, name)
         falls_back = name == "auto" or (or_exact and not kernels.get(name).unavailable_reasons(query.device))
         if chosen is None and not falls_back:
@@ -306,7 +356,9 @@ def _resolve(
         return without_keys
     if chosen is None or query.shape[2] < least[0] or key.shape[2] < least[1]:
         return None
-    return chosen.prepare(query, key, value, attn_mask, params, out, lse)
+    if segments is None:
+        return chosen.prepare(query, key, value, attn_mask, params, out, lse)
+    return chosen.prepare(query, key, value, attn_mask, params, out, lse, segments)
 
 
 def _differentiable(
@@ -317,18 +369,19 @@ def _differentiable(
     params: AttentionParams,
     memory_order: Sequence[int] | None,
     return_lse: bool,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention, and its LSE if asked for, that autograd records; the output in the strides of the operator's."""
     q, k, v = map(as_4d, (query, key, value))
     mask = None if attn_mask is None else as_4d(attn_mask)
-    out = sdpa(q, k, v, mask, params).view(*query.shape[:-1], value.shape[-1])
+    out = sdpa(q, k, v, mask, params, segments).view(*query.shape[:-1], value.shape[-1])
     expected = empty_output(query.detach(), value.detach(), memory_order)
     if out.stride() != expected.stride():
         out = expected.copy_(out)
     if not return_lse:
         return out, None
     lse = _empty_lse(q)
-    exact_lse(q, k, mask, params, lse)
+    exact_lse(q, k, mask, params, lse, segments)
     return out, lse.view(query.shape[:-1])
 
 
@@ -348,11 +401,13 @@ def make_problem(
     attn_mask: Tensor | None,
     params: AttentionParams,
     return_lse: bool = False,
+    segments: Segments | None = None,
 ) -> AttentionProblem:
     """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
     mask = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
     q, k, v = (TensorSpec.of(tensor).as_4d() for tensor in (query, key, value))
-    return AttentionProblem(q, k, v, mask, params, return_lse)
+    ids = (None, None) if segments is None else tuple(map(TensorSpec.of, segments))
+    return AttentionProblem(q, k, v, mask, params, return_lse, *ids)
 
 
 def as_4d(tensor: Tensor) -> Tensor:
@@ -360,6 +415,15 @@ def as_4d(tensor: Tensor) -> Tensor:
     while tensor.dim() < 4:
         tensor = tensor.unsqueeze(0)
     return tensor
+
+
+def as_segments(query_segments: Tensor | None, key_segments: Tensor | None) -> Segments | None:
+    """The ids as kernels take them, with a batch of 1 where there is none."""
+    if query_segments is None or key_segments is None:
+        return None
+    if query_segments.dim() == 1:
+        query_segments, key_segments = query_segments[None], key_segments[None]
+    return Segments(query_segments, key_segments)
 
 
 def fake_attention(
@@ -371,9 +435,11 @@ def fake_attention(
     *,
     enable_gqa: bool = False,
     memory_order: Sequence[int] | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
     **params: Any,
 ) -> Tensor:
-    validate(query, key, value, attn_mask, enable_gqa)
+    validate(query, key, value, attn_mask, enable_gqa, None, query_segments, key_segments)
     return empty_output(query, value, memory_order)
 
 
@@ -386,9 +452,11 @@ def fake_attention_out(
     *,
     enable_gqa: bool = False,
     output: Tensor,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
     **params: Any,
 ) -> None:
-    validate(query, key, value, attn_mask, enable_gqa, output)
+    validate(query, key, value, attn_mask, enable_gqa, output, query_segments, key_segments)
 
 
 def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

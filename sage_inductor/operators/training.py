@@ -20,23 +20,52 @@ from sage_inductor.operators import inference
 from sage_inductor.operators.unquantised import sdpa
 from sage_inductor.torch_internals import above_autograd
 
+# Positional ones, as torch registers gradients for no operator with tensors that are keywords.
+_INPUTS = inference.INPUTS.replace("*", f"{inference.SEGMENTS}, *")
 inference.LIBRARY.define(
-    f"attention_training({inference.INPUTS}, {inference.PARAMS}, int[]? memory_order=None, "
+    f"attention_training({_INPUTS}, {inference.PARAMS}, int[]? memory_order=None, "
     "int[]? gradient_order=None) -> Tensor",
     tags=inference.TAGS,
 )
 inference.LIBRARY.define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "bool is_causal, float? scale, bool enable_gqa, bool bottom_right, int window_left, int window_right, "
-    "int[]? gradient_order) -> (Tensor, Tensor, Tensor)",
+    f"int[]? gradient_order, {inference.SEGMENTS}) -> (Tensor, Tensor, Tensor)",
     tags=inference.TAGS,
 )
 
 
-def _attention_training(*args: Any, gradient_order: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+def _attention_training(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    *,
+    gradient_order: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    if query_segments is not None or key_segments is not None:
+        kwargs |= {"query_segments": query_segments, "key_segments": key_segments}
     with torch.no_grad():
-        out: Tensor = inference.attention(*args, **kwargs)
+        out: Tensor = inference.attention(query, key, value, attn_mask, is_causal, **kwargs)
     return out
+
+
+def _fake_training(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    kwargs |= {"query_segments": query_segments, "key_segments": key_segments}
+    return inference.fake_attention(query, key, value, attn_mask, is_causal, **kwargs)
 
 
 def _attention_backward(
@@ -52,13 +81,16 @@ def _attention_backward(
     window_left: int,
     window_right: int,
     gradient_order: Sequence[int] | None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale)
     # Where a branch of torch.cond runs eagerly, autograd has been passed by.
     with torch.enable_grad(), above_autograd():
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         q, k, v = map(inference.as_4d, inputs)
-        output = sdpa(q, k, v, None if attn_mask is None else inference.as_4d(attn_mask), params)
+        mask = None if attn_mask is None else inference.as_4d(attn_mask)
+        output = sdpa(q, k, v, mask, params, inference.as_segments(query_segments, key_segments))
         grads = torch.autograd.grad(output, inputs, inference.as_4d(grad_output))
     # In the strides that the traced backward was told.
     empty = empty_gradients((query, key, value), gradient_order)
@@ -69,7 +101,7 @@ def _attention_backward(
 def _fake_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(empty_gradients((query, key, value), args[-1]))
+    return tuple(empty_gradients((query, key, value), args[_GRADIENT_ORDER]))
 
 
 def empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> list[Tensor]:
@@ -85,24 +117,25 @@ def empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> li
     ]
 
 
+_GRADIENT_ORDER = 7  # where it stands behind value in the schema of the backward
 _SAVED = ("scale", "enable_gqa", "bottom_right", "window_left", "window_right", "gradient_order")
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
-    query, key, value, attn_mask, is_causal = inputs
-    ctx.save_for_backward(query, key, value, attn_mask)
+    query, key, value, attn_mask, is_causal, query_segments, key_segments = inputs
+    ctx.save_for_backward(query, key, value, attn_mask, query_segments, key_segments)
     ctx.is_causal = is_causal
     ctx.params = [keyword_only_inputs[name] for name in _SAVED]
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
-    query, key, value, attn_mask = ctx.saved_tensors
+    query, key, value, attn_mask, *segments = ctx.saved_tensors
     grads = torch.ops.sage_inductor.attention_backward(
-        grad_output, query, key, value, attn_mask, ctx.is_causal, *ctx.params
+        grad_output, query, key, value, attn_mask, ctx.is_causal, *ctx.params, *segments
     )
-    return (*grads, None, None)
+    return (*grads, None, None, None, None)
 
 
 def _register() -> None:
@@ -110,7 +143,7 @@ def _register() -> None:
         inference.LIBRARY.impl("attention_training", _attention_training, backend)
         inference.LIBRARY.impl("attention_backward", _attention_backward, backend)
     torch.library.register_fake(
-        f"{inference.NAMESPACE}::attention_training", inference.fake_attention, lib=inference.LIBRARY
+        f"{inference.NAMESPACE}::attention_training", _fake_training, lib=inference.LIBRARY
     )
     torch.library.register_fake(
         f"{inference.NAMESPACE}::attention_backward", _fake_backward, lib=inference.LIBRARY

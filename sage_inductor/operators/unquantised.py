@@ -7,18 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from sage_inductor.kernels import AttentionParams
+from sage_inductor.kernels import AttentionParams, Segments
 from sage_inductor.kernels.reference.algorithm import SCORES_AT_ONCE
 from sage_inductor.torch_internals import builtin_sdpa
 
 
 def sdpa(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, params: AttentionParams
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None = None,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses. Differentiable; an additive mask of
-    float32 keeps its precision beside inputs of 16 bits."""
+    float32 keeps its precision beside inputs of 16 bits. Segments become a mask of q_len * kv_len bools."""
     bounds = params.bounds(query.shape[2], key.shape[2])
-    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds)
+    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds, _same(segments))
     dtype = query.dtype
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, dtype):
         # Positions of ALiBi need more than the 8 bits of bfloat16, and the lowest float32 is -inf there: the mask is not
@@ -36,11 +41,18 @@ def sdpa(
 
 
 def exact_lse(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, params: AttentionParams, lse: Tensor
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    params: AttentionParams,
+    lse: Tensor,
+    segments: Segments | None = None,
 ) -> None:
     """Write the LSE of the exact scores of 4-D inputs into `lse`, which SDPA does not give."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    attn_mask, plain_causal = combined_mask(query, key, attn_mask, *params.bounds(q_len, kv_len))
+    attn_mask, plain_causal = combined_mask(
+        query, key, attn_mask, *params.bounds(q_len, kv_len), _same(segments)
+    )
     scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale
     keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
     step = max(1, SCORES_AT_ONCE // max(1, query.shape[0] * query.shape[1] * kv_len))
@@ -58,10 +70,17 @@ def exact_lse(
 
 
 def combined_mask(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, low: int | None, high: int | None
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    low: int | None,
+    high: int | None,
+    same: Tensor | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) for SDPA, which takes one or the other, out of a mask and the bounds of a
-    band."""
+    """(attn_mask, is_causal) for SDPA, which takes one or the other, out of a mask, the bounds of a band, and what
+    `same_segment` gives."""
+    if same is not None:
+        attn_mask = _joined(attn_mask, same)
     if low is None and high is None:
         band = None
     elif low is None and high == 0 and attn_mask is None:
@@ -78,8 +97,24 @@ def combined_mask(
             band &= distance <= high
     if attn_mask is None:
         return band, False
-    if band is not None:
-        attn_mask = (
-            attn_mask & band if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~band, -math.inf)
-        )
-    return attn_mask, False
+    return (attn_mask if band is None else _joined(attn_mask, band)), False
+
+
+def same_segment(query_segments: Tensor, key_segments: Tensor) -> Tensor:
+    """Which keys are of each query's segment: bool `[batch, 1, q_len, kv_len]` of ids `[batch, q_len]` and
+    `[batch, kv_len]`, and `[q_len, kv_len]` of ids without a batch."""
+    same = query_segments[..., :, None] == key_segments[..., None, :]
+    return same.unsqueeze(-3) if same.dim() > 2 else same
+
+
+def _same(segments: Segments | None) -> Tensor | None:
+    return None if segments is None else same_segment(*segments)
+
+
+def _joined(attn_mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """`attn_mask`, bool or additive, with the bools `allowed`, which may broadcast."""
+    if attn_mask is None:
+        return allowed
+    return (
+        attn_mask & allowed if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~allowed, -math.inf)
+    )

@@ -23,6 +23,7 @@ from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.patterns.sdpa import as_autocast_reads
+from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import Fingerprint, Verdict, calls_per_module
 from sage_inductor.report.report import Report
@@ -33,6 +34,7 @@ from sage_inductor.rewriting.eligibility import (
     ineligible_reasons,
     make_problem,
     make_sdpa_call,
+    varlen_reasons,
 )
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
@@ -262,9 +264,12 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.constants, found.region.writes)
     gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
-    seen = on_this_rank(call, mask)
-    site, choice = _decide(found.match.as_found, call, mask, seen, walk, found.around, found.node, gradients)
-    insert = partial(insert_substitute, call, mask, site, choice, seen.moves_to) if site.rewritten else None
+    if found.pattern == VarlenAttention.name:
+        mask = dataclasses.replace(mask, as_read=None)
+        gradients += varlen_reasons(found.node, mask, walk.config)
+    decided = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
+    site, choice, mask, moves_to = decided
+    insert = partial(insert_substitute, call, mask, site, choice, moves_to) if site.rewritten else None
     return _Decision(found, site, insert)
 
 
@@ -312,16 +317,16 @@ def _decide(
     as_found: AttentionCall,
     call: AttentionCall,
     mask: classify.Mask,
-    seen: Seen,
     walk: _Walk,
     around: Surroundings,
     node: fx.Node,
     reasons: Sequence[str] = (),
-) -> tuple[Site, Choice]:
-    """The decision about `call`, which the model makes at `node`. `as_found` is the same call with its heads still repeated,
-    `seen` as kernels are to judge it. `reasons` speak against it already."""
+) -> tuple[Site, Choice, classify.Mask, tuple[int, ...] | None]:
+    """The decision about `call`, which the model makes at `node`; its mask as the kernel is to read it; and the dims by which
+    the output is to be sharded (`Seen.moves_to`). `as_found` is the same call with its heads still repeated. `reasons` speak
+    against it already."""
     places, config = walk.places.of(node), walk.config
-    path = places[0].path
+    path, seen = places[0].path, on_this_rank(call, mask)
     site = Site(
         name=walk.names.next(path),
         module=path,
@@ -349,8 +354,34 @@ def _decide(
         precision = kernels.precision_on(query.device, "auto", config.kernel)
         config = dataclasses.replace(config, precision=cast(Precision, precision))
         site = dataclasses.replace(site, precision=precision, precision_was_open=True)
-    reasons += seen.reasons
-    reasons += ineligible_reasons(seen.call, seen.mask, config, around) if not seen.reasons else []
+    against, choice = _chosen(as_found, seen, mask, config, around, reasons, site.precision_was_open)
+    if against and mask.as_read is not None:
+        mask = mask.as_read
+        seen = on_this_rank(call, mask)
+        others, choice = _chosen(as_found, seen, mask, config, around, reasons, site.precision_was_open)
+        against = [*against, *others] if others else []
+    reasons += against
+    site = dataclasses.replace(
+        site,
+        kernel=None if reasons else choice.kernel,
+        rewritten=not reasons,
+        reasons=tuple(dict.fromkeys(reasons)),
+        speedup=choice.speedup,
+    )
+    return site, choice, mask, seen.moves_to
+
+
+def _chosen(
+    as_found: AttentionCall,
+    seen: Seen,
+    mask: classify.Mask,
+    config: Config,
+    around: Surroundings,
+    before: Sequence[str],
+    precision_is_open: bool,
+) -> tuple[list[str], Choice]:
+    """(all reasons against a call with `mask`, as kernels are to judge it, beside those from `before`; the kernel)."""
+    reasons = [*seen.reasons] or ineligible_reasons(seen.call, seen.mask, config, around)
     problem = make_problem(seen.call, seen.mask, config, seen.gives_lse)
     sdpa_call = make_sdpa_call(on_this_rank(as_found, mask).call)
     choice = Choice(None)
@@ -360,21 +391,14 @@ def _decide(
             if missing:
                 raise NotEligibleError(f"kernel={config.kernel}", missing)
         # A site that stays for another reason is not worth a measurement.
-        unmeasured = bool(reasons) and config.tune == "measure"
+        unmeasured = bool(before or reasons) and config.tune == "measure"
         tuning = dataclasses.replace(config, tune="table") if unmeasured else config
-        choice = choose(Comparison(problem, sdpa_call, seen.whole), tuning, site.precision_was_open)
+        choice = choose(Comparison(problem, sdpa_call, seen.whole), tuning, precision_is_open)
         reasons += choice.reasons
         if choice.kernel is not None and seen.gives_lse:
             for part in ring_parts(problem):
                 reasons += kernels.select(part, choice.kernel)[1]
-    site = dataclasses.replace(
-        site,
-        kernel=None if reasons else choice.kernel,
-        rewritten=not reasons,
-        reasons=tuple(dict.fromkeys(reasons)),
-        speedup=choice.speedup,
-    )
-    return site, choice
+    return reasons, choice
 
 
 def _info(node: Value, placements: str) -> TensorInfo | None:

@@ -104,6 +104,20 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
     return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
 
 
+def varlen_reasons(node: fx.Node, mask: Mask, config: Config) -> list[str]:
+    """Why the attention of the `varlen_attn` at `node`, of which `mask` is made, has to stay. It never reads a mask, so that it
+    is no alternative to one, and no time of SDPA with a mask says what it takes."""
+    reasons = []
+    if config.kernel == "auto":
+        reasons.append('varlen_attn (supported: a kernel by name; "auto" has no measurement against it)')
+    if mask.query_segments is None or mask.attn_mask is not None:
+        reasons.append(reason("mask of varlen_attn", mask, "segments, causal or within a window"))
+    values = example_value(node)
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        reasons.append(reason("requires_grad", "output", "none of varlen_attn; torch.no_grad()"))
+    return reasons
+
+
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}
@@ -172,7 +186,9 @@ def make_problem(
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
     gives_lse = gives_lse or call.sink is not None or (call.lse is not None and call.lse.is_read)
-    return AttentionProblem(q, k, v, spec, params, return_lse=gives_lse)
+    ids = [example_tensor(ids) for ids in (mask.query_segments, mask.key_segments)]
+    segments = [None if tensor is None else TensorSpec.of(tensor).as_2d() for tensor in ids]
+    return AttentionProblem(q, k, v, spec, params, gives_lse, *segments)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:

@@ -49,6 +49,8 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     )
     output: Any = call.output()
     seen = Seen(call, mask, placements=placements, whole=whole)
+    if mask.query_segments is not None:
+        return replace(seen, reasons=("segments of DTensors (supported: none)",))
     if call.lse is not None:
         kinds = reason("type of query, key, value", "DTensor", "plain tensors where a fused kernel is called")
         return replace(seen, reasons=(kinds,))

@@ -38,6 +38,7 @@ from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.rewriting.masks.segments import insert_once
 from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
@@ -128,6 +129,9 @@ def insert_substitute(
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
         if call.sink is not None:
             kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
+        for name, ids in (("query_segments", mask.query_segments), ("key_segments", mask.key_segments)):
+            if ids is not None:
+                kwargs[name] = insert_once(ids, graph)
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
         lse = None

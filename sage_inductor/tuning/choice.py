@@ -12,7 +12,7 @@ import torch
 
 from sage_inductor import kernels
 from sage_inductor.config import Config
-from sage_inductor.kernels import Kernel
+from sage_inductor.kernels import AttentionProblem, Kernel
 from sage_inductor.tuning import measure as measuring
 from sage_inductor.tuning.agreement import Choice, Vote, agreed
 from sage_inductor.tuning.comparison import Comparison
@@ -60,7 +60,7 @@ def _of_this_rank(
     if not candidates:
         return Choice(None, tuple(others))
     if config.tune == "off":
-        return Choice(candidates[0].name)
+        return _without_measurement(candidates, comparison.problem, others)
     note: list[str] = []
     choice = None
     if config.tune == "measure":
@@ -76,6 +76,16 @@ def _of_this_rank(
     if choice.kernel is None:
         return Choice(None, (*choice.reasons, *others, *note), choice.speedup)
     return choice
+
+
+def _without_measurement(
+    candidates: Sequence[Kernel], problem: AttentionProblem, others: Sequence[str]
+) -> Choice:
+    """The first of `candidates` that need not be measured first; `others` are the reasons against other kernels."""
+    against = {kernel.name: kernel.unmeasured_reasons(problem) for kernel in candidates}
+    first = next((name for name, reasons in against.items() if not reasons), None)
+    texts = [f"{name}: {text}" for name, reasons in against.items() for text in reasons]
+    return Choice(first, () if first is not None else (*texts, *others))
 
 
 def is_makeshift() -> bool:

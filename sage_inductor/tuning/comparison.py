@@ -86,6 +86,7 @@ class Comparison:
                 "bottom_right": params.bottom_right,
                 "window": [params.window_left, params.window_right],
                 "precision": params.precision,
+                **({} if problem.key_segments is None else {"segments": "ids"}),
             },
             "sdpa": {
                 **_described(self.sdpa),
@@ -179,13 +180,16 @@ def _with_lengths(
     if mask is not None:
         lengths = {-2: q_len, -1: kv_len}
         mask = change(mask, {dim: lengths[dim] for dim in lengths if not _is_broadcast(mask, dim)})
-    return replace(
-        call,
-        query=change(call.query, {-2: q_len}),
-        key=change(call.key, {-2: kv_len}),
-        value=change(call.value, {-2: kv_len}),
-        attn_mask=mask,
-    )
+    changes: dict[str, Any] = {
+        "query": change(call.query, {-2: q_len}),
+        "key": change(call.key, {-2: kv_len}),
+        "value": change(call.value, {-2: kv_len}),
+        "attn_mask": mask,
+    }
+    if isinstance(call, AttentionProblem) and call.query_segments and call.key_segments:
+        changes["query_segments"] = change(call.query_segments, {-1: q_len})
+        changes["key_segments"] = change(call.key_segments, {-1: kv_len})
+    return replace(call, **changes)
 
 
 def _is_broadcast(mask: TensorSpec, dim: int) -> bool:

@@ -28,6 +28,15 @@ ROUNDS = (5, 40)  # at least and at most; each times every call once
 # SDPA.
 WORKSPACE_SHARE = 1.5
 KEPT_KEYS = 0.9  # of a bool mask, on average over the batch
+DOCUMENTS = (
+    512,
+    32,
+    2048,
+    128,
+    1024,
+    64,
+    256,
+)  # tokens of packed documents, in this order: short and long ones
 
 Timed = Callable[[], Any]
 Clock = Callable[[Timed], float]
@@ -87,7 +96,7 @@ def _measure(comparison: Comparison, kernels: Sequence[str]) -> Result:
 
 def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
     problem, params = comparison.problem, comparison.problem.params
-    args = inputs.of(problem)
+    args, segments = inputs.of(problem), inputs.segments(problem)
     return lambda: inference.attention(
         *args,
         params.is_causal,
@@ -98,6 +107,7 @@ def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
         window_right=params.window_right,
         kernel_name=name,
         precision=params.precision,
+        **segments,
     )
 
 
@@ -123,6 +133,17 @@ class _Tensors:
             None if call.attn_mask is None else self._tensor("attn_mask", call.attn_mask, self._mask),
         )
 
+    def segments(self, problem: AttentionProblem) -> dict[str, Tensor]:
+        """The ids of `problem` by the names of the operator's arguments; none where it has none."""
+        specs = {"query_segments": problem.query_segments, "key_segments": problem.key_segments}
+        return {name: self._tensor(name, spec, self._ids) for name, spec in specs.items() if spec is not None}
+
+    def _ids(self, spec: TensorSpec) -> Tensor:
+        buffer = _buffer(spec)
+        ids = usual_segments(spec.shape[-1], spec.device)
+        _writable(buffer, spec).copy_(ids.expand(_own_shape(spec)))
+        return buffer
+
     def _tensor(self, name: str, spec: TensorSpec, make: Callable[[TensorSpec], Tensor]) -> Tensor:
         inner = _without_leading_ones(spec)
         if (name, inner) not in self.known:
@@ -142,13 +163,29 @@ class _Tensors:
         return buffer
 
     def scatter_masks(self) -> bool:
-        """Overwrite every bool mask by one that leaves keys drawn at random, and every query its first key. A kernel that
-        skips blocks of keys that a mask rules out finds none to skip. Returns whether there is a bool mask."""
+        """Overwrite every bool mask by one that leaves keys drawn at random, and every query its first key, and all ids by
+        ids drawn at random. A kernel that skips blocks of keys that are ruled out finds none to skip. Returns whether there is
+        a bool mask, or ids."""
         masks = [(spec, buffer) for (_, spec), buffer in self.known.items() if spec.dtype == torch.bool]
         for spec, buffer in masks:
             buffer.bernoulli_(KEPT_KEYS, generator=self.generator)
             _writable(buffer, spec)[..., 0] = True
-        return bool(masks)
+        ids = [(spec, buffer) for (_, spec), buffer in self.known.items() if spec.dtype == torch.int32]
+        for spec, buffer in ids:
+            _writable(buffer, spec).random_(0, len(DOCUMENTS), generator=self.generator)
+        return bool(masks or ids)
+
+
+def usual_segments(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Ids of documents that are packed into `length` tokens, int32 `[length]`, as data for training and prefilling is: of
+    `DOCUMENTS` tokens in turns, and so many that `length` is filled. Fewer tokens than those have shorter documents: three
+    at least."""
+    unit = min(1.0, length / (3 * max(DOCUMENTS)))
+    lengths = torch.tensor([max(1, round(unit * tokens)) for tokens in DOCUMENTS])
+    rounds = -(-length // int(lengths.sum()))
+    ends = lengths.repeat(rounds).cumsum(0)
+    ids = torch.searchsorted(ends, torch.arange(length), right=True)
+    return ids.to(device, torch.int32)
 
 
 def usual_mask(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

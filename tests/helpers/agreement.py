@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
 from sage_inductor.measurement.ground_truth import (
     DOCUMENTED,
@@ -43,6 +43,7 @@ def run(
     mask: Tensor | None = None,
     params: AttentionParams = AttentionParams(),
     out: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE; neither starts with a value that could pass for a result, and the inputs stay as they
     were."""
@@ -50,17 +51,24 @@ def run(
     out = q.new_empty(*q.shape[:3], v.shape[3]) if out is None else out
     out.fill_(math.nan)
     lse = torch.full(q.shape[:3], math.nan, device=q.device)
-    kernel.run(q, k, v, mask, params, out, lse)
+    kernel.run(q, k, v, mask, params, out, lse, *([] if segments is None else [segments]))
     for tensor, before in zip((q, k, v), kept, strict=True):
         assert torch.equal(tensor.nan_to_num(), before.nan_to_num())
     return out, lse
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     bounds = params.bounds(q.shape[2], k.shape[2])
-    return reference.attention(q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision)
+    return reference.attention(
+        q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision, segments=segments
+    )
 
 
 def disagreements(
@@ -72,6 +80,7 @@ def disagreements(
     mask: Tensor | None = None,
     params: AttentionParams = AttentionParams(),
     steps_of_64: bool = False,
+    segments: Segments | None = None,
 ) -> list[str]:
     """What of a kernel's output and LSE lies beyond the bounds around the oracle's; each with its value.
 
@@ -79,8 +88,8 @@ def disagreements(
     query to query. P is then rounded against other maxima than the oracle's. Two roundings that know nothing of
     each other, each within the documented error, differ by sqrt(2) of it.
     """
-    expected, expected_lse = oracle(q, k, v, mask, params)
-    scatter, largest = _rounded(q, k, v, mask, params)
+    expected, expected_lse = oracle(q, k, v, mask, params, segments)
+    scatter, largest = _rounded(q, k, v, mask, params, segments)
     steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
     eps = EPS[q.dtype]
     if got.isnan().any():
@@ -113,7 +122,12 @@ def disagreements(
 
 
 def _rounded(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None = None,
 ) -> tuple[float, float]:
     """What rounding P and V is relative to: the root of the sum of P^2 (V - m)^2, and the largest |V - m| that some
     query sees, where m is what the oracle subtracts from V, which no rounding touches.
@@ -127,7 +141,7 @@ def _rounded(
     full = None if mask is None else mask.expand(*q.shape[:3], keys)
     mean = reference.quantize_kv(k, v, params.precision, reference.used_keys(full)).v_mean
     identity = torch.eye(keys, device=q.device).expand(batch, kv_heads, keys, keys)
-    weights, _ = float64_attention(q, k, identity, mask, params)
+    weights, _ = float64_attention(q, k, identity, mask, params, segments=segments)
     weights = weights.view(batch, kv_heads, -1, keys)
     seen = weights.amax(2)[..., None] > 0
     deviation = torch.where(seen, v.double() - mean, 0.0)
@@ -144,10 +158,11 @@ def check(
     params: AttentionParams = AttentionParams(),
     out: Tensor | None = None,
     steps_of_64: bool = False,
+    segments: Segments | None = None,
 ) -> None:
     """The kernel agrees with the oracle, element by element."""
-    got, lse = run(kernel, q, k, v, mask, params, out)
-    assert disagreements(got, lse, q, k, v, mask, params, steps_of_64) == []
+    got, lse = run(kernel, q, k, v, mask, params, out, segments)
+    assert disagreements(got, lse, q, k, v, mask, params, steps_of_64, segments) == []
 
 
 # --------------------------------------------------------------------------------------------------- random

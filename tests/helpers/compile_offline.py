@@ -4,7 +4,7 @@ from that on Hopper, and waits for the kernel in front (programmatic dependent l
     python tests/helpers/compile_offline.py 90 fast 128 none
 
 Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys), bias (float32, over
-keys) or queries (bool, a row for each query). A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
+keys), queries (bool, a row for each query), segments, or segments+ and one of the others. A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from sage_inductor.kernels.base import AttentionParams
+from sage_inductor.kernels.base import AttentionParams, Segments
 from sage_inductor.kernels.triton import launch
 
-KERNELS = ("mask_blocks_kernel", "statistics_kernel", "quantize_kernel", "attention_kernel")
+KERNELS = (
+    "segments_kernel",
+    "mask_blocks_kernel",
+    "statistics_kernel",
+    "quantize_kernel",
+    "attention_kernel",
+)
 
 
 class Driver:
@@ -88,12 +94,15 @@ def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None
     for name in KERNELS:
         setattr(launch, name, Compiled(getattr(launch, name)))
     q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
-    mask = None
-    if mask_kind != "none":
+    first, _, second = mask_kind.partition("+")
+    segments = Segments(*torch.zeros(2, 2, 256, dtype=torch.int32)) if first == "segments" else None
+    mask, mask_kind = None, second if first == "segments" else first
+    if mask_kind not in ("", "none"):
         queries = 256 if mask_kind == "queries" else 1
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
     out, params = torch.empty_like(q), AttentionParams(precision=precision)
-    launch.TritonAttention(q, k, v, mask, params, out, None)(q, k, v, mask, out, None)
+    call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
+    call(q, k, v, mask, out, None, segments=segments)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ def fused(batch: int = 2, heads: int = 4, seq: int = 20, dim: int = 32) -> tuple
     return tuple(torch.randn(batch, seq, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0))
 
 
+def ids(*shape: int) -> Tensor:
+    return torch.randint(-1, 3, shape, dtype=torch.int32)
+
+
 SAMPLES: dict[str, tuple[tuple[Tensor | None, ...], dict[str, Any]]] = {
     "HND": ((hnd(), hnd(), hnd()), {}),
     "NHD": ((nhd(), nhd(), nhd()), {}),
@@ -54,6 +58,14 @@ SAMPLES: dict[str, tuple[tuple[Tensor | None, ...], dict[str, Any]]] = {
     "window": ((hnd(), hnd(), hnd(), None, True), {"window_left": 4}),
     "memory order": ((hnd(), hnd(), hnd()), {"memory_order": [0, 2, 1, 3]}),
     "auto": ((hnd(), hnd(), hnd()), {"kernel_name": "auto"}),
+    "segments": (
+        (nhd(), nhd(seq=30, heads=2), nhd(seq=30, heads=2), None, True),
+        {"query_segments": ids(2, 20), "key_segments": ids(2, 30), "enable_gqa": True},
+    ),
+    "3-D, segments": (
+        (hnd()[0], hnd()[0], hnd()[0]),
+        {"query_segments": ids(20), "key_segments": ids(20), "kernel_name": "auto"},
+    ),
 }
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config, NotEligibleError, Site, explain
-from sage_inductor.patterns import ALL, VarlenAttention
+from sage_inductor.patterns import ALL
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import RewritingBackend, capture, graph_text, relative_l2
 
@@ -365,28 +365,6 @@ def test_leaving_the_choice_to_torch_is_no_choice() -> None:
     with sdpa_kernel(every):
         (site,) = judge(F.scaled_dot_product_attention, nhd(), nhd(), nhd())
     assert site.rewritten
-
-
-def test_varlen_attention_is_a_site_that_stays() -> None:
-    """Found in graphs of calls and of operators. A CPU traces it and cannot run it."""
-    ((function, inputs),) = VarlenAttention().examples()
-    graphs: list[fx.Graph] = []
-
-    def backend(module: fx.GraphModule, _: Any) -> Any:
-        graphs.append(module.graph)
-        return lambda *args: (torch.empty_like(inputs[0]),)
-
-    torch.compile(function, backend=backend)(*inputs)
-    (graph,) = graphs
-    text = graph_text(graph)
-    (node,) = (node for node in graph.nodes if "_varlen_attn" in str(node.target))
-    for target in (node.target, node.target.default):  # as Dynamo and as exported programs have it
-        node.target = target
-        (site,) = rewrite_graph(graph, REFERENCE)
-        assert site.pattern == "varlen_attn" and not site.rewritten
-        assert site.reasons[0].startswith("varlen_attn (supported: scaled_dot_product_attention; ")
-    node.target = torch.ops.torch_attn._varlen_attn
-    assert graph_text(graph) == text
 
 
 def test_flex_attention_is_a_site_that_stays() -> None:

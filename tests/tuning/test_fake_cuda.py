@@ -160,3 +160,35 @@ def test_older_and_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "capability", lambda index: (10, 0))
     site = site_of(judge(F.scaled_dot_product_attention, shape, shape, shape))
     assert any("compute capability=10.0 (measured up to 9.0)" in reason for reason in site.reasons)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Within documents, each of which a flag begins."""
+    q, k, v = x.unflatten(2, (3, 32, 128)).permute(2, 0, 3, 1, 4).unbind(0)
+    ids = (x.select(-1, 0) > 3).cumsum(-1).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, ids.unsqueeze(-1) == ids.unsqueeze(-2))
+
+
+@pytest.mark.parametrize(
+    ("config", "reads_ids"),
+    [
+        (Config(kernel="triton"), True),
+        # No measurements are shipped for ids, but there are some for masks.
+        (Config(tune="table"), False),
+        (Config(tune="off"), False),
+    ],
+)
+def test_segments_go_to_triton_by_name_or_by_measurement(config: Config, reads_ids: bool) -> None:
+    backend = judge(packed, (1, 16384, 3 * 32 * 128), config=config)
+    site = site_of(backend)
+    assert (site.kernel, site.mask) == ("triton", "segments")
+    assert ("query_segments" in graph_text(backend.graphs[0].graph)) == reads_ids
+
+
+def test_segments_that_no_kernel_takes_stay_with_the_reasons_of_both_readings() -> None:
+    backend = judge(packed, (1, 512, 3 * 32 * 128))
+    site = site_of(backend)
+    assert not site.rewritten and site.mask == "segments"
+    assert 'triton: segments (not measured yet: by tune="measure", or kernel="triton")' in site.reasons
+    assert "hopper: segments (supported: none)" in site.reasons
+    assert any("kv_len=512" in text for text in site.reasons)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.tuning import Comparison, SdpaCall, measure
 from sage_inductor.tuning.machine import machine
-from sage_inductor.tuning.measure import KEPT_KEYS, usual_mask
+from sage_inductor.tuning.measure import DOCUMENTS, KEPT_KEYS, usual_mask, usual_segments
 from sage_inductor.tuning.store import Result, Store, Timing
 
 
@@ -48,6 +48,57 @@ def test_masks_of_a_row_per_query_are_causal_and_padded_in_front(shape: tuple[in
     assert not bool((entries & ~causal).any())
     for entry in entries[1:]:
         assert not bool(entry[:, 1].any()) or shape[-1] == 8  # padding in front
+
+
+@pytest.mark.parametrize("length", [1, 7, 100, 4096, 32768])
+def test_segments_are_documents_one_behind_the_other(length: int) -> None:
+    ids = usual_segments(length)
+    assert ids.shape == (length,) and ids.dtype == torch.int32
+    assert int(ids[0]) == 0 and set(ids.diff().tolist()) <= {0, 1}
+    lengths = ids.bincount()
+    if length > 3 * max(DOCUMENTS):
+        assert set(lengths[:-1].tolist()) == set(DOCUMENTS)
+    elif length >= 100:
+        assert len(lengths) >= 3 and int(lengths.max()) <= length / 3 + 1
+
+
+def with_segments(batch: int, q_len: int, kv_len: int) -> Comparison:
+    q, k = (TensorSpec.of(torch.empty(batch, 2, length, 32)) for length in (q_len, kv_len))
+    own, other = (
+        TensorSpec.of(torch.empty(length, dtype=torch.int32).expand(batch, length))
+        for length in (q_len, kv_len)
+    )
+    mask = TensorSpec.of(torch.empty(batch, 1, q_len, kv_len, dtype=torch.bool))
+    problem = AttentionProblem(q, k, k, None, AttentionParams(), False, own, other)
+    return Comparison(problem, SdpaCall(q, k, k, mask, False, None, False))
+
+
+def test_segments_are_timed_packed_and_scattered(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    attention = measure.inference.attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(torch.stack([kwargs["query_segments"], kwargs["key_segments"][:, :48]]).clone())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(measure.inference, "attention", spy)
+    compared = with_segments(2, 48, 80)
+    result = measure.measure(compared, ["reference"])
+    assert not result.failed and result.kernels["reference"].scattered is not None
+    first, last = seen[0], seen[-1]
+    assert torch.equal(first[0], usual_segments(48).expand(2, 48))
+    assert torch.equal(first[1], usual_segments(80)[:48].expand(2, 48))
+    assert bool((last.diff(dim=-1) < 0).any())
+
+
+def test_segments_have_results_of_their_own_and_follow_the_lengths() -> None:
+    compared = with_segments(2, 48, 80)
+    without = replace(compared, problem=replace(compared.problem, query_segments=None, key_segments=None))
+    assert compared.key() != without.key() and "segments" not in without.key()["kernel"]
+    longer = compared.at(96, 160).problem
+    assert longer.query_segments is not None and longer.key_segments is not None
+    assert (longer.query_segments.shape, longer.key_segments.shape) == ((2, 96), (2, 160))
+    assert (longer.query_segments.stride, longer.key_segments.stride) == ((0, 1), (0, 1))
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "queries", "bias"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...graph.sizes import known
-from ..base import AttentionParams, AttentionProblem, Prepared, reason
+from ..base import AttentionParams, AttentionProblem, Prepared, Segments, reason
 from ..device import capability, has_gpu, interpreted
 from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
@@ -36,6 +36,7 @@ class HopperKernel(TritonKernel):
 
     name: ClassVar[str] = "hopper"
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
+    takes_segments: ClassVar[bool] = False
     # P is rounded against a maximum that lags behind, so its rounding errors are independent of the oracle's: their difference
     # has the norm of two.
     oracle_distance: ClassVar[float] = 2**0.5
@@ -87,6 +88,7 @@ class HopperKernel(TritonKernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> Prepared:
         from ..triton.launch import prepare
         from .launch import HopperAttention

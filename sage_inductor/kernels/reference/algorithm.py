@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor.kernels.base import is_key_mask
+from sage_inductor.kernels.base import Segments, is_key_mask
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
 SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
@@ -61,10 +61,12 @@ def attention(
     bounds: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
     precision: str = "fast",
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
     `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
-    `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`.
+    `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`, and of them, with
+    `segments`, those of its own id. K and V have one mean for all segments: softmax sees neither.
 
     Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the
     natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
@@ -82,6 +84,8 @@ def attention(
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
         allowed, bias = _mask(attn_mask, bounds, start, stop, kv_len, kv.k.shape[2], query.device)
+        if segments is not None:
+            allowed = _within_segments(segments, allowed, start, stop, kv.k.shape[2])
         chunk_out, chunk_lse = _attend(query[:, :, start:stop], kv, allowed, bias, scale, precision)
         out[:, :, start:stop] = chunk_out
         lse[:, :, start:stop] = chunk_lse
@@ -260,6 +264,16 @@ def _mask(
             band = band & (distance <= high)
         allowed = band[None, None] if allowed is None else allowed & band
     return allowed, bias
+
+
+def _within_segments(
+    segments: Segments, allowed: Tensor | None, start: int, stop: int, padded_len: int
+) -> Tensor:
+    """`allowed` of `_mask`, where query and key are of one segment. What is behind the last key is of segment 0, and ruled
+    out already."""
+    ids = F.pad(segments.key, (0, padded_len - segments.key.shape[1]))
+    same = (segments.query[:, start:stop, None] == ids[:, None])[:, None]
+    return same if allowed is None else allowed & same
 
 
 def _log2_bias(mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sage_inductor.kernels.base import PRECISIONS, AttentionParams, Kernel
+from sage_inductor.kernels.base import PRECISIONS, AttentionParams, Kernel, Segments
 from sage_inductor.kernels.reference import algorithm as reference
 
 
@@ -17,6 +17,7 @@ class ReferenceKernel(Kernel):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     device_types = ("cpu", "cuda")
     head_dims = range(1, 1025)  # |int8 dot| < 2^24, the integers float32 holds exactly
+    takes_segments = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         return []
@@ -30,6 +31,7 @@ class ReferenceKernel(Kernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> None:
         result, result_lse = reference.attention(
             query,
@@ -39,6 +41,7 @@ class ReferenceKernel(Kernel):
             bounds=params.bounds(query.shape[2], key.shape[2]),
             scale=params.scale,
             precision=params.precision,
+            segments=segments,
         )
         out.copy_(result)
         if lse is not None:

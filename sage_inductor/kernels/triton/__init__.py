@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, AttentionProblem, Kernel, Prepared, mark_written, output_problem, reason
+from ..base import (
+    AttentionParams,
+    AttentionProblem,
+    Kernel,
+    Prepared,
+    Segments,
+    mark_written,
+    output_problem,
+    reason,
+)
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
 from .crossover import slower_than_sdpa
@@ -40,6 +49,7 @@ class TritonKernel(Kernel):
     dtypes: ClassVar[Collection[torch.dtype]] = (torch.float16, torch.bfloat16, torch.float32)
     device_types: ClassVar[Collection[str]] = ("cuda",)
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
+    takes_segments: ClassVar[bool] = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         if find_spec("triton") is None:
@@ -83,7 +93,14 @@ class TritonKernel(Kernel):
         found = capability(device.index)
         return tuple(name for name in self.precisions if found >= MIN_CAPABILITY[name])
 
+    def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
+        if problem.query_segments is None:
+            return []
+        return ['segments (not measured yet: by tune="measure", or kernel="triton")']
+
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
+        if unmeasured := self.unmeasured_reasons(problem):
+            return unmeasured
         device = problem.query.device
         if device.type != "cuda" or not has_gpu():
             return []
@@ -98,8 +115,10 @@ class TritonKernel(Kernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> None:
-        self.prepare(query, key, value, attn_mask, params, out, lse)(query, key, value, attn_mask, out, lse)
+        call = self.prepare(query, key, value, attn_mask, params, out, lse, segments)
+        call(query, key, value, attn_mask, out, lse, segments=segments)
 
     def prepare(
         self,
@@ -110,10 +129,11 @@ class TritonKernel(Kernel):
         params: AttentionParams,
         out: Tensor,
         lse: Tensor | None,
+        segments: Segments | None = None,
     ) -> Prepared:
         from .launch import prepare
 
-        return prepare(query, key, value, attn_mask, params, out, lse)
+        return prepare(query, key, value, attn_mask, params, out, lse, segments=segments)
 
 
 def attention_varlen(

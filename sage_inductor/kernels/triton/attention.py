@@ -31,6 +31,7 @@ from .numerics import (
     to_float8,
 )
 from .quantize import _KEY_BLOCK, sections, sequence
+from .segments import blocks_of_one, meeting_blocks, segment_sections, within_segment
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -162,6 +163,8 @@ def _attend_blocks(
     stride_mn,
     mask_bits,
     mask_block0,
+    own_ids,
+    k_ids,
     D0: tl.constexpr,
     D1: tl.constexpr,
     DV0: tl.constexpr,
@@ -175,6 +178,7 @@ def _attend_blocks(
     MASK: tl.constexpr,
     KEY_MASK: tl.constexpr,
     MASK_BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TMA: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -237,6 +241,8 @@ def _attend_blocks(
                 if HAS_LOW:
                     keep = keep & (cols[None, :] >= (rows + low)[:, None])
                 x = tl.where(keep, x, float("-inf"))
+            if SEGMENTS:
+                x = within_segment(x, own_ids, k_ids + block * BLOCK_N, BLOCK_N)
             block_max = tl.max(x, 1) * scale
         else:
             # The maximum is taken of the integers, which is cheaper; the whole row has one scale.
@@ -329,6 +335,7 @@ def attention_kernel(
     scales,
     mask_states,
     mask_bits,
+    segments,
     q_size,
     batch,
     heads,
@@ -361,6 +368,7 @@ def attention_kernel(
     KEY_MASK: tl.constexpr,
     SKIP_BLOCKS: tl.constexpr,
     MASK_BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -379,7 +387,8 @@ def attention_kernel(
 
     Query i attends to keys i + low .. i + high. MASK is 0 for none, 1 for bool, 2 for additive. With MASK_BLOCKS,
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
-    head that the mask has.
+    head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, and their ranges (segments.py); it goes
+    with neither MASK_BLOCKS nor VARLEN.
 
     Strides of out but the last come in units of OUT_ALIGN elements. Strides of mask but the last come in units of
     MASK_ALIGN, which divides kv_len, too. In a varlen call q_len and kv_len are the longest lengths.
@@ -443,6 +452,20 @@ def attention_kernel(
         used_keys = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
         begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)
         end = tl.minimum(end, tl.cdiv(tl.load(used_keys + 1), BLOCK_N))
+    own_ids = rows
+    k_ids = segments
+    if SEGMENTS:
+        k_blocks = tl.cdiv(kv_len, BLOCK_N)
+        k_ids, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+        slot = b * tiles + tile
+        own_ids = tl.load(segments + slot * BLOCK_M + tl.arange(0, BLOCK_M))
+        least_id = tl.load(q_range + slot)
+        largest_id = tl.load(q_range + batch * tiles + slot)
+        k_ids += b * k_blocks * BLOCK_N
+        k_range += b * k_blocks
+        first_used, last_used = meeting_blocks(k_range, batch * k_blocks, k_blocks, least_id, largest_id)
+        begin = tl.maximum(begin, first_used)
+        end = tl.minimum(end, last_used)
     mask_block0 = 0
     if MASK_BLOCKS:
         blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -459,6 +482,10 @@ def attention_kernel(
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
     if MASK_BLOCKS:
         full_begin, full_end = whole_blocks(mask_states, full_begin, full_end)
+    if SEGMENTS and MASK == 0:
+        full_begin, full_end = blocks_of_one(
+            k_range, batch * k_blocks, full_begin, full_end, least_id, largest_id
+        )
 
     mask_end = kv_len // MASK_ALIGN * MASK_ALIGN
     if MASK != 0:
@@ -476,34 +503,34 @@ def attention_kernel(
     value_row = kv_h * (DV0 + DV1)
     value_col = block0 * _KEY_BLOCK
     value_pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-    # In ascending order: blocks cut by the window or the mask; blocks that all rows attend to in full; blocks cut by the
-    # diagonal, the mask or the end.
-    if (HAS_LOW and MASK == 0) or MASK_BLOCKS:
+    # In ascending order: blocks cut by the window, the mask or a segment; blocks that all rows attend to in full; blocks cut by
+    # the diagonal, the mask, a segment or the end.
+    if ((HAS_LOW or SEGMENTS) and MASK == 0) or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, TMA, PTX,
         )  # fmt: skip
     if MASK == 0 or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, TMA, PTX,
         )  # fmt: skip
 
     seen = tl.where(total == 0, 0.0, 1.0)  # a row that attends to nothing is 0

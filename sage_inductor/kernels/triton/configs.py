@@ -54,6 +54,14 @@ _SM90: dict[str, list[tuple[int, LaunchConfig]]] = {
 }
 
 
+# 8-bit PV with segments on sm_90, by padded head dim: ids take registers, of which the configurations above leave too few, by the
+# disassembly. Not measured.
+_SM90_SEGMENTS: dict[int, LaunchConfig] = {
+    96: LaunchConfig(max_registers=168),
+    128: LaunchConfig(),
+    256: LaunchConfig(block_n=64, num_warps=8),
+}
+
 _overrides: dict[tuple[tuple[int, int], str, int, bool], LaunchConfig] = {}
 
 
@@ -69,7 +77,13 @@ def override(
 
 
 def launch_config(
-    capability: tuple[int, int], precision: str, d: int, dv: int, masked: bool = False, mask_align: int = 16
+    capability: tuple[int, int],
+    precision: str,
+    d: int,
+    dv: int,
+    masked: bool = False,
+    mask_align: int = 16,
+    segments: bool = False,
 ) -> LaunchConfig:
     """The attention kernel's configuration.
 
@@ -77,15 +91,19 @@ def launch_config(
     masked: whether attn_mask differs from query to query.
     mask_align: how many elements of attn_mask can be read at once. 0 where it comes packed in bits, which take two
         registers only.
+    segments: whether ids of queries and keys are compared.
     """
     if (capability, precision, max(d, dv), masked) in _overrides:
         return _overrides[capability, precision, max(d, dv), masked]
-    if masked and (mask_align or capability[0] != 9):
+    if segments and masked:
+        return LaunchConfig(block_n=64, num_warps=8 if max(d, dv) > 96 else 4)
+    if (masked and (mask_align or capability[0] != 9)) or (segments and capability[0] != 9):
         return _masked_config(capability, precision, max(d, dv), mask_align)
     table = _SM90["16-bit PV" if precision == "accurate" else "8-bit PV"]
     config = next(config for limit, config in table if max(d, dv) <= limit)
     if capability[0] == 9:
-        return config
+        by_ids = _SM90_SEGMENTS if segments and precision != "accurate" else {}
+        return by_ids.get(max(d, dv), config)
     # Elsewhere registers are left to the compiler, and K and V tiles must fit: 99 KiB on sm_86 and sm_89.
     config = replace(config, max_registers=None, num_stages=2)
     if max(d, dv) > 64:

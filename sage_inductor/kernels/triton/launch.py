@@ -1,5 +1,5 @@
 """Host side of the Triton kernels: what attention calls of one kind have in common, worked out once, and the
-launches of each call: three, and one more for some masks."""
+launches of each call: three, and one more for some masks and for segments."""
 
 # Triton has no type information.
 # mypy: disable-error-code="import-untyped"
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams, Prepared, is_key_mask, without_keys
+from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability
 from .attention import attention_kernel
 from .configs import LaunchConfig
@@ -19,6 +19,7 @@ from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
+from .segments import segments_kernel, segments_size
 from .variant import INTERPRETED, SAMPLE_GROUP, make_variant
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
@@ -71,7 +72,7 @@ class MaskOperand(NamedTuple):
     packed: bool = False  # and written down in bits
 
     @classmethod
-    def of(cls, attn_mask: Tensor | None, sizes: Sizes) -> MaskOperand:
+    def of(cls, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None = None) -> MaskOperand:
         if attn_mask is None:
             return _NO_MASK
         attn_mask = attn_mask.expand(sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
@@ -82,8 +83,12 @@ class MaskOperand(NamedTuple):
         )
         shared_by = sizes.batch * sizes.heads // max(batch * heads, 1)
         is_bool = attn_mask.dtype == torch.bool
+        # With segments, their ranges say which blocks of it are read.
         by_blocks = (
-            not over_keys and sizes.kv_len >= MASK_BLOCKS_KEYS and (is_bool or shared_by >= MASK_SHARED_BY)
+            segments is None
+            and not over_keys
+            and sizes.kv_len >= MASK_BLOCKS_KEYS
+            and (is_bool or shared_by >= MASK_SHARED_BY)
         )
         return cls(
             attn_mask.dtype,
@@ -128,11 +133,13 @@ class TritonAttention:
         *,
         config: LaunchConfig | None = None,
         varlen: tuple[int, int, int] | None = None,
+        segments: Segments | None = None,
     ) -> None:
         self.device, self.index = query.device, query.device.index
         self.is_varlen = varlen is not None
         self.sizes = sizes = Sizes.of(query, key, lse is not None, varlen)
-        self.mask = mask = MaskOperand.of(attn_mask, sizes)
+        self.mask = mask = MaskOperand.of(attn_mask, sizes, segments)
+        self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
         self.plan = make_variant(
@@ -144,18 +151,22 @@ class TritonAttention:
             mask.read_at_once,
             self.V_TRANSPOSED,
             config,
+            self.has_segments,
         )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
+        strides += [ids.stride() for ids in segments or ()]
         self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31
         self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
         self._prepare_attention(params, out, lse)
         self._prepare_mask()
+        self._prepare_segments(segments)
 
     def together(self, params: AttentionParams) -> int:
         """Heads whose tiles are dealt out together, longest first, where a mask makes tiles of different lengths: with
         those of one head after the other, long tiles of the last heads would be left for the end."""
-        if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None) and not self.mask.by_blocks:
+        is_cut = self.mask.by_blocks or self.has_segments
+        if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None) and not is_cut:
             return 1
         batch, heads, kv_heads, _, kv_len, *_ = self.sizes
         kv_bytes = kv_len * (self.plan.d + self.plan.dv * self.plan.v_dtype.itemsize)
@@ -178,6 +189,12 @@ class TritonAttention:
             self.mask_states = self._part(blocks, torch.int8)
             if self.mask.packed:
                 self.mask_bits = self._part(4 * blocks * m, {64: torch.int16, 128: torch.int32}[n])
+
+        self.segments: Part | None = None
+        if self.has_segments:
+            lengths = sizes.batch, sizes.q_len, sizes.kv_len
+            size = segments_size(*lengths, plan.config.block_m, plan.config.block_n)
+            self.segments = self._part(size, torch.int32)
 
     def _part(self, elements: int, dtype: torch.dtype) -> Part:
         """The next part of the workspace."""
@@ -244,7 +261,7 @@ class TritonAttention:
             attention_kernel,
             -(-q_len // plan.config.block_m) * batch * heads,
             dtypes=(mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
-            own=(*self._tiles(), self.scales, self.mask_states, self.mask_bits),
+            own=(*self._tiles(), self.scales, self.mask_states, self.mask_bits, self.segments),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
@@ -253,7 +270,7 @@ class TritonAttention:
             specialized=(out_strides[3], mask.units[3]),
             variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
-                mask.over_keys, mask.skip_blocks, mask.by_blocks, varlen, lse is not None,
+                mask.over_keys, mask.skip_blocks, mask.by_blocks, self.has_segments, varlen, lse is not None,
             ),
             constants=plan.attention,
             index=self.index,
@@ -274,6 +291,24 @@ class TritonAttention:
                 specialized=(mask.units[3],),
                 variant=(mask.align, mask.kind),
                 constants=self.plan.mask_blocks,
+                index=self.index,
+                direct=self.direct,
+            )
+
+    def _prepare_segments(self, segments: Segments | None) -> None:
+        sizes, config = self.sizes, self.plan.config
+        self.segment_ranges: Launch | None = None
+        if segments is not None:
+            (stride_qb, stride_qn), (stride_kb, stride_kn) = (ids.stride() for ids in segments)
+            self.segment_ranges = Launch(
+                segments_kernel,
+                sizes.batch * (-(-sizes.q_len // config.block_m) + -(-sizes.kv_len // config.block_n)),
+                dtypes=tuple(ids.dtype for ids in segments),
+                own=(self.segments,),
+                numbers=(sizes.batch, sizes.q_len, sizes.kv_len, stride_qb, stride_kb, stride_qn, stride_kn),
+                specialized=(stride_qn, stride_kn),
+                variant=(),
+                constants=self.plan.segments,
                 index=self.index,
                 direct=self.direct,
             )
@@ -301,12 +336,15 @@ class TritonAttention:
         attn_mask: Tensor | None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """The workspace for `attend`: uint8, its parts as quantize.py describes them."""
         stream = self.stream()
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
         if self.mask_blocks is not None:
             self.mask_blocks(stream, (attn_mask,), workspace)
+        if self.segment_ranges is not None and segments is not None:
+            self.segment_ranges(stream, segments, workspace)
         key_mask = attn_mask if self.mask.skip_blocks else None
         inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
         self.statistics(stream, inputs, workspace)
@@ -334,14 +372,15 @@ class TritonAttention:
         lse: Tensor | None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> None:
         """Both halves, on the inputs' device (Triton launches on the current one) and its current stream."""
         if INTERPRETED or self.index == torch.cuda.current_device():
-            workspace = self.quantize(query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+            workspace = self.quantize(query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, segments)
             self.attend(workspace, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k)
         else:
             with torch.cuda.device(self.index):
-                self(query, key, value, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k)
+                self(query, key, value, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k, segments)
 
     def stream(self) -> int:
         """The current one of the device."""
@@ -357,11 +396,12 @@ def prepare(
     out: Tensor,
     lse: Tensor | None,
     call: type[TritonAttention] = TritonAttention,
+    segments: Segments | None = None,
 ) -> Prepared:
     """`TritonKernel.prepare`, and that of the family whose `call` is given."""
     if out.numel() == 0 or key.shape[2] == 0:
         return without_keys
-    return call(query, key, value, attn_mask, params, out, lse)
+    return call(query, key, value, attn_mask, params, out, lse, segments=segments)
 
 
 def packed_strides(tensor: Tensor) -> Strides:

@@ -39,6 +39,7 @@ class Variant:
     quantize: dict[str, Any]
     attention: dict[str, Any]
     mask_blocks: dict[str, Any]
+    segments: dict[str, Any]
     q_tiles: tuple[TensorDescriptor, ...]  # templates, one or two per tensor: the blocks that TMA reads
     k_tiles: tuple[TensorDescriptor, ...]
     v_tiles: tuple[TensorDescriptor, ...]
@@ -55,13 +56,14 @@ def make_variant(
     mask_align: int,  # as in `launch_config`
     v_transposed: bool,
     config: LaunchConfig | None,
+    segments: bool = False,
 ) -> Variant:
     d0, d1 = padded_head_dim(head_dim)
     dv0, dv1 = padded_head_dim(v_head_dim)
     if dv0 == 256 and precision != "accurate":
         dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
-    config = config or launch_config(arch, precision, d, dv, masked, mask_align)
+    config = config or launch_config(arch, precision, d, dv, masked, mask_align, segments)
     n = config.block_n
     if precision == "fast":
         v_dtype = torch.float8_e4m3fn
@@ -133,6 +135,7 @@ def make_variant(
             "num_warps": 4,
             **_FUSED,
         },
+        segments={"BLOCK_M": config.block_m, "BLOCK_N": n, "num_warps": 1, **_FUSED},
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
         k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
         v_tiles=_templates(

@@ -44,6 +44,8 @@ def register() -> None:
 
 def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     bound = bound_arguments(operator, args, kwargs)
+    if bound.get("query_segments") is not None or bound.get("key_segments") is not None:
+        raise NotImplementedError("segments beside DTensors (valid: none; attn_mask says as much)")
     tensors = _tensors(bound)
     options = {name: value for name, value in bound.items() if name not in TENSORS}
     layout = layout_of(tensors, options)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves
-from sage_inductor.graph.facts import AND, BROADCASTS, NOT, OR, operation
 from sage_inductor.graph.sizes import sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.rewriting.masks.additive import allowed_keys, seeing_rows, with_uniform_rows
+from sage_inductor.rewriting.masks.conjunction import conjuncts, joined
 from sage_inductor.rewriting.masks.constants import constant_value
+from sage_inductor.rewriting.masks.segments import packed_mask
 
 # Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
 # final.
@@ -46,8 +47,16 @@ class Mask:
     seeing: Value | None = None
     """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
     finite number hid them); None where that does not happen."""
+    query_segments: Value | None = None
+    """int32 `[batch, q_len]`: a query sees the keys of its own id only, beside all else that is said here. None: no ids."""
+    key_segments: Value | None = None
+    as_read: Mask | None = None
+    """The same mask without ids, for kernels that take none."""
 
     def __str__(self) -> str:
+        if self.query_segments is not None:
+            rest = str(dataclasses.replace(self, query_segments=None))
+            return "segments" if rest in ("none", "all_true") else f"{rest}, segments"
         kind, _, read = self.kind.partition(", ")
         if self.chunk:
             return f"{kind} size={self.chunk}"
@@ -62,6 +71,25 @@ class Mask:
 def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
     """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
     graph, `writes` are those of the graph."""
+    as_read = _classify(call, constants, writes)
+    is_known = as_read.attn_mask is None or bool(as_read.chunk)
+    packed = None if is_known else packed_mask(call, writes)
+    if packed is None:
+        return as_read
+    rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), constants, writes)
+    read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
+    if read is not None and query is not None and not _is_key_padding(read, sizes_of(query)[-2]):
+        return as_read  # a kernel would read as much beside the ids
+    if packed.is_causal and not (rest.is_causal and not rest.bottom_right):
+        if rest.bottom_right or rest.is_causal or rest.window_right >= 0:
+            return as_read  # the smaller of two bounds
+        band = "causal" if rest.window_left < 0 else "sliding_window"
+        kind = f"{band}, key_padding" if rest.attn_mask is not None else band
+        rest = dataclasses.replace(rest, kind=kind, is_causal=True)
+    return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
+
+
+def _classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
     if call.attn_mask is None:
         return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
     mask = example_tensor(call.attn_mask)
@@ -95,7 +123,7 @@ def _runtime_kind(mask: Tensor, q_len: int) -> str:
 def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
     """A bool mask that is a constant band and something else, as transformers joins causality and padding: the
     band, and the rest for the kernel to read."""
-    parts = _conjuncts(mask, writes)
+    parts = conjuncts(mask, writes)
     constants = {id(part): constant_value(part, writes) for part in parts}
     fixed = [constant for constant in constants.values() if constant is not None]
     rest: list[Value] = [part for part in parts if constants[id(part)] is None]
@@ -110,7 +138,7 @@ def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any, writes: Writes) 
         if classified is None:
             return None
         band = classified
-    read = functools.reduce(lambda left, right: Expr.of(torch.logical_and, left, right), rest)
+    read = joined(rest)
     tensor = example_tensor(read)
     assert tensor is not None
     kind = _runtime_kind(tensor, q_len)
@@ -156,34 +184,6 @@ def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any, writes: Wri
     if same is None or strides_of(same) != strides_of(output) or sizes_of(same) != sizes_of(output):
         return None
     return dataclasses.replace(known, seeing=seeing)
-
-
-def _conjuncts(mask: Value, writes: Writes) -> list[Value]:
-    """The values whose logical and `mask` is, each of which broadcasts to it."""
-    tensor = example_tensor(mask)
-    if tensor is None or tensor.dtype != torch.bool or not _is_function(mask, writes):
-        return [mask]
-    operands = [arg for arg in mask.args if isinstance(arg, (fx.Node, Expr))]
-    name = operation(mask)
-    if name in BROADCASTS and operands:
-        return _conjuncts(operands[0], writes)
-    if name in AND and len(operands) == 2:
-        return [part for operand in operands for part in _conjuncts(operand, writes)]
-    if name in NOT and len(operands) == 1 and _is_function(operands[0], writes):
-        (negated,) = operands
-        inner = [arg for arg in negated.args if isinstance(arg, (fx.Node, Expr))]
-        if operation(negated) in NOT and len(inner) == 1:
-            return _conjuncts(inner[0], writes)
-        if operation(negated) in OR and len(inner) == 2:
-            return [part for item in inner for part in _conjuncts(Expr.of(torch.logical_not, item), writes)]
-    return [mask]
-
-
-def _is_function(item: Value, writes: Writes) -> bool:
-    """Whether the value of `item` is what its target gives for its arguments, and stays so."""
-    if isinstance(item, Expr):
-        return True
-    return item.op in ("call_function", "call_method") and not writes.touch(item)
 
 
 def _remembered_constant(

@@ -1,0 +1,124 @@
+"""Device code for segments, by which packed sequences do not see each other: a query attends to the keys of its own id.
+
+Before the attention kernel runs, the ids of each block are copied side by side, with their least and largest. A block of keys
+is passed over where its range does not meet that of the block of queries; where both have one id, and the same, no id is read;
+for all others the ids are compared. Ids may come in any order: ranges that meet only say that a block has to be looked at.
+"""
+
+# Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_STEP = tl.constexpr(128)  # ranges read at a time
+_LEAST = tl.constexpr(-0x80000000)
+_LARGEST = tl.constexpr(0x7FFFFFFF)
+
+
+def segments_size(batch: int, q_len: int, kv_len: int, block_m: int, block_n: int) -> int:
+    """Elements of the int32 workspace that `segments_kernel` writes."""
+    tiles, blocks = -(-q_len // block_m), -(-kv_len // block_n)
+    return batch * (tiles * (block_m + 2) + blocks * (block_n + 2))
+
+
+@triton.jit
+def segment_sections(segments, batch, q_len, kv_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The parts of the workspace: the ids of the queries [batch, tiles, BLOCK_M] and of the keys [batch, blocks, BLOCK_N], then the
+    least and the largest of each tile [2, batch, tiles] and of each block [2, batch, blocks]."""
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    blocks = tl.cdiv(kv_len, BLOCK_N)
+    k_ids = segments + batch * tiles * BLOCK_M
+    q_range = k_ids + batch * blocks * BLOCK_N
+    k_range = q_range + 2 * batch * tiles
+    return k_ids, q_range, k_range
+
+
+@triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "stride_qb", "stride_kb"])
+def segments_kernel(
+    q_ids,
+    k_ids,
+    segments,
+    batch,
+    q_len,
+    kv_len,
+    stride_qb,
+    stride_kb,
+    stride_qn,
+    stride_kn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the sections of `segment_sections`. A program has one tile of queries, or one block of keys."""
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    blocks = tl.cdiv(kv_len, BLOCK_N)
+    k_target, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    pid = tl.program_id(0)
+    if pid < batch * tiles:
+        source = q_ids + (pid // tiles).to(tl.int64) * stride_qb
+        _copy_ids(source, segments, q_range, pid, pid % tiles, batch * tiles, q_len, stride_qn, BLOCK_M)
+    else:
+        pid -= batch * tiles
+        source = k_ids + (pid // blocks).to(tl.int64) * stride_kb
+        _copy_ids(source, k_target, k_range, pid, pid % blocks, batch * blocks, kv_len, stride_kn, BLOCK_N)
+
+
+@triton.jit
+def _copy_ids(ids, target, ranges, slot, block, slots, length, stride, SIZE: tl.constexpr):
+    """The ids of a block to `target`, at its `slot`, and their range to `ranges`. What is behind the last id counts as it."""
+    n = tl.minimum(block * SIZE + tl.arange(0, SIZE), length - 1)
+    values = tl.load(ids + n.to(tl.int64) * stride)
+    tl.store(target + slot * SIZE + tl.arange(0, SIZE), values)
+    tl.store(ranges + slot, tl.min(values, 0))
+    tl.store(ranges + slots + slot, tl.max(values, 0))
+
+
+@triton.jit
+def meeting_blocks(k_range, slots, count, low, high):
+    """(first, last + 1) of those of `count` blocks of keys whose range of ids meets low..high; (count, 0) if there is none.
+    `slots`: how far the largest ids of blocks lie behind the least."""
+    first = tl.full([_STEP], 0x7FFFFFFF, tl.int32)
+    last = tl.full([_STEP], -1, tl.int32)
+    for start in range(0, count, _STEP):
+        n = start + tl.arange(0, _STEP)
+        exists = n < count
+        least = tl.load(k_range + n, mask=exists, other=_LARGEST)
+        largest = tl.load(k_range + slots + n, mask=exists, other=_LEAST)
+        meets = exists & (least <= high) & (largest >= low)
+        first = tl.minimum(first, tl.where(meets, n, 0x7FFFFFFF))
+        last = tl.maximum(last, tl.where(meets, n, -1))
+    return tl.minimum(tl.min(first, 0), count), tl.max(last, 0) + 1
+
+
+@triton.jit
+def blocks_of_one(k_range, slots, begin, end, low, high):
+    """(first, last + 1) of the first run of blocks in begin..end of which all keys have the id of all queries; (end, end) if
+    there is none, as where the queries have several."""
+    first = tl.full([_STEP], 0x7FFFFFFF, tl.int32)
+    for start in range(begin, end, _STEP):
+        n = start + tl.arange(0, _STEP)
+        first = tl.minimum(first, tl.where(_are_of_one(k_range, slots, n, end, low, high), n, 0x7FFFFFFF))
+    begin = tl.minimum(tl.min(first, 0), end)
+    after = tl.full([_STEP], 0x7FFFFFFF, tl.int32)
+    for start in range(begin, end, _STEP):
+        n = start + tl.arange(0, _STEP)
+        ends = (n >= end) | (_are_of_one(k_range, slots, n, end, low, high) == 0)
+        after = tl.minimum(after, tl.where(ends, n, 0x7FFFFFFF))
+    return begin, tl.minimum(tl.min(after, 0), end)
+
+
+@triton.jit
+def _are_of_one(k_range, slots, n, end, low, high):
+    exists = n < end
+    least = tl.load(k_range + n, mask=exists, other=0)
+    largest = tl.load(k_range + slots + n, mask=exists, other=0)
+    return exists & (least == low) & (largest == low) & (low == high)
+
+
+@triton.jit
+def within_segment(x, own, k_ids, BLOCK_N: tl.constexpr):
+    """The scores x [rows, BLOCK_N] of a block, -inf where the key's id is not `own` [rows]. `k_ids` points to the block's ids."""
+    ids = tl.load(k_ids + tl.arange(0, BLOCK_N))
+    return tl.where(own[:, None] == ids[None, :], x, float("-inf"))

@@ -31,7 +31,7 @@ class _PatternsBesideTheSources(MetaPathFinder):
 if not (Path(__file__).parent / "patterns").is_dir():
     sys.meta_path.insert(0, _PatternsBesideTheSources())
 
-from sage_inductor import backends, kernels
+from sage_inductor import backends, integrations, kernels
 from sage_inductor.backend import enabled, explain, rewrite_exported
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
@@ -43,7 +43,7 @@ from sage_inductor.report.site import Site
 
 if TYPE_CHECKING:
     from sage_inductor.calibration.calibrate import calibrate
-    from sage_inductor.graph_pass import SageAttentionPass
+    from sage_inductor.rewriting.graph_pass import SageAttentionPass
 
 __all__ = [
     "Config",
@@ -59,6 +59,7 @@ __all__ = [
     "compile_steps",
     "enabled",
     "explain",
+    "integrations",
     "kernels",
     "rewrite_exported",
     "sage_attention",
@@ -67,7 +68,7 @@ __all__ = [
 
 # Imported on first use. The pass's base class is Inductor's, whose import takes seconds and brings triton; few calibrate.
 _ON_FIRST_USE = {
-    "SageAttentionPass": "sage_inductor.graph_pass",
+    "SageAttentionPass": "sage_inductor.rewriting.graph_pass",
     "calibrate": "sage_inductor.calibration.calibrate",
 }
 

@@ -81,7 +81,7 @@ def enabled(config: Config | None = None) -> Iterator[None]:
     configured in `torch._inductor.config.pre_grad_custom_pass` runs after ours. Warns, once, where nothing was compiled
     inside, and where code that was compiled inside is compiled again outside, for inputs of another shape.
     """
-    from sage_inductor.graph_pass import SageAttentionPass  # imports Inductor
+    from sage_inductor.rewriting.graph_pass import SageAttentionPass  # imports Inductor
     from sage_inductor.rewriting.scope import covering_all_threads
 
     graph_pass = SageAttentionPass(config).before(configured_pre_grad_pass())

@@ -658,7 +658,8 @@ def test_a_choice_for_want_of_memory_is_not_cached(tmp_path: Path) -> None:
 
 
 def test_the_uuid_knows_where_the_choice_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sage_inductor import SageAttentionPass, graph_pass
+    from sage_inductor import SageAttentionPass
+    from sage_inductor.rewriting import graph_pass
 
     places = [], [MACHINE], [replace(MACHINE, driver="580.2")]
     measured, table = set(), set()

@@ -262,7 +262,7 @@ def test_uuid_knows_the_config_and_the_sources() -> None:
 def test_uuid_changes_with_any_source_file(
     monkeypatch: pytest.MonkeyPatch, new_process: Callable[[], None]
 ) -> None:
-    from sage_inductor import graph_pass
+    from sage_inductor.rewriting import graph_pass
 
     before = graph_pass.source_hash()
     read = Path.read_bytes

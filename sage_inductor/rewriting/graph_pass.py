@@ -113,7 +113,7 @@ def source_hash() -> str:
     sageattention and cuda-bindings."""
     import sage_inductor.patterns
 
-    result = digest(source_files([Path(__file__).parent, *map(Path, sage_inductor.patterns.__path__)]))
+    result = digest(source_files([Path(__file__).parent.parent, *map(Path, sage_inductor.patterns.__path__)]))
     for package in ("torch", "triton", "sageattention", "cuda-bindings"):
         result.update(f"{package}={version(package)};".encode())
     return result.hexdigest()

@@ -80,10 +80,14 @@ def make_forward(config: Config) -> Callable[..., Result]:
             key, value = _paged(module, key, value, options)
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
+        if (
+            query.shape[2] == 1 or attention_mask is not None
+        ):  # branches: an expression would be a number of the graph
+            is_causal = False
         by_hand = _by_hand_of(module)
         call = _Call(
-            module, query, key, value, attention_mask, is_causal and attention_mask is None and query.shape[2] != 1,
-            position_bias, _sink(options), dropout, scaling, by_hand, _needs_hand(by_hand, options), options,
+            module, query, key, value, attention_mask, is_causal, position_bias, _sink(options), dropout, scaling,
+            by_hand, _needs_hand(by_hand, options), options,
         )  # fmt: skip
         if not is_compiled_by_our_pass():
             reasons = _exact_reasons(call, config)
@@ -182,26 +186,33 @@ def _gradient_reasons(call: _Call, config: Config) -> list[str]:
 
 def _quantised(call: _Call, config: Config) -> Result:
     refuse_context_parallel()
-    query, key, mask, is_causal = call.query, call.key, call.mask, call.is_causal
-    if call.position_bias is not None:
-        mask = with_bias(causal(query, key) if is_causal else mask, call.position_bias)
-        is_causal = False
+    query, key = call.query, call.key
+    mask, is_causal = _mask_with_bias(call)
     options: dict[str, Any] = {
         "scale": call.scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "bottom_right": is_causal and query.shape[2] != key.shape[2],
         "kernel_name": config.kernel,
         "precision": config.precision,
         # A named kernel that does not take these sizes raises its reasons, or the call is exact.
         "or_exact": config.fallback != "error",
         "memory_order": NHD,
     }
+    if is_causal and query.shape[2] != key.shape[2]:
+        options["bottom_right"] = True
     if call.sink is not None:
         options["sink"] = call.sink
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value))
     operator = training.attention_training if wanted else inference.attention
     out = operator(query, key, call.value, inference.cast_as_sdpa(mask), is_causal, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _mask_with_bias(call: _Call) -> tuple[Tensor | None, bool]:
+    """(mask, is_causal) of `call`, its position bias in the mask."""
+    if call.position_bias is None:
+        return call.mask, call.is_causal
+    mask = causal(call.query, call.key) if call.is_causal else call.mask
+    return with_bias(mask, call.position_bias), False
 
 
 def _by_hand(call: _Call) -> Result:
@@ -225,12 +236,12 @@ def _by_hand(call: _Call) -> Result:
 def _by_library(call: _Call) -> Result:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    mask, is_causal = call.mask, call.is_causal
+    mask, is_causal = _mask_with_bias(call)
     if is_causal and call.query.shape[2] != call.key.shape[2]:
         # Without a mask it would let causality start at the first key.
         mask, is_causal = causal(call.query, call.key), False
     result: Result = sdpa_attention_forward(
         call.module, call.query, call.key, call.value, mask, dropout=call.dropout, scaling=call.scaling,
-        is_causal=is_causal, position_bias=call.position_bias, **call.options,
+        is_causal=is_causal, **call.options,
     )  # fmt: skip
     return result

@@ -23,6 +23,7 @@ __all__ = [
     "ambient_settings",
     "autocast_dtypes",
     "below_autograd",
+    "bound_arguments",
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
@@ -573,6 +574,14 @@ def operator_name(target: Any) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name)
     return str(target._qualified_op_name) if isinstance(target, torch._ops.OpOverloadPacket) else None
+
+
+def bound_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `operator`, such as `torch.ops.aten.view.default`, by their names, its defaults among them."""
+    schema = operator._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    names = [argument.name for argument in schema]
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def written_arguments(target: Any) -> tuple[tuple[int, str], ...] | None:

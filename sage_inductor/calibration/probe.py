@@ -76,9 +76,9 @@ class Prober:
         for module in [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]:
             for node in list(module.graph.nodes):
                 # Where the pass did not write the operator, the model itself calls it: that is no site, and stays.
-                ours = node.op == "call_function" and node.target is inference.attention
+                ours = node.op == "call_function" and node.target in _Probe.OPERATORS
                 if ours and "sage_site" in node.meta:
-                    _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]]))
+                    _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]], node.target))
             module.recompile()
         self.graphs += 1
         self.progress.sites = len(self._sites) - len(self.reasons)
@@ -216,18 +216,22 @@ class _Probe(nn.Module):
     """Stands in a graph for one attention. It gives the exact output on to the model, except while this site is quantised
     (`Prober.quantising`)."""
 
-    def __init__(self, prober: Prober, key: Key) -> None:
+    OPERATORS = (inference.attention, inference.attention_lse)
+
+    def __init__(self, prober: Prober, key: Key, operator: Any) -> None:
         super().__init__()
         self.prober = prober
         self.key = key
+        self.operator = operator
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes the arguments of the operator `sage_inductor::attention`, whose place it has in the graph."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the arguments of `operator`, `sage_inductor::attention` or the one that gives an LSE, too, whose place it has in
+        the graph. The output is what is compared."""
         exact = self._attention(args, kwargs, inference.EXACT, "fast")
         wanted = self.prober.quantised.get(self.key)
         if wanted is None and not self.prober.measuring:
             return exact
-        able = self.prober.kernels_for(self.key, _problem(args, kwargs, exact))
+        able = self.prober.kernels_for(self.key, _problem(args, kwargs, _output(exact)))
         if wanted is not None:
             if wanted not in able:
                 return exact
@@ -238,16 +242,21 @@ class _Probe(nn.Module):
             errors = self.prober.replayed(self.key, precision, names)
             if errors is None:
                 errors = {
-                    name: compare(self._attention(args, kwargs, name, precision), exact) for name in names
+                    name: compare(_output(self._attention(args, kwargs, name, precision)), _output(exact))
+                    for name in names
                 }
             self.prober.record(self.key, precision, errors)
         self.prober.progress.tick(self.key[0])
         return exact
 
-    @staticmethod
-    def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Tensor:
-        out: Tensor = inference.attention(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
-        return out
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Any:
+        return self.operator(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
+
+
+def _output(result: Any) -> Tensor:
+    """The output of an operator that may give an LSE behind it."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _by_size(error: float) -> float:

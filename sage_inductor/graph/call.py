@@ -108,8 +108,37 @@ Value: TypeAlias = "fx.Node | Expr"
 
 
 @dataclass(frozen=True)
+class LseForm:
+    """The LSE that a call gives behind its output, as item 1 of its node's tuple, of which nothing else is read."""
+
+    is_read: bool
+    steps: tuple[tuple[str | Callable[..., Any], tuple[Any, ...]], ...] = ()
+    """Methods or functions, with their further arguments, that make it of a contiguous float32 `[batch, heads, q_len]`."""
+    value: Tensor | None = None
+    """What tracing recorded for it."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The keys that query i may attend to: `-left <= j - (i + kv_len - q_len) <= right`. A negative number is no bound."""
+
+    left: int = -1
+    right: int = -1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An operator of another library that stands where SDPA would. A kernel has to be faster than it, not than SDPA."""
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Any] = field(compare=False)
+    """It, of other query, key and value as `AttentionCall` has them."""
+
+
+@dataclass(frozen=True)
 class AttentionCall:
-    """One attention found in a graph. `node` is the node whose value is the attention output.
+    """One attention found in a graph. `node` is the node whose value is the attention output, or, with `lse`, a tuple that
+    begins with it.
 
     query `[batch, heads, q_len, head_dim]`, key and value `[batch, kv_heads, kv_len, ...]`; batch, or batch and heads, may
     be missing. attn_mask is as for `F.scaled_dot_product_attention`. An option that the graph computes at run time is
@@ -132,10 +161,14 @@ class AttentionCall:
     """Methods, with their arguments, that turn the attention output into the value of `node`."""
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the traced value of `node` back into that of the attention output."""
+    lse: LseForm | None = None
+    band: Band | None = None
+    """Beside neither a mask nor `is_causal`."""
+    standing: Standing | None = None
 
     def output(self) -> Tensor | None:
         """What tracing recorded for the attention output, before `restore`."""
-        value = example_tensor(self.node)
+        value = example_tensor(self.node) if self.lse is None else example_value(self.node)[0]
         return traced(value, self.undo) if value is not None and self.undo else value
 
 

@@ -39,10 +39,17 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
     if call.attn_mask is not None and call.is_causal is True:
         reasons.append("attn_mask with is_causal=True (SDPA refuses it)")
 
+    output = call.output()
+    if call.lse is not None and output is not None:
+        # autocast casts what our operator is given, and not a kernel's inputs
+        cast = around.autocast_dtype(output.device.type)
+        if cast not in (None, output.dtype):
+            reasons.append(reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none"))
+
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     values = {name: example_tensor(node) for name, node in tensors.items()}
     missing = [name for name, value in values.items() if value is None]
-    if missing or call.output() is None:
+    if missing or output is None:
         return [*reasons, f"no traced shape of {', '.join(missing) or 'the output'}"]
     present = {name: value for name, value in values.items() if value is not None}
     reasons += _subclass_reasons(call)
@@ -74,6 +81,8 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
         return []
     if call.sink is not None:
         return [reason("requires_grad", "output", "none beside an attention sink; torch.no_grad()")]
+    if call.lse is not None and call.lse.is_read:
+        return [reason("requires_grad", "output", "none where the LSE is read; torch.no_grad()")]
     mask = example_tensor(call.attn_mask)
     if mask is not None and mask.requires_grad:
         return [reason("requires_grad", "attn_mask", "query, key and value, with training=True")]
@@ -157,7 +166,8 @@ def make_problem(call: AttentionCall, mask: Mask, config: Config) -> AttentionPr
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
-    return AttentionProblem(q, k, v, spec, params, return_lse=call.sink is not None)
+    gives_lse = call.sink is not None or (call.lse is not None and call.lse.is_read)
+    return AttentionProblem(q, k, v, spec, params, return_lse=gives_lse)
 
 
 def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
@@ -176,6 +186,7 @@ def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
         is_causal=call.is_causal is True,
         scale=call.scale if isinstance(call.scale, (int, float)) else None,
         enable_gqa=call.enable_gqa,
+        standing=call.standing,
     )
 
 

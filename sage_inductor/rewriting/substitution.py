@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,19 @@ class Substitute:
     new: fx.Node
     gives_nhd: bool
     """Whether `new` lies in memory as `[batch, seq, heads, head_dim]`, whatever strides `old` had."""
+    lse: fx.Node | None = None
+    """The LSE, where `old` is a tuple of the output, the LSE and more."""
+    is_tuple: bool = False
 
     def replace(self) -> None:
         """Give the users of the call the new value, and erase nodes that nothing reads any more."""
+        if self.is_tuple:
+            for user in list(self.old.users):  # getitem(old, i)
+                item = self.new if user.args[1] == 0 else self.lse
+                if not reads_nothing(user):
+                    assert item is not None, user
+                    user.replace_all_uses_with(item)
+                _erase_with_readers(user)
         self.old.replace_all_uses_with(self.new)
         if self.gives_nhd:
             for user in self.new.users:
@@ -108,7 +119,10 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}
+    gives_lse = call.lse is not None and call.lse.is_read
     target = training.attention_training if output.requires_grad else inference.attention
+    if gives_lse:
+        target = inference.attention_lse
     if output.requires_grad and call.node.target in SDPA_TARGETS:
         kwargs["gradient_order"] = _gradient_order(call)
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
@@ -118,6 +132,9 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
         new = graph.call_function(target, args, kwargs)
         new.meta = {**old.meta, "example_value": output, "sage_site": site.name}
+        lse = None
+        if gives_lse:
+            new, lse = _output_and_lse(new, output, call)
         if seeing is not None:
             new = with_uniform_rows(new, seeing, call).insert(graph)
             new.meta = {**old.meta, "example_value": output}
@@ -125,7 +142,27 @@ def insert_substitute(call: AttentionCall, mask: Mask, site: Site, choice: Choic
             value = traced(new.meta["example_value"], ((method, arguments),))
             new = graph.call_method(method, (new, *arguments))
             new.meta = {**old.meta, "example_value": value}
-    return Substitute(old, new, gives_nhd=order == NHD and not call.restore)
+    return Substitute(old, new, order == NHD and not call.restore, lse, call.lse is not None)
+
+
+def _output_and_lse(both: fx.Node, output: Tensor, call: AttentionCall) -> tuple[fx.Node, fx.Node]:
+    """The items of `both`, a call of the operator that gives output and LSE: the LSE in the form that `call` gives it in."""
+    graph, form = both.graph, call.lse
+    assert form is not None
+    with tracing(output):
+        value = torch.empty(output.shape[:-1], dtype=torch.float32, device=output.device)
+    site, inherited = both.meta["sage_site"], {**both.meta}
+    del inherited["sage_site"]
+    both.meta = {**inherited, "example_value": (output, value), "sage_site": site}
+    first, last = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
+    first.meta, last.meta = {**inherited, "example_value": output}, {**inherited, "example_value": value}
+    for step, arguments in form.steps:
+        if isinstance(step, str):
+            last = graph.call_method(step, (last, *arguments))
+        else:
+            last = graph.call_function(step, (last, *arguments))
+        last.meta = {**inherited, "example_value": form.value}
+    return first, last
 
 
 def _has_known_sizes(item: Value) -> bool:

@@ -1,4 +1,4 @@
-"""Private names of torch and of Triton stand in one module each."""
+"""Private names of torch, of Triton and of transformers stand in one module each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOME = {"torch": "sage_inductor/torch_internals.py", "triton": "sage_inductor/kernels/triton/internals.py"}
+HOME = {
+    "torch": "sage_inductor/torch_internals.py",
+    "triton": "sage_inductor/kernels/triton/internals.py",
+    "transformers": "sage_inductor/integrations/transformers/internals.py",
+}
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("sage_inductor", "patterns")
@@ -126,8 +130,8 @@ OWN = OF_OTHERS.union(
 def test_private_names_stand_in_one_module(path: str) -> None:
     found = private_names((ROOT / path).read_text(encoding="utf-8"))
     at_home = tuple(f"{package}." for package, home in HOME.items() if home == path)
-    if at_home == ("torch.",):
-        at_home += ("?.",)  # attributes of torch's objects
+    if at_home in (("torch.",), ("transformers.",)):
+        at_home += ("?.",)  # attributes of their objects
     assert [item for item in found if not item[1].startswith(at_home)] == []
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sage_inductor.config import Config
 from sage_inductor.integrations.transformers.attention import make_forward
+from sage_inductor.integrations.transformers.internals import forget
 from sage_inductor.integrations.transformers.masks import mask
 from sage_inductor.integrations.versions import require
 
@@ -74,7 +75,7 @@ def unregister(name: str = "sage_inductor") -> None:
     before = _replaced.pop(name)
     for interface, function in zip((AttentionInterface, AttentionMaskInterface), before, strict=True):
         if function is None:
-            interface._global_mapping.pop(name, None)
+            forget(interface, name)
         else:
             interface.register(name, function)
 

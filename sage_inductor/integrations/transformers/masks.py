@@ -53,7 +53,7 @@ def _may_have_padding(attention_mask: Tensor | None, kv_offset: int, kv_length: 
     """Of a tokenizer's bool mask `[batch, keys]`. While it is traced, nobody knows."""
     if attention_mask is None:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     if attention_mask.shape[-1] != kv_offset + kv_length:
         return True

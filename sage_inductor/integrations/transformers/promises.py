@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sage_inductor.integrations.transformers.internals import takes_sdpa_masks
+
 _answers: dict[type, bool] = {}
 _loaded = [0]
 """How many modules were loaded when `_answers` were given. A package's models may be spread over files."""
@@ -33,7 +35,7 @@ def _takes_bools(config: type) -> bool:
         _loaded[0] = len(sys.modules)
     if config not in _answers:
         models = [model for module in _files(config) for model in _models(module, config)]
-        _answers[config] = bool(models) and all(map(_promises, models))
+        _answers[config] = bool(models) and all(map(takes_sdpa_masks, models))
     return _answers[config]
 
 
@@ -66,10 +68,6 @@ def _own_classes(module: ModuleType, base: Any) -> list[Any]:
     """The classes that `module` defines, out of those derived from `base`."""
     found = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
     return [item for item in found if item.__module__ == module.__name__]
-
-
-def _promises(model: Any) -> bool:
-    return bool(model._supports_sdpa or model._supports_attention_backend)
 
 
 def _warn_if_by_itself(config: type) -> None:

@@ -198,3 +198,17 @@ def test_a_missing_mask_function_would_show() -> None:
     finally:
         AttentionMaskInterface.register("sage_inductor", made)
     assert relative_l2(got, expected) > 5 * BOUND
+
+
+@pytest.mark.parametrize("backend", ["inductor", "sage_inductor"])
+def test_compiled_by_inductor(backend: str, fresh_compile: None) -> None:
+    """All the way: padding, a window, the order of the output in memory."""
+    model, inputs = build(ENTRIES["mistral"], "sage_inductor")
+    model.layers = model.layers[:1]
+    model.config._attn_implementation = "eager"
+    expected = output(model, inputs)
+    model.config._attn_implementation = "sage_inductor"
+    options = {f"sage.{name}": getattr(REFERENCE, name) for name in ("kernel", "precision")}
+    compiled = torch.compile(model, backend=backend, options=options if backend == "sage_inductor" else None)
+    got = output(compiled, inputs)
+    assert 1e-4 < relative_l2(got, expected) <= bound(got)

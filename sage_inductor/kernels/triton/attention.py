@@ -218,7 +218,17 @@ def _attend_blocks(
                 x = add_bits(x, mask_bits, mask_block0 + block, BLOCK_M, BLOCK_N)
             elif MASK != 0:
                 x = _add_mask(
-                    x, mask, stride_mm, stride_mn, rows, block * BLOCK_N, q_len, mask_end, BLOCK_N, MASK, KEY_MASK
+                    x,
+                    mask,
+                    stride_mm,
+                    stride_mn,
+                    rows,
+                    block * BLOCK_N,
+                    q_len,
+                    mask_end,
+                    BLOCK_N,
+                    MASK,
+                    KEY_MASK,
                 )
             if MASK != 1 or HAS_HIGH or HAS_LOW:  # a bool mask is False beyond kv_len
                 keep = (cols < kv_len)[None, :]

@@ -7,6 +7,7 @@ if __name__ != "sage_inductor.patterns":
     )
 
 from sage_inductor.graph.call import OpaquePattern, Pattern
+from sage_inductor.patterns.flash_attention import FlashAttention
 from sage_inductor.patterns.flex_attention import FlexAttention
 from sage_inductor.patterns.fused_attention import FusedAttention
 from sage_inductor.patterns.multi_head_attention import MultiHeadAttention, TransformerEncoderLayer
@@ -14,17 +15,26 @@ from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 
-ALL: tuple[Pattern, ...] = (ManyDims(), ScaledDotProductAttention(), FusedAttention(), SoftmaxMatmul())
+_FLASH_ATTENTION = FlashAttention()
+ALL: tuple[Pattern, ...] = (
+    ManyDims(),
+    ScaledDotProductAttention(),
+    FusedAttention(),
+    _FLASH_ATTENTION,
+    SoftmaxMatmul(),
+)
 OPAQUE: tuple[OpaquePattern, ...] = (
     MultiHeadAttention(),
     TransformerEncoderLayer(),
     FlexAttention(),
     VarlenAttention(),
+    _FLASH_ATTENTION,  # those of its calls that stay
 )
 
 __all__ = [
     "ALL",
     "OPAQUE",
+    "FlashAttention",
     "FlexAttention",
     "FusedAttention",
     "ManyDims",

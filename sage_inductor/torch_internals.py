@@ -204,6 +204,33 @@ def dynamo_is_compiling() -> bool:
     return CompileContext.current_compile_id() is not None
 
 
+def traced_for() -> Any:
+    """The backend that Dynamo traces for on this thread, out of what torch.compile wraps it in; None where nothing is traced."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # no translator is at work
+        return None
+    wrapper: Any = torch._TorchCompileWrapper
+    while True:
+        if hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
+        elif isinstance(backend, wrapper):
+            backend = backend.compiler_fn
+        else:
+            return backend
+
+
+def passes_of(backend: Any) -> list[Any]:
+    """The passes that Inductor, if `backend` is Inductor, runs before gradients are taken: its options' and the configured."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    if not isinstance(backend, wrapper):
+        return []
+    found = [backend.config.get("pre_grad_custom_pass"), configured_pre_grad_pass()]
+    return [each for item in found for each in (item if isinstance(item, (list, tuple)) else [item])]
+
+
 def ends_its_frame(graph_module: torch.fx.GraphModule | None) -> bool:
     """Whether this graph of Dynamo's goes on to where the function returns, and is not cut off by a break."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)

@@ -55,6 +55,7 @@ REMEMBERED = {
     "sage_inductor.backends.abstract": ("_warned_of",),
     "sage_inductor.config": ("_read",),
     "sage_inductor.rewriting.graph_pass": ("source_hash",),
+    "sage_inductor.integrations.transformers.promises": ("_answers",),
     "sage_inductor.kernels": ("get",),
     "sage_inductor.kernels.hopper.kept": ("_warned",),
     "sage_inductor.kernels.hopper.launch": ("_placed",),

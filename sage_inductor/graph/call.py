@@ -119,6 +119,23 @@ class LseForm:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The keys that query i may attend to: `-left <= j - (i + kv_len - q_len) <= right`. A negative number is no bound."""
+
+    left: int = -1
+    right: int = -1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An operator of another library that stands where SDPA would. A kernel has to be faster than it, not than SDPA."""
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Any] = field(compare=False)
+    """It, of other query, key and value as `AttentionCall` has them."""
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """One attention found in a graph. `node` is the node whose value is the attention output, or, with `lse`, a tuple that
     begins with it.
@@ -145,6 +162,9 @@ class AttentionCall:
     undo: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Methods, with their arguments, that turn the traced value of `node` back into that of the attention output."""
     lse: LseForm | None = None
+    band: Band | None = None
+    """Beside neither a mask nor `is_causal`."""
+    standing: Standing | None = None
     output_value: Tensor | None = None
     """The attention output where it is another than tracing recorded for `node`: this rank's part of a DTensor."""
 

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sage_inductor.integrations import diffusers, fastvideo, xdit
+    from sage_inductor.integrations import diffusers, fastvideo, transformers, xdit
 
-__all__ = ["diffusers", "fastvideo", "xdit"]
+__all__ = ["diffusers", "fastvideo", "transformers", "xdit"]
 
 
 def __getattr__(name: str) -> Any:

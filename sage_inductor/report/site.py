@@ -116,7 +116,7 @@ class AttentionOperator:
     source: str
     """The line that calls it ("model.py:123")."""
     operator: str
-    """ "flash_attn::_flash_attn_forward"; "sage_inductor::attention" is this package's own."""
+    """ "vllm::unified_attention"; "sage_inductor::attention" is this package's own."""
     code: str = ""
     """The text of that line, where its file is at hand."""
 

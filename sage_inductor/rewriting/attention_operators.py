@@ -1,4 +1,4 @@
-"""Operators that compute attention by themselves, such as `flash_attn::…` or this package's own: listed in a report."""
+"""Operators that compute attention by themselves, such as `vllm::…` or this package's own: listed in a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.report.site import AttentionOperator
 from sage_inductor.torch_internals import operator_name
 
-# Names of operators: flash_attn::_flash_attn_forward, xformers::efficient_attention_forward_cutlass, vllm::unified_attention.
+# Names of operators: xformers::efficient_attention_forward_cutlass, vllm::unified_attention.
 _ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)
 
 

@@ -40,9 +40,8 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
         reasons.append("attn_mask with is_causal=True (SDPA refuses it)")
 
     output = call.output()
-    if (
-        call.lse is not None and output is not None
-    ):  # autocast casts what our operator is given, and not a kernel's inputs
+    if call.lse is not None and output is not None:
+        # autocast casts what our operator is given, and not a kernel's inputs
         cast = around.autocast_dtype(output.device.type)
         if cast not in (None, output.dtype):
             reasons.append(reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none"))
@@ -207,6 +206,7 @@ def make_sdpa_call(call: AttentionCall) -> SdpaCall | None:
         is_causal=call.is_causal is True,
         scale=call.scale if isinstance(call.scale, (int, float)) else None,
         enable_gqa=call.enable_gqa,
+        standing=call.standing,
     )
 
 

@@ -74,9 +74,10 @@ class Substitute:
         if self.is_tuple:
             for user in list(self.old.users):  # getitem(old, i)
                 item = self.new if user.args[1] == 0 else self.lse
-                assert item is not None, user
-                user.replace_all_uses_with(item)
-                self.old.graph.erase_node(user)
+                if not reads_nothing(user):
+                    assert item is not None, user
+                    user.replace_all_uses_with(item)
+                _erase_with_readers(user)
         self.old.replace_all_uses_with(self.new)
         if self.gives_nhd:
             for user in self.new.users:

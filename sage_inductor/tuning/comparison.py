@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sage_inductor.graph.call import Standing
 from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.torch_internals import ambient_settings, float32_precision
@@ -35,6 +36,12 @@ class SdpaCall:
     is_causal: bool
     scale: float | None
     enable_gqa: bool
+    standing: Standing | None = None
+    """The operator that stands there instead."""
+
+    @property
+    def name(self) -> str:
+        return "SDPA" if self.standing is None else self.standing.name
 
 
 Described = TypeVar("Described", AttentionProblem, SdpaCall)
@@ -93,6 +100,7 @@ class Comparison:
                 "is_causal": self.sdpa.is_causal,
                 "enable_gqa": self.sdpa.enable_gqa,
                 "dims": len(self.sdpa.query.shape),  # its fused kernels take 4
+                **({} if self.sdpa.standing is None else {"standing": self.sdpa.standing.name}),
                 "torch": ambient_settings(),
                 "float32": float32_precision() if self.sdpa.query.dtype == torch.float32 else None,
             },

@@ -1,4 +1,4 @@
-"""Private names of torch, of Triton and of diffusers stand in one module each."""
+"""Private names of torch, of Triton, of diffusers and of transformers stand in one module each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ HOME = {
     "torch": "sage_inductor/torch_internals.py",
     "triton": "sage_inductor/kernels/triton/internals.py",
     "diffusers": "sage_inductor/integrations/diffusers/internals.py",
+    "transformers": "sage_inductor/integrations/transformers/internals.py",
 }
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -130,7 +131,7 @@ OWN = OF_OTHERS.union(
 def test_private_names_stand_in_one_module(path: str) -> None:
     found = private_names((ROOT / path).read_text(encoding="utf-8"))
     at_home = tuple(f"{package}." for package, home in HOME.items() if home == path)
-    if at_home in (("torch.",), ("diffusers.",)):
+    if at_home in (("torch.",), ("diffusers.",), ("transformers.",)):
         at_home += ("?.",)  # attributes of their objects
     assert [item for item in found if not item[1].startswith(at_home)] == []
 

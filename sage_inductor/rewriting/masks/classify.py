@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, leaves
+from sage_inductor.graph.call import AttentionCall, Band, Expr, Value, example_tensor, leaves
 from sage_inductor.graph.sizes import sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.kernels import AttentionParams
@@ -71,6 +71,8 @@ class Mask:
 def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
     """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
     graph, `writes` are those of the graph."""
+    if call.attn_mask is None and call.band is not None:
+        return of_band(call, call.band)
     as_read = _classify(call, constants, writes)
     is_known = as_read.attn_mask is None or bool(as_read.chunk)
     packed = None if is_known else packed_mask(call, writes)
@@ -112,6 +114,25 @@ def _classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writ
     if joined is not None and not any(map(writes.touch, leaves(joined.attn_mask) + leaves(joined.seeing))):
         return joined
     return Mask(_runtime_kind(mask, q_len), call.attn_mask)
+
+
+def of_band(call: AttentionCall, band: Band) -> Mask:
+    """What `band`, which another library's operator was given, means for the lengths of `call`, be they symbolic."""
+    lengths = [
+        sizes_of(tensor)[-2] for tensor in map(example_tensor, (call.query, call.key)) if tensor is not None
+    ]
+    left, right = max(band.left, -1), max(band.right, -1)
+    is_static = len(lengths) == 2 and all(isinstance(length, int) for length in lengths)
+    # Bounds behind the last key, or before the first, are none.
+    if is_static and left >= lengths[1] - 1:
+        left = -1
+    if is_static and right >= lengths[0] - 1:
+        right = -1
+    if left == right == -1:
+        return Mask("none")
+    kind = "band" if right != 0 else "causal" if left == -1 else "sliding_window"
+    is_square = len(lengths) == 2 and lengths[0] == lengths[1]
+    return Mask(kind, None, right == 0, not is_square, left, -1 if right == 0 else right)
 
 
 def _runtime_kind(mask: Tensor, q_len: int) -> str:

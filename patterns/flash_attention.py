@@ -1,0 +1,216 @@
+"""FlashAttention 2 and 3 called by their own operators, as their packages and xformers register them.
+
+Inputs are `[batch, seq, heads, head_dim]`, causality and windows end at the last key, and behind the output comes its LSE,
+float32 `[batch, heads, q_len]`. Their arguments are known by name, so that a version with others is seen and left alone.
+
+| operator | registered by |
+|---|---|
+| `flash_attn::_flash_attn_forward`, `_flash_attn_varlen_forward` | flash-attn 2 (flash_attn/flash_attn_interface.py) |
+| `flash_attn_3::fwd`, `flash_attn_3::_flash_attn_forward` | flash-attn 3 (hopper/flash_api.cpp, flash_attn_interface.py) |
+| `xformers_flash::flash_fwd` | xformers (ops/fmha/flash.py) |
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sage_inductor.graph.call import (
+    AttentionCall,
+    Band,
+    Expansion,
+    Expr,
+    LseForm,
+    OpaquePattern,
+    Pattern,
+    Standing,
+    example_tensor,
+    example_value,
+)
+from sage_inductor.graph.sizes import is_dense, sizes_of
+from sage_inductor.patterns.nodes import reads_nothing
+from sage_inductor.torch_internals import bound_arguments, operator_name
+
+OPERATORS = (
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+    "xformers_flash::flash_fwd",
+)
+# The names that the operators have for one thing.
+_QUERY, _KEY, _VALUE = ("q", "query"), ("k", "key"), ("v", "value")
+_DROPOUT, _SCALE, _CAUSAL = ("dropout_p", "p"), ("softmax_scale",), ("causal", "is_causal")
+_LEFT, _RIGHT = ("window_size_left", "window_left"), ("window_size_right", "window_right")
+# What says how to compute, not what; and the longest sequence, which without packing is the only one.
+_HOW = (
+    *("num_splits", "pack_gqa", "sm_margin", "scheduler_metadata", "zero_tensors", "deterministic"),
+    *("max_seqlen_q", "max_seqlen_k", "rotary_interleaved", "is_rotary_interleaved"),
+)
+_READ = (*_QUERY, *_KEY, *_VALUE, *_DROPOUT, *_SCALE, *_CAUSAL, *_LEFT, *_RIGHT, *_HOW)
+# Every other argument changes what is computed, unless it has this value.
+_NEUTRAL: dict[str, Any] = {"softcap": 0.0, "attention_chunk": 0, "return_softmax": False}
+_PACKED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q")
+_CACHE = (
+    *(
+        "k_new",
+        "v_new",
+        "page_table",
+        "block_table",
+        "block_tables",
+        "kv_batch_idx",
+        "leftpad_k",
+        "seqused_k",
+    ),
+    *("cu_seqlens_k_new", "rotary_cos", "rotary_sin", "seqlens_rotary"),
+)
+_WHY = {
+    "softcap": "0; no kernel here caps scores",
+    "alibi_slopes": "None; as a mask it would be read for every score",
+    **dict.fromkeys(
+        _PACKED,
+        "None; sage_inductor.kernels.triton.attention_varlen, called directly, takes packed sequences",
+    ),
+    **dict.fromkeys(_CACHE, "None; a cache that is paged or appended to is read by its own kernel"),
+}
+
+
+class FlashAttention(Pattern, OpaquePattern):
+    """A call of one of `OPERATORS` whose output is read, and its LSE or not."""
+
+    name = "flash_attention"
+
+    def match(self, node: fx.Node) -> AttentionCall | None:
+        given = _arguments(node)
+        if given is None or self.closed_reasons(node):
+            return None
+        inputs = [_first(given, names) for names in (_QUERY, _KEY, _VALUE)]
+        query, key, value = (Expr.of("transpose", item, 1, 2) for item in inputs)
+        heads = [sizes_of(item.value)[1] for item in (query, key)]
+        left, right = (_first(given, names, -1) for names in (_LEFT, _RIGHT))
+        if _first(given, _CAUSAL):
+            right = 0
+        swap = (("transpose", (1, 2)),)
+        reads_lse = 1 in _items_read(node)
+        return AttentionCall(
+            node,
+            self.name,
+            query,
+            key,
+            value,
+            dropout_p=_first(given, _DROPOUT, 0.0),
+            scale=_first(given, _SCALE),
+            enable_gqa=heads[0] != heads[1],
+            restore=swap,
+            undo=swap,
+            lse=LseForm(reads_lse, (), example_value(node)[1] if reads_lse else None),
+            band=Band(left, right),
+            standing=Standing(str(operator_name(node.target)), _running(node, inputs)),
+        )
+
+    def expand(self, node: fx.Node) -> Expansion | None:
+        return None
+
+    def closed_reasons(self, node: fx.Node) -> list[str]:
+        given = _arguments(node)
+        if given is None:
+            return []
+        reasons, defaults = [], bound_arguments(_overload(node), (), {})
+        for name, value in given.items():
+            neutral = _NEUTRAL.get(name, defaults.get(name))
+            if name not in _READ and (isinstance(value, fx.Node) or value != neutral):
+                shown = "a tensor" if isinstance(value, fx.Node) else value
+                reasons.append(f"{name}={shown} (supported: {_WHY.get(name, neutral)})")
+        return reasons or _reasons_of_values(node, given)
+
+    def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            options = (0.0, q.shape[-1] ** -0.5, True, -1, -1, 0.0, None, False)
+            return torch.ops.flash_attn._flash_attn_forward(q, k, v, *options)[0]
+
+        yield attend, tuple(torch.randn(1, 16, 2, 64) for _ in range(3))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments by name; None where `node` is no call of one of the operators."""
+    if node.op != "call_function" or operator_name(node.target) not in OPERATORS:
+        return None
+    return bound_arguments(_overload(node), node.args, node.kwargs)
+
+
+def _overload(node: fx.Node) -> Any:
+    return getattr(node.target, "default", node.target)
+
+
+def _first(given: dict[str, Any], names: tuple[str, ...], instead: Any = None) -> Any:
+    return next((given[name] for name in names if name in given), instead)
+
+
+def _items_read(node: fx.Node) -> set[Any]:
+    """The numbers of the items that are read; None among them where something reads the tuple itself."""
+    users = [user for user in node.users if not (_is_item(user) and reads_nothing(user))]
+    return {user.args[1] if _is_item(user) else None for user in users}
+
+
+def _is_item(user: fx.Node) -> bool:
+    return user.op == "call_function" and user.target is operator.getitem
+
+
+def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
+    """What speaks against a call by its inputs, or by what is read of it."""
+    inputs = [example_tensor(_first(given, names)) for names in (_QUERY, _KEY, _VALUE)]
+    items = example_value(node)
+    if any(tensor is None or tensor.dim() != 4 for tensor in inputs) or not isinstance(items, (tuple, list)):
+        return ["shapes=not those of query, key and value (supported: [batch, seq, heads, head_dim])"]
+    reasons = []
+    query, key, _ = inputs
+    assert query is not None and key is not None
+    if query.dtype != items[0].dtype:
+        reasons.append(f"dtype={query.dtype} (supported: that of the output, {items[0].dtype})")
+    for name, names in (("window_left", _LEFT), ("window_right", _RIGHT), ("causal", _CAUSAL)):
+        if isinstance(_first(given, names), fx.Node):
+            reasons.append(f"{name}=a number of the graph (supported: one known while compiling)")
+    beyond = _items_read(node) - {0, 1}
+    if beyond:
+        reasons.append("read=what belongs to a backward pass (supported: the output and its LSE)")
+    if 1 in _items_read(node):
+        reasons += _reasons_of_lse(items[1], query, key, given)
+    return reasons
+
+
+def _reasons_of_lse(lse: Any, query: Tensor, key: Tensor, given: dict[str, Any]) -> list[str]:
+    rows = tuple(sizes_of(query)[dim] for dim in (0, 2, 1))
+    if (
+        not isinstance(lse, Tensor)
+        or lse.dtype != torch.float32
+        or sizes_of(lse) != rows
+        or not is_dense(lse)
+    ):
+        return ["softmax_lse=of another form (supported: float32 [batch, heads, q_len], contiguous)"]
+    lengths = sizes_of(query)[1], sizes_of(key)[1]
+    bounded = _first(given, _CAUSAL) or max(_first(given, _LEFT, -1), _first(given, _RIGHT, -1)) >= 0
+    shorter = all(isinstance(length, int) for length in lengths) and lengths[0] <= lengths[1]
+    if bounded and not shorter and lengths[0] != lengths[1]:
+        # Theirs is inf there, ours -inf.
+        return ["softmax_lse=read where queries may see no key (supported: no more queries than keys)"]
+    return []
+
+
+def _running(node: fx.Node, inputs: list[Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """The call, of other query, key and value `[batch, heads, seq, head_dim]`."""
+    target: Any = node.target
+    args, kwargs = node.args, node.kwargs
+
+    def run(*tensors: Tensor) -> Any:
+        replaced = dict(zip(inputs, (tensor.transpose(1, 2) for tensor in tensors), strict=True))
+
+        def value(item: Any) -> Any:
+            return replaced.get(item) if isinstance(item, fx.Node) else item
+
+        return target(*map(value, args), **{name: value(item) for name, item in kwargs.items()})
+
+    return run

@@ -182,7 +182,7 @@ def what_is_asked_for_by_name_or_table_asks_nobody(mesh: Any) -> None:
 
 @on_every_rank
 def graphs_are_not_taken_from_a_cache(mesh: Any) -> None:
-    from sage_inductor.graph_pass import SageAttentionPass, _Uncacheable
+    from sage_inductor.rewriting.graph_pass import SageAttentionPass, _Uncacheable
 
     assert isinstance(SageAttentionPass(mine_alone()).uuid(), _Uncacheable)
     assert not isinstance(SageAttentionPass(Config(tune="table")).uuid(), _Uncacheable)

@@ -73,6 +73,16 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     except NotImplementedError as error:
         return replace(seen, reasons=(str(error),))
     dims = named["query"].dim()
+    outcome = layout.placements("output", output.shape, dims)
+    moved = [(name, tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()]
+    moved += [("output", output, outcome)]
+    symbolic = [name for name, tensor, then in moved if _moves_symbolic_sizes(tensor, then)]
+    if symbolic:
+        # torch 2.13 compiles what moves them to code that fails where ranks run it.
+        kinds = reason(
+            f"placements of {', '.join(symbolic)}", "changed along a symbolic size", "known sizes there"
+        )
+        return replace(seen, reasons=(kinds,))
     local = {
         name: _part(tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()
     }
@@ -101,7 +111,6 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         else Expr("to_local", (call.attn_mask,), value=_mask_part(call, layout, dims)),
         output_value=part,
     )
-    outcome = layout.placements("output", output.shape, dims)
     return replace(
         seen,
         moves_to=None if outcome == tuple(output.placements) else tuple(_dims(output) or ()),
@@ -157,6 +166,14 @@ def _part(tensor: Any, placements: Any) -> Tensor:
     with tracing(tensor), torch.no_grad():
         part: Tensor = tensor.redistribute(placements=placements).to_local().detach()
         return part.requires_grad_() if wants_gradients else part
+
+
+def _moves_symbolic_sizes(tensor: Any, placements: Any) -> bool:
+    """Whether `tensor` comes to be sharded otherwise along a dim whose size is symbolic."""
+    if tuple(tensor.placements) == tuple(placements):
+        return False
+    touched = [item.dim for item in (*tensor.placements, *placements) if item.is_shard()]
+    return any(not isinstance(tensor.shape[dim], int) for dim in touched)
 
 
 def _dims(tensor: Any) -> list[int] | None:

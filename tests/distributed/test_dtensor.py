@@ -326,6 +326,24 @@ def explain_shows_parts_and_placements(mesh: Any) -> None:
 
 
 @on_every_rank
+def compiled_for_symbolic_lengths(mesh: Any) -> None:
+    teach_dtensors_sdpa_of_cpus()
+    for name in ("heads", "queries"):
+        torch.compiler.reset()
+        backend = RewritingBackend(REFERENCE)
+        fast = torch.compile(plain_sdpa, backend=backend, dynamic=True)
+        for length in (N, N // 2):
+            q, k, v = (tensor[:, :, :length].contiguous() for tensor in inputs())
+            exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            one = sage_attention(q, k, v, is_causal=True, kernel="reference")
+            with torch.no_grad():
+                check(fast(*sharded((q, k, v), mesh, placements()[name]), is_causal=True), one, exact)
+        (site,) = backend.sites  # one graph for both
+        assert site.rewritten == (name == "heads"), site
+        assert name == "heads" or "changed along a symbolic size" in site.reasons[0], site
+
+
+@on_every_rank
 def calibration_leaves_dtensors(mesh: Any) -> None:
     class Model(nn.Module):
         def forward(self, q: Any, k: Any, v: Any) -> Tensor:

@@ -40,7 +40,7 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     """`call` as this rank carries it out. Whatever holds no DTensors is as it was."""
     if not is_dtensor(example_tensor(call.query)):  # this is asked for every site
         return Seen(call, mask)
-    named = _inputs(call, mask.attn_mask)
+    named = _inputs(call, mask)
     if not all(map(is_dtensor, named.values())):  # a mixture is refused for the type of its tensors
         return Seen(call, mask)
     placements = (_described(named["query"]), _described(named["key"]), _described(named["value"]))
@@ -49,8 +49,6 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     )
     output: Any = call.output()
     seen = Seen(call, mask, placements=placements, whole=whole)
-    if mask.query_segments is not None:
-        return replace(seen, reasons=("segments of DTensors (supported: none)",))
     if call.lse is not None:
         kinds = reason("type of query, key, value", "DTensor", "plain tensors where a fused kernel is called")
         return replace(seen, reasons=(kinds,))
@@ -116,7 +114,12 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         moves_to=None if outcome == tuple(output.placements) else tuple(_dims(output) or ()),
         call=judged,
         mask=dataclasses.replace(
-            mask, attn_mask=None if mask.attn_mask is None else seen_as("attn_mask", mask.attn_mask)
+            mask,
+            **{
+                name: seen_as(name, item)
+                for name in ("attn_mask", "query_segments", "key_segments")
+                if (item := getattr(mask, name)) is not None
+            },
         ),
         gives_lse="ring" in layout.divisions,
     )
@@ -141,13 +144,15 @@ def _halved(spec: TensorSpec) -> TensorSpec:
     return replace(spec, shape=(*outer, length // 2, dim))
 
 
-def _inputs(call: AttentionCall, attn_mask: Value | None) -> dict[str, Any]:
+def _inputs(call: AttentionCall, mask: Mask) -> dict[str, Any]:
     items = {
         "query": call.query,
         "key": call.key,
         "value": call.value,
-        "attn_mask": attn_mask,
+        "attn_mask": mask.attn_mask,
         "sink": call.sink,
+        "query_segments": mask.query_segments,
+        "key_segments": mask.key_segments,
     }
     return {name: example_tensor(item) for name, item in items.items() if item is not None}
 

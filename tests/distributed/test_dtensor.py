@@ -486,6 +486,41 @@ def training_with_masks(mesh: Any) -> None:
 
 
 @on_every_rank
+def packed_sequences(mesh: Any) -> None:
+    """Ids of segments follow the dims that they have, eager, in training, and where a compiled graph has them as a mask."""
+    from torch.distributed.tensor import Replicate
+
+    are_taught()
+    q, k, v = inputs()
+    ids = (torch.arange(N)[None] // torch.tensor([[30], [50]])).int()
+    mask = ids[:, None, :, None] == ids[:, None, None, :]
+    whole = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*whole, mask)
+    expected = torch.autograd.grad(exact.sum(), whole)
+    segments = {"query_segments": ids, "key_segments": ids}
+    one = sage_attention(q, k, v, kernel="reference", **segments)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, ids[:, None, :, None] == ids[:, None, None, :])
+
+    for name in ("batch", "heads", "queries", "replicated"):
+        parts = sharded((q, k, v), mesh, placements()[name])
+        (its,) = sharded((ids,), mesh, Replicate())
+        of_parts = {"query_segments": its, "key_segments": its}
+        check(sage_attention(*parts, kernel="reference", **of_parts), one, exact.detach())
+        leaves = [part.requires_grad_() for part in sharded((q, k, v), mesh, placements()[name])]
+        out = torch.ops.sage_inductor.attention_training(*leaves, kernel_name="reference", **of_parts)
+        check(out.detach(), one, exact.detach())
+        for grad, wanted in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
+            assert relative_l2(grad.full_tensor(), wanted) < 1e-5, name
+        if name in ("batch", "heads"):
+            with torch.no_grad(), written_out():
+                out, (site,) = compiled(masked, *parts, its)
+            assert site.rewritten, site.reasons
+            check(out, one, exact.detach())
+
+
+@on_every_rank
 def without_autograd(mesh: Any) -> None:
     """In inference mode, and under autocast."""
     q, k, v = inputs()

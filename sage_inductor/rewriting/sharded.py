@@ -40,7 +40,7 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     """`call` as this rank carries it out. Whatever holds no DTensors is as it was."""
     if not is_dtensor(example_tensor(call.query)):  # this is asked for every site
         return Seen(call, mask)
-    named = _inputs(call, mask.attn_mask)
+    named = _inputs(call, mask)
     if not all(map(is_dtensor, named.values())):  # a mixture is refused for the type of its tensors
         return Seen(call, mask)
     placements = (_described(named["query"]), _described(named["key"]), _described(named["value"]))
@@ -49,8 +49,6 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     )
     output: Any = call.output()
     seen = Seen(call, mask, placements=placements, whole=whole)
-    if mask.query_segments is not None:
-        return replace(seen, reasons=("segments of DTensors (supported: none)",))
     if call.lse is not None:
         kinds = reason("type of query, key, value", "DTensor", "plain tensors where a fused kernel is called")
         return replace(seen, reasons=(kinds,))
@@ -73,6 +71,16 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
     except NotImplementedError as error:
         return replace(seen, reasons=(str(error),))
     dims = named["query"].dim()
+    outcome = layout.placements("output", output.shape, dims)
+    moved = [(name, tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()]
+    moved += [("output", output, outcome)]
+    symbolic = [name for name, tensor, then in moved if _moves_symbolic_sizes(tensor, then)]
+    if symbolic:
+        # torch 2.13 compiles what moves them to code that fails where ranks run it.
+        kinds = reason(
+            f"placements of {', '.join(symbolic)}", "changed along a symbolic size", "known sizes there"
+        )
+        return replace(seen, reasons=(kinds,))
     local = {
         name: _part(tensor, layout.placements(name, tensor.shape, dims)) for name, tensor in named.items()
     }
@@ -101,13 +109,17 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         else Expr("to_local", (call.attn_mask,), value=_mask_part(call, layout, dims)),
         output_value=part,
     )
-    outcome = layout.placements("output", output.shape, dims)
     return replace(
         seen,
         moves_to=None if outcome == tuple(output.placements) else tuple(_dims(output) or ()),
         call=judged,
         mask=dataclasses.replace(
-            mask, attn_mask=None if mask.attn_mask is None else seen_as("attn_mask", mask.attn_mask)
+            mask,
+            **{
+                name: seen_as(name, item)
+                for name in ("attn_mask", "query_segments", "key_segments")
+                if (item := getattr(mask, name)) is not None
+            },
         ),
         gives_lse="ring" in layout.divisions,
     )
@@ -132,13 +144,15 @@ def _halved(spec: TensorSpec) -> TensorSpec:
     return replace(spec, shape=(*outer, length // 2, dim))
 
 
-def _inputs(call: AttentionCall, attn_mask: Value | None) -> dict[str, Any]:
+def _inputs(call: AttentionCall, mask: Mask) -> dict[str, Any]:
     items = {
         "query": call.query,
         "key": call.key,
         "value": call.value,
-        "attn_mask": attn_mask,
+        "attn_mask": mask.attn_mask,
         "sink": call.sink,
+        "query_segments": mask.query_segments,
+        "key_segments": mask.key_segments,
     }
     return {name: example_tensor(item) for name, item in items.items() if item is not None}
 
@@ -157,6 +171,14 @@ def _part(tensor: Any, placements: Any) -> Tensor:
     with tracing(tensor), torch.no_grad():
         part: Tensor = tensor.redistribute(placements=placements).to_local().detach()
         return part.requires_grad_() if wants_gradients else part
+
+
+def _moves_symbolic_sizes(tensor: Any, placements: Any) -> bool:
+    """Whether `tensor` comes to be sharded otherwise along a dim whose size is symbolic."""
+    if tuple(tensor.placements) == tuple(placements):
+        return False
+    touched = [item.dim for item in (*tensor.placements, *placements) if item.is_shard()]
+    return any(not isinstance(tensor.shape[dim], int) for dim in touched)
 
 
 def _dims(tensor: Any) -> list[int] | None:

@@ -326,6 +326,33 @@ def explain_shows_parts_and_placements(mesh: Any) -> None:
 
 
 @on_every_rank
+def compiled_for_symbolic_lengths(mesh: Any) -> None:
+    """As many graphs as plain torch.compile makes, which for redistributed DTensors are two."""
+    teach_dtensors_sdpa_of_cpus()
+    for name, expected in (("heads", 1), ("queries", 2)):
+        backend = RewritingBackend(REFERENCE)
+        plain: list[Any] = []
+
+        def keep(graph_module: Any, example_inputs: Any, plain: list[Any] = plain) -> Any:
+            plain.append(graph_module)
+            return graph_module.forward
+
+        for each in (keep, backend):
+            torch.compiler.reset()
+            fast = torch.compile(plain_sdpa, backend=each, dynamic=True)
+            for length in (N, N // 2):
+                q, k, v = (tensor[:, :, :length].contiguous() for tensor in inputs())
+                exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                one = sage_attention(q, k, v, is_causal=True, kernel="reference")
+                with torch.no_grad():
+                    check(fast(*sharded((q, k, v), mesh, placements()[name]), is_causal=True), one, exact)
+        assert len(plain) == len(backend.graphs) == expected, (name, len(plain), len(backend.graphs))
+        for site in backend.sites:
+            assert site.rewritten == (name == "heads"), site
+            assert name == "heads" or "changed along a symbolic size" in site.reasons[0], site
+
+
+@on_every_rank
 def calibration_leaves_dtensors(mesh: Any) -> None:
     class Model(nn.Module):
         def forward(self, q: Any, k: Any, v: Any) -> Tensor:
@@ -456,6 +483,41 @@ def training_with_masks(mesh: Any) -> None:
             check(out.detach(), one, exact.detach())
             for grad, wanted in zip(torch.autograd.grad((out * its).sum(), parts), expected, strict=True):
                 assert relative_l2(grad.full_tensor(), wanted) < 1e-5, (kind, name)
+
+
+@on_every_rank
+def packed_sequences(mesh: Any) -> None:
+    """Ids of segments follow the dims that they have, eager, in training, and where a compiled graph has them as a mask."""
+    from torch.distributed.tensor import Replicate
+
+    are_taught()
+    q, k, v = inputs()
+    ids = (torch.arange(N)[None] // torch.tensor([[30], [50]])).int()
+    mask = ids[:, None, :, None] == ids[:, None, None, :]
+    whole = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*whole, mask)
+    expected = torch.autograd.grad(exact.sum(), whole)
+    segments = {"query_segments": ids, "key_segments": ids}
+    one = sage_attention(q, k, v, kernel="reference", **segments)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, ids[:, None, :, None] == ids[:, None, None, :])
+
+    for name in ("batch", "heads", "queries", "replicated"):
+        parts = sharded((q, k, v), mesh, placements()[name])
+        (its,) = sharded((ids,), mesh, Replicate())
+        of_parts = {"query_segments": its, "key_segments": its}
+        check(sage_attention(*parts, kernel="reference", **of_parts), one, exact.detach())
+        leaves = [part.requires_grad_() for part in sharded((q, k, v), mesh, placements()[name])]
+        out = torch.ops.sage_inductor.attention_training(*leaves, kernel_name="reference", **of_parts)
+        check(out.detach(), one, exact.detach())
+        for grad, wanted in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
+            assert relative_l2(grad.full_tensor(), wanted) < 1e-5, name
+        if name in ("batch", "heads"):
+            with torch.no_grad(), written_out():
+                out, (site,) = compiled(masked, *parts, its)
+            assert site.rewritten, site.reasons
+            check(out, one, exact.detach())
 
 
 @on_every_rank

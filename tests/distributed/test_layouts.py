@@ -105,6 +105,9 @@ def test_masks_are_sharded_by_the_dims_that_they_have() -> None:
         False,
         True,
     ]
+    for name, last in (("query_segments", Shard(1)), ("key_segments", Replicate())):
+        assert layout.placements(name, (16, 512), 4) == (Shard(0), Replicate(), last)
+    assert Layout(("heads", "queries")).placements("query_segments", (512,), 3) == (Replicate(), Shard(0))
     three = Layout(("heads",))
     assert three.placements("query", (8, 512, 64), 3) == (Shard(0),)
     assert three.placements("attn_mask", (8, 512, 512), 3) == (Shard(0),)

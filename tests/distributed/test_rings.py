@@ -138,6 +138,21 @@ def compiled_and_traced_by_autograd(mesh: Any) -> None:
 
 
 @on_every_rank
+def compiled_for_symbolic_lengths(mesh: Any) -> None:
+    teach_rings_of_cpus()
+    backend = RewritingBackend(Config(kernel="reference"))
+    fast = torch.compile(Attention(True), backend=backend, dynamic=True)
+    for length in (N, N // 2):
+        buffers = [tensor[:, :, :length].clone() for tensor in inputs()]
+        one = sage_attention(*buffers, is_causal=True, kernel="reference")
+        exact = F.scaled_dot_product_attention(*buffers, is_causal=True)
+        mine = exact.clone()
+        with torch.no_grad(), context(mesh, True, *buffers, mine):
+            check(fast(*buffers), mine, one, exact)
+    assert [site.rewritten for site in backend.sites] == [True]  # one graph for both
+
+
+@on_every_rank
 def sage_attention_itself(mesh: Any) -> None:
     for kernel in ("reference", "auto"):
         for is_causal, balanced in WAYS:

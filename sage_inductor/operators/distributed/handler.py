@@ -25,7 +25,9 @@ from sage_inductor.torch_internals import (
     rings_are_on,
 )
 
-TENSORS = ("query", "key", "value", "attn_mask", "sink", "grad_output")
+TENSORS = (
+    "query", "key", "value", "attn_mask", "sink", "query_segments", "key_segments", "grad_output",
+)  # fmt: skip
 # `ring` has imported both modules that define them.
 OPERATORS = (
     torch.ops.sage_inductor.attention.default,
@@ -44,8 +46,6 @@ def register() -> None:
 
 def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     bound = bound_arguments(operator, args, kwargs)
-    if bound.get("query_segments") is not None or bound.get("key_segments") is not None:
-        raise NotImplementedError("segments beside DTensors (valid: none; attn_mask says as much)")
     tensors = _tensors(bound)
     options = {name: value for name, value in bound.items() if name not in TENSORS}
     layout = layout_of(tensors, options)

@@ -30,8 +30,8 @@ class Layout:
     divisions: tuple[Division, ...]
 
     def placements(self, name: str, shape: Sequence[Any], dims: int) -> tuple[Placement, ...]:
-        """Placements of the tensor called `name` (query, key, value, grad_output, attn_mask, sink, output) of `shape`, beside
-        a query of `dims` dims."""
+        """Placements of the tensor called `name` (query, key, value, grad_output, attn_mask, sink, query_segments,
+        key_segments, output) of `shape`, beside a query of `dims` dims."""
         return tuple(_placement(division, name, shape, dims) for division in self.divisions)
 
     def gradients(self, name: str, shape: Sequence[Any], dims: int) -> tuple[Placement, ...]:
@@ -43,8 +43,12 @@ class Layout:
 
 
 def _placement(division: Division, name: str, shape: Sequence[Any], dims: int) -> Placement:
-    if division == "whole" or (division == "queries" and name in ("key", "value")):
+    if division == "whole" or (division == "queries" and name in ("key", "value", "key_segments")):
         return Replicate()
+    if name in ("query_segments", "key_segments"):  # `[batch, seq]`, or without batch
+        if division == "heads":
+            return Replicate()
+        return Shard(len(shape) - 1) if division == "queries" else Shard(0)
     dim = {"batch": dims - 4, "heads": dims - 3, "queries": dims - 2, "ring": dims - 2}[division]
     if name in ("attn_mask", "sink"):
         # They broadcast from the right, a mask to `[batch, heads, q_len, kv_len]`, a sink to `[batch, heads, q_len]`.
@@ -55,10 +59,10 @@ def _placement(division: Division, name: str, shape: Sequence[Any], dims: int) -
 
 
 def choose(tensors: Mapping[str, Any], is_banded: bool, ring: int | None = None) -> Layout:
-    """The layout for DTensors `tensors` (query, key, value, and attn_mask, sink, grad_output where there are) that moves the
-    fewest elements between ranks, those of an output that is placed as the query was among them; of equal ones that of the
-    query, then one that divides the work. `is_banded`: which keys a query sees depends on where it stands. `ring` is the
-    dim of the mesh that is a ring."""
+    """The layout for DTensors `tensors` (query, key, value, and whatever else is given) that moves the fewest elements between
+    ranks, those of an output that is placed as the query was among them; of equal ones that of the query, then one that
+    divides the work. `is_banded`: which keys a query sees depends on where it stands. `ring` is the dim of the mesh that is
+    a ring."""
     query = tensors["query"]
     mesh, dims = query.device_mesh, query.dim()
     ranks = dict.fromkeys(DIVISIONS, 1)  # among which a dim is divided so far

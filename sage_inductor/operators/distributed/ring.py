@@ -29,7 +29,8 @@ _OF_THE_WHOLE = ("is_causal", "memory_order", "gradient_order", "sink")
 def not_supported_reasons(tensors: Mapping[str, Any], options: Mapping[str, Any], mesh_dim: int) -> list[str]:
     """Every reason why attention of these DTensors has no ring along `mesh_dim`; empty where it has."""
     query, key = tensors["query"], tensors["key"]
-    reasons = [reason(name, "given", "none in a ring") for name in ("attn_mask", "sink") if name in tensors]
+    none = ("attn_mask", "sink", "query_segments")
+    reasons = [reason(name, "given", "none in a ring") for name in none if name in tensors]
     for name in ("window_left", "window_right"):
         if options.get(name, -1) >= 0:
             reasons.append(reason(name, options[name], "none in a ring"))

@@ -171,6 +171,9 @@ def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
     assert query is not None and key is not None
     if query.dtype != items[0].dtype:
         reasons.append(f"dtype={query.dtype} (supported: that of the output, {items[0].dtype})")
+    if any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        # The operators have no gradient. Around them stands a function whose backward pass takes their output and LSE for exact.
+        reasons.append("requires_grad=inputs (supported: none; torch.no_grad())")
     for name, names in (("window_left", _LEFT), ("window_right", _RIGHT), ("causal", _CAUSAL)):
         if isinstance(_first(given, names), fx.Node):
             reasons.append(f"{name}=a number of the graph (supported: one known while compiling)")

@@ -233,6 +233,37 @@ def test_what_a_backward_pass_reads_stays() -> None:
     assert reasons == "read=what belongs to a backward pass (supported: the output and its LSE)"
 
 
+class WithGradient(torch.autograd.Function):
+    """As flash-attn 3 wraps its operator: what it saves is its output and its LSE."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, lse = torch.ops.flash_attn_3._flash_attn_forward(q, k, v, softmax_scale=0.2, causal=True)[:2]
+        ctx.save_for_backward(out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # not attention's: what it reads shows
+        out, lse = ctx.saved_tensors
+        return grad * lse.transpose(1, 2)[..., None], None, grad * out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_with_gradients_it_stays(training: bool) -> None:
+    """Its backward pass would take quantised values for exact ones, whatever is asked for."""
+    backend = RewritingBackend(Config(kernel="reference", training=training))
+    compiled = torch.compile(lambda *tensors: WithGradient.apply(*tensors), backend=backend)
+    args = [tensor.requires_grad_() for tensor in inputs(kv_heads=4)]
+    with torch.enable_grad():
+        results = []
+        for function in (compiled, WithGradient.apply):
+            out = function(*args)
+            results.append((out.detach(), *torch.autograd.grad(out.sum(), (args[0], args[2]))))
+    assert all(map(torch.equal, *results))
+    (site,) = backend.sites
+    assert site.reasons == ("requires_grad=inputs (supported: none; torch.no_grad())",)
+
+
 def test_an_lse_of_queries_that_see_no_key_stays() -> None:
     """FlashAttention gives inf there, our operator -inf."""
     attend = fa2(causal=True)

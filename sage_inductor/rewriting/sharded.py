@@ -109,18 +109,16 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         else Expr("to_local", (call.attn_mask,), value=_mask_part(call, layout, dims)),
         output_value=part,
     )
+    read: dict[str, Any] = {
+        name: seen_as(name, item)
+        for name in ("attn_mask", "query_segments", "key_segments")
+        if (item := getattr(mask, name)) is not None
+    }
     return replace(
         seen,
         moves_to=None if outcome == tuple(output.placements) else tuple(_dims(output) or ()),
         call=judged,
-        mask=dataclasses.replace(
-            mask,
-            **{
-                name: seen_as(name, item)
-                for name in ("attn_mask", "query_segments", "key_segments")
-                if (item := getattr(mask, name)) is not None
-            },
-        ),
+        mask=replace(mask, **read),
         gives_lse="ring" in layout.divisions,
     )
 

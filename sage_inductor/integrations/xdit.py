@@ -28,7 +28,7 @@ _replaced: list[Callable[..., Any] | None] = []  # what xDiT had there
 
 
 def register(config: Config | None = None) -> None:
-    """Let xDiT's backend SAGE be this package's kernels, with Ulysses and in its ring.
+    """Let xDiT's backend SAGE be this package's kernels. In its ring they give the log-sum-exp that it merges by.
 
     Masks among `attention_kwargs` are honoured, as `attn_mask` or as the indices of the keys that count; not in a ring, where
     xDiT passes those of a rank's own keys. Called again, it replaces the config.

@@ -115,11 +115,11 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
         call=judged,
         mask=dataclasses.replace(
             mask,
-            **{
-                name: seen_as(name, item)
-                for name in ("attn_mask", "query_segments", "key_segments")
-                if (item := getattr(mask, name)) is not None
-            },
+            attn_mask=None if mask.attn_mask is None else seen_as("attn_mask", mask.attn_mask),
+            query_segments=None
+            if mask.query_segments is None
+            else seen_as("query_segments", mask.query_segments),
+            key_segments=None if mask.key_segments is None else seen_as("key_segments", mask.key_segments),
         ),
         gives_lse="ring" in layout.divisions,
     )

@@ -182,10 +182,12 @@ def what_is_asked_for_by_name_or_table_asks_nobody(mesh: Any) -> None:
 
 @on_every_rank
 def graphs_are_not_taken_from_a_cache(mesh: Any) -> None:
-    from sage_inductor.rewriting.graph_pass import SageAttentionPass, _Uncacheable
+    from sage_inductor import SageAttentionPass
 
-    assert isinstance(SageAttentionPass(mine_alone()).uuid(), _Uncacheable)
-    assert not isinstance(SageAttentionPass(Config(tune="table")).uuid(), _Uncacheable)
+    def kind(config: Config) -> str:
+        return type(SageAttentionPass(config).uuid()).__name__
+
+    assert (kind(Config()), kind(Config(tune="table"))) == ("_Uncacheable", "tuple")
 
 
 test_on_two_ranks = two_ranks(__file__)

@@ -73,7 +73,7 @@ _WHY = {
     "alibi_slopes": "None; as a mask it would be read for every score",
     **dict.fromkeys(
         _PACKED,
-        "None; sage_inductor.kernels.triton.attention_varlen, called directly, takes packed sequences",
+        "None; torch.nn.attention.varlen takes packed sequences, and is found",
     ),
     **dict.fromkeys(_CACHE, "None; a cache that is paged or appended to is read by its own kernel"),
 }

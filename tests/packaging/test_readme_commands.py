@@ -80,6 +80,7 @@ model, inputs = make_model()
 pipeline = model
 x1, x2 = torch.randn(2, 1, 40, 32)
 query, key, value = torch.randn(3, 1, 2, 40, 32)
+ids = torch.zeros(1, 40, dtype=torch.int32)
 config = sage_inductor.Config(kernel="reference")
 
 class MyPass(torch._inductor.custom_graph_pass.CustomGraphPass):

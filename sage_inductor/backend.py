@@ -52,7 +52,7 @@ def sage_inductor(
     try:
         config, inductor_options = Config.from_options(options)
         mode = _mode(mode, inductor_options)
-        rewrite_graph(graph_module.graph, config)
+        rewrite_graph(graph_module.graph, config, example_inputs)
     except (NotEligibleError, ValueError, TypeError) as error:
         raise surfaced(error) from None
     graph_module.recompile()
@@ -128,7 +128,7 @@ def explain(
         graphs += 1
         judged = copy.deepcopy(graph_module)
         try:
-            sites.extend(rewrite_graph(judged.graph, chosen))
+            sites.extend(rewrite_graph(judged.graph, chosen, example_inputs))
             not_read.extend(unread(judged.graph))
             operators.extend(attention_operators(judged.graph))
         except NotEligibleError as error:

@@ -44,7 +44,7 @@ class RewritingBackend:
         self.graphs: list[fx.GraphModule] = []
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.sites.extend(rewrite_graph(graph_module.graph, self.config))
+        self.sites.extend(rewrite_graph(graph_module.graph, self.config, example_inputs))
         graph_module.recompile()
         self.graphs.append(graph_module)
         return graph_module.forward

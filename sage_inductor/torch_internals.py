@@ -21,9 +21,11 @@ __all__ = [
     "above_autograd",
     "allowed_sdpa_backends",
     "ambient_settings",
+    "assert_async",
     "autocast_dtypes",
     "below_autograd",
     "bound_arguments",
+    "bounds_of",
     "builtin_sdpa",
     "children_of",
     "compile_with_inductor",
@@ -69,6 +71,7 @@ __all__ = [
     "ring_attention",
     "rings_are_on",
     "runs_eagerly",
+    "shape_env_of",
     "storage_id",
     "surfaced",
     "tensors_of",
@@ -662,6 +665,22 @@ def is_always_true(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+# Ends the call with an error where its first argument is False, without waiting for the device.
+assert_async = torch._assert_async
+
+
+def bounds_of(size: Any, shape_env: Any) -> tuple[int | None, int | None]:
+    """The least and the most that a sympy expression of symbolic sizes can be; None where there is no bound. Adds no guard."""
+    found = shape_env.bound_sympy(size)
+    lower, upper = (int(end) if end.is_Integer else None for end in (found.lower, found.upper))
+    return lower, upper
+
+
+def shape_env_of(size: torch.SymInt) -> Any:
+    """Where the bounds of symbolic sizes are known."""
+    return size.node.shape_env
 
 
 def is_backed(size: int | torch.SymInt) -> bool:

@@ -59,6 +59,21 @@ AND = ("and_", "__and__", "logical_and", "bitwise_and")
 OR = ("or_", "__or__", "logical_or", "bitwise_or")
 NOT = ("invert", "inv", "__invert__", "logical_not", "bitwise_not")
 
+XOR = ("xor", "__xor__", "logical_xor", "bitwise_xor")
+# Comparisons and arithmetic as Python calls them.
+_BY_METHOD = (
+    "__ge__",
+    "__gt__",
+    "__le__",
+    "__lt__",
+    "__eq__",
+    "__ne__",
+    "__floordiv__",
+    "__mod__",
+    "__rsub__",
+    "__neg__",
+)
+
 _ROWS: tuple[tuple[Fact, tuple[str, ...]], ...] = (
     (PURE | VIEW | COPIES | IN_ORDER, (*RESHAPES, "contiguous", "detach", "alias", "positive")),
     (PURE | COPIES | IN_ORDER, ("clone",)),
@@ -67,6 +82,7 @@ _ROWS: tuple[tuple[Fact, tuple[str, ...]], ...] = (
         "matrix_H", "adjoint", "getitem", "__getitem__", "select", "narrow", "slice", "diagonal", "unfold", "chunk",
         "split", "split_with_sizes", "tensor_split", "unbind",
     )),
+    (PURE | COPIES, ("flip", "index", "index_select")),
     (PURE | COPIES, ("repeat_interleave", "repeat")),
     (PURE | VIEW | IN_ORDER, _CASTS_WHERE_NEEDED),
     (PURE | IN_ORDER, ("_to_copy",)),
@@ -78,7 +94,9 @@ _ROWS: tuple[tuple[Fact, tuple[str, ...]], ...] = (
         "__matmul__", "neg", "abs", "log", "sqrt", "reciprocal", "where", "maximum", "max", "min", "amax", "sum", "mean",
         "std", "var", "norm", "logsumexp", "special_logsumexp", "softmax", "_softmax", "_safe_softmax", "special_softmax",
         "log_softmax", "_log_softmax", "special_log_softmax", "matmul", "bmm", "mm", "baddbmm", "cat", "concat",
-        "concatenate", "stack", "cumsum", "gt", "ge", "lt", "le", "eq", "ne",
+        "concatenate", "hstack", "stack", "cumsum", "diff", "gt", "ge", "lt", "le", "eq", "ne", "arange", "eye", "tril", "triu", "tensor",
+        "scalar_tensor", "pad", "constant_pad_nd", "rsub", "floor_divide", "floordiv", "remainder", "mod", "absolute", "minimum",
+        "clamp_max", *XOR, *_BY_METHOD,
     )),
     (RANDOM, (
         "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "multinomial",

@@ -35,7 +35,7 @@ class Fingerprint:
     value_head_dim: int | None
     mask: str
     """"none", "causal", "window", or "runtime" for a mask that is read when the model runs. "runtime" agrees with all: it may
-    be any mask, and under dynamic shapes a causal one becomes "runtime"."""
+    be any mask, and where lengths are symbolic a mask may not be understood that else is."""
 
     @classmethod
     def of(cls, site: Site, calls: int) -> Fingerprint:
@@ -69,11 +69,11 @@ def _size(tensor: TensorInfo | None, dim: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-_READ_AT_RUN_TIME = ("key_padding", "bool", "additive", "unknown")
+_READ_AT_RUN_TIME = ("key_padding", "bool", "additive", "unknown", "chunked", "prefix", "segments")
 
 
 def _mask_class(mask: str) -> str:
-    """`Fingerprint.mask` for the text of a `masks.Mask`: "runtime" for "causal, key_padding"."""
+    """`Fingerprint.mask` for the text of a `masks.Mask`: "runtime" for "causal + key_padding"."""
     if any(kind in mask for kind in _READ_AT_RUN_TIME):
         return "runtime"
     if mask.startswith("causal"):

@@ -8,10 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import cast
+from functools import cached_property, partial
+from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import fx
 
 from sage_inductor import kernels
 from sage_inductor.config import Config, Precision
@@ -22,6 +22,7 @@ from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
+from sage_inductor.patterns.flex_attention import FlexCall
 from sage_inductor.patterns.sdpa import as_autocast_reads
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.plan.plan import Plan
@@ -29,6 +30,7 @@ from sage_inductor.plan.sites import Fingerprint, Verdict, calls_per_module
 from sage_inductor.report.report import Report
 from sage_inductor.report.site import Names, Site, TensorInfo
 from sage_inductor.rewriting import workarounds
+from sage_inductor.rewriting.block_lists import BlockLists
 from sage_inductor.rewriting.eligibility import (
     gradient_reasons,
     ineligible_reasons,
@@ -37,6 +39,7 @@ from sage_inductor.rewriting.eligibility import (
     varlen_reasons,
 )
 from sage_inductor.rewriting.masks import classify
+from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
 from sage_inductor.rewriting.sharded import Seen, on_this_rank, ring_parts
@@ -47,14 +50,15 @@ from sage_inductor.tuning import Choice, Comparison, choose
 log = logging.getLogger(__name__)
 
 
-def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
-    """Rewrite `graph` and the graphs of its submodules in place, as `config` says. Returns every site found.
+def rewrite_graph(graph: fx.Graph, config: Config, inputs: Sequence[Any] = ()) -> tuple[Site, ...]:
+    """Rewrite `graph` and the graphs of its submodules in place, as `config` says. Returns every site found. `inputs`: what the
+    graph is called with now, where that is known.
 
     Raises NotEligibleError where a kernel that was asked for by name cannot run on this machine, and, with
     `fallback="error"`, where any site stays.
     """
     places = Places()
-    sites = rewrite_sites(graph, config, places)
+    sites = rewrite_sites(graph, config, places, inputs)
     for site in sites:
         log.debug("%s", site)
     rewritten = sum(site.rewritten for site in sites)
@@ -69,13 +73,17 @@ def rewrite_graph(graph: fx.Graph, config: Config) -> tuple[Site, ...]:
     return sites
 
 
-def rewrite_sites(graph: fx.Graph, config: Config, places: Places | None = None) -> tuple[Site, ...]:
+def rewrite_sites(
+    graph: fx.Graph, config: Config, places: Places | None = None, inputs: Sequence[Any] = ()
+) -> tuple[Site, ...]:
     """The rewriting alone, without log, warnings or fallback. The nodes of our operator that it writes carry the name of their
     site as `meta["sage_site"]`. Raises NotEligibleError where a kernel asked for by name cannot run here."""
     places = Places() if places is None else places
     regions: list[_Region] = []
     found = list(_collect(graph, Surroundings.ambient(), regions, set()))
-    walk = _Walk(config, Names(), places, Counter(places.of(item.node)[0].path for item in found))
+    placeholders = graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, inputs, strict=True)) if len(placeholders) == len(inputs) else {}
+    walk = _Walk(config, Names(), places, Counter(places.of(item.node)[0].path for item in found), values)
     decisions = [_judge(item, walk) for item in found]
     for region in regions:
         _carry_out(region, [decision for decision in decisions if decision.found.region is region])
@@ -91,6 +99,8 @@ class _Walk:
     places: Places
     calls: Mapping[str, int]
     """Attention calls per module path."""
+    values: Mapping[fx.Node, Any]
+    """The inputs of the graph, as far as they are known."""
 
 
 def _plan_of(config: Config) -> Plan:
@@ -152,11 +162,13 @@ class _Region:
     owner: fx.GraphModule | None
     """The submodule whose graph it is; None for the root, which the caller recompiles."""
     writes: Writes
-    constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
-    """Masks whose value was computed, for all calls of the graph."""
     transformed: set[fx.Node] = field(default_factory=set)
     """Nodes inside functorch transforms."""
     openings: list[_Opening] = field(default_factory=list)
+
+    @cached_property
+    def masks(self) -> classify.Masks:
+        return classify.Masks(self.graph, self.writes, self.transformed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +208,8 @@ class _Decision:
     found: _Found
     site: Site
     insert: partial[Substitute] | None = None
+    lists: BlockLists | None = None
+    """Those of a block_mask, which are looked at in the graph."""
 
 
 def _collect(
@@ -262,15 +276,22 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
     if found.match is None:
         return _Decision(found, _closed_site(found.node, found.pattern, list(found.closed), walk))
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
-    mask = classify.classify(call, found.region.constants, found.region.writes)
-    gradients = gradient_reasons(found.node, walk.config) if found.opening is not None else []
+    mask = classify.classify(call, found.region.masks)
+    reasons = gradient_reasons(found.node, walk.config) if found.opening is not None else []
     if found.pattern == VarlenAttention.name:
         mask = dataclasses.replace(mask, as_read=None)
-        gradients += varlen_reasons(found.node, mask, walk.config)
-    decided = _decide(found.match.as_found, call, mask, walk, found.around, found.node, gradients)
-    site, choice, mask, moves_to = decided
+        reasons += varlen_reasons(found.node, mask, walk.config)
+    flex = FlexCall.of(found.node)
+    lists = None if flex is None else BlockLists(flex, mask)
+    if lists is not None:
+        reasons += lists.reasons(call, walk.values)
+    as_found = found.match.as_found
+    if flex is not None and str(mask) == "causal":
+        # a baseline as good as flex_attention, which passes over blocks
+        as_found = dataclasses.replace(as_found, attn_mask=None, is_causal=True)
+    site, choice, mask, moves_to = _decide(as_found, call, mask, walk, found.around, found.node, reasons)
     insert = partial(insert_substitute, call, mask, site, choice, moves_to) if site.rewritten else None
-    return _Decision(found, site, insert)
+    return _Decision(found, site, insert, lists if flex is not None and flex.has_lists else None)
 
 
 def _carry_out(region: _Region, decisions: Sequence[_Decision]) -> None:
@@ -279,6 +300,11 @@ def _carry_out(region: _Region, decisions: Sequence[_Decision]) -> None:
     for opening in region.openings:
         if opening not in won:
             opening.inlined.remove()
+    checks = [decision.lists for decision in decisions if decision.insert is not None and decision.lists]
+    for lists in {
+        lists.key: lists for lists in reversed(checks)
+    }.values():  # the first call of those that share one
+        lists.insert_check()
     # A call may read the value of another, so all operators are inserted before the first call is replaced.
     substitutes = [decision.insert() for decision in decisions if decision.insert is not None]
     for opening in region.openings:
@@ -316,12 +342,12 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: _Walk) -
 def _decide(
     as_found: AttentionCall,
     call: AttentionCall,
-    mask: classify.Mask,
+    mask: Mask,
     walk: _Walk,
     around: Surroundings,
     node: fx.Node,
     reasons: Sequence[str] = (),
-) -> tuple[Site, Choice, classify.Mask, tuple[int, ...] | None]:
+) -> tuple[Site, Choice, Mask, tuple[int, ...] | None]:
     """The decision about `call`, which the model makes at `node`; its mask as the kernel is to read it; and the dims by which
     the output is to be sharded (`Seen.moves_to`). `as_found` is the same call with its heads still repeated. `reasons` speak
     against it already."""
@@ -374,7 +400,7 @@ def _decide(
 def _chosen(
     as_found: AttentionCall,
     seen: Seen,
-    mask: classify.Mask,
+    mask: Mask,
     config: Config,
     around: Surroundings,
     before: Sequence[str],

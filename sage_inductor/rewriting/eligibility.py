@@ -13,7 +13,7 @@ from sage_inductor.graph.sizes import are_multiples, differ, is_dense, memory_or
 from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
-from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.torch_internals import dispatches_itself, number_of
 from sage_inductor.tuning import SdpaCall
 

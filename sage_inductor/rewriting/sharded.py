@@ -14,7 +14,7 @@ from sage_inductor.graph.sizes import is_dense, memory_order
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.sharded import are_taught, is_dtensor
-from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.rewriting.masks.mask import Mask
 
 
 @dataclass(frozen=True)

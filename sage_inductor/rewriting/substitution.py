@@ -37,7 +37,7 @@ from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
-from sage_inductor.rewriting.masks.classify import Mask
+from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.rewriting.masks.segments import insert_once
 from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
 from sage_inductor.tuning import Choice

@@ -83,7 +83,22 @@ CALLS: dict[str, Callable[..., Any]] = {
     "concat": lambda x, y: torch.concat([x]),
     "concatenate": lambda x, y: torch.concatenate([x]),
     "stack": lambda x, y: torch.stack([x]),
+    "hstack": lambda x, y: torch.hstack([x]),
     "cumsum": lambda x, y: x.cumsum(0),
+    "flip": lambda x, y: x.flip(0),
+    "index": lambda x, y: aten.index(x, [torch.tensor([1, 0])]),
+    "index_select": lambda x, y: x.index_select(0, torch.tensor([1, 0])),
+    "arange": lambda x, y: torch.arange(4),
+    "eye": lambda x, y: torch.eye(4),
+    "tensor": lambda x, y: torch.tensor([1.0, 2.0]),
+    "scalar_tensor": lambda x, y: torch.scalar_tensor(2.0),
+    "pad": lambda x, y: F.pad(x, (0, 1)),
+    "constant_pad_nd": lambda x, y: aten.constant_pad_nd(x, [0, 0]),
+    "rsub": torch.rsub,
+    "__rsub__": lambda x, y: x.__rsub__(2.0),
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "clamp_max": lambda x, y: x.clamp_max(2.0),
     "full": lambda x, y: torch.full((2, 2), 3.0),
     "full_like": lambda x, y: torch.full_like(x, 3.0),
     "new_full": lambda x, y: x.new_full((2, 2), 3.0),
@@ -96,9 +111,10 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 BINARY = (
     "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "maximum", "matmul", "mm", "gt", "ge",
-    "lt", "le", "eq", "ne", "__add__", "__sub__", "__mul__", "__truediv__", "__matmul__",
+    "lt", "le", "eq", "ne", "__ge__", "__gt__", "__le__", "__lt__", "__eq__", "__ne__", "__floordiv__", "__mod__", "floor_divide",
+    "remainder", "minimum", "__add__", "__sub__", "__mul__", "__truediv__", "__matmul__",
 )  # fmt: skip
-LOGICAL = (*facts.AND, *facts.OR, *facts.NOT)
+LOGICAL = (*facts.AND, *facts.OR, *facts.XOR, *facts.NOT)
 
 
 def call(name: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -341,7 +341,7 @@ CASES = (
     ModelCase(
         "llama padded left",
         lambda: llama(attention_mask=_padding(2, 140, 30, left=True)),
-        _by_layer("layers.*.self_attn", source=TRANSFORMERS, mask="causal, key_padding"),
+        _by_layer("layers.*.self_attn", source=TRANSFORMERS, mask="causal + key_padding"),
     ),
     ModelCase(
         "llama chunked prefill",

@@ -109,7 +109,7 @@ def test_one_number_is_seen_as_causality_and_padding() -> None:
     q, k, v = (torch.randn(2, 4, LENGTH, 32) for _ in range(3))
     backend = RewritingBackend(CONFIG)
     torch.compile(attend, backend=backend)(q, k, v, padding())
-    assert [site.mask for site in backend.sites] == ["causal, key_padding"]
+    assert [site.mask for site in backend.sites] == ["causal + key_padding"]
 
 
 def test_more_numbers_than_can_be_told_apart_stay() -> None:

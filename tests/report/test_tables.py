@@ -71,7 +71,7 @@ def make_report() -> Report:
     info = TensorInfo((1, 24, 4096, 128), "bfloat16", "NHD")
     reasons = ("device=cpu (supported: cuda)", "head_dim=80 (supported: 64, 96, 128)")
     sites = tuple(
-        Site(name, "attention_processor.py:2771", "sdpa", info, info, info, "causal, key_padding", None, "fast", False, reasons)
+        Site(name, "attention_processor.py:2771", "sdpa", info, info, info, "causal + key_padding", None, "fast", False, reasons)
         for name in ("transformer_blocks.0.attn1", "single_transformer_blocks.37.attention.self")
     )  # fmt: skip
     return Report(sites)

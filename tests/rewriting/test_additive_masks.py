@@ -73,15 +73,15 @@ def test_causality_and_padding_are_told_apart(written: str, layout: str) -> None
     make = WRITTEN[written]
     inputs = (*qkv(layout), padding())
     assert (
-        mask_of(lambda q, k, v, p: by_hand(q, k, v, make(band(-99, 0), p)), *inputs) == "causal, key_padding"
+        mask_of(lambda q, k, v, p: by_hand(q, k, v, make(band(-99, 0), p)), *inputs) == "causal + key_padding"
     )
 
 
 @pytest.mark.parametrize(
     ("low", "high", "kind"),
     [
-        (-99, 0, "causal, key_padding"),
-        (-4, 0, "sliding_window left=4 right=0, key_padding"),
+        (-99, 0, "causal + key_padding"),
+        (-4, 0, "sliding_window left=4 right=0 + key_padding"),
         (-99, 99, "key_padding"),
         (-4, 3, "additive"),  # the window hangs over the last key: not told apart, read as it is
     ],
@@ -100,7 +100,7 @@ def test_fewer_queries_and_grouped_heads() -> None:
         k, v = (tensor[:, :2].repeat_interleave(2, 1) for tensor in (k, v))
         return by_hand(q[:, :, :10], k, v, mask)
 
-    assert mask_of(attend, *qkv(), padding()) == "causal bottom-right, key_padding"
+    assert mask_of(attend, *qkv(), padding()) == "causal bottom-right + key_padding"
 
 
 def test_infinity_needs_no_care() -> None:
@@ -110,11 +110,11 @@ def test_infinity_needs_no_care() -> None:
         mask = torch.where(band(-99, 0) & p[:, None, None], 0.0, -math.inf)
         return F.scaled_dot_product_attention(q, k, v, mask)
 
-    assert mask_of(attend, *qkv(), padding()) == "causal, key_padding"
+    assert mask_of(attend, *qkv(), padding()) == "causal + key_padding"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [(torch.bfloat16, "causal, key_padding"), (torch.float16, "additive")]
+    ("dtype", "kind"), [(torch.bfloat16, "causal + key_padding"), (torch.float16, "additive")]
 )
 def test_low_precision(dtype: torch.dtype, kind: str) -> None:
     """float16's lowest number does not swallow scores that are kept in float32: whether a query that sees nothing
@@ -153,18 +153,38 @@ def test_what_cannot_be_told_apart_is_read_as_it_is() -> None:
 
 
 def test_dynamic_lengths() -> None:
-    """A length that is a symbol hides what a band is: the mask is read; padding alone is still seen."""
+    """What a mask means does not depend on a length that is a symbol."""
 
     def causal(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         return by_hand(
-            q, k, v, torch.where((positions[:, None] >= positions) & p[:, None, None], 0.0, LOWEST)
+            q,
+            k,
+            v,
+            torch.where((positions[:, None] >= positions) & p[:, None, None], 0.0, torch.finfo(q.dtype).min),
         )
+
+    def windowed(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        lowest = torch.finfo(q.dtype).min
+        return by_hand(q, k, v, torch.where((i >= j) & (i - j < 4) & p[:, None, None], 0.0, lowest))
+
+    def behind_cache(q: Tensor, k: Tensor, v: Tensor, p: Tensor, past: Tensor) -> Tensor:
+        k, v, p = torch.cat([past, k], 2), torch.cat([past, v], 2), F.pad(p, (past.shape[2], 0))
+        i, j = torch.arange(q.shape[2])[:, None] + past.shape[2], torch.arange(k.shape[2])
+        lowest = torch.finfo(q.dtype).min
+        return by_hand(q, k, v, torch.where((i >= j) & p[:, None, None], 0.0, lowest))
 
     def padded(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         return by_hand(q, k, v, torch.where(p[:, None, None], 0.0, LOWEST))
 
-    assert mask_of(causal, *qkv(), padding(), dynamic=True) == "additive"
+    assert mask_of(causal, *qkv(), padding(), dynamic=True) == "causal (symbolic) + key_padding"
+    assert mask_of(windowed, *qkv(), padding(), dynamic=True) == (
+        "sliding_window left=3 right=0 (symbolic) + key_padding"
+    )
+    assert mask_of(behind_cache, *qkv(), padding(), torch.randn(2, 4, 9, 32), dynamic=True) == (
+        "causal bottom-right (symbolic) + key_padding"
+    )
     assert mask_of(padded, *qkv(), padding(), dynamic=True) == "key_padding"
     compiled = torch.compile(padded, backend=RewritingBackend(CONFIG), dynamic=True)
     for length in (5, 17, 40):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor import Config
-from sage_inductor.rewriting.masks.classify import _classify_constant
+from sage_inductor.rewriting.masks.whole import classify_constant
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -175,7 +175,7 @@ def test_random_bands_round_trip() -> None:
         low, high = a - 7, b - 5
         distance = torch.arange(kv_len) - torch.arange(q_len)[:, None]
         mask = (distance >= low) & (distance <= high)
-        found = _classify_constant(mask, q_len, kv_len)
+        found = classify_constant(mask, q_len, kv_len)
         if found is None:
             continue
         params = AttentionParams(found.is_causal, found.bottom_right, found.window_left, found.window_right)
@@ -195,13 +195,13 @@ def test_causality_joined_with_padding_is_taken_apart() -> None:
         return (both & padding[:, None, None, :]).expand(2, -1, 24, 24)
 
     padding = torch.rand(2, 24) > 0.3
-    assert attend(joined, 24, 24, padding) == "causal, key_padding"
+    assert attend(joined, 24, 24, padding) == "causal + key_padding"
     window = lambda p: triangle() & ~triangle(diagonal=-5) & p[:, None, None]  # noqa: E731
-    assert attend(window, 24, 24, padding) == "sliding_window left=4 right=0, key_padding"
+    assert attend(window, 24, 24, padding) == "sliding_window left=4 right=0 + key_padding"
     everything = lambda p: (torch.arange(24) >= 0)[None, None, :, None] & p[:, None, None]  # noqa: E731
     assert attend(everything, 24, 24, padding) == "key_padding"
     two = lambda p: triangle() & p[:, None, None] & p.flip(1)[:, None, None]  # noqa: E731
-    assert attend(two, 24, 24, padding) == "causal, key_padding"
+    assert attend(two, 24, 24, padding) == "causal + key_padding"
     no_band = lambda p: (torch.arange(576).view(24, 24) % 3 != 0) & p[:, None, None]  # noqa: E731
     assert attend(no_band, 24, 24, padding) == "bool"
     assert attend(lambda p: triangle() | p[:, None, None], 24, 24, padding) == "bool"

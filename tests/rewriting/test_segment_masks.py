@@ -76,20 +76,20 @@ SPELLINGS: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], str]] = [
     ("int32", lambda i: (i[:, :, None] == i[:, None, :])[:, None], (IDS.int(),), "segments"),
     ("one row for all", lambda i: i[:, None] == i[None], (IDS[1],), "segments"),
     ("a batch of 1", lambda i: (i[:, :, None] == i[:, None, :])[:, None], (IDS[1:],), "segments"),
-    ("causal", lambda i: (i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW(), (IDS,), "causal, segments"),
-    ("causal, logical_and", lambda i: torch.logical_and(CAUSAL_NOW(), (i[:, :, None] == i[:, None, :])[:, None]), (IDS,), "causal, segments"),
-    ("a window", lambda i: ((i[:, :, None] == i[:, None, :]) & CAUSAL_NOW() & ~torch.ones(SEQ, SEQ, dtype=torch.bool).tril(-5))[:, None], (IDS,), "sliding_window left=4 right=0, segments"),
-    ("padding", lambda i, p: (i[:, None, :, None] == i[:, None, None, :]) & p[:, None, None, :], (IDS, torch.arange(SEQ) < torch.tensor([[20], [9]])), "key_padding, segments"),
-    ("causal and padding", lambda i, p: (i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW() & p[:, None, None], (IDS, torch.arange(SEQ) < torch.tensor([[20], [9]])), "causal, key_padding, segments"),
+    ("causal", lambda i: (i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW(), (IDS,), "causal + segments"),
+    ("causal, logical_and", lambda i: torch.logical_and(CAUSAL_NOW(), (i[:, :, None] == i[:, None, :])[:, None]), (IDS,), "causal + segments"),
+    ("a window", lambda i: ((i[:, :, None] == i[:, None, :]) & CAUSAL_NOW() & ~torch.ones(SEQ, SEQ, dtype=torch.bool).tril(-5))[:, None], (IDS,), "sliding_window left=4 right=0 + segments"),
+    ("padding", lambda i, p: (i[:, None, :, None] == i[:, None, None, :]) & p[:, None, None, :], (IDS, torch.arange(SEQ) < torch.tensor([[20], [9]])), "key_padding + segments"),
+    ("causal and padding", lambda i, p: (i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW() & p[:, None, None], (IDS, torch.arange(SEQ) < torch.tensor([[20], [9]])), "causal + key_padding + segments"),
     ("queries that see nothing", lambda i: ((i[:, :, None] == i[:, None, :]) & (i[:, :, None] > 0))[:, None], (IDS,), "segments"),
     ("-inf", lambda i: torch.zeros(2, 1, SEQ, SEQ).masked_fill((i[:, None, :, None] != i[:, None, None, :]), -torch.inf), (IDS,), "segments"),
-    ("where -inf, causal", lambda i: torch.where((i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW(), 0.0, -torch.inf), (IDS,), "causal, segments"),
-    ("positions", lambda p: (positions_to_ids(p)[:, :, None] == positions_to_ids(p)[:, None, :])[:, None] & CAUSAL_NOW(), (POSITIONS,), "causal, segments"),
+    ("where -inf, causal", lambda i: torch.where((i[:, None, :, None] == i[:, None, None, :]) & CAUSAL_NOW(), 0.0, -torch.inf), (IDS,), "causal + segments"),
+    ("positions", lambda p: (positions_to_ids(p)[:, :, None] == positions_to_ids(p)[:, None, :])[:, None] & CAUSAL_NOW(), (POSITIONS,), "causal + segments"),
     ("positions, a sequence at each 0", lambda p: ((p == 0).cumsum(-1)[:, :, None] == (p == 0).cumsum(-1)[:, None, :])[:, None], (POSITIONS,), "segments"),
-    ("positions, indexed", lambda p: indexed(positions_to_ids(p)), (POSITIONS,), "causal, segments"),
-    ("positions that count down, indexed", lambda p: indexed((p.diff(prepend=p[:, :1] - 1) != 1).cumsum(-1)), (POSITIONS.flip(1),), "causal, segments"),
-    ("positions, causal by positions", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS,), "causal, segments"),
-    ("positions, causal by positions, jumps", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS + 3 * (POSITIONS > 4),), "causal, segments"),
+    ("positions, indexed", lambda p: indexed(positions_to_ids(p)), (POSITIONS,), "causal + segments"),
+    ("positions that count down, indexed", lambda p: indexed((p.diff(prepend=p[:, :1] - 1) != 1).cumsum(-1)), (POSITIONS.flip(1),), "causal + segments"),
+    ("positions, causal by positions", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS,), "causal + segments"),
+    ("positions, causal by positions, jumps", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS + 3 * (POSITIONS > 4),), "causal + segments"),
     ("images", lambda e: (torch.bucketize(torch.arange(SEQ), e, right=True)[:, None] == torch.bucketize(torch.arange(SEQ), e, right=True)), (torch.tensor([3, 11, 17]),), "segments"),
 ]  # fmt: skip
 
@@ -169,12 +169,12 @@ def test_ids_that_are_written_to_later_are_read_as_the_mask_was_made() -> None:
 @pytest.mark.parametrize(
     ("compare", "kind"),
     [
-        (lambda at: at <= at[:, None], "causal, segments"),
-        (lambda at: at[:, None] >= at, "causal, segments"),
+        (lambda at: at <= at[:, None], "causal (symbolic) + segments"),
+        (lambda at: at[:, None] >= at, "causal (symbolic) + segments"),
         (lambda at: at < at[:, None], "bool"),
-        (lambda at: at[:, None] <= at, "bool"),
-        (lambda at: at <= at[:, None] + 1, "bool"),
-        (lambda at: at - 1 <= at[:, None], "bool"),
+        (lambda at: at[:, None] <= at, "band left=0 right=all (symbolic) + segments"),
+        (lambda at: at <= at[:, None] + 1, "band left=all right=1 (symbolic) + segments"),
+        (lambda at: at - 1 <= at[:, None], "band left=all right=1 (symbolic) + segments"),
     ],
 )
 def test_causality_of_symbolic_lengths(compare: Callable[[Tensor], Tensor], kind: str) -> None:
@@ -271,4 +271,4 @@ def test_packed_positions_of_transformers() -> None:
     out = torch.compile(run, backend=backend)(tokens, positions)
     alone = [run(part, at) for part, at in zip(tokens.split([7, 9, 8], 1), positions.split([7, 9, 8], 1), strict=True)]  # fmt: skip
     assert relative_l2(out, torch.cat(alone, 1)) < 0.03
-    assert [site.mask for site in backend.sites] == ["causal, segments"] * 2
+    assert [site.mask for site in backend.sites] == ["causal + segments"] * 2

@@ -60,9 +60,9 @@ def by_sequence(
     ("kwargs", "params", "mask"),
     [
         ({}, {}, "segments"),
-        ({"window_size": (-1, 0)}, {"is_causal": True}, "causal, segments"),
-        ({"window_size": (5, 0)}, {"is_causal": True, "window_left": 5}, "sliding_window left=5 right=0, segments"),
-        ({"window_size": (4, 3), "scale": 0.3}, {"window_left": 4, "window_right": 3, "scale": 0.3}, "band left=4 right=3, segments"),
+        ({"window_size": (-1, 0)}, {"is_causal": True}, "causal + segments"),
+        ({"window_size": (5, 0)}, {"is_causal": True, "window_left": 5}, "sliding_window left=5 right=0 + segments"),
+        ({"window_size": (4, 3), "scale": 0.3}, {"window_left": 4, "window_right": 3, "scale": 0.3}, "band left=4 right=3 + segments"),
     ],
 )  # fmt: skip
 def test_one_length_for_queries_and_keys(kwargs: Any, params: Any, mask: str) -> None:
@@ -99,7 +99,7 @@ def test_symbolic_lengths() -> None:
         lambda q, k, v, ends: varlen.varlen_attn(q, k, v, ends, ends, 27, 27, window_size=(-1, 0)), q, k, v, ENDS,
         dynamic=True,
     )  # fmt: skip
-    assert site.rewritten and site.mask == "causal, segments", site
+    assert site.rewritten and site.mask == "causal + segments", site
 
 
 @pytest.mark.parametrize(

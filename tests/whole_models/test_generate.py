@@ -46,7 +46,7 @@ def test_generate(cache: str, padded: int, implementation: str) -> None:
 
     prefill = [site for site in backend.sites if site.query is not None and site.query.shape[2] == 30]
     decode = [site for site in backend.sites if site not in prefill]
-    mask = "causal, key_padding" if padded else "causal"
+    mask = "causal + key_padding" if padded else "causal"
     if cache == "static" and (padded or implementation == "eager"):
         # How much of the cache is filled, which the mask starts from, is data.
         mask = "bool" if implementation == "sdpa" else "additive"

@@ -4,116 +4,199 @@ time."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sage_inductor.graph.call import AttentionCall, Band, Expr, Value, example_tensor, leaves
-from sage_inductor.graph.sizes import sizes_of, strides_of
+from sage_inductor.graph.sizes import Size, known, sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
-from sage_inductor.kernels import AttentionParams
-from sage_inductor.rewriting.masks.additive import allowed_keys, seeing_rows, with_uniform_rows
-from sage_inductor.rewriting.masks.conjunction import conjuncts, joined
+from sage_inductor.rewriting.masks.additive import FINAL, seeing_rows, with_uniform_rows
+from sage_inductor.rewriting.masks.algebra import add, at_least, both
+from sage_inductor.rewriting.masks.blocks import RowEnds, worked_out
 from sage_inductor.rewriting.masks.constants import constant_value
+from sage_inductor.rewriting.masks.formula import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    TRUE,
+    Condition,
+    Linear,
+    NotUnderstood,
+    names_of,
+    plain,
+    variable,
+)
+from sage_inductor.rewriting.masks.mask import Mask, is_key_padding, runtime_kind
+from sage_inductor.rewriting.masks.mask import band as band_of
+from sage_inductor.rewriting.masks.meaning import Allowed, Meaning, allowed_by, meaning_of
+from sage_inductor.rewriting.masks.ranges import Ranges
+from sage_inductor.rewriting.masks.reading import Reader
+from sage_inductor.rewriting.masks.rows import Rows
 from sage_inductor.rewriting.masks.segments import packed_mask
-
-# Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
-# final.
-MASKED_OUT_FRACTION = 0.5
-
-
-@dataclass(frozen=True)
-class Mask:
-    """The classified mask of one call. `kind` is one of
-
-    none, all_true, zero_bias (nothing is masked); causal, sliding_window, band (the mask is exactly
-    `-window_left <= j - (i + offset) <= window_right`); key_padding, bool, additive (read at run time);
-    chunked_causal (causal within chunks of `chunk` tokens, which is no band: read like a bool mask).
-    `attn_mask` is what a kernel must still read, None where the band says it all; a constant band joined with data
-    (causal and padding) is a band and the data, "causal, key_padding".
-    """
-
-    kind: str
-    attn_mask: Value | None = None
-    is_causal: bool = False
-    bottom_right: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    chunk: int = 0
-    seeing: Value | None = None
-    """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
-    finite number hid them); None where that does not happen."""
-    query_segments: Value | None = None
-    """int32 `[batch, q_len]`: a query sees the keys of its own id only, beside all else that is said here. None: no ids."""
-    key_segments: Value | None = None
-    as_read: Mask | None = None
-    """The same mask without ids, for kernels that take none."""
-
-    def __str__(self) -> str:
-        if self.query_segments is not None:
-            rest = str(dataclasses.replace(self, query_segments=None))
-            return "segments" if rest in ("none", "all_true") else f"{rest}, segments"
-        kind, _, read = self.kind.partition(", ")
-        if self.chunk:
-            return f"{kind} size={self.chunk}"
-        if kind not in ("causal", "sliding_window", "band"):
-            return self.kind
-        right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
-        left = str(self.window_left) if self.window_left >= 0 else "all"
-        window = "" if kind == "causal" else f" left={left} right={right}"
-        return kind + window + (" bottom-right" if self.bottom_right else "") + (f", {read}" if read else "")
+from sage_inductor.rewriting.masks.views import broadcast
+from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
+from sage_inductor.torch_internals import shape_env_of
 
 
-def classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
-    """The meaning of `call`'s mask. `constants` remembers masks worked out for other calls of the same
-    graph, `writes` are those of the graph."""
+@dataclass(frozen=True, eq=False)
+class Understood:
+    """A mask that was read from the graph, and by whom: who reads it knows where its parts stand."""
+
+    allowed: Allowed
+    meaning: Meaning
+    reader: Reader
+    rows: dict[int, Value] = field(default_factory=dict)
+    """The row over keys that is read, by the dims of the scores, for other calls."""
+
+    def row(self, call: AttentionCall, keys: Condition) -> Value:
+        """What `keys` says, as a row over keys. Raises NotUnderstood."""
+        query = example_tensor(call.query)
+        dims = 4 if query is None else query.dim()
+        if dims not in self.rows:
+            rows = Rows(call, self.reader)
+            row = rows.of(keys)
+            if rows.asked:
+                return row  # it holds the length of this call's keys
+            self.rows[dims] = row
+        return self.rows[dims]
+
+
+@dataclass(eq=False)
+class Masks:
+    """The masks of one graph: the writes in it, its nodes inside functorch's transforms, and what was found for other calls."""
+
+    graph: fx.Graph
+    writes: Writes
+    transformed: set[fx.Node] = field(default_factory=set)
+    _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+    _understood: dict[Any, Understood | None] = field(default_factory=dict)
+
+    def constant(self, mask: Value) -> Tensor | None:
+        if isinstance(mask, Expr):
+            source = mask.args[0]
+            if mask.target != "to" or not isinstance(source, fx.Node):
+                return constant_value(mask, self.writes)
+            value = self.constant(source)  # autocast's cast of a mask that layers share
+            return None if value is None else value.to(*mask.args[1:])
+        if mask not in self._constants:
+            self._constants[mask] = constant_value(mask, self.writes)
+        return self._constants[mask]
+
+    def understood(self, call: AttentionCall) -> Understood | None:
+        """The mask of `call` as a conjunction, None where it is read as no formula."""
+        mask, query, key = map(example_tensor, (call.attn_mask, call.query, call.key))
+        if mask is None or query is None or key is None or mask.dim() > 4 or query.dim() > 4:
+            return None
+        sizes = _sizes(mask, query, key)
+        try:
+            same = _key(call.attn_mask), tuple(sizes.items())
+        except TypeError:
+            same = call.node, ()
+        if any(map(self.writes.touch, leaves(call.attn_mask))):
+            same = call.node, ()
+        if same not in self._understood:
+            self._understood[same] = self._read(call, mask, sizes)
+        return self._understood[same]
+
+    def _read(self, call: AttentionCall, mask: Tensor, sizes: dict[str, Size]) -> Understood | None:
+        reader = Reader(self.graph, self.writes, Ranges(sizes, _shape_env(call)), self.transformed)
+        index = broadcast(tuple(map(variable, (BATCH, HEAD, QUERY, KEY))), sizes_of(mask))
+        finite = -math.inf if mask.dtype == torch.bool else torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
+        try:
+            allowed = allowed_by(reader.element(call.attn_mask, index, call.node), finite)
+            return Understood(allowed, meaning_of(allowed.condition, reader.ranges), reader)
+        except NotUnderstood:
+            return None
+
+
+def _sizes(mask: Tensor, query: Tensor, key: Tensor) -> dict[str, Size]:
+    """How many batches, heads, queries and keys there are, as far as the mask tells them apart."""
+    before = (1, 1, 1, 1, *sizes_of(mask))[-4:-2]
+    return {
+        BATCH: before[0],
+        HEAD: before[1],
+        QUERY: plain(sizes_of(query)[-2]),
+        KEY: plain(sizes_of(key)[-2]),
+    }
+
+
+def _key(item: Any) -> Any:
+    """What is equal for equal values. Raises TypeError where that is not to be told."""
+    if isinstance(item, Expr):
+        return item.target, _key(item.args), _key(tuple(item.kwargs.items()))
+    if isinstance(item, torch.SymInt):
+        return known(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(map(_key, item))
+    if isinstance(item, slice):
+        return slice, _key((item.start, item.stop, item.step))
+    hash(item)
+    return type(item), item
+
+
+def _shape_env(call: AttentionCall) -> Any:
+    tensors = map(example_tensor, (call.query, call.key, call.attn_mask))
+    sizes: list[Any] = [size for tensor in tensors if tensor is not None for size in tensor.shape]
+    return next((shape_env_of(size) for size in sizes if isinstance(size, torch.SymInt)), None)
+
+
+def classify(call: AttentionCall, masks: Masks) -> Mask:
+    """The meaning of `call`'s mask, which is one of `masks`."""
     if call.attn_mask is None and call.band is not None:
         return of_band(call, call.band)
-    as_read = _classify(call, constants, writes)
-    is_known = as_read.attn_mask is None or bool(as_read.chunk)
-    packed = None if is_known else packed_mask(call, writes)
+    as_read = _classify(call, masks)
+    is_known = as_read.attn_mask is None or as_read.kind.startswith("chunked_causal")
+    packed = None if is_known else packed_mask(call, masks.writes)
     if packed is None:
         return as_read
-    rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), constants, writes)
+    rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), masks)
     read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
-    if read is not None and query is not None and not _is_key_padding(read, sizes_of(query)[-2]):
+    if read is not None and query is not None and not is_key_padding(read, sizes_of(query)[-2]):
         return as_read  # a kernel would read as much beside the ids
     if packed.is_causal and not (rest.is_causal and not rest.bottom_right):
         if rest.bottom_right or rest.is_causal or rest.window_right >= 0:
             return as_read  # the smaller of two bounds
         band = "causal" if rest.window_left < 0 else "sliding_window"
-        kind = f"{band}, key_padding" if rest.attn_mask is not None else band
-        rest = dataclasses.replace(rest, kind=kind, is_causal=True)
+        read_kind = "key_padding" if rest.attn_mask is not None else ""
+        lengths = [*map(example_tensor, (call.query, call.key))]
+        is_static = all(isinstance(sizes_of(item)[-2], int) for item in lengths if item is not None)
+        rest = dataclasses.replace(rest, kind=band, read=read_kind, is_causal=True, symbolic=not is_static)
     return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
 
 
-def _classify(call: AttentionCall, constants: dict[fx.Node, Tensor | None], writes: Writes) -> Mask:
+def _classify(call: AttentionCall, masks: Masks) -> Mask:
+    """The meaning of `call`'s mask, which is one of `masks`."""
     if call.attn_mask is None:
         return Mask("causal", is_causal=True) if call.is_causal is True else Mask("none")
     mask = example_tensor(call.attn_mask)
     query, key = example_tensor(call.query), example_tensor(call.key)
     if mask is None or query is None or key is None:
         return Mask("bool" if mask is not None and mask.dtype == torch.bool else "additive", call.attn_mask)
-    q_len, kv_len = sizes_of(query)[-2], sizes_of(key)[-2]
-    constant = _remembered_constant(call.attn_mask, constants, writes)
-    if constant is not None and isinstance(q_len, int) and isinstance(kv_len, int):
-        known = _classify_constant(constant, q_len, kv_len)
-        if known is not None:
-            return known
-        chunk = _chunk(constant, q_len, kv_len)
-        if chunk is not None:
-            return Mask("chunked_causal", call.attn_mask, chunk=chunk)
-    joined = _classify_conjunction(call.attn_mask, q_len, kv_len, writes) or _classify_additive(
-        call, q_len, kv_len, writes
-    )
-    # What the mask was made of is read later than the mask was made.
-    if joined is not None and not any(map(writes.touch, leaves(joined.attn_mask) + leaves(joined.seeing))):
-        return joined
-    return Mask(_runtime_kind(mask, q_len), call.attn_mask)
+    q_len, kv_len = plain(sizes_of(query)[-2]), plain(sizes_of(key)[-2])
+    understood = masks.understood(call)
+    name = None
+    if understood is not None:
+        found = _as_band_and_row(call, understood, q_len, kv_len, masks)
+        # What the mask was made of is read later than the mask was made.
+        if found is not None and not any(
+            map(masks.writes.touch, leaves(found.attn_mask) + leaves(found.seeing))
+        ):
+            return found
+        name = understood.meaning.name(plain(kv_len - q_len))
+    if isinstance(q_len, int) and isinstance(kv_len, int) and _may_be_constant(understood):
+        constant = masks.constant(call.attn_mask)
+        if constant is not None:
+            found = classify_constant(constant, q_len, kv_len)
+            if found is not None:
+                return found
+            chunk = chunk_of(constant, q_len, kv_len)
+            name = name if chunk is None else f"chunked_causal size={chunk}"
+    return Mask(name or runtime_kind(mask, q_len), call.attn_mask)
 
 
 def of_band(call: AttentionCall, band: Band) -> Mask:
@@ -135,155 +218,104 @@ def of_band(call: AttentionCall, band: Band) -> Mask:
     return Mask(kind, None, right == 0, not is_square, left, -1 if right == 0 else right)
 
 
-def _runtime_kind(mask: Tensor, q_len: int) -> str:
-    if _is_key_padding(mask, q_len):
-        return "key_padding"
-    return "bool" if mask.dtype == torch.bool else "additive"
+def _may_be_constant(understood: Understood | None) -> bool:
+    """Whether it is worth a look: what was understood was worked out by blocks of rows."""
+    return understood is None or bool({BATCH, HEAD} & _names(understood))
 
 
-def _classify_conjunction(mask: Value, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
-    """A bool mask that is a constant band and something else, as transformers joins causality and padding: the
-    band, and the rest for the kernel to read."""
-    parts = conjuncts(mask, writes)
-    constants = {id(part): constant_value(part, writes) for part in parts}
-    fixed = [constant for constant in constants.values() if constant is not None]
-    rest: list[Value] = [part for part in parts if constants[id(part)] is None]
-    if not rest or (len(rest) == 1 and rest[0] is mask):
+def _names(understood: Understood) -> set[str]:
+    return names_of(understood.allowed.condition)
+
+
+def _as_band_and_row(
+    call: AttentionCall, understood: Understood, q_len: Size, kv_len: Size, masks: Masks
+) -> Mask | None:
+    """The mask as a band, a row over keys or both; None where it is more than that."""
+    mask, meaning, hidden = example_tensor(call.attn_mask), understood.meaning, understood.allowed.hidden
+    assert mask is not None
+    if meaning.others:
+        ends = _rest_worked_out(understood, q_len, kv_len, mask.device, masks.writes)
+        bounds = None if ends is None else ends.band(kv_len)
+        if bounds is None:
+            return None
+        meaning = Meaning(*bounds, meaning.keys)
+    additive = mask.dtype != torch.bool
+    if meaning.low is None and meaning.high is None:
+        band: Mask | None = Mask("zero_bias" if additive else "all_true")
+    else:
+        band = band_of(meaning.low, meaning.high, plain(kv_len - q_len))
+    if band is None:
         return None
-    band = Mask("all_true")
-    if fixed:
-        if not isinstance(q_len, int) or not isinstance(kv_len, int):
-            return None
-        together = functools.reduce(torch.logical_and, fixed)
-        classified = _classify_constant(together, q_len, kv_len)
-        if classified is None:
-            return None
-        band = classified
-    read = joined(rest)
-    tensor = example_tensor(read)
-    assert tensor is not None
-    kind = _runtime_kind(tensor, q_len)
-    return dataclasses.replace(
-        band, kind=kind if band.kind == "all_true" else f"{band.kind}, {kind}", attn_mask=read
+    is_static = isinstance(q_len, int) and isinstance(kv_len, int)
+    band = dataclasses.replace(band, symbolic=not is_static)
+    if meaning.keys == TRUE:
+        blind = additive and not _every_query_sees_a_key(meaning, q_len, kv_len, understood.reader.ranges)
+        return None if blind else band
+    if not additive and band.kind == "all_true" and is_key_padding(mask, q_len):
+        return Mask("key_padding", call.attn_mask)
+    if additive and (len(hidden) != 1 or max(hidden) > FINAL):
+        return None  # which keys a query that sees none attends to
+    try:
+        row = understood.row(call, meaning.keys)
+    except NotUnderstood:
+        return None
+    if band.kind in ("all_true", "zero_bias"):
+        joined = Mask("key_padding", row)
+    else:
+        joined = dataclasses.replace(band, attn_mask=row, read="key_padding")
+    return joined if max(hidden) == -math.inf else _with_seeing(joined, meaning, call)
+
+
+def _rest_worked_out(
+    understood: Understood, q_len: Size, kv_len: Size, device: torch.device, writes: Writes
+) -> RowEnds | None:
+    """The part of a mask that depends on queries, worked out where it is known while compiling."""
+    if not isinstance(q_len, int) or not isinstance(kv_len, int):
+        return None
+    meaning, query, key = understood.meaning, variable(QUERY), variable(KEY)
+    parts = [*meaning.others]
+    if meaning.low is not None:
+        parts.append(_at_least(key, query, meaning.low))
+    if meaning.high is not None:
+        parts.append(_at_least(query, key, -meaning.high))
+    return worked_out(both(*parts), q_len, kv_len, device, writes)
+
+
+def _at_least(left: Linear, right: Linear, distance: int) -> Any:
+    return at_least(left, add(right, Linear(constant=distance)))
+
+
+def _every_query_sees_a_key(meaning: Meaning, q_len: Size, kv_len: Size, ranges: Ranges) -> bool:
+    """Whether that is so for a band, of all lengths."""
+
+    def is_at_least_zero(number: Size) -> bool:
+        least = ranges.of_size(plain(number))[0]
+        return least is not None and least >= 0
+
+    low, high = meaning.low, meaning.high
+    return (
+        (high is None or is_at_least_zero(high))
+        and (low is None or is_at_least_zero(kv_len - q_len - low))
+        and (low is None or high is None or is_at_least_zero(high - low))
     )
 
 
-def _classify_additive(call: AttentionCall, q_len: Any, kv_len: Any, writes: Writes) -> Mask | None:
-    """An additive mask that hides keys and does nothing else, as the bools it was made of, where those are a band, a
-    row of padding, or both."""
-    found = None if call.attn_mask is None else allowed_keys(call.attn_mask, writes)
-    if found is None:
+def _with_seeing(known_: Mask, meaning: Meaning, call: AttentionCall) -> Mask | None:
+    """A mask whose keys a finite number hid: with the queries that see none."""
+    query, key = example_tensor(call.query), example_tensor(call.key)
+    padding, output = example_tensor(known_.attn_mask), call.output()
+    if query is None or key is None or padding is None or output is None or known_.attn_mask is None:
         return None
-    allowed, lowest = found
-    tensor = example_tensor(allowed)
-    known = _classify_conjunction(allowed, q_len, kv_len, writes)
-    if known is None and tensor is not None and _is_key_padding(tensor, q_len):
-        known = Mask("key_padding", allowed)
-    if known is None or lowest == -math.inf:
-        return known
-    padding = example_tensor(known.attn_mask)
-    if padding is None or padding.dim() < 2 or sizes_of(padding)[-2] != 1:
-        return None  # which queries see nothing would cost as much as the mask
-    if sizes_of(padding)[-1] != kv_len or not (known.kind == "key_padding" or isinstance(q_len, int)):
+    if sizes_of(padding)[-1] != sizes_of(key)[-2] or sizes_of(query)[-2] == 1:
         return None
-    assert known.attn_mask is not None
-    band = AttentionParams(known.is_causal, known.bottom_right, known.window_left, known.window_right)
-    heads = [
-        sizes_of(tensor)[-3]
-        for tensor in map(example_tensor, (call.query, call.key))
-        if tensor is not None and tensor.dim() > 2
-    ]
+    heads = [sizes_of(tensor)[-3] for tensor in (query, key) if tensor.dim() > 2]
     if call.enable_gqa and not all(isinstance(number, int) for number in heads):
         return None  # how often the mean of V is repeated
-    seeing = seeing_rows(known.attn_mask, *band.bounds(q_len, kv_len), q_len)
-    output = call.output()
-    if seeing is None or output is None or q_len == 1:
+    seeing = seeing_rows(known_.attn_mask, meaning.low, meaning.high, call)
+    if seeing is None:
         return None
     # Users rely on the strides that the call would have given.
-    filled = with_uniform_rows(Expr("output", (), value=output), seeing, call)
-    same = example_tensor(filled)
+    same = example_tensor(with_uniform_rows(Expr("output", (), value=output), seeing, call))
     if same is None or strides_of(same) != strides_of(output) or sizes_of(same) != sizes_of(output):
         return None
-    return dataclasses.replace(known, seeing=seeing)
-
-
-def _remembered_constant(
-    mask: Value, constants: dict[fx.Node, Tensor | None], writes: Writes
-) -> Tensor | None:
-    if isinstance(mask, Expr):
-        source = mask.args[0]
-        if mask.target != "to" or not isinstance(source, fx.Node):
-            return constant_value(mask, writes)
-        value = _remembered_constant(source, constants, writes)  # autocast's cast of a mask that layers share
-        return None if value is None else value.to(*mask.args[1:])
-    if mask not in constants:
-        constants[mask] = constant_value(mask, writes)
-    return constants[mask]
-
-
-def _is_key_padding(mask: Tensor, q_len: Any) -> bool:
-    """The same keys for every query: one row, or one row expanded."""
-    if mask.dim() < 2 or q_len == 1:
-        return mask.dim() == 1
-    return bool(strides_of(mask)[-2] == 0)
-
-
-def _classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
-    """The band that `mask` is, or None when it is none (or differs between batches or heads)."""
-    additive = mask.dtype != torch.bool
-    if additive:
-        if bool((mask == 0).all()):
-            return Mask("zero_bias")
-        masked_out = mask <= torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
-        if not bool((masked_out | (mask == 0)).all()):
-            return None
-        mask = ~masked_out
-    mask = mask.expand(*([1] * (2 - mask.dim())), *mask.shape) if mask.dim() < 2 else mask
-    mask = mask.expand(*mask.shape[:-2], q_len, kv_len)
-    rows = mask.reshape(-1, q_len, kv_len)
-    allowed = rows[0]
-    if rows.shape[0] > 1 and not bool((rows == allowed).all()):
-        return None
-    if bool(allowed.all()):
-        return Mask("all_true")
-    seeing = allowed.any(-1)
-    if not bool(seeing.any()) or (additive and not bool(seeing.all())):
-        return None  # a row of finite minima attends to everything alike, not to nothing
-    positions = torch.arange(q_len, device=mask.device)
-    first = allowed.int().argmax(-1) - positions
-    last = kv_len - 1 - allowed.flip(-1).int().argmax(-1) - positions
-    low, high = int(first[seeing].min()), int(last[seeing].max())
-    distance = torch.arange(kv_len, device=mask.device) - positions[:, None]
-    if not torch.equal((distance >= low) & (distance <= high), allowed):
-        return None
-    return _band(low if low > -(q_len - 1) else None, high if high < kv_len - 1 else None, kv_len - q_len)
-
-
-def _chunk(mask: Tensor, q_len: int, kv_len: int) -> int | None:
-    """The chunk size of a bool mask that is causal within chunks, as Llama 4's local layers have it."""
-    if mask.dtype != torch.bool or q_len != kv_len or mask.dim() < 2:
-        return None
-    rows = mask.expand(*mask.shape[:-2], q_len, kv_len).reshape(-1, q_len, kv_len)
-    blind = (~rows[0, :, 0]).nonzero()  # to the first key: the next chunk has begun
-    if blind.numel() == 0 or int(blind[0]) == 0:
-        return None
-    chunk = int(blind[0])
-    positions = torch.arange(q_len, device=mask.device)
-    same_chunk = positions[:, None] // chunk == positions // chunk
-    return chunk if bool((rows == (same_chunk & (positions <= positions[:, None]))).all()) else None
-
-
-def _band(low: int | None, high: int | None, bottom_right_offset: int) -> Mask | None:
-    """Keys i + low .. i + high as a window around the top-left or the bottom-right diagonal."""
-    offsets = [0, bottom_right_offset]
-    if high == bottom_right_offset:
-        offsets.reverse()  # causal from that corner is the simpler description
-    for offset in offsets:
-        left = -1 if low is None else offset - low
-        right = -1 if high is None else high - offset
-        if (low is not None and left < 0) or (high is not None and right < 0):
-            continue
-        is_causal = right == 0
-        kind = "band" if not is_causal else "causal" if low is None else "sliding_window"
-        return Mask(kind, None, is_causal, offset != 0, left, -1 if is_causal else right)
-    return None
+    return dataclasses.replace(known_, seeing=seeing)

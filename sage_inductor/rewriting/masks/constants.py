@@ -16,8 +16,8 @@ from sage_inductor.torch_internals import is_dtensor, outside_fake_tensors
 
 log = logging.getLogger(__name__)
 
-# Scores a constant mask may have to be worked out while compiling: 2^26 bools and their intermediates take a
-# second and under a gigabyte on a CPU. A GPU holds four times that as easily.
+# Scores a constant mask may have to be worked out while compiling: 2^26 take a second on a CPU, and a GPU does four times
+# that as easily. Where they are worked out at once, and not by blocks of rows, that is under a gigabyte.
 MAX_CONSTANT_SCORES = {"cpu": 2**26, "cuda": 2**28}
 
 
@@ -32,12 +32,9 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
     # To make a DTensor may send something, which other ranks would have to receive.
     if ancestors is None or any(is_dtensor(example_tensor(item)) for item in (node, *ancestors)):
         return None
-    device = torch.device(example.device.type)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        device = torch.device("cpu")
-    limit = MAX_CONSTANT_SCORES.get(device.type)
+    device, limit = evaluation_device(example.device), scores_limit(example.device)
     sizes = [tensor.numel() for tensor in map(example_tensor, ancestors) if tensor is not None]
-    if limit is None or any(not isinstance(size, int) or size > limit for size in sizes):
+    if any(not isinstance(size, int) or size > limit for size in sizes):
         return None
     try:
         value = _worked_out(node, ancestors, device)
@@ -46,6 +43,16 @@ def constant_value(node: Value, writes: Writes) -> Tensor | None:
         log.debug("the value of %s is not known: %s", node, error)
         return None
     return value if isinstance(value, Tensor) else None
+
+
+def evaluation_device(device: torch.device) -> torch.device:
+    """Where constants on `device` are worked out: on the CPU where there is no such GPU."""
+    return torch.device("cpu" if device.type == "cuda" and not torch.cuda.is_available() else device.type)
+
+
+def scores_limit(device: torch.device) -> int:
+    """How many scores a mask on `device` may have to be worked out."""
+    return MAX_CONSTANT_SCORES.get(evaluation_device(device).type, 0)
 
 
 def _worked_out(node: Value, ancestors: list[fx.Node], device: torch.device) -> Any:

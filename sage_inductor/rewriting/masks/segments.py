@@ -18,7 +18,7 @@ from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor,
 from sage_inductor.graph.facts import CASTS, COPIES, NOT, facts_of, operation
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.writes import Writes
-from sage_inductor.rewriting.masks.additive import allowed_keys
+from sage_inductor.rewriting.masks.allowed import allowed_keys
 from sage_inductor.rewriting.masks.conjunction import conjuncts, is_function, joined
 from sage_inductor.rewriting.masks.new_dims import new_dims, operands, with_dims
 from sage_inductor.rewriting.masks.packed_positions import compared_ranges, is_causal_within

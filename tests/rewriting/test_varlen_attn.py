@@ -99,7 +99,7 @@ def test_symbolic_lengths() -> None:
         lambda q, k, v, ends: varlen.varlen_attn(q, k, v, ends, ends, 27, 27, window_size=(-1, 0)), q, k, v, ENDS,
         dynamic=True,
     )  # fmt: skip
-    assert site.rewritten and site.mask == "causal + segments", site
+    assert site.rewritten and site.mask == "causal (symbolic) + segments", site
 
 
 @pytest.mark.parametrize(

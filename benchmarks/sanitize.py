@@ -28,6 +28,7 @@ KERNELS = (
     "quantize",
     "statistics",
     "mask_blocks",
+    "segments",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does
 

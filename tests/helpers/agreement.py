@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -197,6 +197,7 @@ class Variant:
     left: bool  # whether there is a window
     right: bool
     varlen: bool
+    segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,10 @@ def draw_case(seed: int, kernel: Kernel) -> Case:
     """The problem number `seed` of those that `kernel` supports."""
     varlen = kernel.name == "triton"  # the one that has such an entry
     rng = random.Random(seed // SEEDS_PER_VARIANT)
+    segments = kernel.takes_segments and random.Random(-1 - seed // SEEDS_PER_VARIANT).random() < 0.15
     for _ in range(10_000):
         variant = draw_variant(rng, varlen)
+        variant = replace(variant, segments=segments and not variant.varlen)
         case = _draw_sizes(seed, variant)
         if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
             return case
@@ -290,7 +293,16 @@ def _problem(case: Case) -> AttentionProblem:
         shape = _mask_shape(case)
         dtype = torch.bool if case.variant.mask == "bool" else case.variant.dtype
         mask = TensorSpec(shape, torch.empty(shape, device="meta").stride(), dtype, specs["query"].device)
-    return AttentionProblem(specs["query"], specs["key"], specs["value"], mask, case.params, return_lse=True)
+    problem = AttentionProblem(
+        specs["query"], specs["key"], specs["value"], mask, case.params, return_lse=True
+    )
+    if not case.variant.segments:
+        return problem
+    ids = [
+        TensorSpec((case.batch, length), (length, 1), torch.int32, specs["query"].device)
+        for length in (case.q_len, case.kv_len)
+    ]
+    return replace(problem, query_segments=ids[0], key_segments=ids[1])
 
 
 class Guarded:
@@ -364,12 +376,26 @@ def case_faults(kernel: Kernel, case: Case) -> list[str]:
     mask = _make_mask(case, rng)
     q, k, v, out = (guarded[name].tensor for name in ("query", "key", "value", "out"))
     mask_tensor = None if mask is None else mask.tensor
+    segments = _make_segments(case, rng) if case.variant.segments else None
     lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
-    kernel.run(q, k, v, mask_tensor, case.params, out, lse)
+    kernel.run(q, k, v, mask_tensor, case.params, out, lse, *([] if segments is None else [segments]))
     faults = disagreements(
-        out, lse, q, k, v, mask_tensor, case.params, steps_of_64=kernel.oracle_distance > 1
-    )
+        out, lse, q, k, v, mask_tensor, case.params,
+        steps_of_64=kernel.oracle_distance > 1 or segments is not None, segments=segments,
+    )  # fmt: skip
     return faults + _side_effects(guarded | ({} if mask is None else {"attn_mask": mask}))
+
+
+def _make_segments(case: Case, rng: random.Random) -> Segments:
+    """Ids that count up, as those of packed sequences, or come in any order."""
+    most = rng.choice([1, 3, 12])
+    query, key = (
+        torch.randint(-1, most, (case.batch, length), dtype=torch.int32, device=DEVICE)
+        for length in (case.q_len, case.kv_len)
+    )
+    if rng.random() < 0.7:
+        query, key = query.sort(-1).values, key.sort(-1).values
+    return Segments(query, key)
 
 
 def _data(shape: tuple[int, ...], name: str, biased: bool) -> Tensor:

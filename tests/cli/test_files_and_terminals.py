@@ -203,7 +203,12 @@ def test_interrupted_calibration_goes_on(folder: Path) -> None:
         "reference",
     ]
     Path("slowly").touch()
-    process = subprocess.Popen([sys.executable, "-m", "sage_inductor", *command], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sage_inductor", *command],
+        stderr=subprocess.PIPE,
+        # A shell's background jobs ignore the signal, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 400  # on a busy machine
     while not Path("measured").exists() or len(Path("measured").read_text()) < 5:
         assert time.monotonic() < deadline and process.poll() is None

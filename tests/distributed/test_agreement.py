@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from ranks import main, on_every_rank, two_ranks
 
 from sage_inductor import Config, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
@@ -20,7 +21,6 @@ from sage_inductor.testing import RewritingBackend
 from sage_inductor.tuning import Choice, Comparison, SdpaCall, agreement, choice, choose, measure
 from sage_inductor.tuning.measure import CannotMeasure
 from sage_inductor.tuning.store import Result, Timing
-from tests.helpers.ranks import main, on_every_rank, two_ranks
 
 REFERENCE = type(kernels.get("reference"))
 

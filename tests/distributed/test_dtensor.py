@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ranks import main, on_every_rank, teach_dtensors_sdpa_of_cpus, two_ranks
 from torch import Tensor, nn
 
 from sage_inductor import Config, calibrate, explain, sage_attention
 from sage_inductor.operators.sharded import are_taught
 from sage_inductor.testing import RewritingBackend, relative_l2
-from tests.helpers.ranks import main, on_every_rank, teach_dtensors_sdpa_of_cpus, two_ranks
 
 B, H, N, D = 2, 4, 96, 32
 REFERENCE = Config(kernel="reference", training=True)

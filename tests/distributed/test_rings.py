@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ranks import main, on_every_rank, two_ranks
 from torch import Tensor, nn
 
 from sage_inductor import Config, NotEligibleError, explain, sage_attention
 from sage_inductor.backends import SageAttentionBackend
 from sage_inductor.operators.sharded import are_taught
 from sage_inductor.testing import RewritingBackend, relative_l2
-from tests.helpers.ranks import main, on_every_rank, two_ranks
 
 B, H, N, D = 1, 4, 128, 32
 MARGIN = 1.1  # times the error of a single process

@@ -34,7 +34,7 @@ _KNOWN = frozenset(
     + ("s_aux", "sinks", "sliding_window", "softcap")
 )
 
-Result = tuple[Tensor, Tensor | None]
+AttentionResult = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class _Call:
     """Broadcasts to `[batch, heads, q_len]`."""
     dropout: float
     scaling: float | None
-    by_hand: Callable[..., Result] | None
+    by_hand: Callable[..., AttentionResult] | None
     needs_hand: list[str]
     """Why nothing but attention by hand computes it."""
     options: dict[str, Any]
 
 
-def make_forward(config: Config) -> Callable[..., Result]:
+def make_forward(config: Config) -> Callable[..., AttentionResult]:
     """What transformers' `AttentionInterface` calls, with `config`."""
 
     def sage_attention_forward(
@@ -74,7 +74,7 @@ def make_forward(config: Config) -> Callable[..., Result]:
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
         **options: Any,
-    ) -> Result:
+    ) -> AttentionResult:
         """The output `[batch, q_len, heads, head_dim]`; the weights where attention was computed by hand, else None."""
         if options.get("cache") is not None:
             key, value = _paged(module, key, value, options)
@@ -125,7 +125,7 @@ def _sink(options: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _by_hand_of(module: nn.Module) -> Callable[..., Result] | None:
+def _by_hand_of(module: nn.Module) -> Callable[..., AttentionResult] | None:
     """`eager_attention_forward` beside the class of `module`, or beside one that it is derived from."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
@@ -134,7 +134,7 @@ def _by_hand_of(module: nn.Module) -> Callable[..., Result] | None:
     return None
 
 
-def _needs_hand(by_hand: Callable[..., Result] | None, options: dict[str, Any]) -> list[str]:
+def _needs_hand(by_hand: Callable[..., AttentionResult] | None, options: dict[str, Any]) -> list[str]:
     reasons = []
     if options.get("softcap") is not None:
         reasons.append(reason("softcap", options["softcap"], "none"))
@@ -184,7 +184,7 @@ def _gradient_reasons(call: _Call, config: Config) -> list[str]:
     )
 
 
-def _quantised(call: _Call, config: Config) -> Result:
+def _quantised(call: _Call, config: Config) -> AttentionResult:
     refuse_context_parallel()
     query, key = call.query, call.key
     mask, is_causal = _mask_with_bias(call)
@@ -215,7 +215,7 @@ def _mask_with_bias(call: _Call) -> tuple[Tensor | None, bool]:
     return with_bias(mask, call.position_bias), False
 
 
-def _by_hand(call: _Call) -> Result:
+def _by_hand(call: _Call) -> AttentionResult:
     if call.by_hand is None:
         wanting = "; ".join(call.needs_hand) or "an attention sink"
         raise NotImplementedError(
@@ -233,14 +233,14 @@ def _by_hand(call: _Call) -> Result:
     )  # fmt: skip
 
 
-def _by_library(call: _Call) -> Result:
+def _by_library(call: _Call) -> AttentionResult:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     mask, is_causal = _mask_with_bias(call)
     if is_causal and call.query.shape[2] != call.key.shape[2]:
         # Without a mask it would let causality start at the first key.
         mask, is_causal = causal(call.query, call.key), False
-    result: Result = sdpa_attention_forward(
+    result: AttentionResult = sdpa_attention_forward(
         call.module, call.query, call.key, call.value, mask, dropout=call.dropout, scaling=call.scaling,
         is_causal=is_causal, **call.options,
     )  # fmt: skip

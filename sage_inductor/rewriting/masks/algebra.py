@@ -14,18 +14,18 @@ from sage_inductor.rewriting.masks.formula import (
     AllOf,
     AnyOf,
     AtLeastZero,
-    Choice,
     Condition,
+    Conditional,
     Data,
     Extreme,
     Holds,
     IsZero,
     Linear,
     NotUnderstood,
+    Quantity,
     Quotient,
     Real,
     Scalar,
-    Term,
     constant_of,
     number,
     plain,
@@ -34,15 +34,15 @@ from sage_inductor.rewriting.masks.formula import (
 _MOST_PARTS = 64  # of one conjunction or disjunction; masks have a handful
 
 
-def _order(pair: tuple[Term, int]) -> tuple[int, str]:
+def _order(pair: tuple[Quantity, int]) -> tuple[int, str]:
     term = pair[0]
     return (0, term) if isinstance(term, str) else (1, repr(term))
 
 
 def distributed(function: Callable[..., Scalar], *scalars: Scalar) -> Scalar | None:
-    """`function` of what the first `Choice` among `scalars` chooses, in both cases; None where there is none."""
+    """`function` of what the first `Conditional` among `scalars` chooses, in both cases; None where there is none."""
     for position, scalar in enumerate(scalars):
-        if isinstance(scalar, Choice):
+        if isinstance(scalar, Conditional):
             before, after = scalars[:position], scalars[position + 1 :]
             return choice(
                 scalar.condition,
@@ -146,11 +146,11 @@ def choice(condition: Condition, chosen: Scalar, other: Scalar) -> Scalar:
         return other
     if isinstance(chosen, Condition) and isinstance(other, Condition):
         return either(both(condition, chosen), both(negated(condition), other))
-    if isinstance(chosen, Choice) and chosen.condition == condition:
+    if isinstance(chosen, Conditional) and chosen.condition == condition:
         chosen = chosen.chosen
-    if isinstance(other, Choice) and other.condition == condition:
+    if isinstance(other, Conditional) and other.condition == condition:
         other = other.other
-    return Choice(condition, chosen, other)
+    return Conditional(condition, chosen, other)
 
 
 def as_number(scalar: Scalar) -> Scalar:
@@ -286,7 +286,7 @@ def _joined(
 
 def _are_opposed(parts: set[Condition], exclude: bool) -> bool:
     """Whether two of `parts` exclude one another, as `n - 5 >= 0` and `-n >= 0`; else whether two leave nothing out."""
-    bounds: dict[tuple[tuple[Term, int], ...], Size] = {}
+    bounds: dict[tuple[tuple[Quantity, int], ...], Size] = {}
     for part in parts:
         if isinstance(part, AtLeastZero):
             opposite = bounds.get(tuple((term, -count) for term, count in part.number.terms))
@@ -301,7 +301,7 @@ def _are_opposed(parts: set[Condition], exclude: bool) -> bool:
 
 def _without_weaker(parts: set[Condition], strongest: bool) -> set[Condition]:
     """Of comparisons that differ by a number only, the one that says most of a conjunction, or least of a disjunction."""
-    kept: dict[tuple[tuple[Term, int], ...], AtLeastZero] = {}
+    kept: dict[tuple[tuple[Quantity, int], ...], AtLeastZero] = {}
     others: set[Condition] = set()
     for part in parts:
         before = kept.get(part.number.terms) if isinstance(part, AtLeastZero) else None

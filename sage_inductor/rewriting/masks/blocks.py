@@ -21,8 +21,8 @@ from sage_inductor.rewriting.masks.formula import (
     AllOf,
     AnyOf,
     AtLeastZero,
-    Choice,
     Condition,
+    Conditional,
     Data,
     Extreme,
     Holds,
@@ -156,7 +156,7 @@ class _Block:
                     value = self._read(term).long()
                 total = total + count * value
             return total
-        assert not isinstance(number, (Choice, Extreme, Real)), "a number in a condition is linear"
+        assert not isinstance(number, (Conditional, Extreme, Real)), "a number in a condition is linear"
         raise RuntimeError("not a number")
 
     def _read(self, data: Data) -> Tensor:

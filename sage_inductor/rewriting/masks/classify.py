@@ -36,7 +36,7 @@ from sage_inductor.rewriting.masks.mask import band as band_of
 from sage_inductor.rewriting.masks.meaning import Allowed, Meaning, allowed_by, meaning_of
 from sage_inductor.rewriting.masks.ranges import Ranges
 from sage_inductor.rewriting.masks.reading import Reader
-from sage_inductor.rewriting.masks.rows import Rows
+from sage_inductor.rewriting.masks.rows import RowBuilder
 from sage_inductor.rewriting.masks.segments import packed_mask
 from sage_inductor.rewriting.masks.views import broadcast
 from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
@@ -58,7 +58,7 @@ class Understood:
         query = example_tensor(call.query)
         dims = 4 if query is None else query.dim()
         if dims not in self.rows:
-            rows = Rows(call, self.reader)
+            rows = RowBuilder(call, self.reader)
             row = rows.of(keys)
             if rows.asked:
                 return row  # it holds the length of this call's keys
@@ -186,7 +186,10 @@ def _classify(call: AttentionCall, masks: Masks) -> Mask:
         if found is not None and not any(
             map(masks.writes.touch, leaves(found.attn_mask) + leaves(found.seeing))
         ):
-            return found
+            # A row that no formula has may be known all the same: it need not be read then.
+            is_known = found.attn_mask is not None and isinstance(q_len, int) and isinstance(kv_len, int)
+            constant = masks.constant(call.attn_mask) if is_known else None
+            return (None if constant is None else classify_constant(constant, q_len, kv_len)) or found
         name = understood.meaning.name(plain(kv_len - q_len))
     if isinstance(q_len, int) and isinstance(kv_len, int) and _may_be_constant(understood):
         constant = masks.constant(call.attn_mask)

@@ -40,14 +40,14 @@ class Quotient:
     divisor: int
 
 
-Term: TypeAlias = "str | Data | Quotient"
+Quantity: TypeAlias = "str | Data | Quotient"
 
 
 @dataclass(frozen=True)
 class Linear:
     """The sum of `coefficient * term` and a constant, which may be a symbolic size."""
 
-    terms: tuple[tuple[Term, int], ...] = ()
+    terms: tuple[tuple[Quantity, int], ...] = ()
     constant: Size = 0
 
 
@@ -67,7 +67,7 @@ class Extreme:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Conditional:
     """`chosen` where `condition` holds, else `other`."""
 
     condition: Condition
@@ -116,7 +116,7 @@ class AnyOf(Condition):
     parts: frozenset[Condition]
 
 
-Scalar: TypeAlias = "Linear | Real | Extreme | Choice | Data | Condition"
+Scalar: TypeAlias = "Linear | Real | Extreme | Conditional | Data | Condition"
 TRUE, FALSE = AllOf(frozenset()), AnyOf(frozenset())
 ZERO, ONE = Linear(), Linear(constant=1)
 
@@ -174,7 +174,7 @@ def parts_of(scalar: Scalar | Quotient) -> Iterable[Any]:
         inner = (scalar.data,)
     elif isinstance(scalar, (AllOf, AnyOf)):
         inner = scalar.parts
-    elif isinstance(scalar, Choice):
+    elif isinstance(scalar, Conditional):
         inner = (scalar.condition, scalar.chosen, scalar.other)
     elif isinstance(scalar, Extreme):
         inner = scalar.numbers

@@ -31,43 +31,43 @@ from sage_inductor.rewriting.masks.formula import (
     constant_of,
     data_of,
 )
-from sage_inductor.rewriting.masks.place import Place, Reads
 from sage_inductor.rewriting.masks.ranges import Ranges
+from sage_inductor.rewriting.masks.standpoint import Reads, Standpoint
 from sage_inductor.rewriting.masks.views import Index, argument, broadcast, constant, size, sliced
 
 WHOLE = slice(None)
 
 
-def _arange(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _arange(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     numbers = [reader.number(arg, place) for arg in item.args]
     start = numbers[0] if len(numbers) > 1 else reader.number(item.kwargs.get("start", 0), place)
     step = numbers[2] if len(numbers) > 2 else reader.number(item.kwargs.get("step", 1), place)
     return add(start, multiply(step, index[0]))
 
 
-def _scalar(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _scalar(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     return reader.number(argument(item, 0, "data", "s"), place)
 
 
-def _eye(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _eye(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     return choice(equal(*index), ONE, ZERO)
 
 
-def _tril(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _tril(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     kept = at_least(_diagonal(reader, item, place), subtract(index[-1], index[-2]))
     return choice(kept, reader.read(item.args[0], index, place), ZERO)
 
 
-def _triu(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _triu(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     kept = at_least(subtract(index[-1], index[-2]), _diagonal(reader, item, place))
     return choice(kept, reader.read(item.args[0], index, place), ZERO)
 
 
-def _diagonal(reader: Reads, item: Value, place: Place) -> Scalar:
+def _diagonal(reader: Reads, item: Value, place: Standpoint) -> Scalar:
     return reader.number(argument(item, 1, "diagonal", "k", default=0), place)
 
 
-def _cumsum(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _cumsum(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     """Of a number that is the same everywhere."""
     dim = argument(item, 1, "dim", "axis")
     each = constant_of(as_number(reader.read(item.args[0], index, place)))
@@ -76,7 +76,7 @@ def _cumsum(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
     return multiply(constant(each), add(index[dim], ONE))
 
 
-def _diff(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _diff(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     """What each element is more than the one before it; a single one may be put in front."""
     source, order, dim = item.args[0], argument(item, 1, "n", default=1), argument(item, 2, "dim", default=-1)
     front = argument(item, 3, "prepend")
@@ -98,7 +98,7 @@ def _diff(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
     return choice(at_least(here, ONE), later, first)
 
 
-def _cat(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _cat(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     tensors, dim = argument(item, 0, "tensors"), argument(item, 1, "dim", "axis", default=0)
     if operation(item) == "hstack":
         dim = min(1, len(index) - 1)
@@ -122,7 +122,7 @@ def _cat(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
     return result
 
 
-def _pad(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _pad(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     source, pads = item.args[0], argument(item, 1, "pad")
     mode, value = argument(item, 2, "mode", default="constant"), argument(item, 3, "value")
     tensor = example_tensor(source) if isinstance(source, (fx.Node, Expr)) else None
@@ -142,7 +142,7 @@ def _pad(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
     return choice(condition, reader.read(source, tuple(inner), place), filled)
 
 
-def _getitem(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _getitem(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     source, key = item.args[0], item.args[1]
     tensor = example_tensor(source) if isinstance(source, (fx.Node, Expr)) else None
     if tensor is None:
@@ -197,7 +197,7 @@ def _looked_up(reader: Reads, at: Scalar) -> Scalar:
     return at
 
 
-def _index_select(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _index_select(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     dim, by = argument(item, 1, "dim"), argument(item, 2, "index")
     if not isinstance(dim, int):
         raise NotUnderstood("a dim")
@@ -213,7 +213,7 @@ def whole_index(key: Any, rank: int) -> list[Any]:
     return [*items, *missing] if at is None else [*items[:at], *missing, *items[at + 1 :]]
 
 
-def _into_level(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _into_level(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     source, dim, level = item.args
     at = next((at for number, at in reversed(place.levels) if number == level), None)
     if at is None or not isinstance(dim, int) or dim < 0:
@@ -221,7 +221,7 @@ def _into_level(reader: Reads, item: Value, index: Index, place: Place) -> Scala
     return reader.read(source, (*index[:dim], at, *index[dim:]), place)
 
 
-def _out_of_level(reader: Reads, item: Value, index: Index, place: Place) -> Scalar:
+def _out_of_level(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
     source, level, _, dim = item.args
     if not isinstance(dim, int) or dim < 0:
         raise NotUnderstood("a dim")

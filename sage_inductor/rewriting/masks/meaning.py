@@ -15,8 +15,8 @@ from sage_inductor.rewriting.masks.formula import (
     AllOf,
     AnyOf,
     AtLeastZero,
-    Choice,
     Condition,
+    Conditional,
     Data,
     IsZero,
     NotUnderstood,
@@ -76,7 +76,7 @@ def allowed_by(scalar: Scalar, finite: float) -> Allowed:
 
 
 def _allowed(scalar: Scalar, finite: float, hidden: set[float]) -> Condition:
-    if isinstance(scalar, Choice):
+    if isinstance(scalar, Conditional):
         chosen, other = (_allowed(item, finite, hidden) for item in (scalar.chosen, scalar.other))
         found = choice(scalar.condition, chosen, other)
         assert isinstance(found, Condition)

@@ -17,8 +17,8 @@ from sage_inductor.rewriting.masks.formula import (
     Condition,
     IsZero,
     Linear,
+    Quantity,
     Quotient,
-    Term,
     plain,
 )
 from sage_inductor.torch_internals import bounds_of
@@ -59,7 +59,7 @@ class Ranges:
             total = total + count * end
         return plain(total)
 
-    def _end_of(self, term: Term, upper: bool) -> Size | None:
+    def _end_of(self, term: Quantity, upper: bool) -> Size | None:
         if isinstance(term, str):
             if not upper:
                 return 0

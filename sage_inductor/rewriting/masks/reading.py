@@ -23,8 +23,8 @@ from sage_inductor.rewriting.masks.algebra import as_condition, choice
 from sage_inductor.rewriting.masks.formula import (
     ONE,
     ZERO,
-    Choice,
     Condition,
+    Conditional,
     Data,
     Extreme,
     Holds,
@@ -37,9 +37,9 @@ from sage_inductor.rewriting.masks.formula import (
     data_of,
 )
 from sage_inductor.rewriting.masks.makers import MAKERS, whole_index, within
-from sage_inductor.rewriting.masks.place import Place
 from sage_inductor.rewriting.masks.pointwise import BITWISE, BY_NAME, IN_PLACE
 from sage_inductor.rewriting.masks.ranges import Ranges
+from sage_inductor.rewriting.masks.standpoint import Standpoint
 from sage_inductor.rewriting.masks.views import Index, broadcast, source_of
 from sage_inductor.torch_internals import outside_fake_tensors, shape_env_of, storage_id
 
@@ -72,14 +72,14 @@ class Reader:
     def element(self, item: Any, index: Index, reader: fx.Node | None = None) -> Scalar:
         """The element of the tensor `item` at `index`, as `reader`, a node of the graph, reads it. Raises NotUnderstood."""
         time = len(self._order()) if reader is None else self._order().get(reader, len(self._order()))
-        return self.read(item, index, Place(time))
+        return self.read(item, index, Standpoint(time))
 
     def _order(self) -> dict[fx.Node, int]:
         if self._positions is None:
             self._positions = {node: position for position, node in enumerate(self.graph.nodes)}
         return self._positions
 
-    def read(self, item: Any, index: Index, place: Place) -> Scalar:
+    def read(self, item: Any, index: Index, place: Standpoint) -> Scalar:
         if isinstance(item, fx.Node) and item in self.bound:
             outer = self.bound[item]
             if not isinstance(outer, (fx.Node, Expr)):
@@ -108,7 +108,7 @@ class Reader:
                     self.origins[found] = item, index
         return found
 
-    def _understood(self, item: Any, index: Index, place: Place) -> Scalar:
+    def _understood(self, item: Any, index: Index, place: Standpoint) -> Scalar:
         tensor = example_tensor(item) if isinstance(item, (fx.Node, Expr)) else None
         if tensor is None:
             raise NotUnderstood("no tensor")
@@ -120,7 +120,7 @@ class Reader:
             place = place.at(self._order().get(item, place.time))
         return self._result(item, operation(item), index, place, tensor)
 
-    def _result(self, item: Value, name: str, index: Index, place: Place, tensor: Tensor) -> Scalar:
+    def _result(self, item: Value, name: str, index: Index, place: Standpoint, tensor: Tensor) -> Scalar:
         """What the operation `name` of `item` gives."""
         viewed = source_of(item, index)
         if viewed is not None:
@@ -152,7 +152,7 @@ class Reader:
         low_and_high = {_OPERAND_NAMES[key]: value for key, value in names.items()}
         return self._cast(pointwise.function(*operands, **low_and_high), tensor.dtype)
 
-    def _operand(self, arg: Any, index: Index, place: Place) -> Scalar:
+    def _operand(self, arg: Any, index: Index, place: Standpoint) -> Scalar:
         if isinstance(arg, (fx.Node, Expr)):
             tensor = example_tensor(arg)
             if tensor is not None:
@@ -161,7 +161,7 @@ class Reader:
                 return self.read(arg, broadcast(index, sizes_of(tensor)), place)
         return self.number(arg, place)
 
-    def number(self, value: Any, place: Place) -> Scalar:
+    def number(self, value: Any, place: Standpoint) -> Scalar:
         """A number in the arguments of a node; a tensor without dims counts as one."""
         if isinstance(value, (fx.Node, Expr)):
             tensor = example_tensor(value)
@@ -183,7 +183,7 @@ class Reader:
             return as_condition(scalar)
         if isinstance(scalar, Condition):
             return choice(scalar, ONE, ZERO)
-        if isinstance(scalar, Choice):
+        if isinstance(scalar, Conditional):
             return choice(scalar.condition, self._cast(scalar.chosen, dtype), self._cast(scalar.other, dtype))
         if isinstance(scalar, Extreme):
             return Extreme(scalar.largest, tuple(self._cast(part, dtype) for part in scalar.numbers))
@@ -219,7 +219,7 @@ class Reader:
 
     # Writes in place
 
-    def _written(self, item: fx.Node, index: Index, place: Place, tensor: Tensor) -> Scalar:
+    def _written(self, item: fx.Node, index: Index, place: Standpoint, tensor: Tensor) -> Scalar:
         """An element of `item`, whose memory something writes to, as it is at the time of `place`."""
         order = self._order()
         storage = storage_id(tensor)
@@ -245,7 +245,7 @@ class Reader:
         storages = [storage_id(found) for found in map(example_tensor, targets) if found is not None]
         return not storages or None in storages or storage_id(tensor) in storages
 
-    def _after(self, writer: fx.Node, index: Index, place: Place) -> Scalar:
+    def _after(self, writer: fx.Node, index: Index, place: Standpoint) -> Scalar:
         """The element at `index` that `writer` left."""
         name, target = operation(writer), writer.args[0] if writer.args else None
         tensor = example_tensor(target) if isinstance(target, fx.Node) else None

@@ -26,8 +26,8 @@ from sage_inductor.rewriting.masks.formula import (
     IsZero,
     Linear,
     NotUnderstood,
+    Quantity,
     Quotient,
-    Term,
     constant_of,
 )
 from sage_inductor.rewriting.masks.reading import Reader
@@ -37,7 +37,7 @@ DIMS = (BATCH, HEAD, QUERY, KEY)
 
 
 @dataclass
-class Rows:
+class RowBuilder:
     """Writes conditions that do not depend on the query as bool rows that broadcast to the scores of `call`."""
 
     call: AttentionCall
@@ -78,7 +78,7 @@ class Rows:
         assert total is not None
         return total if number.constant == 0 else Expr.of("add", total, number.constant)
 
-    def _term(self, term: Term) -> Value:
+    def _term(self, term: Quantity) -> Value:
         if isinstance(term, Data):
             row = self._laid_out(term.node, term.index)
             tensor = example_tensor(row)

@@ -11,18 +11,18 @@ from sage_inductor.rewriting.masks.views import Index
 
 
 @dataclass(frozen=True)
-class Place:
+class Standpoint:
     """From where a value is read: the position in the graph of what reads it, and the index of each level of vmap."""
 
     time: int
     levels: tuple[tuple[int, Scalar], ...] = ()
 
-    def at(self, time: int) -> Place:
-        return Place(time, self.levels)
+    def at(self, time: int) -> Standpoint:
+        return Standpoint(time, self.levels)
 
-    def inside(self, level: Any, index: Scalar) -> Place:
+    def inside(self, level: Any, index: Scalar) -> Standpoint:
         """Inside a level of vmap, at `index` of what it maps over."""
-        return Place(self.time, (*self.levels, (level, index)))
+        return Standpoint(self.time, (*self.levels, (level, index)))
 
 
 class Reads(Protocol):
@@ -30,8 +30,8 @@ class Reads(Protocol):
 
     ranges: Ranges
 
-    def read(self, item: Any, index: Index, place: Place) -> Scalar:
+    def read(self, item: Any, index: Index, place: Standpoint) -> Scalar:
         """The element of the tensor `item` at `index`. Raises NotUnderstood."""
 
-    def number(self, value: Any, place: Place) -> Scalar:
+    def number(self, value: Any, place: Standpoint) -> Scalar:
         """A number in the arguments of a node. Raises NotUnderstood."""

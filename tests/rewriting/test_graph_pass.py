@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import flash_operators
 import pytest
 import torch
 import torch.nn.functional as F
@@ -462,6 +463,7 @@ def test_rewriting_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize("pattern", ALL, ids=lambda pattern: pattern.name)
 def test_every_pattern_finds_its_own_examples(pattern: Any) -> None:
+    flash_operators.register()
     count = 0
     for function, inputs in pattern.examples():
         out, backend = run(function, *inputs)

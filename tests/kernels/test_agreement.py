@@ -23,7 +23,7 @@ def kernel_with(defect: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Ref
     class Defective(ReferenceKernel):
         def run(self, *args: Any) -> None:
             super().run(*args)
-            query, key, _value, _mask, _params, out, lse = args
+            query, key, _value, _mask, _params, out, lse, *_segments = args
             defect(query, key, out, lse)
 
     return Defective()

@@ -52,7 +52,7 @@ def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     dims = tensors["query"].dim()
     with torch.no_grad():
         local = {
-            name: tensor.redistribute(placements=layout.placements(name, tensor.shape, dims)).to_local()
+            name: _part(tensor, layout.placements(name, tensor.shape, dims))
             for name, tensor in tensors.items()
         }
     if "ring" in layout.divisions:
@@ -74,6 +74,15 @@ def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         return _wrapped(results, mesh, placements, shape)
     output, lse = results
     return _wrapped(output, mesh, placements, shape), _wrapped(lse, mesh, placements, shape[:-1])
+
+
+def _part(tensor: Any, placements: Sequence[Placement]) -> Tensor:
+    """This rank's part of a DTensor that is brought to `placements`. torch 2.11 cannot redistribute one to where it is already,
+    below autograd ("aten.detach_ does not have a sharding strategy")."""
+    if tuple(tensor.placements) != tuple(placements):
+        tensor = tensor.redistribute(placements=placements)
+    local: Tensor = tensor.to_local()
+    return local
 
 
 def layout_of(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Layout:

@@ -33,7 +33,7 @@ from sage_inductor.graph.call import (
 )
 from sage_inductor.graph.sizes import is_dense, sizes_of
 from sage_inductor.patterns.nodes import reads_nothing
-from sage_inductor.torch_internals import bound_arguments, operator_name
+from sage_inductor.torch_internals.operators import bound_arguments, operator_name
 
 OPERATORS = (
     "flash_attn::_flash_attn_forward",

@@ -31,7 +31,7 @@ from sage_inductor.graph.call import (
     laid_out_as,
 )
 from sage_inductor.graph.sizes import is_dense, sizes_of
-from sage_inductor.torch_internals import bound_arguments
+from sage_inductor.torch_internals.operators import bound_arguments
 
 _KERNELS = (
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu", "fused_attention_overrideable",

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from sage_inductor.graph.call import SDPA, Expansion, OpaquePattern, example_tensor, example_value, trace
 from sage_inductor.patterns.nodes import reads_nothing
-from sage_inductor.torch_internals import FUSED_ENCODER_LAYER
+from sage_inductor.torch_internals.operators import FUSED_ENCODER_LAYER
 
 FORWARD = F.multi_head_attention_forward
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from sage_inductor.graph.call import SDPA, Expansion, OpaquePattern, example_tensor, trace
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.patterns.nodes import reads_nothing
-from sage_inductor.torch_internals import bound_arguments
+from sage_inductor.torch_internals.operators import bound_arguments
 
 # What `torch.nn.attention.varlen.varlen_attn` and `varlen_attn_out` call.
 OPERATOR, OUT = "torch_attn._varlen_attn", "torch_attn._varlen_attn_out"

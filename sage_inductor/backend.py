@@ -22,14 +22,13 @@ from sage_inductor.rewriting.driver import planned_names, rewrite_graph
 from sage_inductor.rewriting.exported import rewrite_program
 from sage_inductor.rewriting.selection import unmatched, unmatched_text
 from sage_inductor.rewriting.unrecognised import unread
-from sage_inductor.torch_internals import (
+from sage_inductor.torch_internals.dynamo import compiled_one_by_one, surfaced
+from sage_inductor.torch_internals.dynamo_entries import without_leaving_dynamo_entries
+from sage_inductor.torch_internals.inductor import (
     compile_with_inductor,
-    compiled_one_by_one,
     configured_pre_grad_pass,
     inductor_modes,
     pre_grad_pass,
-    surfaced,
-    without_leaving_dynamo_entries,
 )
 
 

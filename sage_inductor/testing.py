@@ -14,7 +14,7 @@ from sage_inductor.measurement.metrics import max_error as max_error  # for test
 from sage_inductor.measurement.metrics import relative_l2 as relative_l2
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.driver import rewrite_graph
-from sage_inductor.torch_internals import is_overload
+from sage_inductor.torch_internals.operators import is_overload
 
 
 def capture(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 
 class SDPABackend(AttentionBackend):

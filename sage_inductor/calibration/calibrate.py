@@ -22,7 +22,8 @@ from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import SDPA, Figure, Measured, PlannedSite, steps_text
 from sage_inductor.rewriting.selection import unmatched, unmatched_text
-from sage_inductor.torch_internals import tensors_of, without_leaving_dynamo_entries
+from sage_inductor.torch_internals.dynamo_entries import without_leaving_dynamo_entries
+from sage_inductor.torch_internals.traced import tensors_of
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from sage_inductor.config import OPTION_PREFIX, Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.measurement.timers import median_ms
-from sage_inductor.torch_internals import graph_breaks, tensors_of
+from sage_inductor.torch_internals.dynamo import graph_breaks
+from sage_inductor.torch_internals.traced import tensors_of
 
 
 def model_rows(subject: Subject, configs: Sequence[Config]) -> list[Row]:

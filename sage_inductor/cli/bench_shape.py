@@ -16,7 +16,7 @@ from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.measurement.ground_truth import sampled_error
 from sage_inductor.measurement.timers import median_ms, sets_beyond_l2
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 SDPA: dict[str, SDPBackend | None] = {
     "sdpa": None,

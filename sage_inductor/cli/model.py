@@ -17,7 +17,7 @@ from torch import Tensor
 from sage_inductor.cli.errors import FAILED, CommandError
 from sage_inductor.cli.output import show_error
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.torch_internals import tensors_of
+from sage_inductor.torch_internals.traced import tensors_of
 
 PACKAGE = Path(__file__).parent.parent
 VALID = "(model, args), (model, kwargs) or (model, args, kwargs), args a tuple or list, kwargs a dict"

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from sage_inductor.graph.sizes import all_in_memory_order, is_static
-from sage_inductor.torch_internals import (
-    builtin_sdpa,
-    dispatches_itself,
-    fake_mode_of,
-    first_fake,
-    operator_name,
-    without_guards,
-)
+from sage_inductor.torch_internals.dispatch import dispatches_itself
+from sage_inductor.torch_internals.operators import operator_name
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
+from sage_inductor.torch_internals.sizes import without_guards
+from sage_inductor.torch_internals.traced import fake_mode_of, first_fake
 
 
 @dataclass(frozen=True)

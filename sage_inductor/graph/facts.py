@@ -21,7 +21,7 @@ from typing import Any
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, node_name
-from sage_inductor.torch_internals import draws_random_numbers, is_overload, operator_name
+from sage_inductor.torch_internals.operators import draws_random_numbers, is_overload, operator_name
 
 
 class Fact(Flag):

@@ -15,7 +15,8 @@ from functools import cached_property
 from torch import fx, nn
 
 from sage_inductor.graph.origin import ROOT, module_path, module_stack
-from sage_inductor.torch_internals import children_of, dynamo_is_compiling, ends_its_frame
+from sage_inductor.torch_internals.dynamo import dynamo_is_compiling, ends_its_frame
+from sage_inductor.torch_internals.traced import children_of
 
 # Attributes by which wrappers hold the module that they wrap: torch.compile, FSDP, activation checkpointing.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sage_inductor.torch_internals import expression, hinted, is_always_true, is_backed
+from sage_inductor.torch_internals.sizes import expression, hinted, is_always_true, is_backed
 
 Size: TypeAlias = Any
 """An int, or the sympy expression of a symbolic size."""

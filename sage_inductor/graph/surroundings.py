@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sage_inductor.torch_internals import allowed_sdpa_backends, is_inside_sdpa_kernel, prefers_math
+from sage_inductor.torch_internals.sdpa import allowed_sdpa_backends, is_inside_sdpa_kernel, prefers_math
 
 
 @dataclass(frozen=True)

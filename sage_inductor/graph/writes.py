@@ -12,7 +12,8 @@ from torch import fx
 
 from sage_inductor.graph.call import AttentionCall, example_value, leaves, node_name, value_name
 from sage_inductor.graph.facts import ARITHMETIC_IN_PLACE, FACTS, NOTHING, WRITES, is_view
-from sage_inductor.torch_internals import is_higher_order, storage_id, tensors_of, written_arguments
+from sage_inductor.torch_internals.operators import is_higher_order, written_arguments
+from sage_inductor.torch_internals.traced import storage_id, tensors_of
 
 # Memory is told apart by the storages that tracing saw, and by the nodes that values are views of, judging by the names of
 # operations: storages of tensor subclasses say nothing.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sage_inductor.config import Config
 from sage_inductor.operators.functional import sage_attention
-from sage_inductor.torch_internals import waited_for
+from sage_inductor.torch_internals.distributed import waited_for
 
 SUPPORTED = "0.4.5"
 SELECTED = "SAGE"

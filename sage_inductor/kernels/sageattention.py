@@ -33,7 +33,8 @@ from sage_inductor.graph.sizes import known, size_hint
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, reason
 from sage_inductor.kernels.device import interpreted
 from sage_inductor.kernels.installed import package_version
-from sage_inductor.torch_internals import builtin_sdpa, outside_fake_tensors
+from sage_inductor.torch_internals.dispatch import outside_fake_tensors
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64  # tile of the 1.0.x kernels: fixed by the scales their quantisation writes
 # 64 probabilities of at most 1 are summed with V in FP16: 64 * 512 stays below 65504.

@@ -29,7 +29,7 @@ from sage_inductor.measurement.ground_truth import (
 )
 from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.measurement.progress import ProgressCallback
-from sage_inductor.torch_internals import keep_gpu_busy
+from sage_inductor.torch_internals.sdpa import keep_gpu_busy
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the GPU work of a call, and returns a function that repeats that work on the same memory. It need not run the

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sage_inductor.torch_internals import keep_gpu_busy
+from sage_inductor.torch_internals.sdpa import keep_gpu_busy
 
 BUSY_CYCLES = 1_000_000  # about half a millisecond
 

@@ -15,12 +15,9 @@ from sage_inductor.operators import inference
 from sage_inductor.operators.leading_dims import folded
 from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.operators.unquantised import combined_mask, same_segment
-from sage_inductor.torch_internals import (
-    builtin_sdpa,
-    context_parallel_is_active,
-    context_parallel_mesh,
-    dispatches_itself,
-)
+from sage_inductor.torch_internals.dispatch import dispatches_itself
+from sage_inductor.torch_internals.distributed import context_parallel_is_active, context_parallel_mesh
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 CONTEXT_PARALLEL = "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
 

@@ -31,7 +31,7 @@ from sage_inductor.kernels.base import (
 )
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.operators.unquantised import exact_lse, sdpa
-from sage_inductor.torch_internals import below_autograd, past_autocast, runs_eagerly
+from sage_inductor.torch_internals.dispatch import below_autograd, past_autocast, runs_eagerly
 
 NAMESPACE = "sage_inductor"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, *"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sage_inductor.torch_internals import is_dtensor
+from sage_inductor.torch_internals.distributed import is_dtensor
 
 __all__ = ["are_taught", "is_dtensor"]
 

@@ -18,7 +18,7 @@ from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.operators import inference
 from sage_inductor.operators.unquantised import sdpa
-from sage_inductor.torch_internals import above_autograd
+from sage_inductor.torch_internals.dispatch import above_autograd
 
 # Positional ones, as torch registers gradients for no operator with tensors that are keywords.
 _INPUTS = inference.INPUTS.replace("*", f"{inference.SEGMENTS}, *")

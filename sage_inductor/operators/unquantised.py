@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage_inductor.kernels import AttentionParams, Segments
 from sage_inductor.kernels.reference.algorithm import SCORES_AT_ONCE
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 
 def sdpa(

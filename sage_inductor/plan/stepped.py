@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sage_inductor.plan.blocks import blocks_of
 from sage_inductor.plan.plan import Plan
-from sage_inductor.torch_internals import called_by, compiled_calls
+from sage_inductor.torch_internals.dynamo import called_by, compiled_calls
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from sage_inductor.graph.places import Places
 from sage_inductor.graph.writes import submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.report.site import AttentionOperator
-from sage_inductor.torch_internals import operator_name
+from sage_inductor.torch_internals.operators import operator_name
 
 # Names of operators: xformers::efficient_attention_forward_cutlass, vllm::unified_attention.
 _ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)

@@ -22,7 +22,8 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.patterns.flex_attention import FlexCall
 from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.rewriting.substitution import insert_expansion
-from sage_inductor.torch_internals import assert_async, outside_fake_tensors
+from sage_inductor.torch_internals.dispatch import outside_fake_tensors
+from sage_inductor.torch_internals.operators import assert_async
 
 MISFIT = (
     "sage_inductor: the lists of a block_mask leave out keys that its mask_mod allows, or take whole blocks that it does not. "

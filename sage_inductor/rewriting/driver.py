@@ -44,7 +44,7 @@ from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
 from sage_inductor.rewriting.sharded import Seen, on_this_rank, ring_parts
 from sage_inductor.rewriting.substitution import Inlined, Substitute, insert_expansion, insert_substitute
-from sage_inductor.torch_internals import trace_artifact
+from sage_inductor.torch_internals.dynamo import trace_artifact
 from sage_inductor.tuning import Choice, Comparison, choose
 
 log = logging.getLogger(__name__)

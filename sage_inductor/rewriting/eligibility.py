@@ -14,7 +14,8 @@ from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.rewriting.masks.mask import Mask
-from sage_inductor.torch_internals import dispatches_itself, number_of
+from sage_inductor.torch_internals.dispatch import dispatches_itself
+from sage_inductor.torch_internals.sizes import number_of
 from sage_inductor.tuning import SdpaCall
 
 

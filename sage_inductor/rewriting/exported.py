@@ -11,7 +11,7 @@ from sage_inductor.config import Config
 from sage_inductor.graph.call import trace
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.rewriting.substitution import insert_expansion
-from sage_inductor.torch_internals import is_operator
+from sage_inductor.torch_internals.operators import is_operator
 
 
 def rewrite_program(program: torch.export.ExportedProgram, config: Config) -> None:

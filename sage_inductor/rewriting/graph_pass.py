@@ -13,13 +13,9 @@ from sage_inductor.config import Config
 from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import ambient_pin
 from sage_inductor.rewriting.driver import rewrite_graph
-from sage_inductor.torch_internals import (
-    CustomGraphPass,
-    ambient_settings,
-    autocast_dtypes,
-    default_store,
-    float32_precision,
-)
+from sage_inductor.torch_internals.distributed import default_store
+from sage_inductor.torch_internals.inductor import CustomGraphPass
+from sage_inductor.torch_internals.sdpa import ambient_settings, autocast_dtypes, float32_precision
 from sage_inductor.tuning.choice import is_makeshift
 from sage_inductor.tuning.machine import digest, machines, source_files, version
 

@@ -12,12 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from sage_inductor.torch_internals import (
-    configured_pre_grad_pass,
-    listen_to_compiles,
-    listens_to_compiles,
-    pre_grad_pass,
-)
+from sage_inductor.torch_internals.dynamo import listen_to_compiles, listens_to_compiles
+from sage_inductor.torch_internals.inductor import configured_pre_grad_pass, pre_grad_pass
 
 __all__ = ["covering_all_threads"]
 

@@ -39,7 +39,8 @@ from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.rewriting.masks.segments import insert_once
-from sage_inductor.torch_internals import hinted, is_backed, is_erased, tensors_of
+from sage_inductor.torch_internals.sizes import hinted, is_backed
+from sage_inductor.torch_internals.traced import is_erased, tensors_of
 from sage_inductor.tuning import Choice
 
 NHD = [0, 2, 1, 3]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sage_inductor.kernels.base import reason
-from sage_inductor.torch_internals import default_store
+from sage_inductor.torch_internals.distributed import default_store
 from sage_inductor.tuning.comparison import Comparison
 
 log = logging.getLogger(__name__)

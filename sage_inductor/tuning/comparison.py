@@ -12,7 +12,7 @@ import torch
 from sage_inductor.graph.call import Standing
 from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels import AttentionProblem, TensorSpec
-from sage_inductor.torch_internals import ambient_settings, float32_precision
+from sage_inductor.torch_internals.sdpa import ambient_settings, float32_precision
 
 # Lengths without a hint, which depend on data, are judged at this one; the crossover decides at run time.
 UNKNOWN_LENGTH = 4096

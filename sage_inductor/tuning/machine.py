@@ -51,8 +51,8 @@ def machines() -> list[Machine]:
 @cache
 def _machine(device_type: str, index: int | None) -> Machine:
     package = Path(__file__).parent.parent
-    measuring = [package / name for name in ("kernels", "operators", "measurement", "tuning")]
-    sources = [*source_files(measuring), package / "torch_internals.py"]
+    measuring = ("kernels", "operators", "measurement", "torch_internals", "tuning")
+    sources = source_files(package / name for name in measuring)
     is_cuda = device_type == "cuda"
     return Machine(
         device=_gpu(index) if is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",

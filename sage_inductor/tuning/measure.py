@@ -15,7 +15,8 @@ from torch import Tensor
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.measurement.timers import gpu_ms, host_ms
 from sage_inductor.operators import inference
-from sage_inductor.torch_internals import builtin_sdpa, outside_tracing
+from sage_inductor.torch_internals.dispatch import outside_tracing
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 from sage_inductor.tuning.comparison import Comparison, SdpaCall
 from sage_inductor.tuning.store import Result, Timing
 

@@ -118,15 +118,15 @@ def test_another_torch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental._context_parallel import _attention as rings
 
-    from sage_inductor import torch_internals
     from sage_inductor.operators.sharded import are_taught
+    from sage_inductor.torch_internals.distributed import context_parallel_mesh, ring_attention
 
     monkeypatch.setattr(rings, "_templated_ring_attention", None)
     with pytest.raises(RuntimeError, match=r"lacks .*_templated_ring_attention.*known: torch 2.11"):
-        torch_internals.ring_attention(None, None, None, None, None, False)
+        ring_attention(None, None, None, None, None, False)
     monkeypatch.setattr(rings, "_replaced_functions", {(lambda: None): ()})
     with pytest.raises(RuntimeError, match="puts in SDPA's place"):
-        torch_internals.context_parallel_mesh()
+        context_parallel_mesh()
     monkeypatch.setattr(DTensor._op_dispatcher, "_custom_op_handlers", None)
     with pytest.raises(RuntimeError, match="_custom_op_handlers"):
         are_taught()

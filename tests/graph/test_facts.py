@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from sage_inductor.graph import facts
 from sage_inductor.graph.facts import COPIES, FACTS, IN_ORDER, PURE, RANDOM, VIEW, WRITES
-from sage_inductor.torch_internals import draws_random_numbers, tensors_of
+from sage_inductor.torch_internals.operators import draws_random_numbers
+from sage_inductor.torch_internals.traced import tensors_of
 
 aten = torch.ops.aten
 X = torch.arange(1.0, 17.0).reshape(4, 4)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from sage_inductor import Config, NotEligibleError, explain
 from sage_inductor.testing import RewritingBackend, relative_l2
-from sage_inductor.torch_internals import dispatches_itself
+from sage_inductor.torch_internals.dispatch import dispatches_itself
 
 REFERENCE = Config(kernel="reference", precision="accurate")
 pytestmark = pytest.mark.usefixtures("inference")

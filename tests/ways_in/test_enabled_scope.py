@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
 from sage_inductor import Config, enabled
-from sage_inductor.torch_internals import configured_pre_grad_pass
+from sage_inductor.torch_internals.inductor import configured_pre_grad_pass
 
 REFERENCE = Config(kernel="reference")
 pytestmark = pytest.mark.usefixtures("fresh_compile")

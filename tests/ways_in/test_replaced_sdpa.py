@@ -18,7 +18,7 @@ import sage_inductor
 from sage_inductor import Config, explain, sage_attention
 from sage_inductor.operators import inference
 from sage_inductor.testing import RewritingBackend, relative_l2
-from sage_inductor.torch_internals import builtin_sdpa
+from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 REFERENCE = Config(kernel="reference", precision="accurate")
 

@@ -20,7 +20,7 @@ from sage_inductor.measurement.progress import ProgressCallback
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.stepped import StepCounter, Stepping, stepped
 from sage_inductor.rewriting.driver import rewrite_graph
-from sage_inductor.torch_internals import called_by
+from sage_inductor.torch_internals.dynamo import called_by
 
 Samples = dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
 

@@ -18,7 +18,7 @@ from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import sage_attention
-from sage_inductor.torch_internals import waited_for
+from sage_inductor.torch_internals.distributed import waited_for
 
 # The log-sum-exp of a row that may attend no key of a part is -inf, of which diffusers' merging makes NaN (inf - inf). This is
 # finite, far below what scores come to, and near enough to 0 that float32 keeps 4 digits of what is merged with it.

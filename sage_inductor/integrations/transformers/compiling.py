@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sage_inductor.torch_internals import passes_of, traced_for
+from sage_inductor.torch_internals.dynamo import traced_for
+from sage_inductor.torch_internals.inductor import passes_of
 
 
 def is_compiled_by_our_pass() -> bool:

@@ -18,12 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from sage_inductor.graph.sizes import all_in_memory_order
 from sage_inductor.operators.distributed import ring
 from sage_inductor.operators.distributed.layouts import Layout, choose, ring_dim
-from sage_inductor.torch_internals import (
-    bound_arguments,
-    handle_dtensors,
-    is_replicated_implicitly,
-    rings_are_on,
-)
+from sage_inductor.torch_internals.distributed import handle_dtensors, is_replicated_implicitly, rings_are_on
+from sage_inductor.torch_internals.operators import bound_arguments
 
 TENSORS = (
     "query", "key", "value", "attn_mask", "sink", "query_segments", "key_segments", "grad_output",

@@ -19,7 +19,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.distributed.layouts import Layout
 from sage_inductor.operators.training import empty_gradients
-from sage_inductor.torch_internals import context_parallel_is_balanced, ring_attention
+from sage_inductor.torch_internals.distributed import context_parallel_is_balanced, ring_attention
 
 SEQ = 2  # of `[batch, heads, seq, head_dim]`, to which torch's ring is bound
 # Options of an operator that say something about the whole output, or the whole sequence.

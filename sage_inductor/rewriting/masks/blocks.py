@@ -34,7 +34,7 @@ from sage_inductor.rewriting.masks.formula import (
     data_of,
     names_of,
 )
-from sage_inductor.torch_internals import outside_fake_tensors
+from sage_inductor.torch_internals.dispatch import outside_fake_tensors
 
 SCORES_AT_ONCE = 2**20  # a few intermediates of 8 bytes for each: some tens of MB
 

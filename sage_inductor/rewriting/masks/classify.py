@@ -40,7 +40,7 @@ from sage_inductor.rewriting.masks.rows import RowBuilder
 from sage_inductor.rewriting.masks.segments import packed_mask
 from sage_inductor.rewriting.masks.views import broadcast
 from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
-from sage_inductor.torch_internals import shape_env_of
+from sage_inductor.torch_internals.sizes import shape_env_of
 
 
 @dataclass(frozen=True, eq=False)

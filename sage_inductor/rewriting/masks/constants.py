@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from sage_inductor.graph.call import Expr, Value, example_tensor, leaves
 from sage_inductor.graph.facts import fill, is_function, operation
 from sage_inductor.graph.writes import Writes, writes_in_place
-from sage_inductor.torch_internals import is_dtensor, outside_fake_tensors
+from sage_inductor.torch_internals.dispatch import outside_fake_tensors
+from sage_inductor.torch_internals.distributed import is_dtensor
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from sage_inductor.rewriting.masks.formula import (
     Quotient,
     plain,
 )
-from sage_inductor.torch_internals import bounds_of
+from sage_inductor.torch_internals.sizes import bounds_of
 
 Bounds = tuple["int | None", "int | None"]
 

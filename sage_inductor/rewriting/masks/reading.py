@@ -41,7 +41,9 @@ from sage_inductor.rewriting.masks.pointwise import BITWISE, BY_NAME, IN_PLACE
 from sage_inductor.rewriting.masks.ranges import Ranges
 from sage_inductor.rewriting.masks.standpoint import Standpoint
 from sage_inductor.rewriting.masks.views import Index, broadcast, source_of
-from sage_inductor.torch_internals import outside_fake_tensors, shape_env_of, storage_id
+from sage_inductor.torch_internals.dispatch import outside_fake_tensors
+from sage_inductor.torch_internals.sizes import shape_env_of
+from sage_inductor.torch_internals.traced import storage_id
 
 # A mask takes dozens of steps. What takes more is no mask.
 _MOST_STEPS, _DEEPEST = 3000, 60

@@ -1,0 +1,1 @@
+"""Every name of torch that is not public API, by the part of torch it belongs to."""

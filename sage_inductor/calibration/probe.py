@@ -22,6 +22,8 @@ from sage_inductor.kernels.installed import package_version
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
 from sage_inductor.operators import inference
+from sage_inductor.operators.inputs import as_segments, make_problem
+from sage_inductor.operators.schemas import EXACT
 from sage_inductor.plan.sites import Figure, Fingerprint, Measured, PlannedSite, calls_per_module
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.driver import rewrite_sites
@@ -86,7 +88,7 @@ class Prober:
                 if not ours or "sage_site" not in node.meta:
                     continue
                 if keys[node.meta["sage_site"]] in self.reasons:
-                    node.kwargs = {**node.kwargs, "kernel_name": inference.EXACT}
+                    node.kwargs = {**node.kwargs, "kernel_name": EXACT}
                 else:
                     _put_probe(module, node, _Probe(self, keys[node.meta["sage_site"]], node.target))
             module.recompile()
@@ -237,7 +239,7 @@ class _Probe(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the arguments of `operator`, `sage_inductor::attention` or the one that gives an LSE, too, whose place it has in
         the graph. The output is what is compared."""
-        exact = self._attention(args, kwargs, inference.EXACT, "fast")
+        exact = self._attention(args, kwargs, EXACT, "fast")
         wanted = self.prober.quantised.get(self.key)
         if wanted is None and not self.prober.measuring:
             return exact
@@ -278,8 +280,8 @@ def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> At
     """The problem that the operator's arguments make, in the dtype of its output, which autocast may have changed."""
     query, key, value, *mask = args
     params = AttentionParams(**{name: kwargs[name] for name in PARAMS if name in kwargs})
-    ids = inference.as_segments(kwargs.get("query_segments"), kwargs.get("key_segments"))
-    problem = inference.make_problem(query, key, value, mask[0] if mask else None, params, segments=ids)
+    ids = as_segments(kwargs.get("query_segments"), kwargs.get("key_segments"))
+    problem = make_problem(query, key, value, mask[0] if mask else None, params, segments=ids)
     q, k, v = (replace(spec, dtype=exact.dtype) for spec in (problem.query, problem.key, problem.value))
     return replace(problem, query=q, key=k, value=v)
 

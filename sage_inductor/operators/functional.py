@@ -12,9 +12,12 @@ from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
+from sage_inductor.operators.dispatch_rules import cast_as_sdpa
+from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.operators.leading_dims import folded
 from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.operators.unquantised import combined_mask, same_segment
+from sage_inductor.operators.validation import validate_segments
 from sage_inductor.torch_internals.dispatch import dispatches_itself
 from sage_inductor.torch_internals.distributed import context_parallel_is_active, context_parallel_mesh
 from sage_inductor.torch_internals.sdpa import builtin_sdpa
@@ -124,7 +127,7 @@ def sage_attention(
             )
             is_causal = False
         if has_segments:
-            inference.validate_segments(query, key, query_segments, key_segments)
+            validate_segments(query, key, query_segments, key_segments)
             assert query_segments is not None and key_segments is not None
             same = same_segment(query_segments, key_segments)
             attn_mask, is_causal = combined_mask(query, key, attn_mask, None, 0 if is_causal else None, same)
@@ -133,7 +136,7 @@ def sage_attention(
         )
     if is_dtensor(query):
         are_taught()
-    given = folded(query, key, value, inference.cast_as_sdpa(attn_mask), enable_gqa)
+    given = folded(query, key, value, cast_as_sdpa(attn_mask), enable_gqa)
     inputs = (given.query, given.key, given.value, given.attn_mask, is_causal)
     options: dict[str, Any] = {
         "scale": scale,
@@ -232,5 +235,5 @@ def _needs_of_exact_attention(
     ]
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))
-    wanting = inference.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    wanting = wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
     return reasons if wanting is None else [*reasons, wanting]

@@ -17,21 +17,24 @@ from torch import Tensor
 from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.operators import inference
+from sage_inductor.operators.dispatch_rules import autocast_rule
+from sage_inductor.operators.inputs import as_4d, as_segments
+from sage_inductor.operators.schemas import INPUTS, LIBRARY, NAMESPACE, PARAMS, SEGMENTS, TAGS
 from sage_inductor.operators.unquantised import sdpa
 from sage_inductor.torch_internals.dispatch import above_autograd
 
 # Positional ones, as torch registers gradients for no operator with tensors that are keywords.
-_INPUTS = inference.INPUTS.replace("*", f"{inference.SEGMENTS}, *")
-inference.LIBRARY.define(
-    f"attention_training({_INPUTS}, {inference.PARAMS}, int[]? memory_order=None, "
+_INPUTS = INPUTS.replace("*", f"{SEGMENTS}, *")
+LIBRARY.define(
+    f"attention_training({_INPUTS}, {PARAMS}, int[]? memory_order=None, "
     "int[]? gradient_order=None) -> Tensor",
-    tags=inference.TAGS,
+    tags=TAGS,
 )
-inference.LIBRARY.define(
+LIBRARY.define(
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "bool is_causal, float? scale, bool enable_gqa, bool bottom_right, int window_left, int window_right, "
-    f"int[]? gradient_order, {inference.SEGMENTS}) -> (Tensor, Tensor, Tensor)",
-    tags=inference.TAGS,
+    f"int[]? gradient_order, {SEGMENTS}) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 
 
@@ -88,10 +91,10 @@ def _attention_backward(
     # Where a branch of torch.cond runs eagerly, autograd has been passed by.
     with torch.enable_grad(), above_autograd():
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        q, k, v = map(inference.as_4d, inputs)
-        mask = None if attn_mask is None else inference.as_4d(attn_mask)
-        output = sdpa(q, k, v, mask, params, inference.as_segments(query_segments, key_segments))
-        grads = torch.autograd.grad(output, inputs, inference.as_4d(grad_output))
+        q, k, v = map(as_4d, inputs)
+        mask = None if attn_mask is None else as_4d(attn_mask)
+        output = sdpa(q, k, v, mask, params, as_segments(query_segments, key_segments))
+        grads = torch.autograd.grad(output, inputs, as_4d(grad_output))
     # In the strides that the traced backward was told.
     empty = empty_gradients((query, key, value), gradient_order)
     dq, dk, dv = (gradient.copy_(grad) for gradient, grad in zip(empty, grads, strict=True))
@@ -140,23 +143,19 @@ def _backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
 
 def _register() -> None:
     for backend in ("CPU", "CUDA"):
-        inference.LIBRARY.impl("attention_training", _attention_training, backend)
-        inference.LIBRARY.impl("attention_backward", _attention_backward, backend)
-    torch.library.register_fake(
-        f"{inference.NAMESPACE}::attention_training", _fake_training, lib=inference.LIBRARY
-    )
-    torch.library.register_fake(
-        f"{inference.NAMESPACE}::attention_backward", _fake_backward, lib=inference.LIBRARY
-    )
+        LIBRARY.impl("attention_training", _attention_training, backend)
+        LIBRARY.impl("attention_backward", _attention_backward, backend)
+    torch.library.register_fake(f"{NAMESPACE}::attention_training", _fake_training, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::attention_backward", _fake_backward, lib=LIBRARY)
     torch.library.register_autograd(
-        f"{inference.NAMESPACE}::attention_training",
+        f"{NAMESPACE}::attention_training",
         _backward,
         setup_context=_setup_context,
-        lib=inference.LIBRARY,
+        lib=LIBRARY,
     )
     op = torch.ops.sage_inductor.attention_training.default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        inference.LIBRARY.impl("attention_training", inference.autocast_rule(op, device_type), key)
+        LIBRARY.impl("attention_training", autocast_rule(op, device_type), key)
 
 
 _register()

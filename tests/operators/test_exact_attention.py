@@ -15,6 +15,7 @@ import sage_inductor.operators.inference as ops
 from sage_inductor import Config, calibrate, rewrite_exported, sage_attention
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.measurement.ground_truth import EPS, float64_attention
+from sage_inductor.operators.inputs import as_4d
 from sage_inductor.operators.training import attention_training
 from sage_inductor.testing import max_error, relative_l2
 
@@ -146,7 +147,7 @@ def test_gradients_of_grouped_heads_with_a_mask_write_no_scores(
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     grad = torch.randn(q.shape, dtype=dtype)
-    reference, _ = float64_attention(*map(ops.as_4d, doubles), ops.as_4d(bias))
+    reference, _ = float64_attention(*map(as_4d, doubles), as_4d(bias))
     expected = torch.autograd.grad(reference.view(q.shape), doubles, grad.double())
     out = attention_training(*inputs, bias, enable_gqa=True, **REFERENCE)
     with torch.profiler.profile() as profile:

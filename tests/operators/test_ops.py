@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from sage_inductor import NotEligibleError, kernels, sage_attention
+from sage_inductor.graph.sizes import memory_order as order_of
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.operators import inference as ops
 from sage_inductor.testing import relative_l2
@@ -89,8 +90,8 @@ def test_strides_are_those_of_the_query_and_inputs_are_untouched(name: str) -> N
     out = ops.attention(*args, **(REFERENCE | kwargs))
     query = args[0]
     assert query is not None
-    assert ops.memory_order(out) == ops.memory_order(query)
-    assert out.permute(ops.memory_order(out)).is_contiguous()
+    assert order_of(out) == order_of(query)
+    assert out.permute(order_of(out)).is_contiguous()
     for tensor, copy in zip(args, before, strict=True):
         if isinstance(tensor, Tensor):
             assert torch.equal(tensor, copy)  # type: ignore[arg-type]
@@ -307,7 +308,7 @@ def test_few_queries_or_keys_get_exact_attention() -> None:
         assert torch.equal(buffer, expected), least
         for order in ([0, 1, 2, 3], [1, 0, 2, 3]):
             out = ops.attention(q, k, k, **REFERENCE, **least, memory_order=order)
-            assert torch.equal(out, expected) and ops.memory_order(out) == order
+            assert torch.equal(out, expected) and order_of(out) == order
         single = ops.attention(q[0, 0], k[0, 0], k[0, 0], **REFERENCE, **least)
         assert relative_l2(single, expected[0, 0]) < 1e-6
     out, lse = ops.attention_lse(q, k, k, None, True, **REFERENCE, min_kv_len=31)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sage_inductor.operators.inference as ops
 from sage_inductor import Config
+from sage_inductor.operators.schemas import EXACT
 from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -87,7 +88,7 @@ def test_queries_that_see_no_key(steps: str, dtype: torch.dtype) -> None:
     exact = torch.fx.Interpreter(backend.graphs[0])
     for node in backend.graphs[0].graph.nodes:  # the exact way reads the same mask
         if node.target is ops.attention:
-            node.kwargs = {**node.kwargs, "kernel_name": ops.EXACT}
+            node.kwargs = {**node.kwargs, "kernel_name": EXACT}
     (result,) = exact.run(*_in_order_of(backend, {"q": q, "k": k, "v": v, "p": p, "b": b}))
     bound = 1e-5 if dtype == torch.float32 else 0.006
     assert relative_l2(result, expected) < bound

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sage_inductor
 from sage_inductor import Config
 from sage_inductor.operators import inference as ops
+from sage_inductor.operators.schemas import EXACT
 from sage_inductor.testing import RewritingBackend, max_error, relative_l2
 
 CONFIG = Config(kernel="reference", precision="accurate")
@@ -145,9 +146,7 @@ def test_inductor_compiles_it() -> None:
 
 def test_the_operator_with_exact_attention() -> None:
     q, k, v = qkv()
-    out = ops.attention(
-        q, repeated(k), repeated(v), scale=0.2, kernel_name=ops.EXACT, sink=SINKS[None, :, None]
-    )
+    out = ops.attention(q, repeated(k), repeated(v), scale=0.2, kernel_name=EXACT, sink=SINKS[None, :, None])
     assert relative_l2(out, gpt_oss(q, k, v, SINKS).transpose(1, 2)) < 1e-5
 
 

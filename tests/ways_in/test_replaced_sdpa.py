@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import sage_inductor
 from sage_inductor import Config, explain, sage_attention
 from sage_inductor.operators import inference
+from sage_inductor.operators.schemas import EXACT
 from sage_inductor.testing import RewritingBackend, relative_l2
 from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
@@ -98,7 +99,7 @@ def test_explain_and_a_layer_of_torch(patched: str) -> None:
 def test_exact_attention_is_torch_s_own(patched: str) -> None:
     query, key, value = inputs()
     expected = builtin_sdpa(query, key, value)
-    assert torch.equal(inference.attention(query, key, value, kernel_name=inference.EXACT), expected)
+    assert torch.equal(inference.attention(query, key, value, kernel_name=EXACT), expected)
     assert torch.equal(sage_attention(query, key, value), expected)  # a CPU: no kernel to take
     assert torch.equal(F.scaled_dot_product_attention(query, key, value), expected)
     torch.manual_seed(0)

@@ -16,8 +16,8 @@ from torch import Tensor
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
-from sage_inductor.operators import inference
 from sage_inductor.operators.functional import sage_attention
+from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.torch_internals.distributed import waited_for
 
 # The log-sum-exp of a row that may attend no key of a part is -inf, of which diffusers' merging makes NaN (inf - inf). This is
@@ -49,7 +49,7 @@ def attention_of_ranks(
         ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
     """
     reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
-    wanting = inference.wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    wanting = wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
     if wanting is not None:
         reasons.append(wanting)
     if reasons:

@@ -24,6 +24,7 @@ from sage_inductor.integrations.transformers.compiling import is_compiled_by_our
 from sage_inductor.integrations.transformers.masks import additive, causal, with_bias
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference, training
+from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.functional import refuse_context_parallel
 
 NHD = (0, 2, 1, 3)  # models turn the output into [batch, seq, heads, head_dim], which then is no copy
@@ -203,7 +204,7 @@ def _quantised(call: _Call, config: Config) -> AttentionResult:
         options["sink"] = call.sink
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value))
     operator = training.attention_training if wanted else inference.attention
-    out = operator(query, key, call.value, inference.cast_as_sdpa(mask), is_causal, **options)
+    out = operator(query, key, call.value, cast_as_sdpa(mask), is_causal, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -18,6 +18,7 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.distributed.layouts import Layout
+from sage_inductor.operators.inputs import empty_output
 from sage_inductor.operators.training import empty_gradients
 from sage_inductor.torch_internals.distributed import context_parallel_is_balanced, ring_attention
 
@@ -68,7 +69,7 @@ def attend(
             mesh.get_group(mesh_dim), part, query, key, value, bool(options.get("is_causal"))
         )
     # Merging leaves other strides.
-    expected = inference.empty_output(query, value, options.get("memory_order"))
+    expected = empty_output(query, value, options.get("memory_order"))
     if output.stride() != expected.stride():
         output = expected.copy_(output)
     return (output, lse) if operator is torch.ops.sage_inductor.attention_lse.default else output

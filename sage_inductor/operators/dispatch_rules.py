@@ -1,0 +1,64 @@
+"""What stands at the keys of autograd and autocast for the operators of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_inductor.torch_internals.dispatch import below_autograd, past_autocast, runs_eagerly
+
+
+def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands at autograd's key: the implementation, which looks for itself at whether gradients are wanted. Tracing
+    records `op` where they are not, and exact attention where they are."""
+
+    def rule(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensors = (query, key, value, *args, *kwargs.values())
+        if runs_eagerly(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, tensors))):
+            return implementation(query, key, value, *args, **kwargs)
+        with below_autograd():
+            return op(query, key, value, *args, **kwargs)
+
+    return rule
+
+
+def _requires_grad(item: object) -> bool:
+    return isinstance(item, Tensor) and item.requires_grad
+
+
+def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """Autocast casts query, key and value, but float64. A float mask is read as it is, or as float32 where its dtype is
+    neither that nor the autocast dtype: the scores that a model adds it to by hand are promoted as far. (SDPA's own rule
+    casts masks too; who stands for SDPA does that beforehand, `cast_as_sdpa`.)"""
+    past_rules = past_autocast(device_type)
+
+    def rule(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                return tensor
+            return tensor.to(dtype) if tensor.device.type == device_type else tensor
+
+        query, key, value = cast(query), cast(key), cast(value)
+        if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            attn_mask = attn_mask.float()
+        with past_rules():
+            return op(query, key, value, attn_mask, *args, **kwargs)
+
+    return rule
+
+
+def cast_as_sdpa(attn_mask: Tensor | None) -> Tensor | None:
+    """`attn_mask` as SDPA reads it: under autocast a float mask, but of float64, is cast to the autocast dtype."""
+    if attn_mask is None or not attn_mask.is_floating_point() or attn_mask.dtype == torch.float64:
+        return attn_mask
+    device_type = attn_mask.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return attn_mask
+    return attn_mask.to(torch.get_autocast_dtype(device_type))

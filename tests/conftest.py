@@ -19,6 +19,9 @@ os.environ.setdefault("CUDA_CACHE_DISABLE", "1")
 # Inductor's pool of compile processes takes seconds to start, more than the small graphs here take to
 # compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Inductor would try its vector instructions in every new cache and in every process, by compiling and loading a file for
+# each: 8 s of CPU once, and 1 s a process. What the processor has, it reads in any case.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Models are made from configurations; one that asked for weights would hang where there is no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,34 +190,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 config = sage_inductor.Config(kernel="reference")
 
 def attend(x):
-    return F.scaled_dot_product_attention(x, x, x) * 2
+    return F.scaled_dot_product_attention(x, x, x) * 2.4375  # a graph that no other test has
 
 torch.manual_seed(0)
 x = torch.randn(1, 2, 64, 32)
-with torch.no_grad(), sdpa_kernel(SDPBackend.MATH) if sys.argv[1] == "math" else nullcontext():
-    exact = attend(x)
-    with sage_inductor.enabled(config):
-        by_pass = torch.compile(attend)(x)
+for choice in sys.argv[1:]:
     torch.compiler.reset()
-    by_name = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference"})(x)
-for out in (by_pass, by_name):
-    print(((out - exact).norm() / exact.norm()).item())
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH) if choice == "math" else nullcontext():
+        exact = attend(x)
+        with sage_inductor.enabled(config):
+            by_pass = torch.compile(attend)(x)
+        torch.compiler.reset()
+        by_name = torch.compile(attend, backend="sage_inductor", options={"sage.kernel": "reference"})(x)
+    print(*(((out - exact).norm() / exact.norm()).item() for out in (by_pass, by_name)))
 """
 
 
-def test_a_cached_graph_serves_nobody_who_chose_otherwise(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+def test_a_cached_graph_serves_nobody_who_chose_otherwise() -> None:
     errors = []
-    for choice in ("none", "math", "none"):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, choice],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
+    for choices in (["none"], ["math", "none"]):
+        command = [sys.executable, "-c", COMPILE, *choices]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        errors.append([float(line) for line in done.stdout.split()])
+        errors += [[float(error) for error in line.split()] for line in done.stdout.splitlines()]
     first, math, again = errors
     assert all(0.005 < error < 0.06 for error in (*first, *again))
     assert math[0] < 1e-6 and math[1] < 1e-6

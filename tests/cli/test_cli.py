@@ -546,15 +546,30 @@ def test_as_a_module(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------- logging
 
 
-def logged(folder: Path, code: str, **environment: str) -> str:
-    """What a process that compiles net.py's model writes to stderr."""
-    script = f"{code}\nimport net\nmodel, args = net.make_model()\nwith torch.no_grad():\n    torch.compile(model, backend='sage_inductor', options={{'sage.kernel': 'reference'}})(*args)"  # fmt: skip  # noqa: E501
+COMPILE = """
+import sys
+import net
+for line in sys.stdin:
+    torch.compiler.reset()
+    exec(line)
+    model, args = net.make_model()
+    with torch.no_grad():
+        torch.compile(model, backend="sage_inductor", options={"sage.kernel": "reference"})(*args)
+    print("compiled", file=sys.stderr)
+"""
+
+
+def logged(folder: Path, code: str, *before: str, **environment: str) -> list[str]:
+    """What a process that begins with `code` writes to stderr when it compiles net.py's model, once behind each line of
+    `before`."""
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env={**os.environ, **environment},
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", f"{code}\n{COMPILE}"], cwd=folder, env={**os.environ, **environment},
+        input="\n".join(before or ["pass"]), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    *texts, rest = done.stderr.split("compiled\n")
+    assert rest == ""
+    return texts
 
 
 SITE_LINE, SUMMARY = (
@@ -566,23 +581,19 @@ SITE_LINE, SUMMARY = (
 @pytest.mark.parametrize("code", ["import torch", "import sage_inductor, torch"])
 def test_torch_logs_shows_a_line_for_each_site(folder: Path, code: str) -> None:
     """torch imports the package that TORCH_LOGS names, also amidst the package's own import of torch."""
-    text = logged(folder, code, TORCH_LOGS="+sage_inductor")
+    (text,) = logged(folder, code, TORCH_LOGS="+sage_inductor")
     assert text.count(SITE_LINE) == 1 and text.count(SUMMARY) == 1
 
 
-def test_torch_logs_shows_one_summary_otherwise(folder: Path) -> None:
-    text = logged(folder, "import torch", TORCH_LOGS="sage_inductor")
+def test_nothing_is_shown_unless_set_logs_asks_for_it(folder: Path) -> None:
+    code = "import logging; torch._logging.set_logs(modules={'sage_inductor': logging.DEBUG})"
+    before, after = logged(folder, "import torch", "pass", code)
+    assert before == "" and after.count(SITE_LINE) == 1
+
+
+def test_torch_logs_shows_one_summary_otherwise_and_torch_trace_holds_the_report(folder: Path) -> None:
+    (text,) = logged(folder, "import torch", TORCH_LOGS="sage_inductor", TORCH_TRACE=str(folder / "trace"))
     assert text.count(SUMMARY) == 1 and SITE_LINE not in text
-    assert logged(folder, "import torch") == ""
-
-
-def test_set_logs(folder: Path) -> None:
-    code = "import logging, torch\ntorch._logging.set_logs(modules={'sage_inductor': logging.DEBUG})"
-    assert logged(folder, code).count(SITE_LINE) == 1
-
-
-def test_torch_trace_holds_the_report(folder: Path) -> None:
-    logged(folder, "import torch", TORCH_TRACE=str(folder / "trace"))
     (file,) = (folder / "trace").iterdir()
     lines = file.read_text().splitlines()
     start = next(index for index, line in enumerate(lines) if '"sage_inductor_report"' in line)

@@ -95,15 +95,30 @@ def test_wheel_holds_every_module_and_nothing_else(distributions: tuple[Path, Pa
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sage_inductor"}
 
 
-@pytest.mark.parametrize("form", ["wheel", "sdist", "folder"])
-def test_installed(form: str, distributions: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
+def installed_files(environment: Environment) -> dict[str, bytes]:
+    """What lies in the package's folder, and how the backend is found by its name."""
+    (entry_points,) = environment.packages.glob("sage_inductor-*.dist-info/entry_points.txt")
+    files = (environment.packages / "sage_inductor").rglob("*")
+    found = {str(file.relative_to(environment.packages)): file for file in files if file.suffix != ".pyc"}
+    found["entry points"] = entry_points
+    return {name: file.read_bytes() for name, file in found.items() if file.is_file()}
+
+
+def test_installed(distributions: tuple[Path, Path], source: Path, tmp_path: Path) -> None:
+    """The wheel compiles; the source distribution and the folder leave the same files."""
     sdist, wheel = distributions
-    environment = Environment(tmp_path / "environment")
-    environment.install({"wheel": wheel, "sdist": sdist, "folder": source}[form])
+    environments = {form: Environment(tmp_path / form) for form in ("wheel", "sdist", "folder")}
+    for form, what in (("wheel", wheel), ("sdist", sdist), ("folder", source)):
+        environments[form].install(what)
+    environment = environments["wheel"]
     (elsewhere := tmp_path / "elsewhere").mkdir()
     package, patterns = compile_in(environment, elsewhere)
     assert package == environment.packages / "sage_inductor"
     assert patterns == package / "patterns"
+    expected = installed_files(environment)
+    assert modules() <= set(expected)
+    for form in ("sdist", "folder"):
+        assert installed_files(environments[form]) == expected, form
 
 
 def test_editable(source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the README shows works as it stands there: each command and each block of Python, in a clone, from its root.
 
-Once after `pip install .` and once after `pip install -e .`. Every block is run or named here with the reason why not, so that a new
+Once after `pip install .` and once after `pip install -e .`, where all commands but one are slow: what differs is which
+files Python finds, and the blocks of Python are run there too. Every block is run or named here with the reason why not, so that a new
 one is covered as soon as it is written. What a block takes for granted (a model, its inputs) is supplied here, small.
 """
 
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,9 @@ for number, block in enumerate(blocks):
     print("ran block", number)
 """
 
+# As tests/examples runs it, so that Inductor's cache has what one of the two compiled.
+SMALL = ("--tokens", "96", "--heads", "2", "--repeat", "2")
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX")
 
 
@@ -128,10 +133,10 @@ class Installed:
         )  # fmt: skip
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(form, marks=pytest.mark.xdist_group(form)) for form in ("plain", "editable")],
-)
+FORMS = [pytest.param(form, marks=pytest.mark.xdist_group(form), id=form) for form in ("plain", "editable")]
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def installed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
@@ -159,7 +164,16 @@ def test_what_is_not_run_is_in_the_readme() -> None:
     assert {language for language, _ in BLOCKS} <= {"python", "bash"}
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(filter(None, map(replaced, COMMANDS))))
+def commands() -> Iterator[Any]:
+    """Each command for each form of installation."""
+    for form in FORMS:
+        for command in dict.fromkeys(filter(None, map(replaced, COMMANDS))):
+            again = form.id == "editable" and " doctor" not in command
+            marks = [*form.marks, *([pytest.mark.slow] if again else [])]
+            yield pytest.param(*form.values, command, marks=marks, id=f"{form.id}-{command}")
+
+
+@pytest.mark.parametrize(("installed", "command"), list(commands()), indirect=["installed"])
 def test_commands(installed: Installed, command: str) -> None:
     done = installed.shell(command)
     # 3: no kernel can run here, but for the oracle.
@@ -186,6 +200,6 @@ def test_the_quickstart_has_nothing_to_complain_about(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "environment", required(["torch", *project["dependencies"]]))
     root = clone(tmp_path / "repository")
     environment.install(".", cwd=root)
-    done = Installed(root, environment.python).shell("python examples/quickstart.py --repeat 1")
+    done = Installed(root, environment.python).shell(f"python examples/quickstart.py {' '.join(SMALL)}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "relative L2 error" in done.stdout

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ranks import main, on_every_rank, teach_dtensors_sdpa_of_cpus, two_ranks
+from ranks import main, on_every_rank, on_ranks, teach_dtensors_sdpa_of_cpus
 from torch import Tensor, nn
 
 from sage_inductor import Config, calibrate, explain, sage_attention
@@ -564,7 +564,7 @@ def without_autograd(mesh: Any) -> None:
         check(out.float(), sage_attention(q, k, v, kernel="reference").float(), exact)
 
 
-test_on_two_ranks = two_ranks(__file__)
+test_on_two_ranks = on_ranks(__file__, 2)
 
 if __name__ == "__main__":
     main(globals())

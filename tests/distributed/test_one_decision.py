@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from ranks import main, on_every_rank, two_ranks
+from ranks import main, on_every_rank, on_ranks
 
 from sage_inductor import Config, kernels
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
@@ -190,7 +190,7 @@ def graphs_are_not_taken_from_a_cache(mesh: Any) -> None:
     assert (kind(Config()), kind(Config(tune="table"))) == ("_Uncacheable", "tuple")
 
 
-test_on_two_ranks = two_ranks(__file__)
+test_on_two_ranks = on_ranks(__file__, 2)
 
 if __name__ == "__main__":
     main(globals())

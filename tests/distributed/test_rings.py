@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ranks import main, on_every_rank, two_ranks
+from ranks import main, on_every_rank, on_ranks
 from torch import Tensor, nn
 
 from sage_inductor import Config, NotEligibleError, explain, sage_attention
@@ -393,7 +393,7 @@ def a_wrapped_module(mesh: Any) -> None:
         rings._dispatch_mode, rings._cp_options.enable_load_balance = before
 
 
-test_on_two_ranks = two_ranks(__file__)
+test_on_two_ranks = on_ranks(__file__, 2)
 
 if __name__ == "__main__":
     main(globals())

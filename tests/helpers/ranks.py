@@ -1,35 +1,40 @@
-"""Cases that run on two ranks, gloo on a CPU: a test file has them, and is the script that each rank runs.
+"""Cases that run on several ranks, gloo on a CPU: a test file has them, and is the script that the ranks run.
 
     @on_every_rank
     def sum_of_ranks(mesh): ...
 
-    test_on_two_ranks = two_ranks(__file__)
+    test_on_two_ranks = on_ranks(__file__, 2)
 
     if __name__ == "__main__":
         main(globals())
 
-One start of both ranks runs all cases of a file. A case passes where it raises on no rank.
+One start of all ranks runs all cases of a file. A case passes where it raises on no rank; it is skipped where it raises
+`unittest.SkipTest` on every rank. By hand: python FILE RANKS FOLDER [-k NAME].
 """
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import pytest
 
-WORLD = 2
+LIMIT = 600  # seconds that a rank takes for all cases of a file at most
 _MARK = "_runs_on_every_rank"
+_SKIPPED = "skipped: "
 
 
 def on_every_rank(case: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -38,24 +43,27 @@ def on_every_rank(case: Callable[[Any], None]) -> Callable[[Any], None]:
     return case
 
 
-def two_ranks(file: str) -> Callable[[str], None]:
-    """A test for each case of `file`."""
+def on_ranks(file: str, ranks: int) -> Callable[[str], None]:
+    """A test for each case of `file`, on so many ranks."""
     names = re.findall(r"^@on_every_rank\ndef (\w+)", Path(file).read_text(), re.MULTILINE)
 
-    @pytest.mark.xdist_group(Path(file).stem)
+    @pytest.mark.xdist_group(f"{Path(file).stem} {ranks}")
     @pytest.mark.parametrize("case", names)
     def test(case: str) -> None:
-        for rank, results in enumerate(_results(file)):
-            assert results.get(case, "did not run") == "", f"rank {rank}: {results.get(case, results)}"
+        results = _results(file, ranks)
+        found = {rank: result.get(case, f"did not run: {result}") for rank, result in enumerate(results)}
+        skipped = [text for text in found.values() if text.startswith(_SKIPPED)]
+        if len(skipped) == ranks:
+            pytest.skip(skipped[0].removeprefix(_SKIPPED))
+        for rank, text in found.items():
+            assert text == "", f"rank {rank}: {text}"
 
     return test
 
 
 @cache
-def _results(file: str) -> list[dict[str, str]]:
+def _results(file: str, ranks: int) -> list[dict[str, str]]:
     """What each rank's cases raised, by name."""
-    import tempfile
-
     environment = {
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
@@ -63,20 +71,15 @@ def _results(file: str) -> list[dict[str, str]]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
-    found = []
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, file, str(rank), folder],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-            )
-            for rank in range(WORLD)
-        ]  # fmt: skip
-        for rank in ranks:
-            out, err = rank.communicate(timeout=600)
-            last = out.splitlines()[-1] if out else ""
-            found.append(json.loads(last) if last.startswith("{") else {"all": err[-3000:]})
-    return found
+        done = subprocess.run(
+            [sys.executable, file, str(ranks), folder],
+            capture_output=True, text=True, env=environment, check=False,
+        )  # fmt: skip
+        return [
+            json.loads(result.read_text()) if result.exists() else {"all": done.stderr[-3000:]}
+            for result in (Path(folder, f"results_{rank}.json") for rank in range(ranks))
+        ]
 
 
 def teach_dtensors_sdpa_of_cpus() -> None:
@@ -95,25 +98,43 @@ def teach_dtensors_sdpa_of_cpus() -> None:
     )
 
 
+def _forked(ranks: int) -> int | None:
+    """The rank of this process: one of `ranks` copies of the one that calls, which gets None when all of them have ended. They
+    begin after the imports, which take longer than most cases."""
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            return rank
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return None
+
+
 def main(namespace: dict[str, Any]) -> None:
-    """Run the cases of a file as the rank that the command line says. `-k NAME` behind runs those of that name."""
+    """Run the cases of a file on as many ranks as the command line says."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    rank, folder = int(sys.argv[1]), sys.argv[2]
+    ranks, folder, named = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[4:5]
+    rank = _forked(ranks)
+    if rank is None:
+        return
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(f"{folder}/store", WORLD),
+        store=dist.FileStore(str(folder / "store"), ranks),
         rank=rank,
-        world_size=WORLD,
+        world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
     )
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh("cpu", (ranks,))
     results = {}
     for name, case in list(namespace.items()):
-        if not getattr(case, _MARK, False) or (sys.argv[3:4] == ["-k"] and sys.argv[4] not in name):
+        if not getattr(case, _MARK, False) or (named and named[0] not in name):
             continue
         torch.manual_seed(0)
         torch.compiler.reset()
@@ -122,9 +143,12 @@ def main(namespace: dict[str, Any]) -> None:
             dist.barrier()
             case(mesh)
             results[name] = ""
+        except SkipTest as skip:
+            results[name] = f"{_SKIPPED}{skip}"
         except Exception:
             results[name] = traceback.format_exc()[-2500:]
-        print(f"{name}: {time.perf_counter() - start:.1f} s {results[name][-1500:]}", file=sys.stderr)
-    print(json.dumps(results), flush=True)
+        said = f"{name}, rank {rank}: {time.perf_counter() - start:.1f} s {results[name][-1500:]}"
+        print(said, file=sys.stderr, flush=True)
+    (folder / f"results_{rank}.json").write_text(json.dumps(results))
     # Not by way of what is left in the interpreter: a rank that failed may have left others waiting.
     os._exit(0)

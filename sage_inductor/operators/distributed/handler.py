@@ -73,10 +73,11 @@ def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 def _part(tensor: Any, placements: Sequence[Placement]) -> Tensor:
-    """This rank's part of a DTensor that is brought to `placements`. torch 2.11 cannot redistribute one to where it is already,
-    below autograd ("aten.detach_ does not have a sharding strategy")."""
+    """This rank's part of a DTensor that is brought to `placements`. It is detached before: one that requires gradients is
+    given back as such by `redistribute`, and below autograd, where this runs, torch 2.11 cannot take that from it again
+    ("aten.detach_ does not have a sharding strategy")."""
     if tuple(tensor.placements) != tuple(placements):
-        tensor = tensor.redistribute(placements=placements)
+        tensor = tensor.detach().redistribute(placements=placements)
     local: Tensor = tensor.to_local()
     return local
 

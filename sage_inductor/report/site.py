@@ -11,6 +11,7 @@ from torch import Tensor
 from sage_inductor.graph.origin import ROOT
 from sage_inductor.graph.places import Place
 from sage_inductor.graph.sizes import known, memory_order
+from sage_inductor.measurement.printable import printable_line
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Site:
         decision = (
             f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
         )
-        return f"{self.name} at {self.source}: {decision}"
+        return printable_line(f"{self.name} at {self.source}: {decision}")  # for logs and warnings
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Unread:
     """The text of that line, where its file is at hand."""
 
     def __str__(self) -> str:
-        return f"{self.module} at {self.source}: {self.obstacle}"
+        return printable_line(f"{self.module} at {self.source}: {self.obstacle}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class AttentionOperator:
         return self.operator.startswith("sage_inductor::")
 
     def __str__(self) -> str:
-        return f"{self.module} at {self.source}: {self.operator}{' (8-bit attention already)' if self.is_own else ''}"
+        known = " (8-bit attention already)" if self.is_own else ""
+        return printable_line(f"{self.module} at {self.source}: {self.operator}{known}")
 
 
 def layout_of(tensor: Tensor) -> str:

@@ -7,6 +7,7 @@ if __name__ != "sage_inductor.patterns":
     )
 
 from sage_inductor.graph.call import OpaquePattern, Pattern
+from sage_inductor.patterns.efficient_attention import EfficientAttention
 from sage_inductor.patterns.flash_attention import FlashAttention
 from sage_inductor.patterns.flex_attention import FlexAttention
 from sage_inductor.patterns.fused_attention import FusedAttention
@@ -15,12 +16,13 @@ from sage_inductor.patterns.sdpa import ManyDims, ScaledDotProductAttention
 from sage_inductor.patterns.softmax_matmul import SoftmaxMatmul
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 
-_FLASH_ATTENTION = FlashAttention()
+_FLASH_ATTENTION, _EFFICIENT_ATTENTION = FlashAttention(), EfficientAttention()
 ALL: tuple[Pattern, ...] = (
     ManyDims(),
     ScaledDotProductAttention(),
     FusedAttention(),
     _FLASH_ATTENTION,
+    _EFFICIENT_ATTENTION,
     SoftmaxMatmul(),
 )
 OPAQUE: tuple[OpaquePattern, ...] = (
@@ -28,12 +30,14 @@ OPAQUE: tuple[OpaquePattern, ...] = (
     TransformerEncoderLayer(),
     FlexAttention(),
     VarlenAttention(),
-    _FLASH_ATTENTION,  # those of its calls that stay
+    _FLASH_ATTENTION,  # those of their calls that stay
+    _EFFICIENT_ATTENTION,
 )
 
 __all__ = [
     "ALL",
     "OPAQUE",
+    "EfficientAttention",
     "FlashAttention",
     "FlexAttention",
     "FusedAttention",

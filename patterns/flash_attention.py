@@ -3,6 +3,8 @@
 Inputs are `[batch, seq, heads, head_dim]`, causality and windows end at the last key, and behind the output comes its LSE,
 float32 `[batch, heads, q_len]`. Their arguments are known by name, so that a version with others is seen and left alone.
 
+Packed sequences, given by `cu_seqlens_q` and `cu_seqlens_k`, are read in varlen_attention.py.
+
 | operator | registered by |
 |---|---|
 | `flash_attn::_flash_attn_forward`, `_flash_attn_varlen_forward` | flash-attn 2 (flash_attn/flash_attn_interface.py) |
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from sage_inductor.graph.call import (
 from sage_inductor.graph.sizes import is_dense, sizes_of
 from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.torch_internals.operators import bound_arguments, operator_name
+from sage_inductor.torch_internals.sizes import number_of
 
 OPERATORS = (
     "flash_attn::_flash_attn_forward",
@@ -54,7 +58,7 @@ _HOW = (
 _READ = (*_QUERY, *_KEY, *_VALUE, *_DROPOUT, *_SCALE, *_CAUSAL, *_LEFT, *_RIGHT, *_HOW)
 # Every other argument changes what is computed, unless it has this value.
 _NEUTRAL: dict[str, Any] = {"softcap": 0.0, "attention_chunk": 0, "return_softmax": False}
-_PACKED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q")
+_PACKED = ("cu_seqlens_q", "cu_seqlens_k")
 _CACHE = (
     *(
         "k_new",
@@ -71,12 +75,27 @@ _CACHE = (
 _WHY = {
     "softcap": "0; no kernel here caps scores",
     "alibi_slopes": "None; as a mask it would be read for every score",
-    **dict.fromkeys(
-        _PACKED,
-        "None; torch.nn.attention.varlen takes packed sequences, and is found",
-    ),
+    "seqused_q": "None; lengths shorter than those of cu_seqlens_q",
     **dict.fromkeys(_CACHE, "None; a cache that is paged or appended to is read by its own kernel"),
 }
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """Attention of sequences that lie one behind the other: query, key and value `[total, heads, head_dim]`, or with a batch of 1
+    in front. Sequence i ends in front of `ends[i + 1]`, its keys in front of `key_ends[i + 1]`.
+
+    `window`: (left, right), ends at the last key of each sequence; a negative number is no bound. `reasons` speak against the
+    call; where there are some, only they count."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    ends: fx.Node | None
+    key_ends: fx.Node | None
+    scale: float | fx.Node | None
+    window: tuple[int, int]
+    reasons: tuple[str, ...]
 
 
 class FlashAttention(Pattern, OpaquePattern):
@@ -85,17 +104,14 @@ class FlashAttention(Pattern, OpaquePattern):
     name = "flash_attention"
 
     def match(self, node: fx.Node) -> AttentionCall | None:
-        given = _arguments(node)
+        given = _dense(node)
         if given is None or self.closed_reasons(node):
             return None
         inputs = [_first(given, names) for names in (_QUERY, _KEY, _VALUE)]
         query, key, value = (Expr.of("transpose", item, 1, 2) for item in inputs)
         heads = [sizes_of(item.value)[1] for item in (query, key)]
-        left, right = (_first(given, names, -1) for names in (_LEFT, _RIGHT))
-        if _first(given, _CAUSAL):
-            right = 0
         swap = (("transpose", (1, 2)),)
-        reads_lse = 1 in _items_read(node)
+        reads_lse = 1 in items_read(node)
         return AttentionCall(
             node,
             self.name,
@@ -108,24 +124,18 @@ class FlashAttention(Pattern, OpaquePattern):
             restore=swap,
             undo=swap,
             lse=LseForm(reads_lse, (), example_value(node)[1] if reads_lse else None),
-            band=Band(left, right),
-            standing=Standing(str(operator_name(node.target)), _running(node, inputs)),
+            band=Band(*_window(given)),
+            standing=Standing(str(operator_name(node.target)), running(node, inputs)),
         )
 
     def expand(self, node: fx.Node) -> Expansion | None:
         return None
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
-        given = _arguments(node)
+        given = _dense(node)
         if given is None:
             return []
-        reasons, defaults = [], bound_arguments(_overload(node), (), {})
-        for name, value in given.items():
-            neutral = _NEUTRAL.get(name, defaults.get(name))
-            if name not in _READ and (isinstance(value, fx.Node) or value != neutral):
-                shown = "a tensor" if isinstance(value, fx.Node) else value
-                reasons.append(f"{name}={shown} (supported: {_WHY.get(name, neutral)})")
-        return reasons or _reasons_of_values(node, given)
+        return _reasons_of_arguments(node, given) or _reasons_of_values(node, given)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -135,11 +145,45 @@ class FlashAttention(Pattern, OpaquePattern):
         yield attend, tuple(torch.randn(1, 16, 2, 64) for _ in range(3))
 
 
-def _arguments(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments by name; None where `node` is no call of one of the operators."""
-    if node.op != "call_function" or operator_name(node.target) not in OPERATORS:
+def packed_call(node: fx.Node) -> PackedCall | None:
+    """`node` as a call on packed sequences; None where it is none."""
+    given = called(node, OPERATORS)
+    if given is None or not _is_packed(given):
+        return None
+    reasons = _reasons_of_arguments(node, given)
+    return PackedCall(
+        _first(given, _QUERY),
+        _first(given, _KEY),
+        _first(given, _VALUE),
+        given.get("cu_seqlens_q"),
+        given.get("cu_seqlens_k"),
+        scale=_first(given, _SCALE),
+        window=(-1, -1) if reasons else _window(given),
+        reasons=(*reasons, *dropout_reasons(_first(given, _DROPOUT, 0.0))),
+    )
+
+
+def called(node: fx.Node, operators: tuple[str, ...]) -> dict[str, Any] | None:
+    """The arguments by name where `node` calls one of `operators`."""
+    if node.op != "call_function" or operator_name(node.target) not in operators:
         return None
     return bound_arguments(_overload(node), node.args, node.kwargs)
+
+
+def dropout_reasons(dropout_p: Any) -> list[str]:
+    if isinstance(dropout_p, fx.Node):  # a default argument of a model that is compiled for dynamic shapes
+        dropout_p = number_of(example_value(dropout_p))
+    return [] if dropout_p == 0 else [f"dropout_p={dropout_p} (supported: 0.0)"]
+
+
+def _dense(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of a call on `[batch, seq, heads, head_dim]`."""
+    given = called(node, OPERATORS)
+    return None if given is None or _is_packed(given) else given
+
+
+def _is_packed(given: dict[str, Any]) -> bool:
+    return any(given.get(name) is not None for name in _PACKED)
 
 
 def _overload(node: fx.Node) -> Any:
@@ -150,7 +194,12 @@ def _first(given: dict[str, Any], names: tuple[str, ...], instead: Any = None) -
     return next((given[name] for name in names if name in given), instead)
 
 
-def _items_read(node: fx.Node) -> set[Any]:
+def _window(given: dict[str, Any]) -> tuple[int, int]:
+    left, right = (_first(given, names, -1) for names in (_LEFT, _RIGHT))
+    return (left, 0) if _first(given, _CAUSAL) else (left, right)
+
+
+def items_read(node: fx.Node) -> set[Any]:
     """The numbers of the items that are read; None among them where something reads the tuple itself."""
     users = [user for user in node.users if not (_is_item(user) and reads_nothing(user))]
     return {user.args[1] if _is_item(user) else None for user in users}
@@ -158,6 +207,20 @@ def _items_read(node: fx.Node) -> set[Any]:
 
 def _is_item(user: fx.Node) -> bool:
     return user.op == "call_function" and user.target is operator.getitem
+
+
+def _reasons_of_arguments(node: fx.Node, given: dict[str, Any]) -> list[str]:
+    """What speaks against a call by the arguments that no other form of attention has."""
+    reasons, defaults = [], bound_arguments(_overload(node), (), {})
+    for name, value in given.items():
+        neutral = _NEUTRAL.get(name, defaults.get(name))
+        if name not in (*_READ, *_PACKED) and (isinstance(value, fx.Node) or value != neutral):
+            shown = "a tensor" if isinstance(value, fx.Node) else value
+            reasons.append(f"{name}={shown} (supported: {_WHY.get(name, neutral)})")
+    for name, names in (("window_left", _LEFT), ("window_right", _RIGHT), ("causal", _CAUSAL)):
+        if isinstance(_first(given, names), fx.Node):
+            reasons.append(f"{name}=a number of the graph (supported: one known while compiling)")
+    return reasons
 
 
 def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
@@ -174,13 +237,10 @@ def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
     if any(tensor is not None and tensor.requires_grad for tensor in inputs):
         # The operators have no gradient. Around them stands a function whose backward pass takes their output and LSE for exact.
         reasons.append("requires_grad=inputs (supported: none; torch.no_grad())")
-    for name, names in (("window_left", _LEFT), ("window_right", _RIGHT), ("causal", _CAUSAL)):
-        if isinstance(_first(given, names), fx.Node):
-            reasons.append(f"{name}=a number of the graph (supported: one known while compiling)")
-    beyond = _items_read(node) - {0, 1}
+    beyond = items_read(node) - {0, 1}
     if beyond:
         reasons.append("read=what belongs to a backward pass (supported: the output and its LSE)")
-    if 1 in _items_read(node):
+    if 1 in items_read(node):
         reasons += _reasons_of_lse(items[1], query, key, given)
     return reasons
 
@@ -203,8 +263,8 @@ def _reasons_of_lse(lse: Any, query: Tensor, key: Tensor, given: dict[str, Any])
     return []
 
 
-def _running(node: fx.Node, inputs: list[Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
-    """The call, of other query, key and value `[batch, heads, seq, head_dim]`."""
+def running(node: fx.Node, inputs: list[Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """The call, of other query, key and value `[batch, heads, seq, head_dim]`, and without other tensors."""
     target: Any = node.target
     args, kwargs = node.args, node.kwargs
 

@@ -65,7 +65,7 @@ class FusedAttention(Pattern):
             return None
         form = LseForm(is_read=False)
         if 1 in read:
-            steps = _steps(items[1], query)
+            steps = lse_steps(items[1], query)
             if steps is None:
                 return None
             form = LseForm(True, steps, items[1])
@@ -92,7 +92,7 @@ class FusedAttention(Pattern):
         yield attend, tuple(torch.randn(1, 2, 16, 64) for _ in range(3))
 
 
-def _steps(lse: Any, query: Tensor) -> tuple[tuple[Any, tuple[Any, ...]], ...] | None:
+def lse_steps(lse: Any, query: Tensor) -> tuple[tuple[Any, tuple[Any, ...]], ...] | None:
     """What turns a contiguous float32 LSE `[batch, heads, q_len]` into one like `lse`; None for one of no known form."""
     if not isinstance(lse, Tensor) or lse.dtype != torch.float32:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
+from sage_inductor.measurement.printable import printable_line
 from sage_inductor.plan.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def _warn_of_change(path: str, content: str) -> None:
         log.warning(
             "plan %s has changed since this process read it: what was compiled with the path keeps the decisions of then "
             "(torch.compiler.reset() compiles it again; options={'sage.plan': Plan.load(path)} tells contents apart)",
-            path,
+            printable_line(path),
         )
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ class AttentionMetadata:
     """What changes from call to call.
 
     current_timestep: step of the diffusion process; not used by these backends.
+    VSA_sparsity: as FastVideo's metadata has it, for its sparse backends; not used by these.
     attn_mask: None; `[batch, key_len]` (as tokenizers make them), `[batch, q_len, key_len]` or
         `[batch or 1, heads or 1, q_len or 1, key_len]`. In bool and integer masks nonzero means attend;
         floating ones are added to the scores. A mask shorter than the keys covers the last of them; the keys
@@ -38,12 +39,13 @@ class AttentionMetadata:
     current_timestep: int
     attn_mask: Tensor | None = None
     is_causal: bool = False
+    VSA_sparsity: float = field(default=0.0, kw_only=True)
 
     def asdict_zerocopy(self, skip_fields: Collection[str] | None = None) -> dict[str, Any]:
         """`{name: value}` of the fields, without `skip_fields`. The mask is the tensor itself; `dataclasses.asdict` would copy
         it."""
         skipped = skip_fields or ()
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skipped}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in skipped}
 
 
 class AttentionMetadataBuilder:
@@ -53,10 +55,18 @@ class AttentionMetadataBuilder:
         """Called before each batch; nothing to do."""
 
     def build(
-        self, current_timestep: int, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        current_timestep: int,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        VSA_sparsity: float = 0.0,
+        **others: Any,
     ) -> AttentionMetadata:
-        """The arguments as `AttentionMetadata`. The mask stays as it was given."""
-        return AttentionMetadata(current_timestep, attn_mask, is_causal)
+        """The arguments as `AttentionMetadata`. The mask stays as it was given. Hosts hand the same arguments to every
+        builder: one that means nothing here (`raw_latent_shape`) gives a warning, once for each name."""
+        for name in others:
+            _warn_of_unused("build", name, name, tuple(item.name for item in fields(AttentionMetadata)), 2)
+        return AttentionMetadata(current_timestep, attn_mask, is_causal, VSA_sparsity=VSA_sparsity)
 
 
 class AttentionImpl(ABC):
@@ -200,12 +210,16 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
     for name, value in extra_impl_args.items():
         if name in IGNORED_IMPL_ARGS:
             log.debug("%s=%r has no meaning for dense attention: ignored", name, value)
-        elif name not in known and name not in _warned_of:
-            _warned_of.add(name)
-            warnings.warn(
-                f"extra_impl_args: {name}={value!r} is not used (valid: {', '.join(known)})", stacklevel=4
-            )
+        elif name not in known:
+            _warn_of_unused("extra_impl_args", name, f"{name}={value!r}", known, 4)
     dropout = max(float(extra_impl_args.get(name) or 0.0) for name in ("dropout_p", "dropout_rate"))
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout_p={dropout} (valid: 0 to 1)")
     return dropout
+
+
+def _warn_of_unused(where: str, name: str, shown: str, valid: tuple[str, ...], stacklevel: int) -> None:
+    """Warn of an argument that is not used, once for each name."""
+    if name not in _warned_of:
+        _warned_of.add(name)
+        warnings.warn(f"{where}: {shown} is not used (valid: {', '.join(valid)})", stacklevel=stacklevel + 1)

@@ -18,6 +18,7 @@ from sage_inductor.calibration.probe import Key, Prober, figure
 from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
 from sage_inductor.measurement.metrics import METRICS, compare
+from sage_inductor.measurement.printable import printable_line
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.sites import SDPA, Figure, Measured, PlannedSite, steps_text
@@ -210,7 +211,7 @@ class _Decisions:
             if decision != SDPA:
                 self._add_effect(key, decision, results)
             self.prober.progress.tick(f"{key[0]}: {decision}")
-        log.info("%s, steps %s: %s", key[0], steps_text(self.phase.steps), decision)
+        log.info("%s, steps %s: %s", printable_line(key[0]), steps_text(self.phase.steps), decision)
         return self.prober.planned(key, decision, tuple(results.values()))
 
     def _add_effect(self, key: Key, precision: str, results: dict[str, Measured]) -> None:

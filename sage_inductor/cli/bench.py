@@ -30,6 +30,7 @@ from sage_inductor.cli.output import Cell, good, show_json, show_table, weak
 from sage_inductor.cli.rows import Row
 from sage_inductor.config import Config, KernelName, Precision
 from sage_inductor.kernels import PRECISIONS
+from sage_inductor.measurement.memory import mebibytes
 
 _MOST_ELEMENTS = 2**48  # strides of torch's are in 64 bits, and nobody has the memory
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +115,7 @@ def _configs(options: argparse.Namespace) -> list[Config]:
 def _show(title: str, rows: Sequence[Row]) -> None:
     with_sites = any(row.sites is not None for row in rows)
     last = ("breaks", "rewritten") if with_sites else ("TFLOP/s",)
-    header = ("kernel", "precision", "ms", "speed", "rel. L2", *last, "remarks")
+    header = ("kernel", "precision", "ms", "speed", "rel. L2", *last, "MiB", "remarks")
     show_table(title, header, [_cells(row, with_sites) for row in rows])
 
 
@@ -128,4 +129,14 @@ def _cells(row: Row, with_sites: bool) -> list[Cell]:
     sites = "" if row.sites is None else f"{row.rewritten} of {row.sites}"
     last = [text(row.graph_breaks, "d"), sites] if with_sites else [text(row.tflops, ".1f")]
     remarks = "; ".join(row.problems)
-    return [row.name, row.precision, text(row.ms, ".4g"), speed, text(row.rel_l2, ".5f"), *last, remarks]
+    memory = mebibytes(row.memory, row.memory_measured)
+    return [
+        row.name,
+        row.precision,
+        text(row.ms, ".4g"),
+        speed,
+        text(row.rel_l2, ".5f"),
+        *last,
+        memory,
+        remarks,
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from sage_inductor.cli.model import Subject, failing
 from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.config import OPTION_PREFIX, Config
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.measurement.memory import peak_bytes
 from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.measurement.timers import median_ms
 from sage_inductor.torch_internals.dynamo import graph_breaks
@@ -44,6 +45,9 @@ def _against_plain(
     row, output = _compiled(config.kernel, config.precision, subject, device, rows, compile_options)
     reasons = dict.fromkeys(reason for site in report.refused for reason in site.reasons)
     found = {"rewritten": len(report.rewritten), "sites": len(report.sites), "problems": tuple(reasons)}
+    if not row.memory_measured:  # sites run one after the other
+        sizes = [size for site in report.rewritten if (size := site.copies_bytes()) is not None]
+        found["memory"] = max(sizes, default=None)
     return Row(**{**asdict(row), **found, "rel_l2": _output_error(output, expected)})
 
 
@@ -64,7 +68,9 @@ def _compiled(
         output = [tensor.clone() for tensor in tensors_of(subject(compiled)) if tensor.is_floating_point()]
         breaks = graph_breaks() - breaks
         ms = median_ms([partial(subject, compiled)], target_ms=400.0, device=device)
-    return Row(name, precision, ms, speedup(ms, rows), graph_breaks=breaks), output
+        memory = peak_bytes(partial(subject, compiled), device)
+    row = Row(name, precision, ms, speedup(ms, rows), graph_breaks=breaks, memory=memory)
+    return replace(row, memory_measured=memory is not None), output
 
 
 def _output_error(output: list[Tensor], expected: list[Tensor]) -> float | None:

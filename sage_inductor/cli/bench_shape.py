@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,9 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sage_inductor import kernels
 from sage_inductor.cli.rows import Row, speedup
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.copies import copies_bytes
 from sage_inductor.measurement.ground_truth import sampled_error
+from sage_inductor.measurement.memory import peak_bytes
 from sage_inductor.measurement.timers import median_ms, sets_beyond_l2
 from sage_inductor.torch_internals.sdpa import builtin_sdpa
+
+WITH_COPIES = ("hopper", "triton")  # kernels whose copies `copies_bytes` describes
 
 SDPA: dict[str, SDPBackend | None] = {
     "sdpa": None,
@@ -83,7 +87,7 @@ def _kernel_row(
     asked = AttentionProblem(TensorSpec.of(query), TensorSpec.of(key), TensorSpec.of(value), None, params)
     reasons = kernel.unavailable_reasons(problem.device) or kernel.not_supported_reasons(asked)
     if reasons:
-        return Row(name, precision, problems=tuple(reasons))
+        return _with_copies(Row(name, precision, problems=tuple(reasons)), asked)
 
     prepared = kernel.prepare(query, key, value, None, params, torch.empty_like(query), None)
 
@@ -92,7 +96,17 @@ def _kernel_row(
         prepared(query, key, value, None, out, None)
         return out
 
-    return _timed(name, precision, problem, sets, attend, rows)
+    return _with_copies(_timed(name, precision, problem, sets, attend, rows), asked)
+
+
+def _with_copies(row: Row, asked: AttentionProblem) -> Row:
+    """`row` with the memory of the copies in 8 bits, where none was measured and the kernel takes the problem."""
+    if row.memory is not None or row.name not in WITH_COPIES:
+        return row
+    if kernels.get(row.name).not_supported_reasons(asked):
+        return row
+    query, key, value = (spec.shape for spec in (asked.query, asked.key, asked.value))
+    return replace(row, memory=copies_bytes(query, key, value[-1], row.precision))
 
 
 def _sdpa(problem: Problem, backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -121,9 +135,11 @@ def _timed(
             # SDPA warns of what each backend lacks before it says that there is none.
             return Row(name, precision, problems=_first_lines(failure, *caught))
     tflops = problem.operations / ms / 1e9
-    return Row(
+    row = Row(
         name, precision, ms, speedup(ms, rows), rel_l2=error, tflops=tflops, problems=_first_lines(*caught)
     )
+    peak = peak_bytes(partial(attend, query, key, value), problem.device)
+    return row if peak is None else replace(row, memory=peak - query.nbytes, memory_measured=True)
 
 
 def _first_lines(*messages: Exception | warnings.WarningMessage) -> tuple[str, ...]:

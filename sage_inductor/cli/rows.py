@@ -20,6 +20,10 @@ class Row:
     graph_breaks: int | None = None
     rewritten: int | None = None
     sites: int | None = None
+    memory: int | None = None
+    """Bytes that it takes beside its inputs and output at the most; of a kernel that did not run here, those of its copies in 8 bits
+    (kernels/copies.py)."""
+    memory_measured: bool = False
     problems: tuple[str, ...] = ()
 
 

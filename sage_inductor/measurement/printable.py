@@ -8,6 +8,11 @@ import unicodedata
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
+def printable_line(text: str) -> str:
+    r"""`printable`, of one line: newlines are escaped, too, so that a name cannot write lines of its own into a log."""
+    return printable(text).replace("\n", r"\n")
+
+
 def printable(text: str) -> str:
     r"""`text` with the characters that a terminal would obey, or could not show, escaped as in Python: "\x1b[31m". Newlines
     stay."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 
 from sage_inductor.kernels import PRECISIONS
+from sage_inductor.measurement.memory import mebibytes
 from sage_inductor.plan import file
 from sage_inductor.plan.sites import (
     DECISIONS,
@@ -209,7 +210,7 @@ class Plan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """A header, and a row for each decision with the errors measured there."""
-        header = ("site", "steps", "decision", *PRECISIONS, "of the output")
+        header = ("site", "steps", "decision", *PRECISIONS, "of the output", "MiB")
         rows = []
         for site in self.sites:
             by_precision = {error.precision: error for error in site.measured}
@@ -222,6 +223,7 @@ class Plan:
                     site.decision,
                     *map(_figure_text, figures),
                     _figure_text(chosen.output_rel_l2 if chosen else None),
+                    mebibytes(site.copies_bytes(), measured=False),
                 )
             )
         return header, rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 from sage_inductor.kernels import PRECISIONS
+from sage_inductor.kernels.copies import copies_bytes
 from sage_inductor.report.site import Site, TensorInfo
 
 SDPA = "sdpa"
@@ -135,6 +136,17 @@ class PlannedSite:
 
     def of_decision(self) -> Measured | None:
         return next((measured for measured in self.measured if measured.precision == self.decision), None)
+
+    def copies_bytes(self) -> int | None:
+        """The memory that the copies in 8 bits of the decision take for the inputs of calibration (kernels/copies.py); None where
+        it is SDPA, or sizes are symbolic."""
+        shapes = [text.partition(" ")[0].split("x") for text in (self.query, self.key, self.value)]
+        if self.decision == SDPA or not all(size.isdecimal() for shape in shapes for size in shape):
+            return None
+        query, key, value = (tuple(map(int, shape)) for shape in shapes)
+        if not all(2 <= len(shape) <= 4 for shape in (query, key, value)):
+            return None
+        return copies_bytes(query, key, value[-1], self.decision)
 
     def covers(self, step: int) -> bool:
         if self.steps is None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from sage_inductor.graph.origin import ROOT
 from sage_inductor.graph.places import Place
 from sage_inductor.graph.sizes import known, memory_order
+from sage_inductor.kernels.copies import copies_bytes
+from sage_inductor.measurement.printable import printable_line
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ class Site:
         """The paths of the modules that were compiled, with this one in them; empty where that is the whole model."""
         return tuple(place.compiled for place in self.places if place.compiled != ROOT)
 
+    def copies_bytes(self) -> int | None:
+        """The memory that copies in 8 bits take while this attention runs (kernels/copies.py); None where sizes are symbolic."""
+        if self.query is None or self.key is None or self.value is None:
+            return None
+        shapes = [_known(tensor.shape) for tensor in (self.query, self.key, self.value)]
+        query, key, value = shapes
+        if query is None or key is None or value is None:
+            return None
+        return copies_bytes(query, key, value[-1], self.precision)
+
     @property
     def title(self) -> str:
         """The name, with how many other modules run this code."""
@@ -87,7 +99,7 @@ class Site:
         decision = (
             f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
         )
-        return f"{self.name} at {self.source}: {decision}"
+        return printable_line(f"{self.name} at {self.source}: {decision}")  # for logs and warnings
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Unread:
     """The text of that line, where its file is at hand."""
 
     def __str__(self) -> str:
-        return f"{self.module} at {self.source}: {self.obstacle}"
+        return printable_line(f"{self.module} at {self.source}: {self.obstacle}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,8 @@ class AttentionOperator:
         return self.operator.startswith("sage_inductor::")
 
     def __str__(self) -> str:
-        return f"{self.module} at {self.source}: {self.operator}{' (8-bit attention already)' if self.is_own else ''}"
+        known = " (8-bit attention already)" if self.is_own else ""
+        return printable_line(f"{self.module} at {self.source}: {self.operator}{known}")
 
 
 def layout_of(tensor: Tensor) -> str:
@@ -138,6 +151,12 @@ def layout_of(tensor: Tensor) -> str:
     *_, heads, seq, _ = range(tensor.dim())
     order = memory_order(tensor)
     return "NHD" if order.index(seq) < order.index(heads) else "HND"
+
+
+def _known(shape: tuple[int | str, ...]) -> tuple[int, ...] | None:
+    """`shape` where all of its sizes are numbers, and it is one of `[batch, heads, seq, head_dim]` or fewer dims."""
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    return sizes if len(sizes) == len(shape) and 2 <= len(sizes) <= 4 else None
 
 
 class Names:

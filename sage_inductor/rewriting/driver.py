@@ -21,6 +21,7 @@ from sage_inductor.graph.origin import ROOT, source_code, source_line
 from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
+from sage_inductor.measurement.printable import printable_line
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.patterns.flex_attention import FlexCall
 from sage_inductor.patterns.sdpa import as_autocast_reads
@@ -114,11 +115,11 @@ def _compare_with_plan(sites: Sequence[Site], plan: Plan) -> None:
     verdicts = [_verdict(plan, site, calls[site.module]) for site in sites]
     for verdict in verdicts:
         if not verdict.known:
-            log.warning("%s; it stays SDPA", verdict.reason)
+            log.warning("%s; it stays SDPA", printable_line(str(verdict.reason)))
     names = [name for site in sites for name in planned_names(plan, site)]
     missing = plan.missing(names, {path for site in sites for path in site.compiled})
     if missing:
-        log.warning("plan has sites that this graph lacks: %s", ", ".join(missing))
+        log.warning("plan has sites that this graph lacks: %s", printable_line(", ".join(missing)))
 
 
 def _verdict(plan: Plan, site: Site, calls: int) -> Verdict:
@@ -149,9 +150,8 @@ def _fall_back(refused: list[Site], config: Config) -> None:
             warnings.warn(f"sage_inductor: {site}", stacklevel=2)
         return
     first, *others = refused
-    raise NotEligibleError(
-        first.name, [*first.reasons, *(f"{site.name}: {'; '.join(site.reasons)}" for site in others)]
-    )
+    reasons = [*first.reasons, *(f"{site.name}: {'; '.join(site.reasons)}" for site in others)]
+    raise NotEligibleError(printable_line(first.name), list(map(printable_line, reasons)))
 
 
 @dataclass(frozen=True, eq=False)

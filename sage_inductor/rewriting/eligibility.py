@@ -13,6 +13,7 @@ from sage_inductor.graph.sizes import are_multiples, differ, is_dense, memory_or
 from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
+from sage_inductor.patterns.varlen_attention import called
 from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.torch_internals.dispatch import dispatches_itself
 from sage_inductor.torch_internals.sizes import number_of
@@ -105,16 +106,16 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
 
 
 def varlen_reasons(node: fx.Node, mask: Mask, config: Config) -> list[str]:
-    """Why the attention of the `varlen_attn` at `node`, of which `mask` is made, has to stay. It never reads a mask, so that it
+    """Why the attention of packed sequences at `node` has to stay, of which `mask` is made. It never reads a mask, so that it
     is no alternative to one, and no time of SDPA with a mask says what it takes."""
     reasons = []
     if config.kernel == "auto":
-        reasons.append('varlen_attn (supported: a kernel by name; "auto" has no measurement against it)')
+        reasons.append(f'{called(node)} (supported: a kernel by name; "auto" has no measurement against it)')
     if mask.query_segments is None or mask.attn_mask is not None:
-        reasons.append(reason("mask of varlen_attn", mask, "segments, causal or within a window"))
+        reasons.append(reason(f"mask of {called(node)}", mask, "segments, causal or within a window"))
     values = example_value(node)
     if any(isinstance(value, Tensor) and value.requires_grad for value in values):
-        reasons.append(reason("requires_grad", "output", "none of varlen_attn; torch.no_grad()"))
+        reasons.append(reason("requires_grad", "output", f"none of {called(node)}; torch.no_grad()"))
     return reasons
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from sage_inductor.config import Config
 from sage_inductor.graph.places import Place, Places, tails
+from sage_inductor.measurement.printable import printable_line
 from sage_inductor.plan.plan import Plan
 from sage_inductor.report.site import Site
 
@@ -72,7 +73,8 @@ def unmatched_text(what: Iterable[object], sites: Iterable[Site], at_most: int =
     """ "exclude='*.attn3' matched no attention (sites: blocks.0.attn1, ...)"."""
     paths = list(dict.fromkeys(place.path for site in sites for place in site.places))
     more = f", ... {len(paths) - at_most} more" if len(paths) > at_most else ""
-    return f"{', '.join(map(str, what))} matched no attention (sites: {', '.join(paths[:at_most]) + more or 'none'})"
+    sites_text = printable_line(", ".join(paths[:at_most]) + more or "none")
+    return f"{printable_line(', '.join(map(str, what)))} matched no attention (sites: {sites_text})"
 
 
 def warn_of_unmatched(config: Config, sites: Sequence[Site], graph: fx.Graph, places: Places) -> None:

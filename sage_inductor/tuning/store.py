@@ -21,6 +21,7 @@ from typing import Any
 
 from sage_inductor.kernels.cache_folder import default_folder, expanded
 from sage_inductor.kernels.files import read_regular, replace_file
+from sage_inductor.measurement.printable import printable_line
 from sage_inductor.tuning.comparison import BUCKET_WIDTH
 from sage_inductor.tuning.machine import Machine
 
@@ -158,4 +159,4 @@ def _warn(message: str, *args: object) -> None:
     """Warn once for each kind of message: a folder that is not writable concerns every site of every graph."""
     if message not in _warned:
         _warned.add(message)
-        log.warning(message, *args)
+        log.warning(message, *(printable_line(str(arg)) for arg in args))

@@ -49,3 +49,27 @@ def test_those_that_are_known_are_checked_beside_unknown_ones() -> None:
         make(SageAttentionBackend, host=1, kernel="other")
     with pytest.raises(NotEligibleError, match="dropout_p"):
         make(SageAttentionBackend, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metadata_takes_what_fastvideo_hands_to_every_builder(backend: Any) -> None:
+    builder = backend.get_builder_cls()()
+    builder.prepare()
+    mask = torch.ones(1, 16, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metadata = builder.build(current_timestep=3, attn_mask=mask, VSA_sparsity=0.5)
+    assert metadata == backend.get_metadata_cls()(3, mask, VSA_sparsity=0.5)
+    with pytest.warns(
+        UserWarning, match="build: raw_latent_shape is not used .valid: current_timestep"
+    ) as caught:
+        builder.build(current_timestep=3, raw_latent_shape=(1, 2, 3))
+        builder.build(current_timestep=4, raw_latent_shape=(1, 2, 3))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert metadata.asdict_zerocopy({"attn_mask"}) == {
+        "current_timestep": 3,
+        "is_causal": False,
+        "VSA_sparsity": 0.5,
+    }
+    x = torch.randn(1, 16, 2, 32)
+    assert torch.equal(make(backend).forward(x, x, x, metadata), make(SDPABackend).forward(x, x, x))

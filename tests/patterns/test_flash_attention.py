@@ -204,7 +204,7 @@ def test_what_no_kernel_computes_stays() -> None:
     )
 
 
-def test_caches_and_packed_sequences_stay() -> None:
+def test_caches_stay() -> None:
     q, k, v = inputs()
     lengths = torch.tensor([24, 20], dtype=torch.int32)
 
@@ -215,19 +215,6 @@ def test_caches_and_packed_sequences_stay() -> None:
     reasons = stays(appended, q, k, v, lengths)
     assert "k_new=a tensor (supported: None; a cache that is paged or appended to" in reasons
     assert "seqused_k=a tensor" in reasons
-
-    def packed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
-        out: Tensor = torch.ops.flash_attn._flash_attn_varlen_forward(
-            q, k, v, ends, ends, 10, 10, 0.0, 0.2, True
-        )[0]
-        return out
-
-    tensors = (torch.randn(20, 4, 32) for _ in range(3))
-    reasons = stays(packed, *tensors, torch.tensor([0, 10, 20], dtype=torch.int32))
-    assert (
-        "cu_seqlens_q=a tensor (supported: None; torch.nn.attention.varlen takes packed sequences, and is found)"
-        in reasons
-    )
 
 
 def test_what_a_backward_pass_reads_stays() -> None:

@@ -127,3 +127,18 @@ def test_under_autocast() -> None:
     backend = Rewriting()
     assert strides_of(attend, backend, inputs)[0] == strides_of(attend, "aot_eager", inputs)[0]
     assert backend.rewritten == 1
+
+
+@pytest.mark.parametrize("function", ["sdpa", "causal", "inputs computed"])
+def test_under_anomaly_detection(function: str) -> None:
+    """It looks for NaN in gradients, and those that tell the strides hold no numbers."""
+    backend, attend = Rewriting(), BRANCHES[function]
+    q, k, v = (torch.randn(1, 2, 17, 16, requires_grad=True) for _ in range(3))
+    torch._dynamo.reset()
+    with torch.autograd.detect_anomaly():
+        out = torch.compile(attend, backend=backend, fullgraph=True)(q, k, v)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert backend.rewritten == 1
+    expected = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+    assert all(relative_l2(grad, other) < 1e-5 for grad, other in zip(grads, expected, strict=True))
+    assert torch.is_anomaly_enabled() is False

@@ -3,7 +3,7 @@
     python benchmarks/never_slower.py --out never_slower.json --budget 500
 
 Sites are the grid of attention.py at every precision, and others where a choice can go wrong: cross attention, few
-heads, GQA, masks, head dims that no table knows. The first process lets `explain` choose for each, with an empty
+heads, GQA, masks (padded, ragged, packed), lengths that are not known, head dims that no table knows. The first process lets `explain` choose for each, with an empty
 cache folder beside the results; the second, which reads nothing but the names, times the chosen kernel and SDPA with
 this folder's timer, not the package's. Run again, it goes on where the budget ended. Exits with 1 when a chosen
 kernel was more than 3% slower than SDPA.
@@ -46,26 +46,39 @@ class Site:
     kv_len: int
     head_dim: int
     is_causal: bool = False
-    mask: str = "none"  # none, padding (one row of bools for all queries), tril (a tensor that is causal)
+    mask: str = "none"
+    """none; padding: one row of bools for all sequences; ragged: a row for each, of another length; left: such rows padded in
+    front, and causal; tril: a tensor that is causal; packed: sequences behind one another, causal within each."""
     layout: str = "NHD"
     precision: str = "fast"
+    dynamic: bool = False
+    """Whether it is compiled for lengths that are not known."""
 
     def inputs(self) -> tuple[Tensor, ...]:
         query = self._normal(self.heads, self.q_len)
         key, value = (self._normal(self.kv_heads, self.kv_len) for _ in range(2))
-        if self.mask != "padding":
+        if self.mask in ("none", "tril"):
             return query, key, value
-        keys = torch.arange(self.kv_len, device=DEVICE) < self.kv_len * 3 // 4
-        return query, key, value, keys.expand(self.batch, 1, 1, self.kv_len).contiguous()
+        at = torch.arange(self.kv_len, device=DEVICE)
+        if self.mask == "packed":
+            ends = torch.randperm(self.kv_len - 1, device=DEVICE)[: max(1, self.kv_len // 512)] + 1
+            ids = torch.bucketize(at, ends.sort().values, right=True, out_int32=True)
+            return query, key, value, ids.expand(self.batch, -1).contiguous()
+        lengths = torch.full((self.batch, 1), self.kv_len * 3 // 4, device=DEVICE)
+        if self.mask != "padding":
+            lengths = torch.linspace(self.kv_len // 4, self.kv_len, self.batch, device=DEVICE).long()[:, None]
+        keys = at < lengths
+        keys = keys.flip(-1) if self.mask == "left" else keys
+        return query, key, value, keys[:, None, None].contiguous()
 
     def _normal(self, heads: int, length: int) -> Tensor:
         outer, inner = (length, heads) if self.layout == "NHD" else (heads, length)
         tensor = torch.randn(self.batch, outer, inner, self.head_dim, device=DEVICE, dtype=torch.bfloat16)
         return tensor.transpose(1, 2) if self.layout == "NHD" else tensor
 
-    def model(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def model(self, query: Tensor, key: Tensor, value: Tensor, read: Tensor | None = None) -> Tensor:
         """What is compiled. It makes a causal mask itself, so that the choice can be made by what it holds."""
-        return self.sdpa(query, key, value, self._tril() if self.mask == "tril" else mask)
+        return self.sdpa(query, key, value, self._mask(query.shape[2], key.shape[2], read))
 
     def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         gqa = self.heads != self.kv_heads
@@ -75,20 +88,40 @@ class Site:
 
     def baseline(self) -> Callable[..., Tensor]:
         """SDPA on its own: the mask, which the model has already, is made beforehand."""
-        tril = self._tril() if self.mask == "tril" else None
-        return lambda query, key, value, mask=tril: self.sdpa(query, key, value, mask)
+        made: dict[int | None, Tensor | None] = {}
 
-    def _tril(self) -> Tensor:
-        return torch.ones(self.q_len, self.kv_len, dtype=torch.bool, device=DEVICE).tril()
+        def run(query: Tensor, key: Tensor, value: Tensor, read: Tensor | None = None) -> Tensor:
+            at = None if read is None else read.data_ptr()
+            if at not in made:
+                made[at] = self._mask(self.q_len, self.kv_len, read)
+            return self.sdpa(query, key, value, made[at])
+
+        return run
+
+    def _mask(self, q_len: int, kv_len: int, read: Tensor | None) -> Tensor | None:
+        """The mask of what is `read`: the row over keys, or the ids."""
+        if self.mask in ("none", "padding", "ragged"):
+            return read
+        if self.mask == "tril":
+            return torch.ones(q_len, kv_len, dtype=torch.bool, device=DEVICE).tril()
+        causal = torch.arange(kv_len, device=DEVICE) <= torch.arange(q_len, device=DEVICE)[:, None]
+        assert read is not None
+        if self.mask == "packed":
+            read = (read[:, :, None] == read[:, None])[:, None]
+        return causal & read
 
     def kernel(self, name: str) -> Callable[..., Tensor]:
-        return lambda *inputs: ops.attention(
-            *inputs,
-            **({"is_causal": True} if self.is_causal or self.mask == "tril" else {}),
-            enable_gqa=self.heads != self.kv_heads,
-            kernel_name=name,
-            precision=self.precision,
-        )
+        is_causal = self.is_causal or self.mask in ("tril", "left", "packed")
+
+        def run(query: Tensor, key: Tensor, value: Tensor, read: Tensor | None = None) -> Tensor:
+            ids = {"query_segments": read, "key_segments": read} if self.mask == "packed" else {}
+            return ops.attention(
+                query, key, value, None if ids else read,
+                **({"is_causal": True} if is_causal else {}),
+                enable_gqa=self.heads != self.kv_heads, kernel_name=name, precision=self.precision, **ids,
+            )  # fmt: skip
+
+        return run
 
 
 def grid() -> Iterator[Site]:
@@ -111,6 +144,14 @@ def others() -> Iterator[Site]:
         yield Site(2, 16, 16, seq, seq, 64, mask="padding")
         yield Site(1, 16, 16, seq, seq, 96)
         yield Site(1, 16, 16, seq, seq, 256)
+    for seq in (512, 2048, 8192):
+        for mask in ("ragged", "left", "packed"):
+            batch = max(1, min(64, 2**15 // seq))
+            yield Site(batch, 16, 16, seq, seq, 64, mask=mask)
+            yield Site(batch, 32, 8, seq, seq, 128, mask=mask)
+            yield Site(batch, 32, 8, seq, seq, 128, mask=mask, dynamic=True)
+        yield Site(1, 32, 8, seq, seq, 128, mask="tril", dynamic=True)
+    yield Site(64, 12, 12, 512, 512, 64, mask="padding")
     for seq in (3000, 5000, 6007, 7000):  # between the powers of two, ragged
         yield Site(1, 24, 24, seq, seq, 128)
         yield Site(2, 20, 20, seq, seq, 64)
@@ -145,8 +186,13 @@ def choose(site: Site, cache: Path) -> Row:
     start = time.monotonic()
     config = Config(precision=site.precision, cache_dir=str(cache))
     with torch.no_grad():
-        (found,) = explain(site.model, *site.inputs(), config=config).sites
+        inputs = site.inputs()
+        if site.dynamic:
+            for tensor, dim in zip(inputs, (2, 2, 2, -1), strict=False):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim % tensor.dim())
+        (found,) = explain(site.model, *inputs, config=config).sites
     return {
+        "understood": found.mask,
         "kernel": found.kernel if found.rewritten else "sdpa",
         "speedup_when_chosen": found.speedup,
         "reasons": list(found.reasons),

@@ -31,7 +31,7 @@ from sage_inductor.graph.call import (
 from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.patterns.flash_attention import PackedCall, called, dropout_reasons, items_read, running
 from sage_inductor.patterns.fused_attention import lse_steps
-from sage_inductor.torch_internals import operator_name
+from sage_inductor.torch_internals.operators import operator_name
 
 OPERATORS = ("aten::_efficient_attention_forward", "xformers::efficient_attention_forward_cutlass")
 _READ = {

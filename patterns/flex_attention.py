@@ -1,12 +1,12 @@
-"""`flex_attention`: opened where its score_mod leaves scores as they are, and its mask_mod works element by element.
+"""`flex_attention`: opened where its score_mod adds nothing, a row over keys or a tensor, and its mask_mod works element by element.
 
-What is inside is SDPA with the mask that the mask_mod gives. Whether that mask can be said without writing it out is asked
+What is inside is SDPA with the mask that the two give. Whether that mask can be said without writing it out is asked
 later, and so is whether the lists of a block_mask say the same as its mask_mod: see `rewriting/block_lists.py`.
 """
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +19,17 @@ from sage_inductor.graph.call import (
     Expansion,
     OpaquePattern,
     example_tensor,
+    example_value,
     laid_out_as,
     node_name,
     trace,
 )
-from sage_inductor.graph.facts import AND, CASTS, NOT, OR, XOR, fill, operation
-from sage_inductor.graph.sizes import differ, memory_order
+from sage_inductor.graph.facts import fill
+from sage_inductor.graph.sizes import differ, memory_order, sizes_of
 from sage_inductor.graph.writes import submodule_of
+from sage_inductor.patterns.flex_scores import Scores, read_scores, works_by_element
 from sage_inductor.patterns.nodes import reads_nothing
 
-# What a mask_mod may do: of every element by itself, or look it up.
-_BY_ELEMENT = {
-    *AND, *OR, *NOT, *XOR, *CASTS, "add", "sub", "rsub", "mul", "neg", "abs", "floordiv", "floor_divide", "mod", "remainder",
-    "ge", "gt", "le", "lt", "eq", "ne", "where", "minimum", "maximum", "clamp", "getitem", "index",
-}  # fmt: skip
 # Of a block_mask that was not given: one block that holds everything.
 _EVERYTHING = 1 << 30
 
@@ -49,6 +46,7 @@ class FlexCall:
     block_mask: tuple[Any, ...]
     scale: Any
     options: Any
+    score_buffers: tuple[Any, ...]
     mask_buffers: tuple[Any, ...]
 
     @classmethod
@@ -59,10 +57,29 @@ class FlexCall:
         args = node.args
         if len(args) < 7 or not isinstance(args[4], tuple) or len(args[4]) < 13:
             return None
-        buffers = args[8] if len(args) > 8 and isinstance(args[8], (tuple, list)) else ()
+        of_scores, of_mask = (
+            tuple(args[at]) if len(args) > at and isinstance(args[at], (tuple, list)) else () for at in (7, 8)
+        )
         query, key, value = args[:3]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-        return cls(node, query, key, value, args[3], args[4], args[5], args[6], tuple(buffers))
+        return cls(node, query, key, value, args[3], args[4], args[5], args[6], of_scores, of_mask)
+
+    @property
+    def scores(self) -> Scores | str:
+        """What the score_mod does, or the operations in it that make it something else."""
+        return read_scores(submodule_of(self.score_mod) if isinstance(self.score_mod, fx.Node) else None)
+
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether the mask_mod allows all keys."""
+        result = None if self.mask_mod is None else _result(self.mask_mod)
+        return isinstance(result, fx.Node) and fill(result) == 1
+
+    @property
+    def adds_a_tensor(self) -> bool:
+        """Whether what is added to the scores is a tensor as large as they are, which is there in any case."""
+        scores = self.scores
+        return not isinstance(scores, str) and scores.tensor is not None
 
     @property
     def mask_mod(self) -> fx.GraphModule | None:
@@ -96,12 +113,12 @@ class FlexAttention(OpaquePattern):
         call = FlexCall.of(node)
         if call is None or self.closed_reasons(node):
             return None
-        mask_mod, output = call.mask_mod, _first(node)
-        assert mask_mod is not None and output is not None
-        has_mask = fill(_result(mask_mod)) != 1 if isinstance(_result(mask_mod), fx.Node) else True
+        scores, output = call.scores, _first(node)
+        assert isinstance(scores, Scores) and output is not None
+        count = len(call.score_buffers)
 
         def attention(query: Tensor, key: Tensor, value: Tensor, *buffers: Tensor) -> tuple[Any, ...]:
-            mask = _mask(mask_mod, query, key, buffers) if has_mask else None
+            mask = _mask(call, scores, (query, key), buffers[:count], buffers[count:])
             grouped = bool(differ(query.shape[1], key.shape[1]))
             out = SDPA(query, key, value, mask, scale=call.scale, enable_gqa=grouped)
             if memory_order(out) != memory_order(output):
@@ -109,7 +126,7 @@ class FlexAttention(OpaquePattern):
                     out = getattr(out, method)(*args)
             return out, None, None
 
-        return trace(attention, (call.query, call.key, call.value, *call.mask_buffers))
+        return trace(attention, (call.query, call.key, call.value, *call.score_buffers, *call.mask_buffers))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
         call = FlexCall.of(node)
@@ -117,9 +134,8 @@ class FlexAttention(OpaquePattern):
             named = node.op == "call_function" and getattr(node.target, "__name__", "") == "flex_attention"
             return ["flex_attention=arguments of another form"] if named else []
         reasons = []
-        found = submodule_of(call.score_mod) if isinstance(call.score_mod, fx.Node) else None
-        if (changes := _changes_scores(found)) is not None:
-            reasons.append(_reason("score_mod", changes, "none: scores as they are"))
+        if (changes := _score_reason(call)) is not None:
+            reasons.append(changes)
         if any(user.args[1] != 0 and not reads_nothing(user) for user in node.users):
             reasons.append("flex_attention=its log-sum-exp or maxima are read (supported: the output alone)")
         unknown = "no graph" if call.mask_mod is None else _beyond_elements(call.mask_mod)
@@ -134,7 +150,8 @@ class FlexAttention(OpaquePattern):
             reasons.append(_reason("scale", call.scale, "a number"))
         tensors = [example_tensor(item) for item in (call.query, call.key, call.value)]
         buffers = [
-            isinstance(item, fx.Node) and example_tensor(item) is not None for item in call.mask_buffers
+            isinstance(item, fx.Node) and isinstance(example_value(item), (Tensor, torch.SymInt))
+            for item in (*call.score_buffers, *call.mask_buffers)
         ]
         output, batches = _first(node), [tensor.shape[0] for tensor in tensors if tensor is not None]
         if len(batches) < 3 or not all(buffers) or output is None:
@@ -160,15 +177,31 @@ def _first(node: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _mask(mask_mod: fx.GraphModule, query: Tensor, key: Tensor, buffers: tuple[Tensor, ...]) -> Tensor:
-    """The mask, of indices that broadcast to `[batch, heads, q_len, kv_len]`."""
+def _mask(
+    call: FlexCall,
+    scores: Scores,
+    query_and_key: tuple[Tensor, Tensor],
+    score_buffers: tuple[Tensor, ...],
+    mask_buffers: tuple[Tensor, ...],
+) -> Tensor | None:
+    """The mask, bool or additive, of what broadcasts to `[batch, heads, q_len, kv_len]`. None where nothing is hidden or added."""
+    query, key = query_and_key
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    indices = [
+    indices = tuple(
         torch.arange(size, dtype=torch.int32, device=query.device)[(..., *[None] * after)]
         for size, after in zip(sizes, (3, 2, 1, 0), strict=True)
-    ]
-    mask: Tensor = mask_mod(*indices, *buffers)
-    return mask if mask.dim() >= 2 else mask.expand(sizes[2], sizes[3])
+    )
+    mask = None if call.hides_nothing or call.mask_mod is None else call.mask_mod(*indices, *mask_buffers)
+    if scores.conditions:
+        kept = scores.condition(indices, score_buffers)
+        assert kept is not None
+        mask = kept if mask is None else mask & kept
+    if mask is not None and mask.dim() < 2:
+        mask = mask.expand(sizes[2], sizes[3])
+    if scores.scored is None:
+        return mask
+    added = (scores.row if scores.tensor is None else scores.held)(indices, score_buffers)
+    return added if mask is None else torch.where(mask, added, -math.inf)
 
 
 def _result(module: fx.GraphModule) -> Any:
@@ -176,25 +209,37 @@ def _result(module: fx.GraphModule) -> Any:
     return output.args[0]
 
 
-def _changes_scores(module: fx.GraphModule | None) -> str | None:
-    """What a score_mod does to scores; None where it leaves them as they are."""
-    if module is None:
-        return "no graph"
-    result = _result(module)
-    (first, *_) = module.graph.find_nodes(op="placeholder")
-    if result is first:
+def _score_reason(call: FlexCall) -> str | None:
+    """Why the score_mod keeps the call as it is; None where it does not."""
+    scores = call.scores
+    if isinstance(scores, str):
+        supported = (
+            "none, a sum of what depends on the key and of what depends on the query, bias[b, h, q, k]"
+        )
+        return _reason("score_mod", scores, supported)
+    if scores.held_in is None:
         return None
-    calls = [node_name(node) for node in module.graph.nodes if node.op in ("call_function", "call_method")]
-    return ", ".join(dict.fromkeys(calls)) or "another value"
+    if scores.conditions or not call.hides_nothing:
+        return _reason("score_mod", "a tensor beside a mask", "either: both would be written out")
+    query, key = example_tensor(call.query), example_tensor(call.key)
+    held = call.score_buffers[scores.buffers.index(scores.held_in)]
+    tensor = example_tensor(held) if isinstance(held, fx.Node) else None
+    if query is None or key is None or tensor is None:
+        return "score_mod=operands that are no tensors"
+    if tensor.dtype not in (torch.float32, query.dtype):
+        return _reason("score_mod", f"a tensor of {tensor.dtype}", f"torch.float32, {query.dtype}")
+    wanted = (*sizes_of(query)[:3], sizes_of(key)[2])
+    dims = [scores.indices.index(item) for item in scores.tensor.args[1]]  # type: ignore[union-attr,arg-type]
+    if any(differ(size, wanted[dim]) for size, dim in zip(sizes_of(tensor)[2:], dims[2:], strict=True)) and (
+        not all(isinstance(size, int) for size in (*wanted, *tensor.shape))
+    ):
+        return _reason("score_mod", "a tensor of another length", "lengths known while compiling")
+    return None
 
 
 def _beyond_elements(module: fx.GraphModule) -> str | None:
     """The first operation of a mask_mod that does not work element by element; None where all do."""
     for node in module.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        tensor = example_tensor(node)
-        known = operation(node) in _BY_ELEMENT or fill(node) is not None
-        if tensor is None or tensor.dim() != 0 or not known or node.target is operator.setitem:
+        if node.op not in ("placeholder", "output") and not works_by_element(node):
             return node_name(node)
     return None

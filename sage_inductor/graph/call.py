@@ -221,15 +221,17 @@ def trace(
 ) -> Expansion | None:
     """`function` of the values of `inputs`, traced before dispatch, so that an SDPA call stays one node.
 
-    With `autocast` it is traced as under autocast to that dtype. None for inputs that cannot be traced: those that are no
-    tensors, or are of subclasses with a dispatch of their own.
+    With `autocast` it is traced as under autocast to that dtype. None for inputs that cannot be traced: those that are neither
+    tensors nor symbolic sizes, or are of subclasses with a dispatch of their own.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     values = [example_value(node) for node in inputs]
     fake = first_fake(values)
     if fake is None or any(
-        not isinstance(value, torch.Tensor) or dispatches_itself(value) for value in values
+        not isinstance(value, (torch.Tensor, torch.SymInt))
+        or (isinstance(value, torch.Tensor) and dispatches_itself(value))
+        for value in values
     ):
         return None
     casting = torch.autocast(fake.device.type, autocast, enabled=autocast is not None, cache_enabled=False)

@@ -282,7 +282,7 @@ def _judge(found: _Found, walk: _Walk) -> _Decision:
         mask = dataclasses.replace(mask, as_read=None)
         reasons += varlen_reasons(found.node, mask, walk.config)
     flex = FlexCall.of(found.node)
-    lists = None if flex is None else BlockLists(flex, mask)
+    lists = None if flex is None else BlockLists(flex, mask, found.region.writes)
     if lists is not None:
         reasons += lists.reasons(call, walk.values)
     as_found = found.match.as_found

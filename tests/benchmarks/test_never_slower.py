@@ -78,6 +78,9 @@ def test_both_phases_and_their_resumption(script: Any, tmp_path: Path) -> None:
         {"mask": "tril"},
         {"mask": "tril", "kv_heads": 2},
         {"mask": "padding"},
+        {"mask": "ragged", "batch": 3},
+        {"mask": "left", "batch": 3},
+        {"mask": "packed", "batch": 2, "kv_heads": 2},
         {"kv_heads": 2},
         {"layout": "HND"},
     ],
@@ -90,6 +93,12 @@ def test_kernel_and_baseline_compute_the_same(script: Any, options: dict[str, An
     expected = site.model(*inputs)
     assert torch.equal(site.baseline()(*inputs), expected)
     assert relative_l2(site.kernel("reference")(*inputs), expected) < 0.06
+
+
+def test_sites_of_unknown_lengths_are_understood(script: Any, tmp_path: Path) -> None:
+    sites = [script.Site(2, 2, 2, 32, 32, 32, mask=mask, dynamic=True) for mask in ("left", "packed")]
+    found = [script.choose(site, tmp_path)["understood"] for site in sites]
+    assert found == ["causal (symbolic) + key_padding", "causal (symbolic) + segments"]
 
 
 def test_the_grid_holds_every_size_once(script: Any) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import (
     BlockMask,
     and_masks,
     create_block_mask,
     flex_attention,
-    noop_mask,
+    or_masks,
 )
 
 from sage_inductor import Config, explain
@@ -78,6 +80,30 @@ def site_of(blocks: BlockMask | None, *tensors: Tensor, **options: Any) -> Site:
     return site
 
 
+Case = tuple[Any, Any]  # a score_mod and what makes a block_mask, or None for either
+
+
+def sites_of(cases: list[Case]) -> list[Site]:
+    """The sites of one model that calls flex_attention so, in this order; values and strides checked as by `site_of`."""
+    blocks = [None if make is None else make() for _, make in cases]
+
+    def model(q: Tensor, k: Tensor, v: Tensor, blocks: list[BlockMask | None]) -> list[Tensor]:
+        return [
+            flex_attention(q, k, v, score_mod=score_mod, block_mask=block)
+            for (score_mod, _), block in zip(cases, blocks, strict=True)
+        ]
+
+    torch.compiler.reset()
+    backend, inputs = RewritingBackend(CONFIG), qkv()
+    outputs = torch.compile(model, backend=backend)(*inputs, blocks)
+    exact = model(*(tensor.double() for tensor in inputs), blocks)
+    for out, expected in zip(outputs, exact, strict=True):
+        assert relative_l2(out, expected) < 0.02 and max_error(out, expected) < 0.06
+        assert out.stride() == expected.stride()
+    assert len(backend.graphs) == 1
+    return list(backend.sites)
+
+
 @pytest.mark.parametrize(
     ("mask_mod", "kind"),
     [
@@ -97,37 +123,134 @@ def test_without_a_mask_and_with_grouped_heads() -> None:
     assert site.rewritten and site.mask == "causal"
 
 
-@pytest.mark.parametrize(
-    ("blocks", "reason"),
-    [
-        (lambda: block_mask(document), "block_mask=lists beside segments"),
-        (lambda: block_mask(strictly), "mask_mod=neither a band nor a row"),
-        (lambda: block_mask(padding), "block_mask=lists beside key_padding"),
-        (lambda: block_mask(and_masks(causal, padding)), "block_mask=lists beside causal + key_padding"),
-        (lambda: sparse(noop_mask), "block_mask=lists that differ from the mask_mod"),
-        (lambda: sparse(causal), "block_mask=lists that differ from the mask_mod"),
-    ],
-)
-def test_what_stays(blocks: Callable[[], BlockMask], reason: str) -> None:
-    site = site_of(blocks(), *qkv())
-    assert not site.rewritten and any(reason in text for text in site.reasons), site.reasons
+STARTS = torch.tensor([0, 40, 80, LENGTH])
+OFFSET = torch.tensor(5)
+
+
+def of_documents(mask_mod: Any, starts: Tensor = STARTS, shift: int = 0) -> Any:
+    """A mask_mod of each document, whose positions start at 0, as attention-gym's `generate_doc_mask_mod` makes it."""
+
+    def within(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = DOCUMENTS[q] == DOCUMENTS[k]
+        return same & mask_mod(b, h, q - starts[DOCUMENTS[q]], k - starts[DOCUMENTS[k] + shift])
+
+    return within
+
+
+BESIDE_BANDS: list[tuple[Any, str]] = [
+    (document, "segments"),
+    (and_masks(causal, window, document), "sliding_window left=40 right=0 + segments"),
+    (of_documents(causal), "causal + segments"),
+    (of_documents(and_masks(causal, lambda b, h, q, k: q - k <= 9)), "sliding_window left=9 right=0 + segments"),
+    (and_masks(causal, padding), "causal + key_padding"),
+    (and_masks(causal, padding, document), "causal + key_padding + segments"),
+    (lambda b, h, q, k: causal(b, h, q + 5, k), "band left=all right=5"),
+]  # fmt: skip
+
+
+def test_lists_beside_segments_and_rows() -> None:
+    sites = sites_of([(None, partial(block_mask, mask_mod)) for mask_mod, _ in BESIDE_BANDS])
+    assert [site.mask for site in sites] == [kind for _, kind in BESIDE_BANDS]
+    assert all(site.rewritten for site in sites)
+
+
+def natten(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Neighbours in a picture of 12 columns."""
+    return ((q // 12 - k // 12).abs() <= 2) & ((q % 12 - k % 12).abs() <= 2)
+
+
+STAYS: list[tuple[Any, str]] = [
+    (lambda: block_mask(strictly), "mask_mod=neither a band nor a row"),
+    (lambda: block_mask(natten), "mask_mod=neither a band nor a row"),
+    (lambda: block_mask(or_masks(causal, lambda b, h, q, k: k < 20)), "mask_mod=prefix"),
+    (lambda: block_mask(of_documents(causal, shift=1)), "mask_mod=neither a band nor a row"),
+    (lambda: block_mask(or_masks(causal, document)), "mask_mod=neither a band nor a row"),
+    (lambda: block_mask(lambda b, h, q, k: q // 16 % 3 == k // 16 % 3), "segments in several pieces"),
+    (lambda: sparse(causal), "block_mask=lists that differ from the mask_mod"),
+    (lambda: sparse(document), "block_mask=lists that differ from the mask_mod"),
+    (lambda: sparse(padding), "block_mask=lists that differ from the mask_mod"),
+]
+
+
+def test_what_stays() -> None:
+    sites = sites_of([(None, blocks) for blocks, _ in STAYS])
+    for site, (_, reason) in zip(sites, STAYS, strict=True):
+        assert not site.rewritten and any(reason in text for text in site.reasons), (reason, site.reasons)
 
 
 def sparse(mask_mod: Any) -> BlockMask:
-    """Two blocks of keys for each block of queries, whatever mask_mod allows."""
-    counts = torch.full((1, 1, LENGTH // BLOCK), 2, dtype=torch.int32)
+    """One or two blocks of keys for each block of queries, whatever mask_mod allows."""
+    counts = torch.tensor([[[2, 1, 2]]], dtype=torch.int32)
     indices = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 2, 1]], dtype=torch.int32)[None, None]
     return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod)
 
 
+SLOPES = torch.exp2(-torch.arange(1, 5) * 2.0)
+BIAS = torch.randn(2, 4, LENGTH + 8, LENGTH + 8)
+KEPT = torch.randn(LENGTH)
+
+
+def alibi(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return s + SLOPES[h] * (k - q)
+
+
+ADDED: list[tuple[Any, Any, str | None]] = [
+    (alibi, None, "key_padding"),
+    (alibi, causal, "causal + key_bias"),
+    (lambda s, b, h, q, k: s - (q - k) * torch.exp2(-((h + 1) * 2.0)), causal, "causal + key_bias"),
+    (lambda s, b, h, q, k: torch.where(q >= k, alibi(s, b, h, q, k), -float("inf")), None, "causal + key_bias"),
+    (lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")), None, "causal"),
+    (lambda s, b, h, q, k: s + KEPT[k] + KEPT[q], None, "key_padding"),
+    (lambda s, b, h, q, k: s + BIAS[b, h, q, k], None, "additive"),
+    (lambda s, b, h, q, k: s + BIAS[0][h, q, k], None, None),
+]  # fmt: skip
+
+
+def test_scores_to_which_is_added() -> None:
+    sites = sites_of(
+        [
+            (score_mod, None if mask_mod is None else partial(block_mask, mask_mod))
+            for score_mod, mask_mod, _ in ADDED
+        ]
+    )
+    assert [site.mask if site.rewritten else None for site in sites] == [kind for *_, kind in ADDED]
+
+
+def test_a_bias_is_read_where_it_lies() -> None:
+    """No copy of it is made, nor of a part."""
+
+    def model(q: Tensor, bias: Tensor) -> Tensor:
+        return flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s + bias[h, i, j])
+
+    graph = capture(model, torch.randn(1, 2, 64, 32), torch.randn(2, 70, 64)).graph
+    rewrite_graph(graph, CONFIG)
+    (call,) = (node for node in graph.nodes if "attention" in str(node.target))
+    read = call.args[3]
+    while read.op != "placeholder":
+        assert read.target.name() == "aten::narrow"
+        read = read.args[0]
+
+
+CHANGED: list[tuple[Any, Any, str]] = [
+    (lambda s, b, h, q, k: 20 * torch.tanh(s / 20), None, "score_mod=truediv, tanh, mul"),
+    (lambda s, b, h, q, k: s + KEPT[(q - k).abs()], None, "score_mod=sub, abs, getitem, add"),
+    (lambda s, b, h, q, k: s + SLOPES[h] * (k - q).abs(), None, "score_mod=getitem, sub, abs, mul, add"),
+    (lambda s, b, h, q, k: s + BIAS[b, h, k, q], None, "score_mod=getitem, add"),
+    (lambda s, b, h, q, k: s + BIAS[b, h, q, k], causal, "score_mod=a tensor beside a mask"),
+    (lambda s, b, h, q, k: torch.where(s > 0, s, -float("inf")), None, "score_mod=gt, where"),
+    (alibi, document, "mask_mod=additive"),
+]  # fmt: skip
+
+
 def test_scores_that_are_changed_stay() -> None:
-    slopes = torch.rand(4)
-    for score_mod, text in (
-        (lambda s, b, h, q, k: s + slopes[h] * (k - q), "score_mod=getitem, sub, mul, add"),
-        (lambda s, b, h, q, k: 20 * torch.tanh(s / 20), "score_mod=truediv, tanh, mul"),
-    ):
-        site = site_of(None, *qkv(), score_mod=score_mod)
-        assert not site.rewritten and any(text in reason for reason in site.reasons), site.reasons
+    sites = sites_of(
+        [
+            (score_mod, None if mask_mod is None else partial(block_mask, mask_mod))
+            for score_mod, mask_mod, _ in CHANGED
+        ]
+    )
+    for site, (*_, text) in zip(sites, CHANGED, strict=True):
+        assert not site.rewritten and any(text in reason for reason in site.reasons), (text, site.reasons)
 
 
 def test_the_log_sum_exp_stays() -> None:
@@ -156,6 +279,24 @@ def test_lists_that_come_later_are_looked_at() -> None:
     compiled(*inputs, whole)
 
 
+def test_lists_of_documents_that_come_later_are_looked_at() -> None:
+    def blocks(length: int) -> BlockMask:
+        ids = torch.arange(LENGTH) // length
+        return block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k))
+
+    torch.compiler.reset()
+    backend, model, inputs = RewritingBackend(CONFIG), attend(None), qkv()
+    compiled = torch.compile(model, backend=backend)
+    compiled(*inputs, blocks(40))
+    other = blocks(17)
+    exact = model(*(tensor.double() for tensor in inputs), other)
+    assert relative_l2(compiled(*inputs, other), exact) < 0.02
+    assert len(backend.graphs) == 1
+    other.kv_num_blocks.sub_(1)  # the diagonal blocks have one partial block at least
+    with pytest.raises(RuntimeError, match="leave out keys that its mask_mod allows"):
+        compiled(*inputs, other)
+
+
 def test_explain_and_symbolic_lengths() -> None:
     report = explain(attend(None), *qkv(), block_mask(causal), config=CONFIG)
     assert [site.mask for site in report.sites] == ["causal"] and report.graphs == 1
@@ -167,6 +308,23 @@ def test_explain_and_symbolic_lengths() -> None:
         exact = attend(None)(*(tensor.double() for tensor in inputs), block_mask(causal, length))
         assert relative_l2(out, exact) < 0.02
     assert [site.mask for site in backend.sites][:1] == ["causal"]
+
+
+def test_documents_of_symbolic_lengths() -> None:
+    backend, plain = RewritingBackend(CONFIG), CompileCounter()
+    for compiler in (plain, backend):
+        torch.compiler.reset()
+        compiled = torch.compile(attend(None), backend=compiler)
+        for length in (64, 96, 160):
+            ids = torch.arange(length) // 40
+            blocks = block_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k), length)  # noqa: B023
+            inputs = qkv(length=length)
+            out = compiled(*inputs, blocks)
+            if compiler is backend:
+                exact = attend(None)(*(tensor.double() for tensor in inputs), blocks)
+                assert relative_l2(out, exact) < 0.02
+    assert len(backend.graphs) == plain.frame_count
+    assert {site.mask for site in backend.sites} == {"causal + segments", "causal (symbolic) + segments"}
 
 
 def test_the_operator_takes_its_place() -> None:

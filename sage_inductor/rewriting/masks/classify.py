@@ -15,9 +15,10 @@ from sage_inductor.graph.call import AttentionCall, Band, Expr, Value, example_t
 from sage_inductor.graph.sizes import Size, known, sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.additive import FINAL, seeing_rows, with_uniform_rows
-from sage_inductor.rewriting.masks.algebra import add, at_least, both
+from sage_inductor.rewriting.masks.algebra import add, as_condition, at_least, both
 from sage_inductor.rewriting.masks.blocks import RowEnds, worked_out
 from sage_inductor.rewriting.masks.constants import constant_value
+from sage_inductor.rewriting.masks.equalities import equals
 from sage_inductor.rewriting.masks.formula import (
     BATCH,
     HEAD,
@@ -37,7 +38,7 @@ from sage_inductor.rewriting.masks.meaning import Allowed, Meaning, allowed_by, 
 from sage_inductor.rewriting.masks.ranges import Ranges
 from sage_inductor.rewriting.masks.reading import Reader
 from sage_inductor.rewriting.masks.rows import RowBuilder
-from sage_inductor.rewriting.masks.segments import packed_mask
+from sage_inductor.rewriting.masks.segments import PackedMask, packed_mask
 from sage_inductor.rewriting.masks.views import broadcast
 from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
 from sage_inductor.torch_internals.sizes import shape_env_of
@@ -157,7 +158,11 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
     rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), masks)
     read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
     if read is not None and query is not None and not is_key_padding(read, sizes_of(query)[-2]):
-        return as_read  # a kernel would read as much beside the ids
+        # A kernel would read as much beside the ids, unless these say more of it.
+        within = _within_ids(call, packed, masks)
+        if within is None:
+            return as_read
+        rest, packed = within, dataclasses.replace(packed, is_causal=False)
     if packed.is_causal and not (rest.is_causal and not rest.bottom_right):
         if rest.bottom_right or rest.is_causal or rest.window_right >= 0:
             return as_read  # the smaller of two bounds
@@ -167,6 +172,25 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
         is_static = all(isinstance(sizes_of(item)[-2], int) for item in lengths if item is not None)
         rest = dataclasses.replace(rest, kind=band, read=read_kind, is_causal=True, symbolic=not is_static)
     return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
+
+
+def _within_ids(call: AttentionCall, packed: PackedMask, masks: Masks) -> Mask | None:
+    """What `call`'s mask asks for where the ids are equal, as a band, a row over keys or both; None where that is more."""
+    understood, compared = masks.understood(call), example_tensor(packed.equality)
+    query, key = example_tensor(call.query), example_tensor(call.key)
+    if understood is None or compared is None or query is None or key is None:
+        return None
+    reader, meaning = understood.reader, understood.meaning
+    index = broadcast(tuple(map(variable, (BATCH, HEAD, QUERY, KEY))), sizes_of(compared))
+    try:
+        equality = reader.ranges.simplified(as_condition(reader.element(packed.equality, index, call.node)))
+    except NotUnderstood:
+        return None
+    if meaning.others != (equality,) or equals(equality) is None:
+        return None
+    alone = dataclasses.replace(understood, meaning=dataclasses.replace(meaning, others=()), rows={})
+    q_len, kv_len = (plain(sizes_of(tensor)[-2]) for tensor in (query, key))
+    return _as_band_and_row(call, alone, q_len, kv_len, masks)
 
 
 def _classify(call: AttentionCall, masks: Masks) -> Mask:
@@ -190,7 +214,8 @@ def _classify(call: AttentionCall, masks: Masks) -> Mask:
             is_known = found.attn_mask is not None and isinstance(q_len, int) and isinstance(kv_len, int)
             constant = masks.constant(call.attn_mask) if is_known else None
             return (None if constant is None else classify_constant(constant, q_len, kv_len)) or found
-        name = understood.meaning.name(plain(kv_len - q_len))
+        has_bias = understood.allowed.bias is not None
+        name = None if has_bias else understood.meaning.name(plain(kv_len - q_len))
     if isinstance(q_len, int) and isinstance(kv_len, int) and _may_be_constant(understood):
         constant = masks.constant(call.attn_mask)
         if constant is not None:
@@ -251,6 +276,8 @@ def _as_band_and_row(
         return None
     is_static = isinstance(q_len, int) and isinstance(kv_len, int)
     band = dataclasses.replace(band, symbolic=not is_static)
+    if understood.allowed.bias is not None:
+        return _beside_bias(call, understood, meaning, band)
     if meaning.keys == TRUE:
         blind = additive and not _every_query_sees_a_key(meaning, q_len, kv_len, understood.reader.ranges)
         return None if blind else band
@@ -267,6 +294,24 @@ def _as_band_and_row(
     else:
         joined = dataclasses.replace(band, attn_mask=row, read="key_padding")
     return joined if max(hidden) == -math.inf else _with_seeing(joined, meaning, call)
+
+
+def _beside_bias(call: AttentionCall, understood: Understood, meaning: Meaning, band: Mask) -> Mask | None:
+    """`band` with what is added to the scores of its keys, where that is a row: ALiBi."""
+    bias, reader = understood.allowed.bias, understood.reader
+    lengths = reader.ranges.sizes[QUERY], reader.ranges.sizes[KEY]
+    # -inf, or beside it a number that hides: all the same where every query sees a key.
+    if bias is None or meaning.keys != TRUE or band.kind in ("all_true", "zero_bias"):
+        return None
+    if max(understood.allowed.hidden) > FINAL or not _every_query_sees_a_key(
+        meaning, *lengths, reader.ranges
+    ):
+        return None
+    try:
+        row = RowBuilder(call, reader).read(bias)
+    except NotUnderstood:
+        return None
+    return dataclasses.replace(band, attn_mask=row, read="key_bias")
 
 
 def _rest_worked_out(

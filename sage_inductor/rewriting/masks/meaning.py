@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sage_inductor.graph.sizes import Size
 from sage_inductor.rewriting.masks.algebra import both, choice
+from sage_inductor.rewriting.masks.equalities import beside_equalities
 from sage_inductor.rewriting.masks.formula import (
     FALSE,
     KEY,
@@ -33,10 +34,11 @@ from sage_inductor.rewriting.masks.ranges import Ranges
 @dataclass(frozen=True)
 class Allowed:
     """Where `condition` holds a key is attended to; elsewhere one of `hidden` is added to the score, or for a bool mask
-    nothing is (-inf)."""
+    nothing is (-inf). `bias`: floats that are added to the scores of all keys that are attended to; None: nothing is."""
 
     condition: Condition
     hidden: frozenset[float] = frozenset({-math.inf})
+    bias: Data | None = None
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,27 @@ def allowed_by(scalar: Scalar, finite: float) -> Allowed:
     if isinstance(scalar, Condition):
         return Allowed(scalar)
     hidden: set[float] = set()
-    condition = _allowed(scalar, finite, hidden)
-    return Allowed(condition, frozenset(hidden))
+    added: set[Data | None] = set()
+    condition = _allowed(scalar, finite, hidden, added)
+    if len(added) > 1:
+        raise NotUnderstood("several biases")
+    return Allowed(condition, frozenset(hidden), added.pop() if added else None)
 
 
-def _allowed(scalar: Scalar, finite: float, hidden: set[float]) -> Condition:
+def _allowed(scalar: Scalar, finite: float, hidden: set[float], added: set[Data | None]) -> Condition:
+    """As `Allowed`, what is added to scores in `added`: None for nothing."""
     if isinstance(scalar, Conditional):
-        chosen, other = (_allowed(item, finite, hidden) for item in (scalar.chosen, scalar.other))
+        chosen, other = (_allowed(item, finite, hidden, added) for item in (scalar.chosen, scalar.other))
         found = choice(scalar.condition, chosen, other)
         assert isinstance(found, Condition)
         return found
+    if isinstance(scalar, Data) and QUERY not in names_of(scalar):
+        added.add(scalar)
+        return TRUE
     constant = constant_of(scalar)
     value = scalar.number if isinstance(scalar, Real) else constant
     if constant == 0:
+        added.add(None)
         return TRUE
     if not isinstance(value, (int, float)) or not value <= finite:
         raise NotUnderstood("a bias")
@@ -94,13 +104,13 @@ def _allowed(scalar: Scalar, finite: float, hidden: set[float]) -> Condition:
 def meaning_of(condition: Condition, ranges: Ranges) -> Meaning:
     """The conjunction that `condition` is."""
     condition = ranges.simplified(condition)
-    parts = condition.parts if isinstance(condition, AllOf) else frozenset({condition})
+    parts = beside_equalities(condition.parts) if isinstance(condition, AllOf) else [condition]
     low: Size | None = None
     high: Size | None = None
     keys: list[Condition] = []
     others: list[Condition] = []
     for part in parts:
-        bounds = _band(part)
+        bounds = None if part == TRUE else _band(part)
         if bounds is not None:
             lower, upper = bounds
             if (lower is not None and low is not None) or (upper is not None and high is not None):

@@ -67,6 +67,10 @@ class RowBuilder:
         join = torch.logical_and if isinstance(condition, AllOf) else torch.logical_or
         return functools.reduce(lambda left, right: Expr.of(join, left, right), parts)
 
+    def read(self, data: Data) -> Value:
+        """What is read, as a row. Raises NotUnderstood."""
+        return self._laid_out(data.node, data.index)
+
     def _number(self, number: Linear) -> Value:
         if not isinstance(number.constant, int) or not number.terms:
             raise NotUnderstood("a symbolic number")

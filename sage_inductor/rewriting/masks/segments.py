@@ -41,6 +41,8 @@ class PackedMask:
     """Bool, what the mask asks for besides; None where that is nothing."""
     is_causal: bool
     """Whether it asks for keys that are no later than the query, too."""
+    equality: Value
+    """Bool, the part of the mask that compares the ids."""
 
 
 def packed_mask(call: AttentionCall, writes: Writes) -> PackedMask | None:
@@ -60,16 +62,17 @@ def packed_mask(call: AttentionCall, writes: Writes) -> PackedMask | None:
         if rows is None:
             continue
         for own, other in (rows, rows[::-1]):
-            ids = _row(own, -2, query, query), _row(other, -1, query, key)
+            ids = _row(own, -2, call, query, query), _row(other, -1, call, query, key)
             if ids[0] is None or ids[1] is None or any(map(writes.touch, leaves(own) + leaves(other))):
                 continue
-            return _packed(
-                ids[0], ids[1], (own, other), [item for item in parts if item is not part], query, key, writes
-            )
+            others = [item for item in parts if item is not part]
+            return _packed(call, part, ids[0], ids[1], (own, other), others, query, key, writes)
     return None
 
 
 def _packed(
+    call: AttentionCall,
+    equality: Value,
     query_ids: Value,
     key_ids: Value,
     compared: tuple[Value, Value],
@@ -81,7 +84,7 @@ def _packed(
     """The mask where `others`, bool masks, hold beside the ids, which were made of the rows `compared`."""
     is_causal, seen, rest = False, list[Value](), list[Value]()
     for item in others:
-        row = _row(item, -2, query, query)
+        row = _row(item, -2, call, query, query)
         if row is not None:
             seen.append(row)
         elif is_causal_within(item, *compared, writes) or _is_causal(item, query, key, writes):
@@ -91,7 +94,7 @@ def _packed(
     if any(map(writes.touch, [leaf for row in seen for leaf in leaves(row)])):
         return None
     ids = _as_int32(query_ids, key_ids, joined(seen) if seen else None, writes)
-    return PackedMask(*ids, joined(rest) if rest else None, is_causal)
+    return PackedMask(*ids, joined(rest) if rest else None, is_causal, equality)
 
 
 def _is_causal(part: Value, query: Tensor, key: Tensor, writes: Writes) -> bool:
@@ -147,7 +150,7 @@ def _is_row(item: Value, along: int, query: Tensor, rows: Tensor) -> bool:
     return sizes_of(tensor)[along] == sizes_of(rows)[-2] and all(size == 1 for size in others.values())
 
 
-def _row(ids: Value, along: int, query: Tensor, rows: Tensor) -> Value | None:
+def _row(ids: Value, along: int, call: AttentionCall, query: Tensor, rows: Tensor) -> Value | None:
     """Such integers or bools as `[batch, length]`, or `[length]` where query has no batch. None where they are something else."""
     tensor, batch = example_tensor(ids), sizes_of(query)[0]
     if (
@@ -163,7 +166,11 @@ def _row(ids: Value, along: int, query: Tensor, rows: Tensor) -> Value | None:
             ids = Expr.of("select", ids, dim, 0)
     if query.dim() < 4 or (rank == 4 and sizes_of(tensor)[0] == batch):
         return ids
-    return Expr.of("expand", ids, batch, -1) if isinstance(batch, int) else None
+    if isinstance(batch, int):
+        return Expr.of("expand", ids, batch, -1)
+    if not isinstance(call.query, fx.Node) or "val" in call.query.meta:
+        return None  # a symbolic size in an exported program
+    return Expr.of("expand", ids, Expr.of("size", call.query, 0), -1)
 
 
 def _as_int32(query: Value, key: Value, seen: Value | None, writes: Writes) -> tuple[Value, Value]:

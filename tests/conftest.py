@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from triton_interpreter import patch_once_a_launch
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -92,6 +93,8 @@ def new_process() -> Iterator[Callable[[], None]]:
     """Every test starts seeded and as in a new process; one that needs to do so again in its middle calls this."""
     torch.manual_seed(0)
     forget()
+    if not HAS_GPU:
+        patch_once_a_launch()
     yield forget
     forget()
 

@@ -4,7 +4,9 @@ from that on Hopper, and waits for the kernel in front (programmatic dependent l
     python tests/helpers/compile_offline.py 90 fast 128 none
 
 Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys), bias (float32, over
-keys), queries (bool, a row for each query), segments, or segments+ and one of the others. A process of its own, because Triton's interpreter, which the tests run under, is chosen when it is imported.
+keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Several fours are compiled one after the
+other, with an empty line between. A process of its own, because Triton's interpreter, which the tests run under, is chosen when
+it is imported.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        """A device for each capability: Triton remembers what it compiles for a device."""
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -90,9 +93,6 @@ def usage(cubin: bytes) -> dict[str, int]:
 def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None:
     triton.runtime.driver.set_active(Driver(capability))
     launch.capability = lambda index: divmod(capability, 10)
-    torch.cuda.current_device = lambda: None
-    for name in KERNELS:
-        setattr(launch, name, Compiled(getattr(launch, name)))
     q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
     first, _, second = mask_kind.partition("+")
     segments = Segments(*torch.zeros(2, 2, 256, dtype=torch.int32)) if first == "segments" else None
@@ -106,4 +106,11 @@ def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    torch.cuda.current_device = lambda: None
+    for name in KERNELS:
+        setattr(launch, name, Compiled(getattr(launch, name)))
+    for start in range(1, len(sys.argv), 4):
+        capability, precision, head_dim, mask = sys.argv[start : start + 4]
+        if start > 1:
+            print()
+        main(int(capability), precision, int(head_dim), mask)

@@ -302,13 +302,14 @@ def qwen_image(padded: int) -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs
 
 
-def unet() -> tuple[nn.Module, dict[str, Any]]:
+def unet(attention: str = "CrossAttn") -> tuple[nn.Module, dict[str, Any]]:
+    """Without `attention` in the blocks that go down and up, there is some in the middle."""
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
-        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2,
+        cross_attention_dim=32, down_block_types=(f"{attention}DownBlock2D",),
+        up_block_types=(f"{attention}UpBlock2D",), attention_head_dim=2,
     )  # fmt: skip
     inputs = {
         "sample": torch.randn(1, 4, 8, 8),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -43,9 +45,18 @@ def documented(family: str) -> dict[tuple[str, str], dict[str, str]]:
     return {(row["model"], row["attention is"]): row for row in rows}
 
 
-def sampled() -> list[tuple[str, Entry, str]]:
+ELSEWHERE = ("llama", "bert", "vit", "ltx")  # of which test_models.py has the kind, with more checks
+
+
+def sampled() -> list[Any]:
     return [
-        (family, entry, implementation)
+        pytest.param(
+            family,
+            entry,
+            implementation,
+            marks=[pytest.mark.slow] if entry.name in ELSEWHERE else [],
+            id=f"{family}-{entry.name}-{implementation}",
+        )
         for family, names in SAMPLE.items()
         for entry in entries(family)
         if entry.name in names
@@ -59,9 +70,7 @@ def check(row: Row) -> None:
     assert row.share is None or row.share < SHARE
 
 
-@pytest.mark.parametrize(
-    ("family", "entry", "implementation"), sampled(), ids=lambda item: getattr(item, "name", item)
-)
+@pytest.mark.parametrize(("family", "entry", "implementation"), sampled())
 def test_rows(family: str, entry: Entry, implementation: str) -> None:
     row = measure(entry, implementation)
     check(row)

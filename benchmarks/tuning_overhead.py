@@ -56,10 +56,10 @@ class Model(nn.Module):
 
 def compile_once(tune: str, cache: str, layers: int, shapes: int, seq: int, device: str) -> dict[str, Any]:
     """Figures of one compile in this process."""
-    from sage_inductor.rewriting import driver
+    from sage_inductor.rewriting import decision
 
     spent, choices = 0.0, []
-    choose = driver.choose
+    choose = decision.choose
 
     def timed(*args: Any) -> Any:
         nonlocal spent
@@ -68,7 +68,7 @@ def compile_once(tune: str, cache: str, layers: int, shapes: int, seq: int, devi
         spent += time.perf_counter() - start
         return choices[-1]
 
-    driver.choose = timed
+    decision.choose = timed
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = Model(layers, shapes).eval().to(device, dtype)
     x = torch.randn(1, seq, 1024, device=device, dtype=dtype)

@@ -18,8 +18,9 @@ from sage_inductor.plan.plan import Plan
 from sage_inductor.report.report import Report
 from sage_inductor.report.site import AttentionOperator, Site, Unread, unique_names
 from sage_inductor.rewriting.attention_operators import attention_operators
-from sage_inductor.rewriting.driver import planned_names, rewrite_graph
+from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.rewriting.exported import rewrite_program
+from sage_inductor.rewriting.planned import planned_names
 from sage_inductor.rewriting.selection import unmatched, unmatched_text
 from sage_inductor.rewriting.unrecognised import unread
 from sage_inductor.torch_internals.dynamo import compiled_one_by_one, surfaced

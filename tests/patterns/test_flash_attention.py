@@ -283,9 +283,9 @@ def test_a_kernel_has_to_beat_the_operator_that_stands_there(monkeypatch: pytest
         seen.append(comparison)
         return real(comparison, config, *rest)
 
-    from sage_inductor.rewriting import driver
+    from sage_inductor.rewriting import decision
 
-    monkeypatch.setattr(driver, "choose", choosing_for)
+    monkeypatch.setattr(decision, "choose", choosing_for)
     attend, args = fa2(causal=True), inputs()
     run(lambda *tensors: attend(*tensors)[0], *args)
     (comparison,) = seen

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sage_inductor import Config
 from sage_inductor.graph.call import Pattern
-from sage_inductor.rewriting import driver
+from sage_inductor.rewriting import found
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 ROOT = next(parent for parent in Path(__file__).resolve().parents if (parent / "pyproject.toml").exists())
@@ -52,7 +52,7 @@ def pattern() -> Pattern:
 
 @pytest.mark.usefixtures("inference", "library")
 def test_the_example_finds_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "ALL", (*driver.ALL, pattern()))
+    monkeypatch.setattr(found, "ALL", (*found.ALL, pattern()))
     for function, inputs in pattern().examples():
         backend = RewritingBackend(Config(kernel="reference", precision="accurate"))
         out = torch.compile(function, backend=backend)(*inputs)

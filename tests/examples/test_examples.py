@@ -42,7 +42,7 @@ def test_help_and_public_names_only(
     printed = capsys.readouterr().out
     assert not done.value.code and "--kernel" in printed and "--device" in printed
     modules = re.findall(r"(?:from|import) (sage_inductor[\w.]*)", (EXAMPLES / f"{name}.py").read_text())
-    assert set(modules) <= {"sage_inductor", "sage_inductor.backends"}
+    assert set(modules) <= {"sage_inductor", "sage_inductor.backends", "sage_inductor.integrations"}
 
 
 def test_quickstart(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,9 +118,7 @@ def _what_stands_between(node: fx.Node, outer: WeightedSum, behind: Softmax) -> 
         if (others := _other_readers(last, trail, *weights.softmax.readers)) is not None:
             return f"scores={others}"
         if weights.zeroed is not None and logits_of(weights.softmax, weights.order, None, weights.sink_at):
-            return (
-                "weights=zeros where a mask says so that does not hide the scores (known: one mask for both)"
-            )
+            return "weights=zeros at a mask that does not hide the scores alone (known: one mask for both)"
         if _product(last) is not None:
             return f"scores={node_name(last)} in front of the softmax (known: queries times keys)"
         name = node_name(_unknown_term(last))

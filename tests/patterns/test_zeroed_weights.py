@@ -116,9 +116,12 @@ LEFT: dict[str, tuple[Attend, str]] = {
     "another number for NaN": (lambda w, mask: w.nan_to_num(1.0), "weights=nan_to_num"),
     "another mask": (
         lambda w, mask: torch.where(mask.flip(-1), w, 0.0),
-        "weights=zeros where a mask says so",
+        "weights=zeros at a mask that does not hide the scores alone",
     ),
-    "the mask inverted": (lambda w, mask: w * ~mask, "weights=zeros where a mask says so"),
+    "the mask inverted": (
+        lambda w, mask: w * ~mask,
+        "weights=zeros at a mask that does not hide the scores alone",
+    ),
     "a mask of other numbers": (lambda w, mask: w * (0.5 * mask), "weights=mul"),
     "NaN that is read": (lambda w, mask: at_nan(w) + w.isnan().any(), "weights=add"),
 }

@@ -56,6 +56,21 @@ def folded(query: Value, key: Value, value: Value) -> Grouped | None:
     return None
 
 
+def same_batch(query: Value, key: Value, value: Value) -> tuple[Value, Value, Value]:
+    """The three with a batch of 1 expanded where others have more: learned queries, or keys that all samples share. Inputs of other
+    than four dims as they are."""
+    items = (query, key, value)
+    sizes = [shape_of(item)[0] for item in items if len(shape_of(item)) == 4]
+    whole = next((size for size in sizes if size != 1), 1)
+    if len(sizes) != 3 or not isinstance(whole, int) or any(size not in (1, whole) for size in sizes):
+        return items
+    query, key, value = (
+        item if size == whole else Expr.of("expand", item, whole, -1, -1, -1)
+        for item, size in zip(items, sizes, strict=True)
+    )
+    return query, key, value
+
+
 def folded_mask(mask: Value, scores: tuple[Size, ...]) -> Value | None:
     """`mask`, which broadcasts to scores of five dims and more, as one that does so once these are folded as `folded` does
     it. None where it does not broadcast."""

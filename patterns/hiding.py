@@ -89,7 +89,7 @@ def _multiplied_mask(node: fx.Node) -> Hiding | None:
         mask, value = lowest
         source = next((arg for arg in operands(kept) if arg is not mask), None)
         if mask in operands(kept) and isinstance(source, fx.Node) and only_reader(kept, node):
-            if not _made_of_bools(mask):
+            if not made_of_bools(mask):
                 return None
             hidden = negated(Expr.of("to", mask, torch.bool))
             return _hiding(node, source, hidden, -value if node in SUB else value)
@@ -113,7 +113,7 @@ def _times_inverse(node: Any) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _made_of_bools(mask: fx.Node) -> bool:
+def made_of_bools(mask: fx.Node) -> bool:
     """Whether `mask` holds but 0 and 1, being a view, copy or cast of a bool tensor."""
     current: Any = mask
     while isinstance(current, fx.Node):

@@ -41,6 +41,7 @@ from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 from sage_inductor.patterns.terms import LOWEST, Term, floor_of, tells_keys_apart
+from sage_inductor.patterns.zeros import same_mask
 
 # A number up to this size may be added to all logits of a row: the softmax does not see it, and rounding leaves the scores.
 SHIFT = 1e3
@@ -61,7 +62,7 @@ class Logits:
     views: tuple[tuple[Any, ...], ...] = ()  # the shapes that the logits take on the way
     floor: float | None = None  # what is less, -inf too, becomes that number later on
     # Where the weights are set to zero, until it is seen to be where keys are hidden.
-    zeroed: fx.Node | None = None
+    zeroed: Value | None = None
     zeroed_alone: bool = False  # finite numbers hid those keys, and must not compete with others
     sink: Value | None = None  # what softmax sees beside the keys
 
@@ -91,7 +92,7 @@ class Logits:
                     return None
                 remaining = Expr.of(torch.logical_or, remaining, later.value)
         allowed = self._term(remaining, node)
-        if hidden is self.zeroed:  # no weight is left there, even where all keys are hidden
+        if same_mask(hidden, self.zeroed):  # no weight is left there, even where all keys are hidden
             return replace(
                 self, allowed=(*self.allowed, allowed), zeroed=None, zeroed_alone=not hides_for_good
             )
@@ -121,7 +122,7 @@ class Logits:
 def logits_of(
     found: Softmax,
     order: Order,
-    zeroed: fx.Node | None = None,
+    zeroed: Value | None = None,
     sink_at: int | None = None,
     trail: list[fx.Node] | None = None,
 ) -> Logits | None:

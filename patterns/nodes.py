@@ -44,7 +44,8 @@ def _in_place_too(*names: str) -> tuple[str, ...]:
 MATMUL = Kind(
     ("matmul", "bmm", "mm", "__matmul__"),
     (
-        torch.matmul, torch.bmm, torch.mm, operator.matmul, aten.matmul.default, aten.bmm.default, aten.mm.default,
+        torch.matmul, torch.bmm, torch.mm, torch.linalg.matmul, operator.matmul, aten.matmul.default, aten.bmm.default,
+        aten.mm.default, aten.linalg_matmul.default,
     ),
 )  # fmt: skip
 BADDBMM = Kind(("baddbmm",), (torch.baddbmm, aten.baddbmm.default))
@@ -126,6 +127,10 @@ CLAMP = Kind(
 MASKED_FILL = Kind(
     _in_place_too("masked_fill"), (torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 )
+NAN_TO_NUM = Kind(
+    _in_place_too("nan_to_num"), (torch.nan_to_num, aten.nan_to_num.default, aten.nan_to_num_.default)
+)
+ISNAN = Kind(("isnan",), (torch.isnan, aten.isnan.default))
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
 UNSQUEEZE = Kind(operations=("unsqueeze",))
 TRANSPOSE = Kind(

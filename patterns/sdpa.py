@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from sage_inductor.graph.call import SDPA, SDPA_TARGETS, AttentionCall, Expr, Pattern, example_tensor
 from sage_inductor.graph.sizes import is_dense
 from sage_inductor.graph.surroundings import Surroundings
-from sage_inductor.patterns.heads import folded, folded_mask
+from sage_inductor.patterns.heads import folded, folded_mask, same_batch
 from sage_inductor.patterns.nodes import shape_of
 
 
@@ -69,7 +69,7 @@ def as_autocast_reads(call: AttentionCall, around: Surroundings) -> AttentionCal
 
 
 class ManyDims(ScaledDotProductAttention):
-    """A call of five dims and more, which no kernel takes."""
+    """A call of five dims and more, or one whose batch is broadcast, which no kernel takes."""
 
     under_transforms = False
 
@@ -82,10 +82,14 @@ class ManyDims(ScaledDotProductAttention):
 
 
 def _folded(call: AttentionCall) -> AttentionCall | None:
-    """`call` with all dims but the first and the last two as heads."""
+    """`call` with all dims but the first and the last two as heads; of four dims with one batch for all."""
     output, inputs = example_tensor(call.node), (call.query, call.key, call.value)
-    if output is None or {len(shape_of(item)) for item in inputs} != {output.dim()} or output.dim() < 5:
+    if output is None or {len(shape_of(item)) for item in inputs} != {output.dim()}:
         return None
+    if output.dim() < 5:
+        query, key, value = same_batch(*inputs)
+        changed = (query, key, value) != inputs
+        return replace(call, query=query, key=key, value=value) if changed else None
     if call.enable_gqa or not is_dense(output):
         return None
     grouped = folded(*inputs)

@@ -19,12 +19,11 @@ from torch import Tensor, fx
 from sage_inductor.graph.call import AttentionCall, Expr, Pattern, Value, example_tensor, laid_out_as, traced
 from sage_inductor.graph.sizes import known, strides_of
 from sage_inductor.patterns.axes import Order, ordered, permutation, viewed
-from sage_inductor.patterns.heads import folded, lifted, unfolded
+from sage_inductor.patterns.heads import folded, lifted, same_batch, unfolded
 from sage_inductor.patterns.logits import Logits, logits_of
 from sage_inductor.patterns.nodes import (
     CAST,
     DROPOUT,
-    MASKED_FILL,
     RESHAPE,
     SAME,
     argument,
@@ -32,13 +31,12 @@ from sage_inductor.patterns.nodes import (
     only_reader,
     shape_of,
     uncast,
-    unexpanded,
 )
-from sage_inductor.patterns.numbers import number
 from sage_inductor.patterns.products import Methods, WeightedSum, weighted_sums
 from sage_inductor.patterns.sinks import left_out
 from sage_inductor.patterns.softmax import Softmax, divided, quotient, softmax
 from sage_inductor.patterns.terms import Term, in_order, is_representable
+from sage_inductor.patterns.zeros import zeros
 
 
 class SoftmaxMatmul(Pattern):
@@ -101,22 +99,24 @@ class Weights:
     softmax: Softmax
     order: Order
     dropout: float
-    zeroed: fx.Node | None
+    zeroed: Value | None
     sink_at: int | None
 
 
 def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None = None) -> Weights | None:
     """The weights that the second product, `reader`, takes; None at anything unknown on the way to their softmax. The nodes
     on the way are appended to `trail`; where the result is None, its last node is the unknown one."""
-    dropout, zeroed, order = 0.0, None, outer.order
+    dropout, order = 0.0, outer.order
+    zeroed: Value | None = None
     sink_at: int | None = None
+    readers: tuple[fx.Node, ...] = (reader,)
     current: Any = outer.weights
     while isinstance(current, fx.Node):
         if trail is not None:
             trail.append(current)
-        if not only_reader(current, reader):
+        if not only_reader(current, *readers):
             return None
-        found = softmax(current)
+        found, readers = softmax(current), (current,)
         if found is not None:
             return Weights(found, order, dropout, zeroed, sink_at) if found.dim == order[-1] else None
         source, moved = argument(current, 0, "input"), permutation(current)
@@ -131,10 +131,12 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
         elif current in DROPOUT:
             p, training = argument(current, 1, "p", 0.5), argument(current, 2, "training", True)
             dropout = float(p) if training else dropout
-        elif current in MASKED_FILL and number(argument(current, 2, "value")) == 0 and zeroed is None:
-            zeroed = unexpanded(argument(current, 1, "mask"))
-            if not isinstance(zeroed, fx.Node) or shape_of(source) != shape_of(current):
-                return None
+        elif (emptied := zeros(current)) is not None:
+            if emptied.mask is not None:
+                if zeroed is not None:
+                    return None
+                zeroed = emptied.mask
+            source, readers = emptied.source, emptied.readers
         elif current in RESHAPE:
             before = viewed(order, shape_of(current), shape_of(source))
             if (
@@ -147,7 +149,7 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
             order = before
         elif not (casts_floats(current) or current in SAME):
             return None
-        reader, current = current, source
+        current = source
     return None
 
 
@@ -168,7 +170,7 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     grouped = folded(query, key, value) if dims > 4 else unfolded(query, key, value, logits.views)
     if grouped is None:
         return None
-    query, key, value = grouped.query, grouped.key, grouped.value
+    query, key, value = same_batch(grouped.query, grouped.key, grouped.value)
     steps = _as_laid_out(output, grouped.restore + restore, undo + grouped.undo)
     if steps is None:
         return None

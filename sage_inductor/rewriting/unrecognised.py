@@ -117,6 +117,8 @@ def _what_stands_between(node: fx.Node, outer: WeightedSum, behind: Softmax) -> 
         last = trail[-1] if trail else weights.softmax.logits  # a sink that is not understood comes first
         if (others := _other_readers(last, trail, *weights.softmax.readers)) is not None:
             return f"scores={others}"
+        if weights.zeroed is not None and logits_of(weights.softmax, weights.order, None, weights.sink_at):
+            return "weights=zeros at a mask that does not hide the scores alone (known: one mask for both)"
         if _product(last) is not None:
             return f"scores={node_name(last)} in front of the softmax (known: queries times keys)"
         name = node_name(_unknown_term(last))

@@ -149,10 +149,10 @@ def test_every_kernel_has_its_form(kernel: Any, q_len: int) -> None:
 
 def test_rows_behind_the_last_query_have_an_lse_of_inf() -> None:
     """As the kernel leaves them, so that a merge gives them no weight of another part's."""
-    from sage_inductor.patterns.fused_attention import _steps
+    from sage_inductor.patterns.fused_attention import lse_steps
 
     q = torch.randn(2, 4, 50, 64)
-    ((pad, arguments),) = _steps(torch.empty(2, 4, 64), q) or ()
+    ((pad, arguments),) = lse_steps(torch.empty(2, 4, 64), q) or ()
     lse = pad(torch.zeros(2, 4, 50), *arguments)  # type: ignore[operator]
     assert lse.shape == (2, 4, 64) and bool((lse[..., 50:] == math.inf).all())
 

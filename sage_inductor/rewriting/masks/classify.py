@@ -16,7 +16,9 @@ from sage_inductor.graph.sizes import Size, known, sizes_of, strides_of
 from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.additive import FINAL, seeing_rows, with_uniform_rows
 from sage_inductor.rewriting.masks.algebra import add, as_condition, at_least, both
+from sage_inductor.rewriting.masks.block_diagonal import block_diagonal
 from sage_inductor.rewriting.masks.blocks import RowEnds, worked_out
+from sage_inductor.rewriting.masks.computed_bands import computed_band
 from sage_inductor.rewriting.masks.constants import constant_value
 from sage_inductor.rewriting.masks.equalities import equals
 from sage_inductor.rewriting.masks.formula import (
@@ -40,7 +42,7 @@ from sage_inductor.rewriting.masks.reading import Reader
 from sage_inductor.rewriting.masks.rows import RowBuilder
 from sage_inductor.rewriting.masks.segments import PackedMask, packed_mask
 from sage_inductor.rewriting.masks.views import broadcast
-from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
+from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, classify_constant, ends_of_constant
 from sage_inductor.torch_internals.sizes import shape_env_of
 
 
@@ -53,6 +55,8 @@ class Understood:
     reader: Reader
     rows: dict[int, Value] = field(default_factory=dict)
     """The row over keys that is read, by the dims of the scores, for other calls."""
+    worked: dict[None, RowEnds | None] = field(default_factory=dict)
+    """What was worked out of it."""
 
     def row(self, call: AttentionCall, keys: Condition) -> Value:
         """What `keys` says, as a row over keys. Raises NotUnderstood."""
@@ -151,11 +155,12 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
     if call.attn_mask is None and call.band is not None:
         return of_band(call, call.band)
     as_read = _classify(call, masks)
-    is_known = as_read.attn_mask is None or as_read.kind.startswith("chunked_causal")
-    packed = None if is_known else packed_mask(call, masks.writes)
-    if packed is None:
+    packed = None if as_read.attn_mask is None else packed_mask(call, masks.writes)
+    if packed is None or as_read.query_segments is not None:
         return as_read
     rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), masks)
+    if rest.query_segments is not None:
+        rest = rest.as_read or rest  # two pairs of ids
     read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
     if read is not None and query is not None and not is_key_padding(read, sizes_of(query)[-2]):
         # A kernel would read as much beside the ids, unless these say more of it.
@@ -171,6 +176,8 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
         lengths = [*map(example_tensor, (call.query, call.key))]
         is_static = all(isinstance(sizes_of(item)[-2], int) for item in lengths if item is not None)
         rest = dataclasses.replace(rest, kind=band, read=read_kind, is_causal=True, symbolic=not is_static)
+    if as_read.kind.startswith("chunked_causal"):
+        rest = dataclasses.replace(rest, kind=as_read.kind.partition(" + ")[0])
     return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
 
 
@@ -188,7 +195,9 @@ def _within_ids(call: AttentionCall, packed: PackedMask, masks: Masks) -> Mask |
         return None
     if meaning.others != (equality,) or equals(equality) is None:
         return None
-    alone = dataclasses.replace(understood, meaning=dataclasses.replace(meaning, others=()), rows={})
+    alone = dataclasses.replace(
+        understood, meaning=dataclasses.replace(meaning, others=()), rows={}, worked={}
+    )
     q_len, kv_len = (plain(sizes_of(tensor)[-2]) for tensor in (query, key))
     return _as_band_and_row(call, alone, q_len, kv_len, masks)
 
@@ -216,14 +225,20 @@ def _classify(call: AttentionCall, masks: Masks) -> Mask:
             return (None if constant is None else classify_constant(constant, q_len, kv_len)) or found
         has_bias = understood.allowed.bias is not None
         name = None if has_bias else understood.meaning.name(plain(kv_len - q_len))
+        as_read = Mask(name or runtime_kind(mask, q_len), call.attn_mask)
+        if (blocks := _as_blocks(call, understood, q_len, kv_len, masks, as_read)) is not None:
+            return blocks
     if isinstance(q_len, int) and isinstance(kv_len, int) and _may_be_constant(understood):
         constant = masks.constant(call.attn_mask)
         if constant is not None:
             found = classify_constant(constant, q_len, kv_len)
             if found is not None:
                 return found
-            chunk = chunk_of(constant, q_len, kv_len)
+            ends = ends_of_constant(constant, q_len, kv_len)
+            chunk = None if ends is None or mask.dtype != torch.bool else ends.chunk(kv_len)
             name = name if chunk is None else f"chunked_causal size={chunk}"
+            as_read = Mask(name or runtime_kind(mask, q_len), call.attn_mask)
+            return (None if ends is None else _of_ids(call, ends, kv_len, as_read)) or as_read
     return Mask(name or runtime_kind(mask, q_len), call.attn_mask)
 
 
@@ -271,7 +286,12 @@ def _as_band_and_row(
     if meaning.low is None and meaning.high is None:
         band: Mask | None = Mask("zero_bias" if additive else "all_true")
     else:
-        band = band_of(meaning.low, meaning.high, plain(kv_len - q_len))
+        offset = plain(kv_len - q_len)
+        band = band_of(meaning.low, meaning.high, offset)
+        if band is None:
+            band = computed_band(meaning.low, meaning.high, offset, call, understood.reader.ranges)
+            if band is not None:
+                band = dataclasses.replace(band, as_read=Mask(runtime_kind(mask, q_len), call.attn_mask))
     if band is None:
         return None
     is_static = isinstance(q_len, int) and isinstance(kv_len, int)
@@ -296,6 +316,51 @@ def _as_band_and_row(
     return joined if max(hidden) == -math.inf else _with_seeing(joined, meaning, call)
 
 
+def _as_blocks(
+    call: AttentionCall, understood: Understood, q_len: Size, kv_len: Size, masks: Masks, as_read: Mask
+) -> Mask | None:
+    """The mask as segments that are known while compiling, with a row over keys or without; None where it is anything else."""
+    mask, meaning, hidden = example_tensor(call.attn_mask), understood.meaning, understood.allowed.hidden
+    if (
+        mask is None
+        or not meaning.others
+        or not isinstance(kv_len, int)
+        or understood.allowed.bias is not None
+    ):
+        return None
+    ends = _rest_worked_out(understood, q_len, kv_len, mask.device, masks.writes)
+    if ends is None:
+        return None
+    # Finite numbers hide as well where every query sees a key.
+    hides = max(hidden) <= FINAL and meaning.keys == TRUE and not bool((ends.count == 0).any())
+    if mask.dtype != torch.bool and max(hidden) != -math.inf and not hides:
+        return None
+    found = _of_ids(call, ends, kv_len, as_read)
+    if found is None or meaning.keys == TRUE:
+        return found
+    try:
+        row = understood.row(call, meaning.keys)
+    except NotUnderstood:
+        return None
+    if any(map(masks.writes.touch, leaves(row))):
+        return None
+    alone = found.kind == "all_true"
+    return dataclasses.replace(
+        found, attn_mask=row, kind="key_padding" if alone else found.kind, read="" if alone else "key_padding"
+    )
+
+
+def _of_ids(call: AttentionCall, ends: RowEnds, kv_len: int, as_read: Mask) -> Mask | None:
+    """The mask whose rows have these `ends`, as segments; None where it is none."""
+    blocks = block_diagonal(ends, kv_len)
+    ids = None if blocks is None else blocks.ids(call)
+    if blocks is None or ids is None:
+        return None
+    kind = "causal" if blocks.is_causal else "all_true"
+    kind = as_read.kind.partition(" + ")[0] if as_read.kind.startswith("chunked_causal") else kind
+    return Mask(kind, None, blocks.is_causal, query_segments=ids[0], key_segments=ids[1], as_read=as_read)
+
+
 def _beside_bias(call: AttentionCall, understood: Understood, meaning: Meaning, band: Mask) -> Mask | None:
     """`band` with what is added to the scores of its keys, where that is a row: ALiBi."""
     bias, reader = understood.allowed.bias, understood.reader
@@ -318,6 +383,14 @@ def _rest_worked_out(
     understood: Understood, q_len: Size, kv_len: Size, device: torch.device, writes: Writes
 ) -> RowEnds | None:
     """The part of a mask that depends on queries, worked out where it is known while compiling."""
+    if None not in understood.worked:
+        understood.worked[None] = _work_out(understood, q_len, kv_len, device, writes)
+    return understood.worked[None]
+
+
+def _work_out(
+    understood: Understood, q_len: Size, kv_len: Size, device: torch.device, writes: Writes
+) -> RowEnds | None:
     if not isinstance(q_len, int) or not isinstance(kv_len, int):
         return None
     meaning, query, key = understood.meaning, variable(QUERY), variable(KEY)

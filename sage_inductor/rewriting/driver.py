@@ -41,6 +41,7 @@ from sage_inductor.rewriting.eligibility import (
 )
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.masks.mask import Mask
+from sage_inductor.rewriting.masks.understood import Masks
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.selection import selection_reasons, warn_of_unmatched
 from sage_inductor.rewriting.sharded import Seen, on_this_rank, ring_parts
@@ -167,8 +168,8 @@ class _Region:
     openings: list[_Opening] = field(default_factory=list)
 
     @cached_property
-    def masks(self) -> classify.Masks:
-        return classify.Masks(self.graph, self.writes, self.transformed)
+    def masks(self) -> Masks:
+        return Masks(self.graph, self.writes, self.transformed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,9 +57,8 @@ class FlexCall:
         args = node.args
         if len(args) < 7 or not isinstance(args[4], tuple) or len(args[4]) < 13:
             return None
-        of_scores, of_mask = (
-            tuple(args[at]) if len(args) > at and isinstance(args[at], (tuple, list)) else () for at in (7, 8)
-        )
+        others: list[Any] = [args[at] if len(args) > at else () for at in (7, 8)]
+        of_scores, of_mask = (tuple(item) if isinstance(item, (tuple, list)) else () for item in others)
         query, key, value = args[:3]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return cls(node, query, key, value, args[3], args[4], args[5], args[6], of_scores, of_mask)
@@ -217,19 +216,19 @@ def _score_reason(call: FlexCall) -> str | None:
             "none, a sum of what depends on the key and of what depends on the query, bias[b, h, q, k]"
         )
         return _reason("score_mod", scores, supported)
-    if scores.held_in is None:
+    if scores.tensor is None:
         return None
     if scores.conditions or not call.hides_nothing:
         return _reason("score_mod", "a tensor beside a mask", "either: both would be written out")
     query, key = example_tensor(call.query), example_tensor(call.key)
-    held = call.score_buffers[scores.buffers.index(scores.held_in)]
+    held = call.score_buffers[scores.buffers.index(scores.tensor.buffer)]
     tensor = example_tensor(held) if isinstance(held, fx.Node) else None
     if query is None or key is None or tensor is None:
         return "score_mod=operands that are no tensors"
     if tensor.dtype not in (torch.float32, query.dtype):
         return _reason("score_mod", f"a tensor of {tensor.dtype}", f"torch.float32, {query.dtype}")
     wanted = (*sizes_of(query)[:3], sizes_of(key)[2])
-    dims = [scores.indices.index(item) for item in scores.tensor.args[1]]  # type: ignore[union-attr,arg-type]
+    dims = scores.tensor.dims
     if any(differ(size, wanted[dim]) for size, dim in zip(sizes_of(tensor)[2:], dims[2:], strict=True)) and (
         not all(isinstance(size, int) for size in (*wanted, *tensor.shape))
     ):

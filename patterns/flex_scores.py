@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -40,16 +40,24 @@ class Depends(Enum):
 
 
 @dataclass(frozen=True)
+class Held:
+    """An element of an input at the indices themselves, `bias[h, q, k]`: `dims` are those of the scores, [1, 2, 3] here."""
+
+    buffer: fx.Node
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Scores:
     """`score + added` where all of `conditions` hold, else -inf. `scored`: the node of the sum, None where nothing is added.
-    `tensor`: the lookup, of both query and key, that is added and nothing else; None where what is added is a row."""
+    `tensor`: what is added, where that is no row over keys."""
 
     score: fx.Node
     indices: tuple[fx.Node, ...]
     buffers: tuple[fx.Node, ...]
     conditions: tuple[fx.Node, ...] = ()
     scored: fx.Node | None = None
-    tensor: fx.Node | None = None
+    tensor: Held | None = None
 
     def row(self, indices: tuple[Tensor, ...], buffers: tuple[Any, ...]) -> Tensor:
         """What is added, float32 `[1 or batch, 1 or heads, 1, kv_len]`, less a number of each query. `indices` broadcast to the
@@ -79,16 +87,10 @@ class Scores:
     def held(self, indices: tuple[Tensor, ...], buffers: tuple[Any, ...]) -> Tensor:
         """The tensor that is added, a view of it that broadcasts to the scores. `indices` as for `row`."""
         assert self.tensor is not None
-        found: Tensor = buffers[self.buffers.index(self.tensor.args[0])]  # type: ignore[arg-type]
-        dims = [self.indices.index(item) for item in self.tensor.args[1]]
-        for dim, place in enumerate(dims):
+        found: Tensor = buffers[self.buffers.index(self.tensor.buffer)]
+        for dim, place in enumerate(self.tensor.dims):
             found = found.narrow(dim, 0, indices[place].numel())
-        return found.unsqueeze(1) if dims == [0, 2, 3] else found
-
-    @property
-    def held_in(self) -> fx.Node | None:
-        """The input that holds `tensor`."""
-        return None if self.tensor is None else self.tensor.args[0]  # type: ignore[return-value]
+        return found.unsqueeze(1) if self.tensor.dims == (0, 2, 3) else found
 
 
 def read_scores(module: fx.GraphModule | None) -> Scores | str:
@@ -111,14 +113,15 @@ def read_scores(module: fx.GraphModule | None) -> Scores | str:
     terms = _terms(result, depends)
     if terms is None or any(depends[node] is Depends.SCORE for node in conditions):
         return _operations(module)
-    found = Scores(found.score, found.indices, found.buffers, tuple(conditions))
+    found = replace(found, conditions=tuple(conditions))
     if not terms:
         return found
-    found = Scores(found.score, found.indices, found.buffers, found.conditions, result)
+    found = replace(found, scored=result)
     if all(depends[term] is not Depends.BOTH for term in terms):
         return found
-    if len(terms) == 1 and operation(result) == "add" and _is_held(terms[0], found):
-        return Scores(found.score, found.indices, found.buffers, found.conditions, result, terms[0])
+    held = _held(terms[0], found) if len(terms) == 1 and operation(result) == "add" else None
+    if held is not None:
+        return replace(found, tensor=held)
     return _operations(module)
 
 
@@ -193,15 +196,15 @@ def _depends(node: fx.Node, scores: Scores, depends: Mapping[fx.Node, Depends]) 
     return Depends.SUM if is_sum or is_multiple or is_share else Depends.BOTH
 
 
-def _is_held(term: fx.Node, scores: Scores) -> bool:
-    """Whether `term` is an element of an input, at the indices themselves: `bias[h, q, k]`."""
+def _held(term: fx.Node, scores: Scores) -> Held | None:
     if operation(term) not in ("getitem", "index") or not isinstance(term.args[1], (tuple, list)):
-        return False
-    buffer, index = term.args
-    if buffer not in scores.buffers or not all(item in scores.indices for item in index):  # type: ignore[union-attr]
-        return False
-    dims = [scores.indices.index(item) for item in index]  # type: ignore[union-attr,arg-type]
-    return dims == sorted(set(dims)) and dims[-2:] == [2, 3]
+        return None
+    buffer, index = term.args[0], list(term.args[1])
+    if buffer not in scores.buffers or not all(item in scores.indices for item in index):
+        return None
+    dims = [scores.indices.index(item) for item in index if isinstance(item, fx.Node)]
+    in_order = dims == sorted(set(dims)) and dims[-2:] == [2, 3]
+    return Held(buffer, tuple(dims)) if in_order and isinstance(buffer, fx.Node) else None
 
 
 def _value(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:

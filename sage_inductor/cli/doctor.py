@@ -1,8 +1,8 @@
 """Says what is installed, which kernels can run here and why not, and tests each one.
 
 Every kernel that can run computes small problems in each of its precisions: ragged lengths, causal and padding
-masks, grouped heads, strides, and on a GPU under CUDA graph capture and on a side stream; other masks and log-sum-exp in
-the first of them. Each output is held against the oracle and against float64.
+masks, grouped heads, strides, and on a GPU under CUDA graph capture and on a side stream; other masks, segments and
+log-sum-exp in the first of them. Each output is held against the oracle and against float64.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, TensorSpec
+from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.reference import algorithm as reference
 from sage_inductor.measurement.ground_truth import (
@@ -51,6 +51,7 @@ class Case:
     kv_heads: int = 2
     is_causal: bool = False
     mask: Literal["none", "key padding", "bool", "additive"] = "none"
+    segments: bool = False
     layout: Literal["HND", "NHD"] = "HND"
     k_bias: float = 0.0
     lse: bool = False
@@ -68,6 +69,7 @@ CASES = (
     Case("key-padding mask", mask="key padding"),
     Case("bool mask", mask="bool", every_precision=False),
     Case("additive mask", mask="additive", every_precision=False),
+    Case("segments", segments=True, every_precision=False),
     Case("grouped heads", heads=4),
     Case("NHD strides", layout="NHD"),
     Case("biased keys", k_bias=4.0),
@@ -100,6 +102,14 @@ class Inputs(NamedTuple):
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+
+    @property
+    def segments(self) -> Segments | None:
+        if self.query_segments is None or self.key_segments is None:
+            return None
+        return Segments(self.query_segments, self.key_segments)
 
     def fill(self, new: Inputs) -> None:
         """Write new data to the same memory, as a replayed graph reads it there."""
@@ -169,7 +179,8 @@ def _examine(
         lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32, device=device)
 
     def run() -> None:
-        kernel.run(*inputs, params, out, lse)
+        segments = () if inputs.segments is None else (inputs.segments,)
+        kernel.run(*inputs[:4], params, out, lse, *segments)
 
     _erase(out, lse)
     try:
@@ -203,12 +214,13 @@ def _judge(
     finding: Finding, kernel: Kernel, inputs: Inputs, params: AttentionParams, out: Tensor, lse: Tensor | None
 ) -> Finding:
     """`finding` with the errors of output and LSE, and passed or failed by their bounds."""
-    query, key, value, attn_mask = inputs
+    query, key, value, attn_mask = inputs[:4]
     problems = []
-    exact, exact_lse = float64_attention(query, key, value, attn_mask, params)
+    exact, exact_lse = float64_attention(query, key, value, attn_mask, params, segments=inputs.segments)
     oracle, _ = reference.attention(
         query, key, value, attn_mask,
         bounds=params.bounds(query.shape[2], key.shape[2]), precision=params.precision,
+        segments=inputs.segments,
     )  # fmt: skip
     documented, eps = DOCUMENTED[params.precision], EPS[query.dtype]
     bound, oracle_bound = documented + eps, kernel.oracle_distance * documented + eps
@@ -267,7 +279,13 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         mask = torch.rand(2, case.heads, case.q_len, case.kv_len, generator=generator) > 0.4
     if mask is not None and case.mask == "additive":
         mask = torch.where(mask, torch.randn(mask.shape, generator=generator), -math.inf).to(NORMAL)
-    return Inputs(query, key, value, None if mask is None else mask.to(device))
+    # Segments whose keys lie in several pieces, others in each batch, and some that have no query.
+    ids = [
+        (torch.arange(length) // 40 + torch.tensor([[0], [1]])).remainder(3).int().to(device)
+        for length in (case.q_len, case.kv_len)
+        if case.segments
+    ]
+    return Inputs(query, key, value, None if mask is None else mask.to(device), *ids)
 
 
 def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
@@ -307,9 +325,9 @@ def _run_behind_other_work(run: Callable[[], None], inputs: Inputs, late: Inputs
 
 
 def _problem(inputs: Inputs, params: AttentionParams, return_lse: bool) -> AttentionProblem:
-    query, key, value, mask = (None if tensor is None else TensorSpec.of(tensor) for tensor in inputs)
+    query, key, value, mask, *ids = (None if tensor is None else TensorSpec.of(tensor) for tensor in inputs)
     assert query is not None and key is not None and value is not None
-    return AttentionProblem(query, key, value, mask, params, return_lse)
+    return AttentionProblem(query, key, value, mask, params, return_lse, *ids)
 
 
 def _erase(out: Tensor, lse: Tensor | None) -> None:

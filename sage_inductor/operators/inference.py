@@ -11,6 +11,7 @@ to dispatch a call twice would cost 4.3 us, half of what a call costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -128,8 +129,13 @@ def _run(
     or_exact: bool = False,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
+    left_is_bound: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE if asked for); the output is `out` where that is given."""
+    if left_is_bound and window_left < 0:  # no key is seen
+        validate(query, key, value, attn_mask, enable_gqa, out, query_segments, key_segments)
+        out = empty_output(query, value, memory_order) if out is None else out
+        return out.zero_(), empty_lse(query).fill_(-math.inf) if return_lse else None
     given_segments = query_segments, key_segments
     if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
         if out is not None:

@@ -12,8 +12,8 @@ INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool i
 # keys get exact attention, by which lengths that change from call to call are dispatched. With or_exact so do sizes that the
 # kernel does not take: those of a graph may change from call to call.
 PARAMS = (
-    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, int window_left=-1, "
-    "int window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0, "
+    "float? scale=None, bool enable_gqa=False, bool bottom_right=False, SymInt window_left=-1, "
+    "SymInt window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0, "
     "bool or_exact=False"
 )
 EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
@@ -26,11 +26,15 @@ LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 # sink: logits beside those of the keys, which take weight and have no value; they broadcast to `[batch, heads, q_len]`.
 # *_segments: int32 ids, `[batch, q_len]` and `[batch, kv_len]`, without batch where query has none; see `Segments`.
 SEGMENTS = "Tensor? query_segments=None, Tensor? key_segments=None"
+# A window that a graph computes may turn out to be negative, which is no bound otherwise: with left_is_bound, beside causality, a
+# negative window_left says that queries see no key.
+BOUND = "bool left_is_bound=False"
 LIBRARY.define(
-    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}) -> Tensor",
+    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}, {BOUND}) -> Tensor",
     tags=TAGS,
 )
 LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output, {SEGMENTS}) -> ()", tags=TAGS)
 LIBRARY.define(
-    f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None, {SEGMENTS}) -> (Tensor, Tensor)", tags=TAGS
+    f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None, {SEGMENTS}, {BOUND}) -> (Tensor, Tensor)",
+    tags=TAGS,
 )

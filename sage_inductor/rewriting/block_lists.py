@@ -55,6 +55,8 @@ class BlockLists:
             return [reason("mask_mod", kind, "bands, segments, and rows over keys")]
         if not self.flex.has_lists:
             return []
+        if self.mask.left_bound is not None or self.mask.right_bound is not None:
+            return [reason("block_mask", "lists beside a window that is computed", "a number")]
         if not all(isinstance(size, int) for size in self.flex.block_sizes):
             return [reason("BLOCK_SIZE", self.flex.block_sizes, "numbers")]
         lists: list[Any] = [
@@ -139,7 +141,7 @@ class BlockLists:
         blocks_q, blocks_k = indices.shape[-2:]
         grid = Grid(q_len, kv_len, (blocks_q, blocks_k), self.flex.block_sizes, indices.device)
         if any(item is not None for item in beside):
-            return grid.of_band_and(bounds, *beside)  # type: ignore[arg-type]
+            return grid.of_band_and(bounds, *beside)
         return grid.of_band(bounds), torch.ones((), dtype=torch.bool, device=indices.device)
 
 

@@ -48,6 +48,13 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
         if cast not in (None, output.dtype):
             reasons.append(reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none"))
 
+    if mask.left_bound is not None or mask.right_bound is not None:
+        operands = map(example_tensor, (call.query, call.key, call.value))
+        if any(tensor is not None and dispatches_itself(tensor) for tensor in operands):
+            reasons.append(reason("window", "computed", "a number beside tensor subclasses"))
+        if output is not None and output.requires_grad:
+            reasons.append(reason("window", "computed", "a number where gradients are wanted"))
+
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     values = {name: example_tensor(node) for name, node in tensors.items()}
     missing = [name for name, value in values.items() if value is None]

@@ -17,7 +17,7 @@ from sage_inductor.graph.surroundings import Surroundings, enter, inside
 from sage_inductor.graph.writes import Writes, follow_in_place, submodule_of
 from sage_inductor.patterns import ALL, OPAQUE
 from sage_inductor.patterns.sdpa import as_autocast_reads
-from sage_inductor.rewriting.masks import classify
+from sage_inductor.rewriting.masks.understood import Masks
 from sage_inductor.rewriting.repeated_heads import absorb_repeated_heads
 from sage_inductor.rewriting.substitution import Inlined, insert_expansion
 
@@ -35,8 +35,8 @@ class Region:
     openings: list[Opening] = field(default_factory=list)
 
     @cached_property
-    def masks(self) -> classify.Masks:
-        return classify.Masks(self.graph, self.writes, self.transformed)
+    def masks(self) -> Masks:
+        return Masks(self.graph, self.writes, self.transformed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,6 +129,11 @@ def insert_substitute(
     inputs = (call.query, call.key, call.value) + ((mask.attn_mask,) if mask.attn_mask is not None else ())
     with graph.inserting_before(old):
         args = tuple(item.insert(graph) if isinstance(item, Expr) else item for item in inputs)
+        for name, bound in (("window_left", mask.left_bound), ("window_right", mask.right_bound)):
+            if bound is not None:
+                kwargs[name] = bound.insert(graph) if isinstance(bound, Expr) else bound
+        if mask.left_bound is not None and mask.is_causal:
+            kwargs["left_is_bound"] = True
         if call.sink is not None:
             kwargs["sink"] = call.sink.insert(graph) if isinstance(call.sink, Expr) else call.sink
         for name, ids in (("query_segments", mask.query_segments), ("key_segments", mask.key_segments)):

@@ -153,3 +153,29 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     )
     with pytest.raises(SystemExit, match="triton.* under causal, .*: relative L2 .* from SDPA"):
         masks.main(small)
+
+
+def test_the_table_of_masks(load: Any, tmp_path: Path) -> None:
+    """Its smallest row, in this process, and what is said of rows."""
+    table = load("masks_table")
+    file = tmp_path / "table.json"
+    table.run("packed", table.Machine("cpu", True, 1, str(tmp_path)), file)
+    rows = json.loads(file.read_text())
+    assert [row["contender"] for row in rows] == [
+        "SDPA with the mask",
+        "segments, reference",
+        "compiled, reference",
+    ]
+    assert all(row["ms"] > 0 and row["relative_l2"] < 0.1 for row in rows)
+    assert rows[-1]["masks"] == ["causal + segments"] and rows[-1]["kernels"] == ["reference"]
+    assert sum(table.document_lengths(table.Machine("cuda", False, 1, ""))) == 32_768
+    row = {"row": "bert", "case": "padded", "ms": 2.0, "peak_mib": None}
+    base = row | {"contender": "SDPA"}
+    for ms, fits in ((2.0, True), (2.1, False)):
+        ours = row | {"contender": "auto", "ms": ms, "of": "SDPA", "at_most": 1.03}
+        text, within = table.report([base, ours])
+        assert within is fits and f"{ms / 2:.3f} of SDPA" in text
+    failed = {key: value for key, value in base.items() if key != "ms"} | {"error": "no memory"}
+    assert "no memory" in table.report([failed, ours])[0]
+    for name in ("masks_table", "masks_models", "timing"):
+        sys.modules.pop(name, None)

@@ -55,7 +55,7 @@ class Zeros(ReferenceKernel):
     name = "zeros"
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, params: Any, out: Tensor, lse: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Tensor, *rest: Any
     ) -> None:
         out.zero_()
 
@@ -74,6 +74,13 @@ class IgnoresCausal(ReferenceKernel):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, params: AttentionParams, *rest: Any
     ) -> None:
         super().run(query, key, value, attn_mask, AttentionParams(precision=params.precision), *rest)
+
+
+class IgnoresSegments(ReferenceKernel):
+    name = "ignores segments"
+
+    def run(self, *args: Any) -> None:
+        super().run(*args[:7])
 
 
 class WrongStream(ReferenceKernel):
@@ -98,14 +105,23 @@ class LeavesTheLastTile(ReferenceKernel):
     name = "leaves the last tile"
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Tensor, lse: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        params: Any,
+        out: Tensor,
+        lse: Any,
+        *ids: Any,
     ) -> None:
         whole = out.shape[2] // 128 * 128
         part = torch.empty_like(out[:, :, :whole])
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])[:, :, :whole]
         lse = None if lse is None else lse[:, :, :whole]
-        super().run(query[:, :, :whole], key, value, mask, params, part, lse)
+        ids = tuple(item._replace(query=item.query[:, :whole]) for item in ids)
+        super().run(query[:, :, :whole], key, value, mask, params, part, lse, *ids)
         out[:, :, :whole] = part
 
 
@@ -115,22 +131,38 @@ class AttendsToPadding(ReferenceKernel):
     name = "attends to padding"
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Tensor, lse: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        params: Any,
+        out: Tensor,
+        lse: Any,
+        *ids: Any,
     ) -> None:
-        if mask is None and not params.is_causal:
+        if mask is None and not ids and not params.is_causal:
             pad = (0, 0, 0, -key.shape[2] % 64)
             mean = key.mean(2, keepdim=True)
             key, value = (torch.nn.functional.pad(tensor, pad) for tensor in (key - mean, value))
-        super().run(query, key, value, mask, params, out, lse)
+        super().run(query, key, value, mask, params, out, lse, *ids)
 
 
 class ForgetsTheMeanInLSE(ReferenceKernel):
     name = "forgets the mean in LSE"
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Tensor, lse: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        params: Any,
+        out: Tensor,
+        lse: Any,
+        *ids: Any,
     ) -> None:
-        super().run(query, key, value, mask, params, out, lse)
+        super().run(query, key, value, mask, params, out, lse, *ids)
         if lse is not None:
             mean = reference.quantize_kv(key, value, "fast").k_mean
             lse -= (query.float() @ mean.repeat_interleave(query.shape[1] // key.shape[1], 1).mT)[..., 0] / 8
@@ -206,20 +238,28 @@ def test_faults_of_one_precision_are_found(kernel: type[ReferenceKernel], cases:
 
 
 def test_few_forms_of_a_kernel_are_compiled() -> None:
-    """What the kernels are specialised on: of the 21 that all cases have in all precisions, 12."""
+    """What the kernels are specialised on: of the 24 that all cases have in all precisions, 13."""
     forms = set()
 
     class Compiled(ReferenceKernel):
         name = "compiled"
 
         def run(
-            self, query: Tensor, key: Tensor, value: Tensor, mask: Any, params: Any, out: Any, lse: Any
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Any,
+            params: Any,
+            out: Any,
+            lse: Any,
+            *ids: Any,
         ) -> None:
             kind = None if mask is None else (mask.dtype, mask.stride(2) == 0 or mask.shape[2] == 1)
-            forms.add((params.precision, query.shape[-1], params.is_causal, kind, lse is None))
+            forms.add((params.precision, query.shape[-1], params.is_causal, kind, lse is None, bool(ids)))
 
     check(Compiled(), "cpu", capture=recorded)
-    assert len(forms) == 12
+    assert len(forms) == 13
 
 
 def test_progress_is_told() -> None:
@@ -244,6 +284,11 @@ def test_an_ignored_mask() -> None:
 
 def test_an_ignored_causal_mask() -> None:
     assert set(failures(IgnoresCausal)) == {"causal, head_dim 128"}
+
+
+def test_ignored_segments() -> None:
+    found = failures(IgnoresSegments)
+    assert set(found) == {"segments"} and "error against float64=" in found["segments"][0]
 
 
 def test_work_that_a_capture_misses() -> None:

@@ -159,6 +159,15 @@ def packed_but_for_positions_of_one_document(n: Lengths, pad: Tensor) -> Tensor:
 
 
 @spelling("causal")
+def repeated_positions(n: Lengths, pad: Tensor) -> Tensor:
+    """Whisper's decoder: positions of its own for each sequence, which are the same."""
+    positions = torch.arange(n.k)[None].repeat(2, 1)
+    ids = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    batch, q, k = torch.arange(2)[:, None, None, None], n.rows()[None, None], n.columns()[None, None, None]
+    return (k <= q) & (ids[batch, q] == ids[batch, k])
+
+
+@spelling("causal")
 def of_int32(n: Lengths, pad: Tensor) -> Tensor:
     return n.rows(dtype=torch.int32) >= n.columns(dtype=torch.int32)
 

@@ -4,146 +4,29 @@ time."""
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx
 
-from sage_inductor.graph.call import AttentionCall, Band, Expr, Value, example_tensor, leaves
-from sage_inductor.graph.sizes import Size, known, sizes_of, strides_of
-from sage_inductor.graph.writes import Writes
-from sage_inductor.rewriting.masks.additive import FINAL, seeing_rows, with_uniform_rows
-from sage_inductor.rewriting.masks.algebra import add, as_condition, at_least, both
-from sage_inductor.rewriting.masks.blocks import RowEnds, worked_out
-from sage_inductor.rewriting.masks.constants import constant_value
+from sage_inductor.graph.call import AttentionCall, Band, example_tensor, leaves
+from sage_inductor.graph.sizes import sizes_of
+from sage_inductor.rewriting.masks.algebra import as_condition
 from sage_inductor.rewriting.masks.equalities import equals
+from sage_inductor.rewriting.masks.forms import as_band_and_row, as_blocks, of_ids
 from sage_inductor.rewriting.masks.formula import (
     BATCH,
     HEAD,
     KEY,
     QUERY,
-    TRUE,
-    Condition,
-    Linear,
     NotUnderstood,
     names_of,
     plain,
     variable,
 )
 from sage_inductor.rewriting.masks.mask import Mask, is_key_padding, runtime_kind
-from sage_inductor.rewriting.masks.mask import band as band_of
-from sage_inductor.rewriting.masks.meaning import Allowed, Meaning, allowed_by, meaning_of
-from sage_inductor.rewriting.masks.ranges import Ranges
-from sage_inductor.rewriting.masks.reading import Reader
-from sage_inductor.rewriting.masks.rows import RowBuilder
 from sage_inductor.rewriting.masks.segments import PackedMask, packed_mask
+from sage_inductor.rewriting.masks.understood import Masks, Understood
 from sage_inductor.rewriting.masks.views import broadcast
-from sage_inductor.rewriting.masks.whole import MASKED_OUT_FRACTION, chunk_of, classify_constant
-from sage_inductor.torch_internals.sizes import shape_env_of
-
-
-@dataclass(frozen=True, eq=False)
-class Understood:
-    """A mask that was read from the graph, and by whom: who reads it knows where its parts stand."""
-
-    allowed: Allowed
-    meaning: Meaning
-    reader: Reader
-    rows: dict[int, Value] = field(default_factory=dict)
-    """The row over keys that is read, by the dims of the scores, for other calls."""
-
-    def row(self, call: AttentionCall, keys: Condition) -> Value:
-        """What `keys` says, as a row over keys. Raises NotUnderstood."""
-        query = example_tensor(call.query)
-        dims = 4 if query is None else query.dim()
-        if dims not in self.rows:
-            rows = RowBuilder(call, self.reader)
-            row = rows.of(keys)
-            if rows.asked:
-                return row  # it holds the length of this call's keys
-            self.rows[dims] = row
-        return self.rows[dims]
-
-
-@dataclass(eq=False)
-class Masks:
-    """The masks of one graph: the writes in it, its nodes inside functorch's transforms, and what was found for other calls."""
-
-    graph: fx.Graph
-    writes: Writes
-    transformed: set[fx.Node] = field(default_factory=set)
-    _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
-    _understood: dict[Any, Understood | None] = field(default_factory=dict)
-
-    def constant(self, mask: Value) -> Tensor | None:
-        if isinstance(mask, Expr):
-            source = mask.args[0]
-            if mask.target != "to" or not isinstance(source, fx.Node):
-                return constant_value(mask, self.writes)
-            value = self.constant(source)  # autocast's cast of a mask that layers share
-            return None if value is None else value.to(*mask.args[1:])
-        if mask not in self._constants:
-            self._constants[mask] = constant_value(mask, self.writes)
-        return self._constants[mask]
-
-    def understood(self, call: AttentionCall) -> Understood | None:
-        """The mask of `call` as a conjunction, None where it is read as no formula."""
-        mask, query, key = map(example_tensor, (call.attn_mask, call.query, call.key))
-        if mask is None or query is None or key is None or mask.dim() > 4 or query.dim() > 4:
-            return None
-        sizes = _sizes(mask, query, key)
-        try:
-            same = _key(call.attn_mask), tuple(sizes.items())
-        except TypeError:
-            same = call.node, ()
-        if any(map(self.writes.touch, leaves(call.attn_mask))):
-            same = call.node, ()
-        if same not in self._understood:
-            self._understood[same] = self._read(call, mask, sizes)
-        return self._understood[same]
-
-    def _read(self, call: AttentionCall, mask: Tensor, sizes: dict[str, Size]) -> Understood | None:
-        reader = Reader(self.graph, self.writes, Ranges(sizes, _shape_env(call)), self.transformed)
-        index = broadcast(tuple(map(variable, (BATCH, HEAD, QUERY, KEY))), sizes_of(mask))
-        finite = -math.inf if mask.dtype == torch.bool else torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
-        try:
-            allowed = allowed_by(reader.element(call.attn_mask, index, call.node), finite)
-            return Understood(allowed, meaning_of(allowed.condition, reader.ranges), reader)
-        except NotUnderstood:
-            return None
-
-
-def _sizes(mask: Tensor, query: Tensor, key: Tensor) -> dict[str, Size]:
-    """How many batches, heads, queries and keys there are, as far as the mask tells them apart."""
-    before = (1, 1, 1, 1, *sizes_of(mask))[-4:-2]
-    return {
-        BATCH: before[0],
-        HEAD: before[1],
-        QUERY: plain(sizes_of(query)[-2]),
-        KEY: plain(sizes_of(key)[-2]),
-    }
-
-
-def _key(item: Any) -> Any:
-    """What is equal for equal values. Raises TypeError where that is not to be told."""
-    if isinstance(item, Expr):
-        return item.target, _key(item.args), _key(tuple(item.kwargs.items()))
-    if isinstance(item, torch.SymInt):
-        return known(item)
-    if isinstance(item, (tuple, list)):
-        return tuple(map(_key, item))
-    if isinstance(item, slice):
-        return slice, _key((item.start, item.stop, item.step))
-    hash(item)
-    return type(item), item
-
-
-def _shape_env(call: AttentionCall) -> Any:
-    tensors = map(example_tensor, (call.query, call.key, call.attn_mask))
-    sizes: list[Any] = [size for tensor in tensors if tensor is not None for size in tensor.shape]
-    return next((shape_env_of(size) for size in sizes if isinstance(size, torch.SymInt)), None)
+from sage_inductor.rewriting.masks.whole import classify_constant, ends_of_constant
 
 
 def classify(call: AttentionCall, masks: Masks) -> Mask:
@@ -151,11 +34,12 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
     if call.attn_mask is None and call.band is not None:
         return of_band(call, call.band)
     as_read = _classify(call, masks)
-    is_known = as_read.attn_mask is None or as_read.kind.startswith("chunked_causal")
-    packed = None if is_known else packed_mask(call, masks.writes)
-    if packed is None:
+    packed = None if as_read.attn_mask is None else packed_mask(call, masks.writes)
+    if packed is None or as_read.query_segments is not None:
         return as_read
     rest = _classify(dataclasses.replace(call, attn_mask=packed.rest), masks)
+    if rest.query_segments is not None:
+        rest = rest.as_read or rest  # two pairs of ids
     read, query = example_tensor(rest.attn_mask), example_tensor(call.query)
     if read is not None and query is not None and not is_key_padding(read, sizes_of(query)[-2]):
         # A kernel would read as much beside the ids, unless these say more of it.
@@ -171,6 +55,8 @@ def classify(call: AttentionCall, masks: Masks) -> Mask:
         lengths = [*map(example_tensor, (call.query, call.key))]
         is_static = all(isinstance(sizes_of(item)[-2], int) for item in lengths if item is not None)
         rest = dataclasses.replace(rest, kind=band, read=read_kind, is_causal=True, symbolic=not is_static)
+    if as_read.kind.startswith("chunked_causal"):
+        rest = dataclasses.replace(rest, kind=as_read.kind.partition(" + ")[0])
     return dataclasses.replace(rest, query_segments=packed.query, key_segments=packed.key, as_read=as_read)
 
 
@@ -188,9 +74,11 @@ def _within_ids(call: AttentionCall, packed: PackedMask, masks: Masks) -> Mask |
         return None
     if meaning.others != (equality,) or equals(equality) is None:
         return None
-    alone = dataclasses.replace(understood, meaning=dataclasses.replace(meaning, others=()), rows={})
+    alone = dataclasses.replace(
+        understood, meaning=dataclasses.replace(meaning, others=()), rows={}, worked={}
+    )
     q_len, kv_len = (plain(sizes_of(tensor)[-2]) for tensor in (query, key))
-    return _as_band_and_row(call, alone, q_len, kv_len, masks)
+    return as_band_and_row(call, alone, q_len, kv_len, masks)
 
 
 def _classify(call: AttentionCall, masks: Masks) -> Mask:
@@ -205,7 +93,7 @@ def _classify(call: AttentionCall, masks: Masks) -> Mask:
     understood = masks.understood(call)
     name = None
     if understood is not None:
-        found = _as_band_and_row(call, understood, q_len, kv_len, masks)
+        found = as_band_and_row(call, understood, q_len, kv_len, masks)
         # What the mask was made of is read later than the mask was made.
         if found is not None and not any(
             map(masks.writes.touch, leaves(found.attn_mask) + leaves(found.seeing))
@@ -216,14 +104,20 @@ def _classify(call: AttentionCall, masks: Masks) -> Mask:
             return (None if constant is None else classify_constant(constant, q_len, kv_len)) or found
         has_bias = understood.allowed.bias is not None
         name = None if has_bias else understood.meaning.name(plain(kv_len - q_len))
+        as_read = Mask(name or runtime_kind(mask, q_len), call.attn_mask)
+        if (blocks := as_blocks(call, understood, q_len, kv_len, masks, as_read)) is not None:
+            return blocks
     if isinstance(q_len, int) and isinstance(kv_len, int) and _may_be_constant(understood):
         constant = masks.constant(call.attn_mask)
         if constant is not None:
             found = classify_constant(constant, q_len, kv_len)
             if found is not None:
                 return found
-            chunk = chunk_of(constant, q_len, kv_len)
+            ends = ends_of_constant(constant, q_len, kv_len)
+            chunk = None if ends is None or mask.dtype != torch.bool else ends.chunk(kv_len)
             name = name if chunk is None else f"chunked_causal size={chunk}"
+            as_read = Mask(name or runtime_kind(mask, q_len), call.attn_mask)
+            return (None if ends is None else of_ids(call, ends, kv_len, as_read)) or as_read
     return Mask(name or runtime_kind(mask, q_len), call.attn_mask)
 
 
@@ -253,117 +147,3 @@ def _may_be_constant(understood: Understood | None) -> bool:
 
 def _names(understood: Understood) -> set[str]:
     return names_of(understood.allowed.condition)
-
-
-def _as_band_and_row(
-    call: AttentionCall, understood: Understood, q_len: Size, kv_len: Size, masks: Masks
-) -> Mask | None:
-    """The mask as a band, a row over keys or both; None where it is more than that."""
-    mask, meaning, hidden = example_tensor(call.attn_mask), understood.meaning, understood.allowed.hidden
-    assert mask is not None
-    if meaning.others:
-        ends = _rest_worked_out(understood, q_len, kv_len, mask.device, masks.writes)
-        bounds = None if ends is None else ends.band(kv_len)
-        if bounds is None:
-            return None
-        meaning = Meaning(*bounds, meaning.keys)
-    additive = mask.dtype != torch.bool
-    if meaning.low is None and meaning.high is None:
-        band: Mask | None = Mask("zero_bias" if additive else "all_true")
-    else:
-        band = band_of(meaning.low, meaning.high, plain(kv_len - q_len))
-    if band is None:
-        return None
-    is_static = isinstance(q_len, int) and isinstance(kv_len, int)
-    band = dataclasses.replace(band, symbolic=not is_static)
-    if understood.allowed.bias is not None:
-        return _beside_bias(call, understood, meaning, band)
-    if meaning.keys == TRUE:
-        blind = additive and not _every_query_sees_a_key(meaning, q_len, kv_len, understood.reader.ranges)
-        return None if blind else band
-    if not additive and band.kind == "all_true" and is_key_padding(mask, q_len):
-        return Mask("key_padding", call.attn_mask)
-    if additive and (len(hidden) != 1 or max(hidden) > FINAL):
-        return None  # which keys a query that sees none attends to
-    try:
-        row = understood.row(call, meaning.keys)
-    except NotUnderstood:
-        return None
-    if band.kind in ("all_true", "zero_bias"):
-        joined = Mask("key_padding", row)
-    else:
-        joined = dataclasses.replace(band, attn_mask=row, read="key_padding")
-    return joined if max(hidden) == -math.inf else _with_seeing(joined, meaning, call)
-
-
-def _beside_bias(call: AttentionCall, understood: Understood, meaning: Meaning, band: Mask) -> Mask | None:
-    """`band` with what is added to the scores of its keys, where that is a row: ALiBi."""
-    bias, reader = understood.allowed.bias, understood.reader
-    lengths = reader.ranges.sizes[QUERY], reader.ranges.sizes[KEY]
-    # -inf, or beside it a number that hides: all the same where every query sees a key.
-    if bias is None or meaning.keys != TRUE or band.kind in ("all_true", "zero_bias"):
-        return None
-    if max(understood.allowed.hidden) > FINAL or not _every_query_sees_a_key(
-        meaning, *lengths, reader.ranges
-    ):
-        return None
-    try:
-        row = RowBuilder(call, reader).read(bias)
-    except NotUnderstood:
-        return None
-    return dataclasses.replace(band, attn_mask=row, read="key_bias")
-
-
-def _rest_worked_out(
-    understood: Understood, q_len: Size, kv_len: Size, device: torch.device, writes: Writes
-) -> RowEnds | None:
-    """The part of a mask that depends on queries, worked out where it is known while compiling."""
-    if not isinstance(q_len, int) or not isinstance(kv_len, int):
-        return None
-    meaning, query, key = understood.meaning, variable(QUERY), variable(KEY)
-    parts = [*meaning.others]
-    if meaning.low is not None:
-        parts.append(_at_least(key, query, meaning.low))
-    if meaning.high is not None:
-        parts.append(_at_least(query, key, -meaning.high))
-    return worked_out(both(*parts), q_len, kv_len, device, writes)
-
-
-def _at_least(left: Linear, right: Linear, distance: int) -> Any:
-    return at_least(left, add(right, Linear(constant=distance)))
-
-
-def _every_query_sees_a_key(meaning: Meaning, q_len: Size, kv_len: Size, ranges: Ranges) -> bool:
-    """Whether that is so for a band, of all lengths."""
-
-    def is_at_least_zero(number: Size) -> bool:
-        least = ranges.of_size(plain(number))[0]
-        return least is not None and least >= 0
-
-    low, high = meaning.low, meaning.high
-    return (
-        (high is None or is_at_least_zero(high))
-        and (low is None or is_at_least_zero(kv_len - q_len - low))
-        and (low is None or high is None or is_at_least_zero(high - low))
-    )
-
-
-def _with_seeing(known_: Mask, meaning: Meaning, call: AttentionCall) -> Mask | None:
-    """A mask whose keys a finite number hid: with the queries that see none."""
-    query, key = example_tensor(call.query), example_tensor(call.key)
-    padding, output = example_tensor(known_.attn_mask), call.output()
-    if query is None or key is None or padding is None or output is None or known_.attn_mask is None:
-        return None
-    if sizes_of(padding)[-1] != sizes_of(key)[-2] or sizes_of(query)[-2] == 1:
-        return None
-    heads = [sizes_of(tensor)[-3] for tensor in (query, key) if tensor.dim() > 2]
-    if call.enable_gqa and not all(isinstance(number, int) for number in heads):
-        return None  # how often the mean of V is repeated
-    seeing = seeing_rows(known_.attn_mask, meaning.low, meaning.high, call)
-    if seeing is None:
-        return None
-    # Users rely on the strides that the call would have given.
-    same = example_tensor(with_uniform_rows(Expr("output", (), value=output), seeing, call))
-    if same is None or strides_of(same) != strides_of(output) or sizes_of(same) != sizes_of(output):
-        return None
-    return dataclasses.replace(known_, seeing=seeing)

@@ -19,6 +19,7 @@ from sage_inductor.rewriting.masks.algebra import (
     choice,
     equal,
     multiply,
+    remainder,
     subtract,
 )
 from sage_inductor.rewriting.masks.formula import (
@@ -205,6 +206,22 @@ def _index_select(reader: Reads, item: Value, index: Index, place: Standpoint) -
     return reader.read(item.args[0], (*index[:dim], at, *index[dim % len(index) + 1 :]), place)
 
 
+def _repeat(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scalar:
+    """The whole, several times along each dim; new dims stand in front."""
+    source, times = item.args[0], argument(item, 1, "repeats", "dims")
+    counts = list(times) if isinstance(times, (list, tuple)) else list(item.args[1:])
+    tensor = example_tensor(source) if isinstance(source, (fx.Node, Expr)) else None
+    if tensor is None or len(counts) != len(index):
+        raise NotUnderstood("a repetition")
+    own = []
+    for at, count, length in zip(
+        index[len(index) - tensor.dim() :], counts[len(index) - tensor.dim() :], sizes_of(tensor), strict=True
+    ):
+        is_once = isinstance(count, int) and count == 1
+        own.append(ZERO if length == 1 else at if is_once else remainder(at, constant(length)))
+    return reader.read(source, tuple(own), place)
+
+
 def whole_index(key: Any, rank: int) -> list[Any]:
     """An index with an item for each of `rank` dims, and None for each new one."""
     items = list(key) if isinstance(key, tuple) else [key]
@@ -261,6 +278,7 @@ MAKERS: dict[str, Callable[..., Scalar]] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("getitem", "__getitem__", "index"), _getitem),
     "index_select": _index_select,
+    "repeat": _repeat,
     "_add_batch_dim": _into_level,
     "_remove_batch_dim": _out_of_level,
 }

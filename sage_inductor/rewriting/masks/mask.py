@@ -33,6 +33,11 @@ class Mask:
     read: str = ""
     symbolic: bool = False
     """Whether it is a band for all lengths that the graph serves."""
+    left_bound: Value | None = None
+    """The number in the graph that window_left is, which is then what it was while tracing. It may turn out to be negative beside
+    causality: queries see no key then."""
+    right_bound: Value | None = None
+    """That which window_right is. It is not negative."""
     seeing: Value | None = None
     """Bool `[..., q_len, 1]`: the queries that see a key, where those that see none attend to all keys alike (a
     finite number hid them); None where that does not happen."""
@@ -45,11 +50,13 @@ class Mask:
     def __str__(self) -> str:
         if self.query_segments is not None:
             rest = str(replace(self, query_segments=None))
+            if self.kind.startswith("chunked_causal"):
+                return rest
             return "segments" if rest in ("none", "all_true") else f"{rest} + segments"
         text = self.kind
         if text in ("causal", "sliding_window", "band"):
-            right = "0" if self.is_causal else str(self.window_right) if self.window_right >= 0 else "all"
-            left = str(self.window_left) if self.window_left >= 0 else "all"
+            right = "0" if self.is_causal else _window(self.window_right, self.right_bound)
+            left = _window(self.window_left, self.left_bound)
             text += "" if text == "causal" else f" left={left} right={right}"
             text += (" bottom-right" if self.bottom_right else "") + (" (symbolic)" if self.symbolic else "")
         return f"{text} + {self.read}" if self.read else text
@@ -71,6 +78,10 @@ def band(low: Size | None, high: Size | None, bottom_right_offset: Size) -> Mask
         kind = "band" if not is_causal else "causal" if low is None else "sliding_window"
         return Mask(kind, None, is_causal, offset != 0, left, -1 if is_causal else right)
     return None
+
+
+def _window(size: int, computed: Value | None) -> str:
+    return "computed" if computed is not None else str(size) if size >= 0 else "all"
 
 
 def runtime_kind(mask: Tensor, q_len: Any) -> str:

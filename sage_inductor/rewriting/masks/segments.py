@@ -232,11 +232,11 @@ def insert_once(item: Value, graph: fx.Graph) -> fx.Node:
         return item
     args = tuple(insert_once(arg, graph) if isinstance(arg, Expr) else arg for arg in item.args)
     read = [arg for arg in args if isinstance(arg, fx.Node)]
-    for user in read[0].users:
+    for user in read[0].users if read else graph.nodes:
         same = (user.target, user.args, user.kwargs) == (item.target, args, item.kwargs)
         if same and "sage_ids" in user.meta:
             return user
-    place = max(read)
+    place = max(read) if read else next(iter(graph.nodes))
     while place.op == "placeholder" and place.next.op == "placeholder":
         place = place.next
     with graph.inserting_after(place):

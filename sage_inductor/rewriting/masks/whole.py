@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sage_inductor.rewriting.masks.blocks import ends_of
+from sage_inductor.rewriting.masks.blocks import RowEnds, ends_of
 from sage_inductor.rewriting.masks.mask import Mask, band
 
 # Additive masks write "not allowed" as -inf or as the most negative number of their dtype; half of that is as
@@ -35,12 +35,20 @@ def classify_constant(mask: Tensor, q_len: int, kv_len: int) -> Mask | None:
     return None if bounds is None else band(*bounds, kv_len - q_len)
 
 
-def chunk_of(mask: Tensor, q_len: int, kv_len: int) -> int | None:
-    """The size of the chunks within which a bool mask is causal."""
-    allowed = _the_same_for_all(mask, q_len, kv_len) if mask.dtype == torch.bool else None
+def ends_of_constant(mask: Tensor, q_len: int, kv_len: int) -> RowEnds | None:
+    """The ends of the rows of a mask that is the same for all batches and heads and does nothing but hide keys. None for another,
+    and where a finite number hides all keys of a query, which attends to all alike then."""
+    additive = mask.dtype != torch.bool
+    if additive:
+        masked_out = mask <= torch.finfo(mask.dtype).min * MASKED_OUT_FRACTION
+        if not bool((masked_out | (mask == 0)).all()):
+            return None
+        mask = ~masked_out
+    allowed = _the_same_for_all(mask, q_len, kv_len)
     if allowed is None:
         return None
-    return ends_of(lambda start, stop: allowed[start:stop], q_len, kv_len).chunk(kv_len)
+    ends = ends_of(lambda start, stop: allowed[start:stop], q_len, kv_len)
+    return None if additive and bool((ends.count == 0).any()) else ends
 
 
 def _the_same_for_all(mask: Tensor, q_len: int, kv_len: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What stands at the keys of autograd and autocast for the operators of this room."""
+"""Rules by which the operators of this room are dispatched: one at autograd's key, one at autocast's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sage_inductor.torch_internals.dispatch import below_autograd, past_autocast
 
 
 def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands at autograd's key: the implementation, which looks for itself at whether gradients are wanted. Tracing
-    records `op` where they are not, and exact attention where they are."""
+    """The rule at autograd's key. A call that computes numbers goes straight to `implementation`, which looks for itself at whether
+    gradients are wanted. A trace records `op` where they are not wanted, and exact attention where they are."""
 
     def rule(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         tensors = (query, key, value, *args, *kwargs.values())
@@ -30,9 +30,11 @@ def _requires_grad(item: object) -> bool:
 
 
 def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Autocast casts query, key and value, but float64. A float mask is read as it is, or as float32 where its dtype is
-    neither that nor the autocast dtype: the scores that a model adds it to by hand are promoted as far. (SDPA's own rule
-    casts masks too; who stands for SDPA does that beforehand, `cast_as_sdpa`.)"""
+    """The rule at autocast's key. Query, key and value are cast, unless they are float64.
+
+    A float mask keeps its dtype if that is float32 or the autocast dtype, and becomes float32 otherwise: scores that a model adds a
+    mask to by hand are promoted so far. SDPA's own rule casts masks, too; a caller that stands for SDPA does that first
+    (`cast_as_sdpa`)."""
     past_rules = past_autocast(device_type)
 
     def rule(
@@ -55,7 +57,7 @@ def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any
 
 
 def cast_as_sdpa(attn_mask: Tensor | None) -> Tensor | None:
-    """`attn_mask` as SDPA reads it: under autocast a float mask, but of float64, is cast to the autocast dtype."""
+    """`attn_mask` as SDPA reads it. Under autocast a float mask is cast to the autocast dtype, unless it is float64."""
     if attn_mask is None or not attn_mask.is_floating_point() or attn_mask.dtype == torch.float64:
         return attn_mask
     device_type = attn_mask.device.type

@@ -22,6 +22,7 @@ from sage_inductor.torch_internals.dispatch import dispatches_itself
 from sage_inductor.torch_internals.distributed import context_parallel_is_active, context_parallel_mesh
 from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
+# The end of errors about a rank that would attend to its own shard of the sequence.
 CONTEXT_PARALLEL = "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
 
 
@@ -160,8 +161,8 @@ def sage_attention(
 
 
 def in_context_parallel() -> bool:
-    """Whether torch's `context_parallel` takes calls of SDPA for calls on shards of the sequence now."""
-    # Read by its name: Dynamo then traces anew where another function stands there, as one does in that context.
+    """Whether a call of SDPA now would be taken, by torch's `context_parallel`, for one on shards of the sequence."""
+    # The function is read by its name, so that Dynamo traces anew where another one stands there, as in that context.
     return F.scaled_dot_product_attention is not builtin_sdpa and context_parallel_is_active()
 
 
@@ -180,9 +181,9 @@ def _around_ring(
     out: Tensor | None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`sage_attention` of this rank's shards of a sequence, all of which the active `context_parallel` has. As it does with
-    SDPA's, inputs become DTensors, and the output is this rank's part of theirs. Raises NotImplementedError for what no
-    ring computes."""
+    """`sage_attention` of this rank's shards of a sequence, inside an active `context_parallel`. Inputs become DTensors, as those
+    of SDPA do there, and the output is this rank's part of theirs. Raises NotImplementedError for what no ring computes, such as a
+    mask."""
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, seq_dim = context_parallel_mesh()
@@ -207,8 +208,8 @@ def _around_ring(
 def _seen_through(
     attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool
 ) -> tuple[Tensor | None, bool, bool]:
-    """(attn_mask, is_causal, bottom_right) of a subclass of Tensor: what `causal_lower_right` and `causal_upper_left` of
-    `torch.nn.attention.bias` make stands for no data."""
+    """(attn_mask, is_causal, bottom_right) of a mask that is a subclass of Tensor. `causal_lower_right` and `causal_upper_left`
+    of `torch.nn.attention.bias` hold no data: they mean causality. Raises RuntimeError for one of other lengths."""
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
@@ -224,7 +225,7 @@ def _seen_through(
 def _needs_of_exact_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> list[str]:
-    """What a quantised inference kernel cannot give: dropout, gradients, and what a subclass of Tensor does with SDPA."""
+    """Reasons for exact attention: dropout, gradients, and subclasses of Tensor, which carry out SDPA in their own way."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     sharded = all(is_dtensor(tensor) for tensor in present.values())

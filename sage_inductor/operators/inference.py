@@ -1,12 +1,14 @@
-"""The operators that graphs contain: schemas, shapes, autocast. Imports torch only; kernels load when first run.
+"""The operators that graphs contain. This module imports torch only; kernels load when they first run.
 
     sage_inductor::attention        -> output
     sage_inductor::attention.out    -> nothing; writes into `output` (Dynamo takes no strided argument called out)
     sage_inductor::attention_lse    -> output and LSE
 
-Inputs that need gradients get exact attention, which autograd records as it records SDPA; the quantised forward pass
-with gradients is `sage_inductor::attention_training` in training.py. At autograd's key stands the implementation itself:
-to dispatch a call twice would cost 4.3 us, half of what a call costs.
+Inputs that need gradients get exact attention, which autograd records as it records SDPA. The quantised forward pass with
+gradients is another operator, `sage_inductor::attention_training` (training.py).
+
+`_run` looks up what calls of a kind come down to. At autograd's key stands the implementation itself: to dispatch a call a
+second time would cost 4.3 us, half of what a call costs.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def _attention_lse(
 
 
 class _Resolved(NamedTuple):
-    """What calls of one kind come down to."""
+    """What all calls of one kind come down to. Calls are of one kind where shapes, strides, dtypes, devices and options are the
+    same."""
 
     run: Prepared | None  # None: exact attention
     params: AttentionParams
@@ -101,8 +104,7 @@ class _Resolved(NamedTuple):
     out_strides: tuple[int, ...]
 
 
-# It depends on shapes, strides and options alone, so it is worked out once for each: the checks and all the numbers that
-# kernels take would otherwise cost more than the launches.
+# Each kind is worked out once: the checks, and the numbers that kernels take, cost more than the launches.
 _resolved: Cache[tuple[Any, ...], _Resolved] = Cache(4096)
 
 
@@ -131,7 +133,7 @@ def _run(
     key_segments: Tensor | None = None,
     left_is_bound: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output, LSE if asked for); the output is `out` where that is given."""
+    """(output, LSE). The LSE is None unless `return_lse` asks for it; the output is `out` where that is given."""
     if left_is_bound and window_left < 0:  # no key is seen
         validate(query, key, value, attn_mask, enable_gqa, out, query_segments, key_segments)
         out = empty_output(query, value, memory_order) if out is None else out
@@ -202,7 +204,7 @@ def _run(
     if lse is not None:
         exact_lse(query, key, attn_mask, resolved.params, lse, segments)
     if given is None and out is result[0] and exact.stride() == out.stride():
-        return exact, lse  # nobody else has seen ours
+        return exact, lse  # `out` was made here and can be dropped
     out.copy_(exact)
     return result
 
@@ -220,8 +222,11 @@ def _resolve(
     or_exact: bool,
     segments: Segments | None,
 ) -> Prepared | None:
-    """What to run; None for exact attention, asked for, fallen back to by "auto", for fewer than `least` queries and keys,
-    or, with `or_exact`, for sizes that the kernel does not take."""
+    """What to run; None means exact attention.
+
+    Attention is exact where `name` asks for it, where "auto" finds no kernel, where queries or keys are fewer than `least`, and,
+    with `or_exact`, where the kernel does not take these sizes. Raises NotEligibleError where a kernel asked for by name cannot
+    run, ValueError for an unknown precision."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     chosen = None
@@ -250,7 +255,7 @@ def _differentiable(
     return_lse: bool,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact attention, and its LSE if asked for, that autograd records; the output in the strides of the operator's."""
+    """Exact attention that autograd records, and its LSE if asked for. The output has the strides that the operator's has."""
     q, k, v = map(as_4d, (query, key, value))
     mask = None if attn_mask is None else as_4d(attn_mask)
     out = sdpa(q, k, v, mask, params, segments).view(*query.shape[:-1], value.shape[-1])
@@ -302,8 +307,8 @@ def fake_attention_lse(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor
 
 
 def _out_of_views(*args: Any, output: Tensor, **options: Any) -> None:
-    """`attention.out` where a tensor is a negative or conjugate view. torch's own rule, which would give the operator a
-    tensor of its own and copy that back, is for operators that return what they write to."""
+    """`attention.out` where a tensor is a negative or conjugate view, such as `x.conj().imag`. torch's own rule would give the
+    operator a copy to write to. It is for operators that return what they write to, and this one returns nothing."""
     if problem := output_problem(output):
         raise misfit(problem)
     resolved = (arg.resolve_neg().resolve_conj() if isinstance(arg, Tensor) else arg for arg in args)

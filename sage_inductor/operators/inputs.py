@@ -1,4 +1,4 @@
-"""Inputs and outputs as kernels take them: four dimensions, strides in the memory order that was asked for."""
+"""Inputs and outputs as kernels take them. Inputs have four dims, outputs the memory order that was asked for."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sage_inductor.operators.validation import misfit
 
 
 def as_4d(tensor: Tensor) -> Tensor:
-    """`[..., seq, head_dim]` seen as `[batch, heads, seq, head_dim]`; masks alike."""
+    """A view of `[..., seq, head_dim]` as `[batch, heads, seq, head_dim]`. Masks are seen so, too."""
     while tensor.dim() < 4:
         tensor = tensor.unsqueeze(0)
     return tensor
 
 
 def as_segments(query_segments: Tensor | None, key_segments: Tensor | None) -> Segments | None:
-    """The ids as kernels take them, with a batch of 1 where there is none."""
+    """The ids as kernels take them. Ids without a batch get one of 1; None where there are no ids."""
     if query_segments is None or key_segments is None:
         return None
     if query_segments.dim() == 1:
@@ -40,7 +40,7 @@ def make_problem(
     return_lse: bool = False,
     segments: Segments | None = None,
 ) -> AttentionProblem:
-    """The problem as kernels judge it: inputs of 2 to 4 dimensions seen as 4-D. Real or traced tensors."""
+    """The problem as kernels judge it. Inputs have 2 to 4 dims and are seen as 4-D; they may be real or traced."""
     mask = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()
     q, k, v = (TensorSpec.of(tensor).as_4d() for tensor in (query, key, value))
     ids = (None, None) if segments is None else tuple(map(TensorSpec.of, segments))
@@ -50,13 +50,15 @@ def make_problem(
 def wanting_gradients(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sink: Tensor | None = None
 ) -> str | None:
-    """The reason against an inference kernel when an input requires gradients."""
+    """The reason against an inference kernel: it names the inputs that require gradients. None where none does."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "sink": sink}
     wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
     return reason("requires_grad", wanting, "none; use torch.no_grad()") if wanting else None
 
 
 def empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:
+    """A tensor for the output: `[..., q_len, value_head_dim]` in query's dtype, dense, its dims in memory in `order`, or in that of
+    query where it is None. Raises RuntimeError for an order that is none."""
     if order is None:
         order = memory_order(query, guarded=True)
     elif sorted(order) != list(range(query.dim())):
@@ -66,4 +68,5 @@ def empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> T
 
 
 def empty_lse(query: Tensor) -> Tensor:
+    """A tensor for the LSE: float32 `[..., q_len]`."""
     return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)

@@ -1,4 +1,7 @@
-"""Inputs of any number of dims, which broadcast as SDPA's do, as the 2 to 4 dims that the operators take."""
+"""Inputs of any number of dims, seen as the 2 to 4 dims that the operators take. They broadcast as SDPA's do.
+
+Query `[2, 3, heads, q_len, head_dim]` beside key `[3, heads, kv_len, head_dim]` becomes a batch of 6, to which key is expanded.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["Folded", "folded"]
 class Folded:
     """Inputs of the operators, and the way back from their outputs.
 
-    query, key and value have one number of dims, 2 to 4, the same batch, and heads of which query's are a multiple."""
+    query, key and value have the same number of dims, 2 to 4, and the same batch. Query's heads are a multiple of key's."""
 
     def __init__(
         self,
@@ -29,20 +32,20 @@ class Folded:
         self.attn_mask = attn_mask
         self.enable_gqa = enable_gqa
         self.leading = leading
-        """The dims in front of q_len that the output is to have; None where the operator's output has them."""
+        """The dims in front of q_len that the output is to have; None where the operator's output has them already."""
         self.into_heads = into_heads
-        """Whether all dims in front of q_len but the first became heads, and not all but the last the batch."""
+        """Which dims in front of q_len were folded: True, all but the first became heads; False, all but the last the batch."""
 
     @property
     def memory_order(self) -> list[int] | None:
-        """The order of the output's dims in memory; None: query's, which a query that was expanded has none of."""
+        """The order of the output's dims in memory; None for query's. A query that was expanded has no order of its own."""
         if self.leading is None or 0 not in self.query.stride():
             return None
         return [0, 1, 2, 3]
 
     def unfolded(self, output: Tensor, rows_only: bool = False) -> Tensor:
-        """An output `[batch, heads, q_len, value_head_dim]` of the operator, or its LSE, which has rows only, with the dims
-        that SDPA's output has. A view."""
+        """A view of the operator's output `[batch, heads, q_len, value_head_dim]` with the dims that SDPA's output has. With
+        `rows_only` it is the LSE, `[batch, heads, q_len]`."""
         if self.leading is None:
             return output
         return output.view(*self.leading, *output.shape[-1 if rows_only else -2 :])
@@ -59,8 +62,8 @@ class Folded:
 
 
 def folded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> Folded:
-    """The inputs of `F.scaled_dot_product_attention` in the form of the operators. What they hold is copied only where no
-    view can have that form. Raises RuntimeError for dims that do not broadcast."""
+    """The inputs of `F.scaled_dot_product_attention` in the form of the operators. An input is copied only where no view of it has
+    that form. Raises RuntimeError for dims that do not broadcast."""
     dims = max(query.dim(), key.dim(), value.dim())
     in_front = [tensor.shape[:-2] for tensor in (query, key, value)]
     are_alike = dims <= 4 and query.dim() == key.dim() and in_front[1] == in_front[2]
@@ -96,11 +99,12 @@ def folded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
 
 
 def _heads_alike(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, bool]:
-    """key and value with as many heads, and whether query has a multiple of them that is more."""
+    """(key, value, whether heads are grouped): key and value with the same number of heads. Heads are grouped where query has a
+    multiple of that number."""
     counts = [tensor.shape[-3] for tensor in (query, key, value)]
     if enable_gqa:
         wanted = max(counts[1:])
-        # Each of key and value may repeat by a number of its own.
+        # SDPA lets key and value have different numbers of heads: 2 and 4 beside 8 of query.
         key, value = (
             tensor
             if count in (0, wanted) or wanted % count
@@ -125,7 +129,8 @@ def _with_dims(tensor: Tensor, dims: int) -> Tensor:
 
 
 def _fold(tensor: Tensor, into_heads: bool) -> Tensor:
-    """`[..., heads, seq, dim]` as four dims: those in front of the heads as one, or all of them but the first as heads."""
+    """`[..., heads, seq, dim]` as four dims. The dims in front of the heads become the batch; with `into_heads` all of them but the
+    first become heads."""
     return tensor.flatten(1, -3) if into_heads else tensor.flatten(0, -4)
 
 
@@ -141,7 +146,7 @@ def _folds_to_view(tensor: Tensor, into_heads: bool) -> bool:
 
 
 def _folded_mask(mask: Tensor, leading: tuple[int, ...], into_heads: bool) -> Tensor:
-    """`mask` with the dims of query folded as there; where it is the same along all of them, it stays one."""
+    """`mask` folded as query is. Dims along which it is the same stay one of size 1."""
     first, last = (1, mask.dim() - 2) if into_heads else (0, mask.dim() - 3)
     if all(size == 1 for size in mask.shape[first:last]):
         return _fold(mask, into_heads)

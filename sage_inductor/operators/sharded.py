@@ -1,4 +1,4 @@
-"""DTensors given to our operators: asked about by everyone, while torch.distributed.tensor is imported by nobody in vain."""
+"""Whether the operators are given DTensors. Every call asks, so nothing here imports torch.distributed.tensor in vain."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["are_taught", "is_dtensor"]
 
 
 def are_taught() -> bool:
-    """DTensors know our operators from here on; True. Call it where there are DTensors. Raises RuntimeError where this torch's
-    DTensor is not as known."""
+    """Teaches DTensor our operators, once, and returns True. Called where there are DTensors. Raises RuntimeError where this
+    torch's DTensor is not as known."""
     from sage_inductor.operators.distributed.handler import register
 
     register()

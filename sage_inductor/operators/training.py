@@ -1,9 +1,11 @@
 """`sage_inductor::attention_training`: quantised forward, exact backward (`Config(training=True)`).
 
-The gradient is that of unquantised attention at the same inputs, a straight-through estimate: rounding has no
-useful derivative. It is computed by SDPA's own backward, recomputing the forward pass, so nothing but the
-inputs is saved. `gradient_order` names the memory orders of the gradients of query, key and value, one behind the
-other, where users rely on those that SDPA gives; without it they are those of the inputs.
+The gradient is that of unquantised attention at the same inputs, a straight-through estimate: rounding has no useful
+derivative. SDPA's own backward computes it and recomputes the forward pass, so nothing but the inputs is saved.
+
+`gradient_order` holds the memory orders of the gradients of query, key and value, one behind the other: it begins with
+`[0, 1, 2, 3, 0, 2, 1, 3, ...]` where query's lies in HND and key's in NHD. It is given where users rely on the strides that SDPA
+gives; without it gradients lie in memory as their inputs do.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sage_inductor.operators.schemas import INPUTS, LIBRARY, NAMESPACE, PARAMS, 
 from sage_inductor.operators.unquantised import sdpa
 from sage_inductor.torch_internals.dispatch import above_autograd
 
-# Positional ones, as torch registers gradients for no operator with tensors that are keywords.
+# The segments are positional: torch registers gradients for no operator whose tensors are keywords.
 _INPUTS = INPUTS.replace("*", f"{SEGMENTS}, *")
 LIBRARY.define(
     f"attention_training({_INPUTS}, {PARAMS}, int[]? memory_order=None, "
@@ -88,14 +90,14 @@ def _attention_backward(
     key_segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale)
-    # Where a branch of torch.cond runs eagerly, autograd has been passed by.
+    # Inside a branch of torch.cond that runs eagerly, dispatch is below autograd already.
     with torch.enable_grad(), above_autograd():
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         q, k, v = map(as_4d, inputs)
         mask = None if attn_mask is None else as_4d(attn_mask)
         output = sdpa(q, k, v, mask, params, as_segments(query_segments, key_segments))
         grads = torch.autograd.grad(output, inputs, as_4d(grad_output))
-    # In the strides that the traced backward was told.
+    # The traced backward was told these strides.
     empty = empty_gradients((query, key, value), gradient_order)
     dq, dk, dv = (gradient.copy_(grad) for gradient, grad in zip(empty, grads, strict=True))
     return dq, dk, dv
@@ -108,6 +110,7 @@ def _fake_backward(
 
 
 def empty_gradients(inputs: Sequence[Tensor], order: Sequence[int] | None) -> list[Tensor]:
+    """Tensors for the gradients of query, key and value, in `gradient_order`."""
     dims = inputs[0].dim()
     orders = (
         [memory_order(tensor, guarded=True) for tensor in inputs]

@@ -1,4 +1,4 @@
-"""Unquantised attention over SDPA: what "auto" falls back to, and what gradients are taken of."""
+"""Attention without quantisation, by SDPA. "auto" falls back to it, and gradients are taken of it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ def sdpa(
     params: AttentionParams,
     segments: Segments | None = None,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses. Differentiable; an additive mask of
-    float32 keeps its precision beside inputs of 16 bits. Segments become a mask of q_len * kv_len bools."""
+    """`F.scaled_dot_product_attention` of 4-D inputs, in the strides that it chooses. Differentiable.
+
+    An additive mask of float32 keeps its precision beside inputs of 16 bits. Segments become a mask of q_len * kv_len bools."""
     bounds = params.bounds(query.shape[2], key.shape[2])
     attn_mask, plain_causal = combined_mask(query, key, attn_mask, *bounds, _same(segments))
     dtype = query.dtype
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, dtype):
-        # Positions of ALiBi need more than the 8 bits of bfloat16, and the lowest float32 is -inf there: the mask is not
-        # rounded. SDPA's memory-efficient kernel takes a mask of the inputs' dtype only, so these follow the mask.
+        # The mask is not rounded: positions of ALiBi need more than the 8 bits of bfloat16, where the lowest float32 is -inf.
+        # SDPA's memory-efficient kernel takes a mask of the inputs' dtype only, so the inputs are cast to the mask's.
         query, key, value = (tensor.to(attn_mask.dtype) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     if gqa and attn_mask is not None:
-        # That kernel takes masks but no GQA; writing out all scores instead would cost far more than these copies.
+        # That kernel takes masks but no GQA. To write out all scores instead would cost far more than these copies.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         gqa = False
     out = builtin_sdpa(
@@ -48,7 +49,7 @@ def exact_lse(
     lse: Tensor,
     segments: Segments | None = None,
 ) -> None:
-    """Write the LSE of the exact scores of 4-D inputs into `lse`, which SDPA does not give."""
+    """Write the LSE of the exact scores of 4-D inputs into `lse`, float32 `[batch, heads, q_len]`. SDPA does not give it."""
     q_len, kv_len = query.shape[2], key.shape[2]
     attn_mask, plain_causal = combined_mask(
         query, key, attn_mask, *params.bounds(q_len, kv_len), _same(segments)
@@ -77,8 +78,8 @@ def combined_mask(
     high: int | None,
     same: Tensor | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) for SDPA, which takes one or the other, out of a mask, the bounds of a band, and what
-    `same_segment` gives."""
+    """(attn_mask, is_causal) for SDPA, which takes one of them: all of a mask, the bounds of a band and segments (`same`, as
+    `same_segment` gives it) in one. A band `None .. 0` alone is `is_causal`."""
     if same is not None:
         attn_mask = _joined(attn_mask, same)
     if low is None and high is None:
@@ -101,8 +102,8 @@ def combined_mask(
 
 
 def same_segment(query_segments: Tensor, key_segments: Tensor) -> Tensor:
-    """Which keys are of each query's segment: bool `[batch, 1, q_len, kv_len]` of ids `[batch, q_len]` and
-    `[batch, kv_len]`, and `[q_len, kv_len]` of ids without a batch."""
+    """Which keys are of each query's segment. Ids `[batch, q_len]` and `[batch, kv_len]` give bool `[batch, 1, q_len, kv_len]`; ids
+    without a batch give `[q_len, kv_len]`."""
     same = query_segments[..., :, None] == key_segments[..., None, :]
     return same.unsqueeze(-3) if same.dim() > 2 else same
 
@@ -112,7 +113,7 @@ def _same(segments: Segments | None) -> Tensor | None:
 
 
 def _joined(attn_mask: Tensor | None, allowed: Tensor) -> Tensor:
-    """`attn_mask`, bool or additive, with the bools `allowed`, which may broadcast."""
+    """`attn_mask`, bool or additive, which hides all that `allowed`, bool, does not allow. The two broadcast."""
     if attn_mask is None:
         return allowed
     return (

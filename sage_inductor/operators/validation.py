@@ -1,4 +1,4 @@
-"""What inputs of attention must fit together: as with SDPA, a RuntimeError names what does not."""
+"""Checks that the inputs of attention fit together. As SDPA does, they raise RuntimeError, with the value and what is valid."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def validate(
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
 ) -> None:
-    """Raise RuntimeError, as SDPA does, for inputs that do not fit together. Works on real and on traced
-    tensors."""
+    """Raise RuntimeError for inputs that do not fit together: `head_dim of query is 64, of key 80`. Works on real and
+    on traced tensors; sizes that a trace leaves open are taken to fit."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if not 2 <= tensor.dim() <= 4:
@@ -83,7 +83,8 @@ def _validate_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
 def validate_segments(
     query: Tensor, key: Tensor, query_segments: Tensor | None, key_segments: Tensor | None
 ) -> None:
-    """Raise RuntimeError for ids that are not those of query and key, or of only one of them."""
+    """Raise RuntimeError for ids of another dtype, device or shape than query and key call for, and for ids of one of the two
+    alone."""
     if query_segments is None or key_segments is None:
         missing, given = ("query", "key") if query_segments is None else ("key", "query")
         raise misfit(f"{given}_segments without {missing}_segments (valid: both, or neither)")

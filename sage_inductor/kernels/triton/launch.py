@@ -1,5 +1,8 @@
-"""Host side of the Triton kernels: what attention calls of one kind have in common, worked out once, and the
-launches of each call: three, and one more for some masks and for segments."""
+"""Host side of the Triton kernels.
+
+A `TritonAttention` holds what attention calls of one kind have in common, worked out once. Each call then makes three launches
+(statistics, quantisation, attention), and one before them for some masks and for segments.
+"""
 
 # Triton has no type information.
 # mypy: disable-error-code="import-untyped"
@@ -23,9 +26,10 @@ from .segments import segments_kernel, segments_size
 from .variant import INTERPRETED, SAMPLE_GROUP, make_variant
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
-TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: they stay in the L2 cache
-# From so many keys on, a mask over queries and keys is looked at before: blocks that it rules out are passed over, and a
-# bool one is packed into bits. An additive one is read again for each head, so that for less than so many it does not pay.
+TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: it stays in the L2 cache
+# A mask over queries and keys is looked at before the attention kernel runs, from MASK_BLOCKS_KEYS keys on. Blocks that it rules
+# out are passed over then, and a bool mask is packed into bits. An additive mask stays as it is and is read again for each head:
+# the look pays where at least MASK_SHARED_BY heads of all sequences share one.
 MASK_BLOCKS_KEYS = 256
 MASK_SHARED_BY = 4
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
@@ -34,6 +38,8 @@ Strides = tuple[int, int, int, int]
 
 
 class Sizes(NamedTuple):
+    """The sizes of a call, in the words of the kernels."""
+
     batch: int
     heads: int
     kv_heads: int
@@ -66,10 +72,10 @@ class MaskOperand(NamedTuple):
     units: Strides = (0, 0, 0, 0)  # the strides in units of `align`
     over_keys: bool = False  # the same for every query
     skip_blocks: bool = False  # the same for every head, too
-    batch: int = 1  # sequences, and heads, that have one of their own; 1: all share it
-    heads: int = 1
-    by_blocks: bool = False  # what it leaves of each block is found out before
-    packed: bool = False  # and written down in bits
+    batch: int = 1  # how many sequences have a mask of their own; 1: all share one
+    heads: int = 1  # the same of heads
+    by_blocks: bool = False  # a kernel finds out first what it leaves of each block
+    packed: bool = False  # and writes it down in bits
 
     @classmethod
     def of(cls, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None = None) -> MaskOperand:
@@ -83,7 +89,7 @@ class MaskOperand(NamedTuple):
         )
         shared_by = sizes.batch * sizes.heads // max(batch * heads, 1)
         is_bool = attn_mask.dtype == torch.bool
-        # With segments, their ranges say which blocks of it are read.
+        # With segments, the ranges of their ids say which blocks are read.
         by_blocks = (
             segments is None
             and not over_keys
@@ -113,10 +119,10 @@ _NO_MASK = MaskOperand()
 
 
 class TritonAttention:
-    """Attention calls, dense or varlen, of one kind: of the shapes, strides, dtypes and device of the tensors it is made
-    from, of which it keeps none, and with an LSE or without. `quantize` and `attend` are the two halves of one.
+    """Attention calls of one kind, dense or varlen. A kind is the shapes, strides, dtypes and device of the tensors that it is made
+    from, and whether there is an LSE; the tensors themselves are not kept. `quantize` and `attend` are the two halves of a call.
 
-    varlen: (batch, longest query, longest key); the tensors are then `[total, heads, head_dim]`.
+    varlen: (batch, longest query, longest key). The tensors are `[total, heads, head_dim]` then.
     """
 
     V_TRANSPOSED: ClassVar[bool] = False  # whether 16-bit V is too
@@ -163,8 +169,10 @@ class TritonAttention:
         self._prepare_segments(segments)
 
     def together(self, params: AttentionParams) -> int:
-        """Heads whose tiles are dealt out together, longest first, where a mask makes tiles of different lengths: with
-        those of one head after the other, long tiles of the last heads would be left for the end."""
+        """How many heads have their tiles dealt out together, the longest first. It is 1 where all tiles are of one length.
+
+        Causality, say, makes tiles of different lengths. Dealt out head after head, long tiles of the last heads would be left for
+        the end, when other multiprocessors have nothing to do."""
         is_cut = self.mask.by_blocks or self.has_segments
         if params.bounds(self.sizes.q_len, self.sizes.kv_len) == (None, None) and not is_cut:
             return 1
@@ -215,7 +223,7 @@ class TritonAttention:
         dtypes = tuple([tensor.dtype for tensor in inputs])
         cu_dtype = torch.int32 if varlen else None
         scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
-        # The two kernels take the same.
+        # Both kernels take these.
         numbers = (
             scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, *q_strides, *k_strides, *v_strides,
         )  # fmt: skip
@@ -314,7 +322,7 @@ class TritonAttention:
             )
 
     def _tiles(self) -> tuple[Tile | Part | None, ...]:
-        """First and second tile of Q's, K's and V's part; None where a head dim is a single tile."""
+        """First and second tile of Q, of K and of V; the second is None where a head dim is a single tile."""
         plan, sizes = self.plan, self.sizes
         keys = sizes.kv_blocks * KEY_BLOCK
         q = sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d
@@ -374,7 +382,8 @@ class TritonAttention:
         cu_seqlens_k: Tensor | None = None,
         segments: Segments | None = None,
     ) -> None:
-        """Both halves, on the inputs' device (Triton launches on the current one) and its current stream."""
+        """Both halves, on the current stream of the inputs' device. Triton launches on the current device, which is changed for
+        the call where it is another."""
         if INTERPRETED or self.index == torch.cuda.current_device():
             workspace = self.quantize(query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, segments)
             self.attend(workspace, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k)
@@ -383,7 +392,7 @@ class TritonAttention:
                 self(query, key, value, attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k, segments)
 
     def stream(self) -> int:
-        """The current one of the device."""
+        """The current stream of the device."""
         return 0 if INTERPRETED else current_stream(self.index)
 
 
@@ -398,23 +407,23 @@ def prepare(
     call: type[TritonAttention] = TritonAttention,
     segments: Segments | None = None,
 ) -> Prepared:
-    """`TritonKernel.prepare`, and that of the family whose `call` is given."""
+    """`TritonKernel.prepare`; a family that derives from it gives its own `call`."""
     if out.numel() == 0 or key.shape[2] == 0:
         return without_keys
     return call(query, key, value, attn_mask, params, out, lse, segments=segments)
 
 
 def packed_strides(tensor: Tensor) -> Strides:
-    """Of `[total, heads, head_dim]`, as if it were `[1, heads, total, head_dim]`."""
+    """Strides of `[total, heads, head_dim]`, seen as `[1, heads, total, head_dim]`."""
     return 0, tensor.stride(1), tensor.stride(0), tensor.stride(2)
 
 
 def _in_units(strides: tuple[int, ...], length: int = 0) -> tuple[int, Strides]:
-    """(unit, strides): the batch, head and row strides in a power of two up to 16 elements that divides them
-    and `length`.
+    """(unit, strides in units). The unit is the largest power of two, at most 16 elements, that divides the batch, head and row
+    strides and `length`; the stride of channels stays in elements.
 
-    The kernels are not specialised on these strides, which change with the sequence length, but must know
-    what divides them to make wide loads.
+    These strides change with the sequence length, so the kernels are not specialised on them. To make wide loads they have to know
+    what divides them: strides (4096, 64, 192, 1) are (256, 4, 12, 1) in units of 16.
     """
     b, h, n, d = strides
     unit = b | h | n | length | 16

@@ -1,4 +1,7 @@
-"""What a call of the Triton kernels depends on besides its sizes: compile-time constants, worked out once."""
+"""Variants of the Triton kernels: the compile-time constants of a call, worked out once for all calls that share them.
+
+Sizes are no part of a variant. One compiled form serves all lengths.
+"""
 
 # Triton has no type information.
 # mypy: disable-error-code="import-untyped"
@@ -17,30 +20,33 @@ from ..device import interpreted
 from .configs import LaunchConfig, launch_config, quantize_config
 from .quantize import padded_head_dim
 
-INTERPRETED = interpreted()  # as the kernels are, which are decorated at the same time
+INTERPRETED = interpreted()  # read when this is imported, as the kernels are decorated then, too
 
 # Channels of one program of the statistics kernel: few enough for three programs on an SM.
 SAMPLE_GROUP = 16
 MASK_BLOCKS = 4  # blocks of a mask that one program looks at
-# Triton 3.9 asks to be told; from 3.10 on it would not fuse multiplications with additions, of which softmax is full.
+# Softmax is full of a * b + c. Triton 3.9 asks to be told whether to fuse them; from 3.10 on it would not.
 _FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Variant:
-    d: int  # padded head dims
+    """What make_variant works out; launch.py hands it to each kernel."""
+
+    d: int  # head_dim and value_head_dim, padded to the sizes of tiles
     dv: int
     v_dtype: torch.dtype
     v_transposed: bool
-    tma: bool
-    overlap: bool  # each kernel after the first starts beside the end of the one in front of it
+    tma: bool  # tiles are read by tensor descriptors, from compute capability 9.0 on
+    overlap: bool  # each kernel after the first starts while the one in front of it ends
     config: LaunchConfig
     statistics: dict[str, Any]  # constexprs and options of each kernel
     quantize: dict[str, Any]
     attention: dict[str, Any]
     mask_blocks: dict[str, Any]
     segments: dict[str, Any]
-    q_tiles: tuple[TensorDescriptor, ...]  # templates, one or two per tensor: the blocks that TMA reads
+    # Templates of the blocks that TMA reads. A tensor has two where its head dim is padded to two tiles (96 = 64 + 32).
+    q_tiles: tuple[TensorDescriptor, ...]
     k_tiles: tuple[TensorDescriptor, ...]
     v_tiles: tuple[TensorDescriptor, ...]
 
@@ -52,7 +58,7 @@ def make_variant(
     dtype: torch.dtype,
     head_dim: int,
     v_head_dim: int,
-    masked: bool,  # by a mask that differs from query to query
+    masked: bool,  # whether a mask differs from query to query
     mask_align: int,  # as in `launch_config`
     v_transposed: bool,
     config: LaunchConfig | None,
@@ -61,7 +67,7 @@ def make_variant(
     d0, d1 = padded_head_dim(head_dim)
     dv0, dv1 = padded_head_dim(v_head_dim)
     if dv0 == 256 and precision != "accurate":
-        dv0 = dv1 = 128  # the product of a block is a second accumulator: in halves it fits the registers
+        dv0 = dv1 = 128  # a block's product is a second accumulator; in two halves it fits the registers
     d, dv = d0 + d1, dv0 + dv1
     config = config or launch_config(arch, precision, d, dv, masked, mask_align, segments)
     n = config.block_n

@@ -107,6 +107,14 @@ def inference() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Inductor would compile a graph, after our backend has rewritten it, the graph runs as it is: its kernels take a C++
+    compiler a second each."""
+    wrapper = torch._TorchCompileInductorWrapper
+    monkeypatch.setattr(wrapper, "__call__", lambda self, graph_module, inputs: graph_module.forward)
+
+
+@pytest.fixture
 def fresh_compile() -> Iterator[None]:
     """Nothing is found in Inductor's caches: every pass runs."""
     import torch._functorch.config as functorch_config

@@ -465,6 +465,7 @@ def test_bench_refuses(run: Any, argv: tuple[str, ...], message: str) -> None:
     assert done.code == 2 and message in done.err and done.out == ""
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_bench_of_a_model(run: Any) -> None:
     done = run("bench", "--kernel", "reference", "--kernel", "auto", "net.py:make_model", "--json")
     plain, reference, auto = done.json

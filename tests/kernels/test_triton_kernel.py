@@ -291,8 +291,15 @@ def test_bool_masks_are_packed_into_bits(
     assert torch.equal(words % 2 ** (n // 4), (bits << torch.arange(n // 4, device=DEVICE)).sum(-1))
 
 
-@pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("name", BLOCKY)
+# What an additive mask leaves of each block is found for all of them above.
+BLOCKS = [(name, False) for name in BLOCKY]
+BLOCKS += [(name, True) for name in ("causal, padded on the left", "two runs", "nothing", "everything")]
+SLOW_BLOCKS = [(name, True) for name in BLOCKY if (name, True) not in BLOCKS]
+
+
+@pytest.mark.parametrize(
+    ("name", "additive"), [*BLOCKS, *(pytest.param(*block, marks=pytest.mark.slow) for block in SLOW_BLOCKS)]
+)
 def test_masks_of_blocks(name: str, additive: bool) -> None:
     mask = _blocky(name, 2, Q_LEN, KV_LEN)
     given = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, -math.inf) if additive else mask

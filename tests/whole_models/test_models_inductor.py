@@ -25,11 +25,17 @@ OPTIONS = {"sage.kernel": "reference"}
 # What is in a group starts before what is in none, so that no worker is left with these at the end.
 pytestmark = [pytest.mark.usefixtures("fresh_compile"), pytest.mark.xdist_group("compiled models")]
 
-CASES = [BY_NAME[name] for name in ("llama", "bert padded", "wan")]
-CASES.append(replace(BY_NAME["unet"], build=partial(unet, attention="")))
+CASES = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name == "wan" else [])
+    for case in (
+        *(BY_NAME[name] for name in ("llama", "bert padded")),
+        BY_NAME["wan"],  # slow: examples/wan_video.py is always compiled so, by tests/examples
+        replace(BY_NAME["unet"], build=partial(unet, attention="")),
+    )
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES)
 def test_compiled_models(case: ModelCase) -> None:
     model, inputs = instantiate(case)
     exact = run(case, model, inputs)

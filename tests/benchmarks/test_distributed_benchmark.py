@@ -142,4 +142,4 @@ def test_tables_and_plots_of_rows(load: Any, tmp_path: Path) -> None:
     assert refused.startswith("| M, 1,000 | TP 2 | 2 | no plan |") and refused.count("|") == one.count("|")
     pytest.importorskip("matplotlib")
     report.plot(rows, tmp_path / "plot.svg")
-    assert "ring, ours" in (tmp_path / "plot.svg").read_text() or (tmp_path / "plot.svg").stat().st_size > 0
+    assert "ring, ours" in (tmp_path / "plot.svg").read_text()

@@ -177,5 +177,7 @@ def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
     if 1 in read and kind == _LOWER_RIGHT and lengths[0] != lengths[1] and not shorter:
         reasons.append("logsumexp=read where queries may see no key (supported: no more queries than keys)")
     if 1 in read and lse_steps(items[1], query.transpose(1, 2)) is None:
-        reasons.append("logsumexp=of another form (supported: that of compute_log_sumexp=True)")
+        reasons.append(
+            "logsumexp=of another form, or length (supported: compute_log_sumexp=True, a length that is known)"
+        )
     return reasons

@@ -70,7 +70,7 @@ def judge(found: Found, walk: Walk) -> Decision:
     reasons = gradient_reasons(found.node, walk.config) if found.opening is not None else []
     if found.pattern == VarlenAttention.name:
         mask = dataclasses.replace(mask, as_read=None)
-        reasons += varlen_reasons(found.node, mask, walk.config)
+        reasons += varlen_reasons(found.node, mask, walk.config, found.around)
     flex = FlexCall.of(found.node)
     lists = None if flex is None else BlockLists(flex, mask, found.region.writes)
     if lists is not None:

@@ -43,10 +43,7 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
 
     output = call.output()
     if call.lse is not None and output is not None:
-        # autocast casts what our operator is given, and not a kernel's inputs
-        cast = around.autocast_dtype(output.device.type)
-        if cast not in (None, output.dtype):
-            reasons.append(reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none"))
+        reasons += _autocast_reasons(output, around)
 
     if mask.left_bound is not None or mask.right_bound is not None:
         operands = map(example_tensor, (call.query, call.key, call.value))
@@ -64,6 +61,14 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
     reasons += _subclass_reasons(call)
     reasons += _gradient_reasons(call, present, config)
     return reasons + _shape_reasons(call, present)
+
+
+def _autocast_reasons(output: Tensor, around: Surroundings) -> list[str]:
+    """Why a call of another kernel's own operator has to stay: autocast casts what our operator is given, and not its inputs."""
+    cast = around.autocast_dtype(output.device.type)
+    if cast in (None, output.dtype):
+        return []
+    return [reason("autocast", cast, f"{output.dtype}, as the inputs of the kernel, or none")]
 
 
 def _subclass_reasons(call: AttentionCall) -> list[str]:
@@ -112,7 +117,7 @@ def gradient_reasons(node: fx.Node, config: Config) -> list[str]:
     return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
 
 
-def varlen_reasons(node: fx.Node, mask: Mask, config: Config) -> list[str]:
+def varlen_reasons(node: fx.Node, mask: Mask, config: Config, around: Surroundings) -> list[str]:
     """Why the attention of packed sequences at `node` has to stay, of which `mask` is made. It never reads a mask, so that it
     is no alternative to one, and no time of SDPA with a mask says what it takes."""
     reasons = []
@@ -121,6 +126,7 @@ def varlen_reasons(node: fx.Node, mask: Mask, config: Config) -> list[str]:
     if mask.query_segments is None or mask.attn_mask is not None:
         reasons.append(reason(f"mask of {called(node)}", mask, "segments, causal or within a window"))
     values = example_value(node)
+    reasons += _autocast_reasons(values[0], around)
     if any(isinstance(value, Tensor) and value.requires_grad for value in values):
         reasons.append(reason("requires_grad", "output", f"none of {called(node)}; torch.no_grad()"))
     return reasons

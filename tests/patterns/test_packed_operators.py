@@ -214,3 +214,19 @@ def test_with_gradients_it_stays() -> None:
     assert torch.equal(out, WithGradient.apply(*args))
     (site,) = backend.sites
     assert "requires_grad=inputs (supported: none; torch.no_grad())" in site.reasons
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_under_autocast_it_stays_unless_the_inputs_are_cast_already(form: str) -> None:
+    """Autocast would cast what our operator is given; these operators take their inputs as they are."""
+    attend, args = FORMS[form], packed(form)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Any:
+        return attend(q, k, v, ends, ends)[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        reasons = stays(function, *args, ENDS)
+        assert "autocast=bfloat16 (supported: torch.float32, as the inputs of the kernel, or none)" in reasons
+        torch.compiler.reset()
+        result, site, _ = run(function, *(tensor.bfloat16() for tensor in args), ENDS)
+    assert site.rewritten and result.dtype == torch.bfloat16, site

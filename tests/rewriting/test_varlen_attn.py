@@ -119,3 +119,15 @@ def test_what_stays(config: Config, kwargs: Any, reason: str) -> None:
     )
     assert not site.rewritten and reason in site.reasons, site
     assert "varlen" in graph_text(module.graph) and "scaled_dot_product" not in graph_text(module.graph)
+
+
+def test_under_autocast_it_stays() -> None:
+    """It takes its inputs as they are, and our operator would be given others."""
+    q, k, v = packed()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, site = rewritten(
+            lambda q, k, v, ends: varlen.varlen_attn(q, k, v, ends, ends, 27, 27), q, k, v, ENDS
+        )
+    assert site.reasons == (
+        "autocast=bfloat16 (supported: torch.float32, as the inputs of the kernel, or none)",
+    )

@@ -403,6 +403,8 @@ def expected_of(name: str, column: str) -> str:
         kind = IN_CACHE[name]
         if kind != "causal":
             return kind
+    if column == "dynamic cache" and name == "strictly_before":
+        return "band left=all right=computed (symbolic)"  # as many as there are in the cache, less one
     if kind.startswith(("causal", "sliding_window", "band")):
         first, plus, rest = kind.partition(" + ")
         first += " bottom-right" if "cache" in column else ""

@@ -164,7 +164,7 @@ class ForgetsTheMeanInLSE(ReferenceKernel):
     ) -> None:
         super().run(query, key, value, mask, params, out, lse, *ids)
         if lse is not None:
-            mean = reference.quantize_kv(key, value, "fast").k_mean
+            mean = reference.quantize_kv(key, value, "fast").smoothing.mean
             lse -= (query.float() @ mean.repeat_interleave(query.shape[1] // key.shape[1], 1).mT)[..., 0] / 8
 
 

@@ -36,6 +36,7 @@ class AttentionParams:
     window_right: int = -1
     scale: float | None = None  # None: head_dim ** -0.5
     precision: str = "fast"
+    smoothing: str = "mean"  # one of kernels.smoothing.SMOOTHINGS
 
     def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(low, high): query i sees keys i + low .. i + high, None where there is no bound."""

@@ -41,6 +41,7 @@ class ReferenceKernel(Kernel):
             bounds=params.bounds(query.shape[2], key.shape[2]),
             scale=params.scale,
             precision=params.precision,
+            smoothing=params.smoothing,
             segments=segments,
         )
         out.copy_(result)

@@ -132,6 +132,7 @@ class Kernel(ABC):
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
     takes_segments: ClassVar[bool] = False
+    smoothings: ClassVar[Collection[str]] = ("mean",)
     oracle_distance: ClassVar[float] = 1.0
     """How far an output may lie from the oracle's, in units of the precision's documented error.
 
@@ -156,6 +157,8 @@ class Kernel(ABC):
             reasons.append(reason("dtype", problem.query.dtype, self.dtypes))
         if problem.params.precision not in self.precisions:
             reasons.append(reason("precision", problem.params.precision, self.precisions))
+        if problem.params.smoothing not in self.smoothings:
+            reasons.append(reason("smoothing", problem.params.smoothing, self.smoothings))
         for name, size in (
             ("head_dim", problem.query.shape[-1]),
             ("value_head_dim", problem.value.shape[-1]),

@@ -23,6 +23,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sage_inductor.kernels.base import AttentionProblem
+
 # What each is, the least first.
 SMOOTHINGS: dict[str, str] = {
     "mean": "K minus a mean",
@@ -33,13 +35,23 @@ SMOOTHINGS: dict[str, str] = {
 EQUALISING = ("equalise", "both")
 ROTATING = ("rotate", "both")
 
-SAMPLED_QUERIES = 512  # of all heads that share a head of K: what the sizes of Q's channels are estimated from
+SAMPLED_QUERIES = (
+    512  # of all heads that share a head of K: what the sizes of Q's channels are estimated from
+)
 CHANNEL_FLOOR = 1 / 64  # of the largest channel: no channel of K or Q counts as smaller
 # s goes up in steps of half an octave: 1 and 181/128, times powers of two. 181/128 is exact in bfloat16, and its reciprocal is
 # 181/256 within 2.1e-4, so that a product of bfloat16 (or float16, TF32) numbers and the rows of R s needs no rounding.
 HALF_OCTAVE = 181 / 128
 LARGEST_BLOCK = 128  # channels that are rotated together
 _PRIMES = (11, 19, 23, 43, 47, 59, 67, 71, 79, 83, 103, 107)
+
+
+def unmeasured_smoothing(problem: AttentionProblem, kernel: str) -> list[str]:
+    """Why the measurements shipped with a kernel say nothing about `problem`: they are those of "mean"."""
+    smoothing = problem.params.smoothing
+    if smoothing == "mean":
+        return []
+    return [f'smoothing={smoothing} (not measured yet: by tune="measure", or kernel="{kernel}")']
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ def _quantize_evened_q(
 
 
 @triton.jit
-def _times_mean(x, k_mean, HEAD_DIM: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.constexpr, ROTATION: tl.constexpr):
+def _times_mean(
+    x, k_mean, HEAD_DIM: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.constexpr, ROTATION: tl.constexpr
+):
     """What a tile of channels adds to the product of each row and the mean of K."""
     d = tl.arange(0, tile_width(ROTATION, D_POW2))
     inside = d < tile_size(ROTATION, TILE, HEAD_DIM)

@@ -123,7 +123,9 @@ def _is_negative(i, j, PRIME: tl.constexpr, DOUBLINGS: tl.constexpr):
     if PRIME > 0:
         i >>= DOUBLINGS
         j >>= DOUBLINGS
-        power = _power((j - i + PRIME) % PRIME, (PRIME - 1) // 2, PRIME)  # PRIME - 1 where it is no square (Euler)
+        power = _power(
+            (j - i + PRIME) % PRIME, (PRIME - 1) // 2, PRIME
+        )  # PRIME - 1 where it is no square (Euler)
         is_negative = tl.where(j == 0, i > 0, (i > 0) & (power == PRIME - 1))
         negative ^= is_negative.to(tl.int32)
     return negative
@@ -235,11 +237,9 @@ def _product(x, matrix, PTX: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    target, y, D: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.constexpr, ROTATION: tl.constexpr
-):
+def store_rows(target, y, D: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.constexpr, ROTATION: tl.constexpr):
     """A tile of `evened`, in units of its steps, into rows of D channels at `target` [rows]; the last tile fills them up."""
     first: tl.constexpr = tile_first(ROTATION, TILE)
-    end: tl.constexpr = D if TILE + 1 == tiles_of(ROTATION) else tile_first(ROTATION, TILE + 1)
+    end: tl.constexpr = D if tiles_of(ROTATION) == TILE + 1 else tile_first(ROTATION, TILE + 1)
     d = first + tl.arange(0, tile_width(ROTATION, D_POW2))
     tl.store(target[:, None] + d[None, :], round_to_int8(y), mask=(d < end)[None, :])

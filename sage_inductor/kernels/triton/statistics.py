@@ -231,20 +231,21 @@ def statistics_kernel(
         pid -= batch * kv_heads * (K_GROUPS + V_GROUPS + Q_GROUPS)
         if MASK != 0:
             if ROTATION is None or pid < batch:
-                first, end, count = used_range(key_mask + pid.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK)
+                first, end, count = used_range(
+                    key_mask + pid.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK
+                )
                 target = (used_keys + 3 * pid).to(tl.pointer_type(tl.int32))
                 tl.store(target, first)
                 tl.store(target + 1, end)
                 tl.store(target + 2, (count == end - first).to(tl.int32))
             pid -= batch
-        if ROTATION is not None:
-            if pid >= 0:
-                C: tl.constexpr = tile_width(ROTATION, D_POW2)
-                row = pid * ROTATION_ROWS
-                if row < C:
-                    write_rotation(rotation, row, ROTATION, 0, C)
-                elif tiles_of(ROTATION) == 2:
-                    write_rotation(rotation + C * C, row - C, ROTATION, 1, C)
+        if ROTATION is not None and pid >= 0:
+            C: tl.constexpr = tile_width(ROTATION, D_POW2)
+            row = pid * ROTATION_ROWS
+            if row < C:
+                write_rotation(rotation, row, ROTATION, 0, C)
+            elif tiles_of(ROTATION) == 2:
+                write_rotation(rotation + C * C, row - C, ROTATION, 1, C)
 
 
 @triton.jit
@@ -263,7 +264,9 @@ def _query_sizes(
     d = first_d + tl.arange(0, GROUP)
     offset = (b.to(tl.int64) * stride_qb + (kv_h * groups + head) * stride_qh + row * stride_qn) * ALIGN
     tile = tl.load(
-        q + offset[:, None] + d[None, :] * stride_qd, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+        q + offset[:, None] + d[None, :] * stride_qd,
+        mask=exists[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
     ).to(tl.float32)
     count = tl.minimum(tl.maximum(total, 1), _SAMPLES).to(tl.int32)
     tl.store(target + d, sampled_size(finite_or_zero(tile), 1.0 / count))

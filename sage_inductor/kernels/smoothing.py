@@ -55,7 +55,7 @@ def unmeasured_smoothing(problem: AttentionProblem, kernel: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Block:
+class RotatedBlock:
     """Channels that are rotated together, by a Hadamard matrix of their number `size = 2^doublings * (prime + 1)`; with prime 0
     it is `2^doublings`."""
 
@@ -66,7 +66,7 @@ class Block:
 
 
 @cache
-def blocks(head_dim: int) -> tuple[Block, ...]:
+def blocks(head_dim: int) -> tuple[RotatedBlock, ...]:
     """Of a head's channels: one block where there is a matrix of that size, up to LARGEST_BLOCK; else the two nearest to its
     half, of whole groups of 8 channels where the head is (memory is read in such); else the largest that fits, and so on."""
     sizes: tuple[int, ...]
@@ -84,7 +84,7 @@ def blocks(head_dim: int) -> tuple[Block, ...]:
     for size in sizes:
         factors = _factors(size)
         assert factors is not None
-        found.append(Block(first, size, *factors))
+        found.append(RotatedBlock(first, size, *factors))
         first += size
     return tuple(found)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
-from sage_inductor.kernels.reference.smoothing import Smoothing
+from sage_inductor.kernels.reference.smoothing import Smoother
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
 SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
@@ -46,7 +46,7 @@ class QuantizedKV:
 
     k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
     k_scale: Tensor  # [batch, kv_heads, blocks]
-    smoothing: Smoothing  # what was done to K, and is to be done to Q
+    smoothing: Smoother  # what was done to K, and is to be done to Q
     v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
     v_block: Tensor  # [batch, kv_heads, blocks]
     v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
@@ -126,8 +126,7 @@ def quantize_kv(
     bits. `query`, of all heads, has to be there where `smoothing` evens its channels with K's.
     """
     unused = None if used is None else ~used[:, None, :, None]
-    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
-    smooth = Smoothing.of(smoothing, _sampled(key, rows), weight, query)
+    smooth, rows, weight = smoothing_of(key, smoothing, query, used)
     k_blocks = _blocked(_without(unused, smooth.key(key)))
     k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
     k = torch.nan_to_num((k_blocks / k_scale).round())
@@ -167,6 +166,14 @@ def quantize_kv(
     return QuantizedKV(
         k.flatten(2, 3), k_scale[..., 0, 0], smooth, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
     )
+
+
+def smoothing_of(
+    key: Tensor, name: str, query: Tensor | None, used: Tensor | None
+) -> tuple[Smoother, Tensor, Tensor]:
+    """What is done to Q and K of one call, and the sample of keys that says so (`_sample`)."""
+    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
+    return Smoother.of(name, _sampled(key, rows), weight, query), rows, weight
 
 
 def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

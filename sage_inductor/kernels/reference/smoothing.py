@@ -18,36 +18,45 @@ from sage_inductor.kernels.smoothing import (
 
 
 @dataclass(frozen=True)
-class Smoothing:
+class Smoother:
     """What is subtracted from the keys of one call, and what query and key are multiplied by."""
 
     mean: Tensor  # of K, float32 [batch, kv_heads, 1, head_dim]
-    factor: Tensor | None  # s, of the same shape; None: 1
+    half_octaves: (
+        Tensor | None
+    )  # the logarithm of what s comes nearest to, of the same shape; None where s is 1
     rotates: bool
 
     @classmethod
-    def of(cls, name: str, keys: Tensor, weight: Tensor, query: Tensor | None) -> Smoothing:
+    def of(cls, name: str, keys: Tensor, weight: Tensor, query: Tensor | None) -> Smoother:
         """`keys` `[batch, kv_heads, samples, head_dim]`: those that the statistics are estimated from, finite, with what
         each counts for (`weight`, which adds up to 1, or to 0 where there is none). `query`: all, where they are evened with
         the keys."""
         mean = (keys * weight).sum(2, keepdim=True)
-        factor = None
+        half_octaves = None
         if name in EQUALISING:
             assert query is not None
             queries, each = _sampled_queries(query, keys.shape[1])
             key_size = _relative_size((keys - mean).where(weight > 0, 0.0), weight)
-            factor = _factor(key_size, _relative_size(queries, each))
-        return cls(mean, factor, name in ROTATING)
+            half_octaves = (key_size / _relative_size(queries, each)).log2()
+        return cls(mean, half_octaves, name in ROTATING)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """s."""
+        return None if self.half_octaves is None else _power(self.half_octaves.round())
 
     def query(self, query: Tensor) -> Tensor:
         """Some of the queries `[batch, heads, rows, head_dim]`, as they are rounded: float32."""
         kv_heads = self.mean.shape[1]
-        factor = None if self.factor is None else self.factor.repeat_interleave(query.shape[1] // kv_heads, 1)
+        factor = self.factor
+        if factor is not None:
+            factor = factor.repeat_interleave(query.shape[1] // kv_heads, 1)
         return self._evened(query, factor)
 
     def key(self, key: Tensor) -> Tensor:
         """`[batch, kv_heads, kv_len, head_dim]`, as they are rounded: float32."""
-        factor = None if self.factor is None else _reciprocal(self.factor)
+        factor = None if self.half_octaves is None else _power(-self.half_octaves.round())
         if not self.rotates:
             centred = key.float() - self.mean
             return centred if factor is None else centred * factor
@@ -86,16 +95,10 @@ def _relative_size(x: Tensor, weight: Tensor | float) -> Tensor:
     return torch.where(most > 0, (size / torch.where(most > 0, most, 1.0)).clamp(min=CHANNEL_FLOOR), 1.0)
 
 
-def _factor(key_size: Tensor, query_size: Tensor) -> Tensor:
-    """s, the root of key_size / query_size in half octaves."""
-    halves = (key_size / query_size).log2().round()
+def _power(halves: Tensor) -> Tensor:
+    """2 ** (halves / 2) in bfloat16's 8 digits: 181/128 stands for the root of 2, and 181/256 for its reciprocal."""
     octaves = (halves / 2).floor()
     return torch.exp2(octaves) * torch.where(halves == 2 * octaves, 1.0, HALF_OCTAVE)
-
-
-def _reciprocal(factor: Tensor) -> Tensor:
-    """1 / s in bfloat16's 8 digits, as s has: 2^-k, or 181/256 2^-k for 181/128 2^k."""
-    return (1 / factor).bfloat16().float()
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Rows are rotated by the tensor cores. The factors of channels are in the rows of
 products of 16-bit inputs, which are multiplied as they are. K's mean is rotated too and goes afterwards.
 
 ROTATION, a constexpr, is None, or for each tile of up to 128 channels (first channel, size, prime, doublings, size, prime,
-doublings): the one or two blocks of the matrix (`kernels.smoothing.Block`); no second one has size 0.
+doublings): the one or two blocks of the matrix (`kernels.smoothing.RotatedBlock`); no second one has size 0.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -43,18 +43,18 @@ def rotation_tiles(smoothing: str, head_dim: int) -> tuple[tuple[int, ...], ...]
 
 
 @triton.constexpr_function
-def tiles_of(rotation: Any) -> int:
+def tiles_of(rotation: Any) -> Any:
     return 1 if rotation is None else len(rotation)
 
 
 @triton.constexpr_function
-def tile_width(rotation: Any, d_pow2: int) -> int:
+def tile_width(rotation: Any, d_pow2: int) -> Any:
     """Channels of a tile, with padding."""
     return d_pow2 if rotation is None or len(rotation) == 1 else 128
 
 
 @triton.constexpr_function
-def tile_first(rotation: Any, tile: int) -> int:
+def tile_first(rotation: Any, tile: int) -> Any:
     """The first channel of a tile; of one behind the last, its end."""
     if rotation is None:
         return 0
@@ -64,29 +64,29 @@ def tile_first(rotation: Any, tile: int) -> int:
 
 
 @triton.constexpr_function
-def tile_size(rotation: Any, tile: int, head_dim: int) -> int:
+def tile_size(rotation: Any, tile: int, head_dim: int) -> Any:
     """Channels of a tile."""
     return head_dim if rotation is None else rotation[tile][1] + rotation[tile][4]
 
 
 @triton.constexpr_function
-def block_size(rotation: Any, tile: int, second: bool) -> int:
+def block_size(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][4 if second else 1]
 
 
 @triton.constexpr_function
-def block_norm(rotation: Any, tile: int, second: bool) -> float:
+def block_norm(rotation: Any, tile: int, second: bool) -> Any:
     """What the rows of a block of +1 and -1 are multiplied by."""
     return float(max(rotation[tile][4 if second else 1], 1)) ** -0.5
 
 
 @triton.constexpr_function
-def block_prime(rotation: Any, tile: int, second: bool) -> int:
+def block_prime(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][5 if second else 2]
 
 
 @triton.constexpr_function
-def block_doublings(rotation: Any, tile: int, second: bool) -> int:
+def block_doublings(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][6 if second else 3]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import agreement
 import pytest
@@ -271,3 +272,58 @@ def test_the_direct_way() -> None:
     exact, _ = float64_attention(q, k, v)
     out = sage_inductor.sage_attention(q, k, v, kernel="reference", precision="accurate", smoothing="both")
     assert isinstance(out, Tensor) and relative_l2(out, exact) < 0.014
+
+
+# ------------------------------------------------------------------------------------------------- calibration
+
+
+class Layers(torch.nn.Module):
+    """Two attentions, of which one has channels that stand out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even, self.outliers = Attention(), Attention()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        standing_out = torch.ones(q.shape[-1])
+        standing_out[:4] = 20.0
+        even: Tensor = self.even(q, k, v)
+        return even + self.outliers(q / standing_out, k * standing_out, v)
+
+
+def test_calibration_smooths_where_it_has_to(tmp_path: Path) -> None:
+    inputs = planted(1, 1, 0, 256)
+    model = Layers().eval()
+    plan = sage_inductor.calibrate(
+        model,
+        inputs,
+        tolerance=0.045,
+        effect="none",
+        smoothings=("both", "mean"),
+        config=sage_inductor.Config(kernel="reference"),
+    )
+    assert plan.decisions() == {"even": "fast", "outliers": "fast+both"}
+    measured = {site.name: {m.precision: m.rel_l2.worst for m in site.measured} for site in plan.sites}
+    for errors in measured.values():
+        assert list(errors) == ["fast", "fast+both", "balanced", "balanced+both", "accurate", "accurate+both"]
+    assert measured["outliers"]["accurate"] > 0.1 > 0.02 > measured["outliers"]["accurate+both"]
+    assert "fast+both" in str(plan)
+
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert sage_inductor.Plan.load(path) == plan
+    backend = RewritingBackend(sage_inductor.Config(kernel="reference", plan=path))
+    result = torch.compile(model, backend=backend)(*inputs)
+    (graph,) = backend.graphs
+    smoothed = [
+        node.kwargs.get("smoothing", "mean") for node in graph.graph.nodes if "sage_site" in node.meta
+    ]
+    assert smoothed == ["mean", "both"]
+    exact = model.double()(*(t.double() for t in inputs))
+    assert relative_l2(result, exact) < 0.045
+
+
+def test_smoothings_that_are_not_valid() -> None:
+    for given in ((), "both", ("all",)):
+        with pytest.raises(ValueError, match="valid: one or more of mean, equalise, rotate, both"):
+            sage_inductor.calibrate(Attention(), planted(1, 1, 0, 64), smoothings=given)

@@ -18,6 +18,7 @@ OPTION_PREFIX = "sage."
 # The values that fields take. Editors complete a `Literal`; a Config checks values when it is made.
 KernelName: TypeAlias = Literal["auto", "hopper", "triton", "sageattention", "reference"]
 Precision: TypeAlias = Literal["auto", "fast", "balanced", "accurate"]
+Smoothing: TypeAlias = Literal["mean", "equalise", "rotate", "both"]
 Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
 Tune: TypeAlias = Literal["measure", "table", "off"]
 
@@ -39,6 +40,13 @@ class Config:
     """"fast" (INT8 QK^T, FP8 PV), "balanced" (INT8 QK^T, INT8 PV) or "accurate" (INT8 QK^T, 16-bit PV), or "auto": the
     fastest of them that the GPU has, which is "fast", and "balanced" where it cannot compute in FP8 (before Ada). One that is
     named is kept to: where the GPU cannot run it, sites stay SDPA."""
+
+    smoothing: Smoothing = "mean"
+    """What is done to Q and K before they are rounded to 8 bits. It changes no score but by a number per query, which softmax
+    does not see, and makes their channels even: one that stands out takes the steps of all others. "mean" subtracts a mean from
+    K. "equalise" also scales the channels of Q and K to even sizes, "rotate" also rotates both by a signed Hadamard matrix,
+    "both" does one after the other: trained models, whose keys have outliers, then keep the error of normal inputs. The kernels
+    "hopper", "triton" and "reference" have all four."""
 
     fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
@@ -75,6 +83,7 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, get_args(KernelName))
         _one_of("precision", self.precision, get_args(Precision))
+        _one_of("smoothing", self.smoothing, get_args(Smoothing))
         _one_of("fallback", self.fallback, get_args(Fallback))
         _one_of("tune", self.tune, get_args(Tune))
         for name in ("include", "exclude"):

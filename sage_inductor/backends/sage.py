@@ -46,6 +46,7 @@ class SageAttentionImpl(AttentionImpl):
     kernel: "auto", the default, takes the fastest kernel that can run the call, and exact SDPA where none can (on a CPU,
         or while gradients are needed). The name of a kernel runs that one or raises.
     precision: "fast", "balanced" or "accurate". "auto", the default, is the fastest of them that the GPU has.
+    smoothing: "mean", the default, "equalise", "rotate" or "both", as `Config.smoothing`.
     dropout_p, dropout_rate: only 0 can be served.
     """
 
@@ -62,17 +63,20 @@ class SageAttentionImpl(AttentionImpl):
         """Warns of extra arguments that it does not use.
 
         Raises:
-            NotEligibleError: dropout above 0, or a kernel asked for by name that lacks head_size or precision.
-            ValueError: an unknown kernel or precision, or as `AttentionImpl`.
+            NotEligibleError: dropout above 0, or a kernel asked for by name that lacks head_size, precision or smoothing.
+            ValueError: an unknown kernel, precision or smoothing, or as `AttentionImpl`.
         """
         super().__init__(num_heads, head_size, causal, softmax_scale, num_kv_heads, prefix)
-        dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision"))
+        dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision", "smoothing"))
         self.kernel: str = extra_impl_args.get("kernel", "auto")
         self.precision: str = extra_impl_args.get("precision", "auto")
+        self.smoothing: str = extra_impl_args.get("smoothing", "mean")
         if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
         if self.precision not in kernels.PRECISION_CHOICES:
             raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
+        if self.smoothing not in kernels.SMOOTHINGS:
+            raise ValueError(f"smoothing={self.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
         reasons = []
         if dropout_p > 0.0:
             reasons.append(reason("dropout_p", dropout_p, 0.0))
@@ -82,6 +86,8 @@ class SageAttentionImpl(AttentionImpl):
                 reasons.append(reason("head_size", head_size, family.head_dims))
             if self.precision != "auto" and self.precision not in family.precisions:
                 reasons.append(reason("precision", self.precision, family.precisions))
+            if self.smoothing not in family.smoothings:
+                reasons.append(reason("smoothing", self.smoothing, family.smoothings))
         if reasons:
             raise NotEligibleError(prefix or "SageAttentionImpl", reasons)
 
@@ -113,6 +119,7 @@ class SageAttentionImpl(AttentionImpl):
             "enable_gqa": is_grouped(query, key),
             "kernel_name": self.kernel,
             "precision": self.precision,
+            "smoothing": self.smoothing,
         }
         if output is not None:
             inference.attention_out(*inputs, **options, output=output.transpose(1, 2))

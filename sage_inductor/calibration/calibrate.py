@@ -17,6 +17,7 @@ from sage_inductor.calibration.ledger import Ledger, identity
 from sage_inductor.calibration.probe import Key, Prober, figure
 from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
+from sage_inductor.kernels import SMOOTHINGS
 from sage_inductor.measurement.metrics import METRICS, compare
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
@@ -41,6 +42,7 @@ def calibrate(
     effect: str = "decided",
     output: Output | None = None,
     config: Config | None = None,
+    smoothings: Sequence[str] | None = None,
     progress: ProgressCallback | None = None,
     keep: str | PathLike[str] | None = None,
 ) -> Plan:
@@ -72,9 +74,12 @@ def calibrate(
         output: a function from what the model returns to the tensors that count: `lambda result: result.logits`. By
             default all floating-point ones count; the error is that of the worst. They are kept for all samples while
             calibrating.
-        config: `kernel`, `include` and `exclude` are used. kernel="auto" measures with every kernel that can run the
+        config: `kernel`, `smoothing`, `include` and `exclude` are used. kernel="auto" measures with every kernel that can run the
             site, those too slow to be chosen included, and keeps the worst: which one will run depends on the lengths,
             the machine and `tune`. Where no kernel can, as on a CPU, it measures with the reference.
+        smoothings: those of `Config.smoothing` to measure each precision with, as in ("mean", "both"). A site gets the fastest
+            precision that holds, with the least of them that makes it hold; the plan names both, as in "fast+both". By default
+            config's alone.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
         keep: a file to which each measurement is written as soon as it is made. After an interruption the same call, with
@@ -90,6 +95,7 @@ def calibrate(
     chosen = Config.of(config)
     if chosen.plan is not None:
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
+    wanted = _smoothings(smoothings, chosen)
     phases = phases_of(inputs)
     units = sum(len(phase.samples) + (effect != "none") for phase in phases)
     settings = (
@@ -98,12 +104,13 @@ def calibrate(
         chosen.exclude,
         effect,
         [phase.steps for phase in phases],
+        *([wanted] if wanted != ("mean",) else []),
         torch.__version__,
     )
     samples = ((sample.args, sample.kwargs) for phase in phases for sample in phase.samples)
     ledger = Ledger(keep, "" if keep is None else identity(model, settings, samples))
     with shown(progress) as callback:
-        prober = Prober(chosen, Progress(callback, units))
+        prober = Prober(chosen, Progress(callback, units), wanted)
         with without_leaving_dynamo_entries(prober.backend), torch.no_grad():
             compiled = torch.compile(model, backend=prober.backend, dynamic=False)
             results = [
@@ -119,6 +126,14 @@ def calibrate(
     ledger.remove()
     outputs = tuple((phase.steps, total) for phase, (_, total) in zip(phases, results, strict=True) if total)
     return Plan(goal.metric, goal.tolerance, tuple(sites), outputs, prober.made_with())
+
+
+def _smoothings(given: Sequence[str] | None, config: Config) -> tuple[str, ...]:
+    if given is None:
+        return (config.smoothing,)
+    if isinstance(given, str) or not given or not all(name in SMOOTHINGS for name in given):
+        raise ValueError(f"smoothings={given!r} (valid: one or more of {', '.join(SMOOTHINGS)})")
+    return tuple(name for name in SMOOTHINGS if name in given)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from sage_inductor import kernels
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels import PRECISIONS, AttentionParams, AttentionProblem, Kernel
+from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel
 from sage_inductor.kernels.base import reason
+from sage_inductor.kernels.forms import forms_of, parts_of
 from sage_inductor.kernels.installed import package_version
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
@@ -45,8 +46,10 @@ class Prober:
     one site with the measurements of all of them, and gets one decision.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
+    def __init__(self, config: Config, progress: Progress, smoothings: Sequence[str] = ("mean",)) -> None:
         self.kernel = config.kernel
+        self.forms = forms_of(smoothings)
+        """What is measured: precisions, with the smoothing behind them, as in `Measured`."""
         # The oracle runs on every device, so every site that is eligible is found. The kernels judge again when a plan is
         # applied.
         self.config = Config(
@@ -111,7 +114,7 @@ class Prober:
                 precision: _measured(
                     precision, ", ".join(self._kernels[key, precision]), by_precision[precision]
                 )
-                for precision in PRECISIONS
+                for precision in self.forms
                 if precision in by_precision
             }
 
@@ -184,8 +187,10 @@ class Prober:
                 raise NotEligibleError(f"kernel={self.kernel}", missing)
         able: dict[str, tuple[str, ...]] = {}
         against: list[str] = []
-        for precision in PRECISIONS:
-            wanted = replace(problem, params=replace(problem.params, precision=precision))
+        for form in self.forms:
+            precision, smoothing = parts_of(form)
+            params = replace(problem.params, precision=precision, smoothing=smoothing)
+            wanted = replace(problem, params=params)
             runnable: list[Kernel] = []
             if self.kernel != "auto":
                 kernel, reasons = kernels.select(wanted, self.kernel)
@@ -193,9 +198,9 @@ class Prober:
             elif not kernels.no_choice_reasons(wanted):  # whatever their speed
                 runnable, _ = kernels.candidates(wanted)
             if runnable:
-                able[precision] = tuple(kernel.name for kernel in runnable)
+                able[form] = tuple(kernel.name for kernel in runnable)
         if not able and self.kernel == "auto":
-            able = dict.fromkeys(PRECISIONS, ("reference",))
+            able = dict.fromkeys(self.forms, ("reference",))
         if not able:
             self.reasons[key] = tuple(dict.fromkeys(against))
         return able
@@ -262,7 +267,9 @@ class _Probe(nn.Module):
         return exact
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Any:
-        return self.operator(*args, **{**kwargs, "kernel_name": kernel, "precision": precision})
+        precision, smoothing = parts_of(precision)
+        options = {"kernel_name": kernel, "precision": precision, "smoothing": smoothing}
+        return self.operator(*args, **{**kwargs, **options})
 
 
 def _output(result: Any) -> Tensor:

@@ -18,6 +18,7 @@ from sage_inductor.cli.model import add_model, failing, load, make
 from sage_inductor.cli.options import add_config, chosen_config
 from sage_inductor.cli.output import check_writable, show_json, show_lines, show_table, write_file
 from sage_inductor.kernels.files import is_regular_target
+from sage_inductor.kernels.smoothing import SMOOTHINGS
 from sage_inductor.plan.plan import Plan
 
 
@@ -30,6 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="FILE.py:FUNCTION",
         help="a function without arguments that returns the inputs to measure with, as calibrate() takes them",
+    )
+    parser.add_argument(
+        "--smoothings",
+        nargs="+",
+        choices=tuple(SMOOTHINGS),
+        metavar="NAME",
+        help="what to do to Q and K before they are rounded: the least that holds is taken (default: mean; valid: "
+        f"{', '.join(SMOOTHINGS)})",
     )
     add_config(parser, ("kernel", "include", "exclude"))
 
@@ -49,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
             tolerance=options.tolerance,
             metric=options.metric,
             config=config,
+            smoothings=options.smoothings,
             keep=partial,
         )
     failed: CommandError | None = None

@@ -110,7 +110,7 @@ def show_report(title: str, report: Report) -> None:
 
 def _row(site: Site, measured: bool) -> list[Cell]:
     key = "x".join(map(str, site.key.shape)) if site.key else "?"
-    decision = good(f"{site.kernel} {site.precision}") if site.rewritten else weak("SDPA")
+    decision = good(f"{site.kernel} {site.form}") if site.rewritten else weak("SDPA")
     error = "" if site.rel_l2 is None else f"{site.rel_l2:.4f}"
     speedup = "" if site.speedup is None else f"{site.speedup:.2f}x"
     figures = [error, speedup] if measured else []

@@ -22,7 +22,7 @@ from sage_inductor.torch_internals.distributed import waited_for
 
 SUPPORTED = "0.4.5"
 SELECTED = "SAGE"
-USED = ("kernel", "precision")
+USED = ("kernel", "precision", "smoothing")
 
 _replaced: list[Callable[..., Any] | None] = []  # what xDiT had there
 
@@ -34,7 +34,7 @@ def register(config: Config | None = None) -> None:
     xDiT passes those of a rank's own keys. Called again, it replaces the config.
 
     Args:
-        config: `kernel` and `precision` are used.
+        config: `kernel`, `precision` and `smoothing` are used.
 
     Raises:
         ImportError: xDiT is not installed, or of another form; names the version that is supported.
@@ -49,7 +49,7 @@ def register(config: Config | None = None) -> None:
     functions, member, ring_degree = _xdit()
     if not _replaced:
         _replaced.append(functions.get(member))
-    functions[member] = _attention(chosen.kernel, chosen.precision, ring_degree)
+    functions[member] = _attention(chosen, ring_degree)
 
 
 def unregister() -> None:
@@ -80,7 +80,9 @@ def _xdit() -> tuple[dict[Any, Any], Any, Callable[[], int]]:
         ) from error
 
 
-def _attention(kernel: str, precision: str, ring_degree: Callable[[], int]) -> Callable[..., Any]:
+def _attention(config: Config, ring_degree: Callable[[], int]) -> Callable[..., Any]:
+    options: dict[str, Any] = {name: getattr(config, name) for name in USED}
+
     def attention(
         query: Tensor,
         key: Tensor,
@@ -94,9 +96,7 @@ def _attention(kernel: str, precision: str, ring_degree: Callable[[], int]) -> C
         mask, in_ring = _mask_of(attention_kwargs or {}, key), ring_degree() > 1
         if in_ring and mask is not None:
             raise ValueError("attn_mask or indices_k in a ring (valid: none there; Ulysses alone takes them)")
-        out = sage_attention(
-            query, key, value, mask, dropout_p, is_causal, return_lse=in_ring, kernel=kernel, precision=precision
-        )  # fmt: skip
+        out = sage_attention(query, key, value, mask, dropout_p, is_causal, return_lse=in_ring, **options)
         return out if isinstance(out, tuple) else (out, None)
 
     return attention

@@ -16,6 +16,7 @@ from sage_inductor.kernels.base import (
     TensorSpec,
     reason,
 )
+from sage_inductor.kernels.smoothing import SMOOTHINGS
 
 __all__ = [
     "KERNELS",
@@ -26,6 +27,7 @@ __all__ = [
     "Segments",
     "TensorSpec",
     "PRECISION_CHOICES",
+    "SMOOTHINGS",
     "available",
     "candidates",
     "get",

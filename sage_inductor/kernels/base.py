@@ -36,6 +36,7 @@ class AttentionParams:
     window_right: int = -1
     scale: float | None = None  # None: head_dim ** -0.5
     precision: str = "fast"
+    smoothing: str = "mean"  # one of kernels.smoothing.SMOOTHINGS
 
     def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(low, high): query i sees keys i + low .. i + high, None where there is no bound."""
@@ -131,6 +132,7 @@ class Kernel(ABC):
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
     takes_segments: ClassVar[bool] = False
+    smoothings: ClassVar[Collection[str]] = ("mean",)
     oracle_distance: ClassVar[float] = 1.0
     """How far an output may lie from the oracle's, in units of the precision's documented error.
 
@@ -155,6 +157,8 @@ class Kernel(ABC):
             reasons.append(reason("dtype", problem.query.dtype, self.dtypes))
         if problem.params.precision not in self.precisions:
             reasons.append(reason("precision", problem.params.precision, self.precisions))
+        if problem.params.smoothing not in self.smoothings:
+            reasons.append(reason("smoothing", problem.params.smoothing, self.smoothings))
         for name, size in (
             ("head_dim", problem.query.shape[-1]),
             ("value_head_dim", problem.value.shape[-1]),

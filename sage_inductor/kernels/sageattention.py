@@ -132,6 +132,8 @@ class SageAttentionKernel(Kernel):
         precisions = self.precisions if limits is None else _precisions(limits, query.device)
         if params.precision not in precisions:
             reasons.append(reason("precision", params.precision, precisions))
+        if params.smoothing not in self.smoothings:
+            reasons.append(reason("smoothing", params.smoothing, self.smoothings))
         if size_hint(query.shape[-1]) not in self.head_dims:
             reasons.append(reason("head_dim", query.shape[-1], self.head_dims))
         if known(value.shape[-1]) != known(query.shape[-1]):

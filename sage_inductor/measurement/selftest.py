@@ -40,7 +40,8 @@ NORMAL = torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One small problem. `mask` is a kind of mask, `layout` the order of all tensors in memory. It runs in each precision of a
+    """One small problem. `mask` is a kind of mask, `layout` the order of all tensors in memory. With `outliers` four channels of K
+    are 20 times as large as the others, those of Q a quarter. It runs in each precision of a
     kernel if `every_precision` is true, else in the first one only."""
 
     name: str
@@ -54,6 +55,8 @@ class Case:
     segments: bool = False
     layout: Literal["HND", "NHD"] = "HND"
     k_bias: float = 0.0
+    outliers: bool = False
+    smoothing: str = "mean"
     lse: bool = False
     when: Literal["eager", "captured", "side stream"] = "eager"
     every_precision: bool = True
@@ -73,6 +76,7 @@ CASES = (
     Case("grouped heads", heads=4),
     Case("NHD strides", layout="NHD"),
     Case("biased keys", k_bias=4.0),
+    Case("outliers in channels", outliers=True, smoothing="both", every_precision=False),
     Case("log-sum-exp", lse=True, every_precision=False),
     Case("side stream", q_len=1024, kv_len=1024, when="side stream"),
     Case("CUDA graph capture", when="captured"),  # last: a capture that fails can leave CUDA in a bad state
@@ -170,7 +174,7 @@ def _examine(
     if case.when != "eager" and device.type != "cuda" and not emulated:
         return dataclasses.replace(finding, problems=(reason("device", device.type, "cuda"),))
     inputs, new = draw(case, device, seed=0), draw(case, device, seed=1)
-    params = AttentionParams(is_causal=case.is_causal, precision=precision)
+    params = AttentionParams(is_causal=case.is_causal, precision=precision, smoothing=case.smoothing)
     unsupported = kernel.not_supported_reasons(_problem(inputs, params, case.lse))
     if unsupported:
         return dataclasses.replace(finding, problems=tuple(unsupported))
@@ -219,7 +223,7 @@ def _judge(
     exact, exact_lse = float64_attention(query, key, value, attn_mask, params, segments=inputs.segments)
     oracle, _ = reference.attention(
         query, key, value, attn_mask,
-        bounds=params.bounds(query.shape[2], key.shape[2]), precision=params.precision,
+        bounds=params.bounds(query.shape[2], key.shape[2]), precision=params.precision, smoothing=params.smoothing,
         segments=inputs.segments,
     )  # fmt: skip
     documented, eps = DOCUMENTED[params.precision], EPS[query.dtype]
@@ -268,8 +272,12 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
             return data.transpose(1, 2)
         return (randn(2, heads, length, case.head_dim) + bias).to(device, NORMAL)
 
+    standing_out = torch.ones(case.head_dim, device=device, dtype=NORMAL)
+    standing_out[:4] = 20.0 if case.outliers else 1.0
     query = make(case.heads, case.q_len)
     key = make(case.kv_heads, case.kv_len, case.k_bias * randn(case.head_dim))
+    if case.outliers:
+        query, key = query / standing_out.sqrt(), key * standing_out
     value = make(case.kv_heads, case.kv_len)
     mask: Tensor | None = None
     if case.mask == "key padding":

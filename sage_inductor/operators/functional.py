@@ -38,6 +38,7 @@ def sage_attention(
     *,
     kernel: str = "auto",
     precision: str = "auto",
+    smoothing: str = "mean",
     return_lse: bool = False,
     out: Tensor | None = None,
     query_segments: Tensor | None = None,
@@ -59,6 +60,8 @@ def sage_attention(
         kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
             there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
         precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
+        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
+            from taking the steps of all others.
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
             strides.
@@ -77,7 +80,7 @@ def sage_attention(
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
-        ValueError: an unknown kernel or precision.
+        ValueError: an unknown kernel, precision or smoothing.
     """
     required = {"query": query, "key": key, "value": value}
     optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
@@ -90,6 +93,8 @@ def sage_attention(
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
     if precision not in kernels.PRECISION_CHOICES:
         raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
+    if smoothing not in kernels.SMOOTHINGS:
+        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
     if attn_mask is not None and is_causal:
         raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
@@ -112,7 +117,7 @@ def sage_attention(
             raise NotImplementedError(f"sage_attention with segments {CONTEXT_PARALLEL} (valid: none)")
         return _around_ring(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            kernel=kernel, precision=precision, return_lse=return_lse, out=out,
+            kernel=kernel, precision=precision, smoothing=smoothing, return_lse=return_lse, out=out,
         )  # fmt: skip
     bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
@@ -145,6 +150,7 @@ def sage_attention(
         "bottom_right": bottom_right,
         "kernel_name": kernel,
         "precision": precision,
+        "smoothing": smoothing,
     }
     if has_segments:
         options |= {"query_segments": query_segments, "key_segments": key_segments}

@@ -129,6 +129,7 @@ def _run(
     min_q_len: int = 0,
     min_kv_len: int = 0,
     or_exact: bool = False,
+    smoothing: str = "mean",
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
     left_is_bound: bool = False,
@@ -156,7 +157,7 @@ def _run(
         *[None if ids is None else (ids.shape, ids.stride(), ids.dtype, ids.device) for ids in given_segments],
         None if memory_order is None else tuple(memory_order),
         return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
-        min_q_len, min_kv_len, or_exact,
+        min_q_len, min_kv_len, or_exact, smoothing,
     )  # fmt: skip
     resolved = _resolved.get(kind)
     if resolved is None:
@@ -178,7 +179,9 @@ def _run(
     segments = as_segments(*given_segments)
     if resolved is None:
         precision = kernels.precision_on(query.device, precision, kernel_name)
-        params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
+        params = AttentionParams(
+            is_causal, bottom_right, window_left, window_right, scale, precision, smoothing
+        )
         run = _resolve(
             query,
             key,
@@ -229,6 +232,8 @@ def _resolve(
     run, ValueError for an unknown precision."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
+    if params.smoothing not in kernels.SMOOTHINGS:
+        raise ValueError(f"smoothing={params.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
     chosen = None
     if name != EXACT:
         problem = make_problem(query, key, value, attn_mask, params, lse is not None, segments)

@@ -10,8 +10,8 @@ from dataclasses import asdict, fields
 from os import PathLike
 from typing import Any, TypedDict
 
-from sage_inductor.kernels import PRECISIONS
 from sage_inductor.kernels.files import read_regular, replace_file
+from sage_inductor.kernels.forms import FORMS
 from sage_inductor.measurement.metrics import METRICS
 from sage_inductor.plan.sites import DECISIONS, Figure, Fingerprint, Measured, PlannedSite, Steps
 
@@ -168,8 +168,8 @@ def _fingerprint(data: dict[str, Any], where: str) -> Fingerprint:
 
 
 def _measurement(measured: dict[str, Any], precision: str, where: str) -> Measured:
-    if precision not in PRECISIONS:
-        raise ValueError(f"{where}{precision} (valid: {', '.join(PRECISIONS)})")
+    if precision not in FORMS:
+        raise ValueError(f"{where}{precision} (valid: {', '.join(FORMS)})")
     data = _get(measured, precision, "an object", where)
     where = f"{where}{precision}."
     _only(data, [part.name for part in fields(Measured) if part.name != "precision"], where)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 
 from sage_inductor.kernels import PRECISIONS
+from sage_inductor.kernels.forms import FORMS
 from sage_inductor.measurement.memory import mebibytes
 from sage_inductor.plan import file
 from sage_inductor.plan.sites import (
@@ -210,11 +211,15 @@ class Plan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """A header, and a row for each decision with the errors measured there."""
-        header = ("site", "steps", "decision", *PRECISIONS, "of the output", "MiB")
+        measured = {error.precision for site in self.sites for error in site.measured}
+        forms = [form for form in FORMS if form in PRECISIONS or form in measured]
+        if measured.isdisjoint(PRECISIONS) and measured:
+            forms = [form for form in forms if form in measured]
+        header = ("site", "steps", "decision", *forms, "of the output", "MiB")
         rows = []
         for site in self.sites:
             by_precision = {error.precision: error for error in site.measured}
-            figures = [getattr(by_precision.get(precision), self.metric, None) for precision in PRECISIONS]
+            figures = [getattr(by_precision.get(form), self.metric, None) for form in forms]
             chosen = site.of_decision()
             rows.append(
                 (
@@ -232,8 +237,9 @@ class Plan:
         """Lines of text: the number of decisions of each kind, the tolerance, and the error of the model's output with all of
         them."""
         counts = Counter(site.decision for site in self.sites)
+        shown = [name for name in DECISIONS if name in (*PRECISIONS, SDPA) or counts[name]]
         lines = [
-            f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in DECISIONS)}; "
+            f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in shown)}; "
             f"worst {self.metric}, tolerance {self.tolerance:g}"
         ]
         lines += [

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from sage_inductor.kernels import PRECISIONS
 from sage_inductor.kernels.copies import copies_bytes
+from sage_inductor.kernels.forms import FORMS, parts_of
 from sage_inductor.report.site import Site, TensorInfo
 
 SDPA = "sdpa"
 
 
-DECISIONS: tuple[str, ...] = (*PRECISIONS, SDPA)  # the fastest first
+DECISIONS: tuple[str, ...] = (*FORMS, SDPA)  # the fastest first
 
 
 Steps: TypeAlias = "tuple[int, int | None]"  # first and last step of a range, None: no end
@@ -97,7 +97,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """The errors of one precision at one site: its output against SDPA's on the site's exact inputs.
+    """The errors of one precision at one site: its output against SDPA's on the site's exact inputs. `precision` names the
+    smoothing, too, where it is not "mean": "fast+both".
 
     `kernel` names all kernels that may run it, as "hopper, triton"; the figures are those of the worst. `samples` counts the
     measurements.
@@ -146,7 +147,7 @@ class PlannedSite:
         query, key, value = (tuple(map(int, shape)) for shape in shapes)
         if not all(2 <= len(shape) <= 4 for shape in (query, key, value)):
             return None
-        return copies_bytes(query, key, value[-1], self.decision)
+        return copies_bytes(query, key, value[-1], parts_of(self.decision)[0])
 
     def covers(self, step: int) -> bool:
         if self.steps is None:
@@ -157,7 +158,8 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision of a plan about one site of a graph: the precision to run it in, or the reason why it stays SDPA."""
+    """The decision of a plan about one site of a graph: the precision to run it in, with the smoothing ("fast", "fast+both"), or
+    the reason why it stays SDPA."""
 
     precision: str | None
     rel_l2: float | None = None

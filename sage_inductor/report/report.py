@@ -136,4 +136,4 @@ def _decision(site: Site) -> str:
     if not site.rewritten:
         return "SDPA"
     measured = "" if site.speedup is None else f" {site.speedup:.2f}x"
-    return f"{site.kernel} {site.precision}{measured}"
+    return f"{site.kernel} {site.form}{measured}"

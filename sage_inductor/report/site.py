@@ -64,6 +64,8 @@ class Site:
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
     module: str = ""
     """The module path alone, which several calls may share."""
+    smoothing: str = "mean"
+    """What is done to Q and K before they are rounded (`Config.smoothing`)."""
     precision_was_open: bool = False
     """Whether precision="auto" was asked for, so that `precision` is the fastest that the device has."""
     places: tuple[Place, ...] = ()
@@ -90,15 +92,18 @@ class Site:
         return copies_bytes(query, key, value[-1], self.precision)
 
     @property
+    def form(self) -> str:
+        """How it is rounded: "fast", or "fast, smoothing=both"."""
+        return self.precision if self.smoothing == "mean" else f"{self.precision}, smoothing={self.smoothing}"
+
+    @property
     def title(self) -> str:
         """The name, with how many other modules run this code."""
         others = len(self.serves) - 1
         return f"{self.name} and {others} more" if others else self.name
 
     def __str__(self) -> str:
-        decision = (
-            f"{self.kernel} ({self.precision})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
-        )
+        decision = f"{self.kernel} ({self.form})" if self.rewritten else "SDPA: " + "; ".join(self.reasons)
         return printable_line(f"{self.name} at {self.source}: {decision}")  # for logs and warnings
 
 

@@ -11,12 +11,13 @@ from typing import Any, cast
 from torch import fx
 
 from sage_inductor import kernels
-from sage_inductor.config import Config, Precision
+from sage_inductor.config import Config, Precision, Smoothing
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.call import AttentionCall, Value, example_tensor
 from sage_inductor.graph.origin import source_code, source_line
 from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings
+from sage_inductor.kernels.forms import parts_of
 from sage_inductor.patterns.flex_attention import FlexCall
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.report.site import Names, Site, TensorInfo
@@ -99,6 +100,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: Walk) ->
         mask="unknown",
         kernel=None,
         precision=config.precision,
+        smoothing=config.smoothing,
         rewritten=False,
         reasons=tuple(reasons),
         code=source_code(node),
@@ -131,6 +133,7 @@ def _decide(
         mask=str(mask),
         kernel=None,
         precision=config.precision,
+        smoothing=config.smoothing,
         rewritten=False,
         code=source_code(node),
         places=places,
@@ -138,9 +141,14 @@ def _decide(
     reasons = [*selection_reasons(config, places), *reasons]
     if config.plan is not None:
         verdict = verdict_of(plan_of(config), site, walk.calls[path])
-        planned = cast(Precision, verdict.precision or config.precision)
-        config = dataclasses.replace(config, precision=planned)
-        site = dataclasses.replace(site, precision=config.precision, rel_l2=verdict.rel_l2)
+        if verdict.precision is not None:
+            precision, smoothing = parts_of(verdict.precision)
+            config = dataclasses.replace(
+                config, precision=cast(Precision, precision), smoothing=cast(Smoothing, smoothing)
+            )
+        site = dataclasses.replace(
+            site, precision=config.precision, smoothing=config.smoothing, rel_l2=verdict.rel_l2
+        )
         reasons += [] if verdict.reason is None else [verdict.reason]
     query = example_tensor(call.query)
     if config.precision == "auto" and query is not None:

@@ -195,7 +195,13 @@ def make_problem(
     attn_mask = example_tensor(mask.attn_mask)
     scale = call.scale if isinstance(call.scale, (int, float)) else None
     params = AttentionParams(
-        mask.is_causal, mask.bottom_right, mask.window_left, mask.window_right, scale, config.precision
+        mask.is_causal,
+        mask.bottom_right,
+        mask.window_left,
+        mask.window_right,
+        scale,
+        config.precision,
+        config.smoothing,
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()

@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "bottom_right": False,
     "window_left": -1,
     "window_right": -1,
+    "smoothing": "mean",
     "memory_order": None,
     "min_q_len": 0,
     "min_kv_len": 0,
@@ -117,6 +118,7 @@ def insert_substitute(
         "min_kv_len": choice.min_kv_len,
         # What is known of the first call's sizes may not hold for those of others.
         "or_exact": not all(map(_has_known_sizes, (call.query, call.key, call.value))),
+        "smoothing": site.smoothing,
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}

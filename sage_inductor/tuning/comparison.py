@@ -93,6 +93,7 @@ class Comparison:
                 "bottom_right": params.bottom_right,
                 "window": [params.window_left, params.window_right],
                 "precision": params.precision,
+                **({} if params.smoothing == "mean" else {"smoothing": params.smoothing}),
                 **({} if problem.key_segments is None else {"segments": "ids"}),
             },
             "sdpa": {

@@ -110,6 +110,7 @@ def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
         window_right=params.window_right,
         kernel_name=name,
         precision=params.precision,
+        smoothing=params.smoothing,
         **segments,
     )
 

@@ -2,11 +2,13 @@
 from that on Hopper, and waits for the kernel in front (programmatic dependent launch), one JSON object a kernel.
 
     python tests/helpers/compile_offline.py 90 fast 128 none
+    python tests/helpers/compile_offline.py 90 fast 128 none both float16
 
-Arguments: compute capability, precision, head dim, and the mask: none, keys (bool, over keys), bias (float32, over
-keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Several fours are compiled one after the
-other, with an empty line between. A process of its own, because Triton's interpreter, which the tests run under, is chosen when
-it is imported.
+Arguments: compute capability, precision, head dim, the mask: none, keys (bool, over keys), bias (float32, over
+keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Behind them may stand the smoothing
+and the dtype ("mean" and "bfloat16" unless they are given). Several such lists are compiled one after the other, with "--"
+between them, and an empty line is printed between. A process of its own, because Triton's interpreter, which the tests run under,
+is chosen when it is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,9 +68,11 @@ class Compiled:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> SimpleNamespace:
-            asm = self.kernel.warmup(*args, grid=grid, **kwargs).asm
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            asm = compiled.asm
             waits = asm["ptx"].count("griddepcontrol.wait")
             found = {"kernel": self.kernel.__name__, "waits": waits, **usage(asm["cubin"])}
+            found["shared"] = compiled.metadata.shared  # bytes
             if found["kernel"] == "attention_kernel" and ".target sm_90a" in asm["ptx"]:
                 with tempfile.TemporaryDirectory() as folder:
                     loop = sass.disassemble(asm["cubin"], Path(folder), found["kernel"]).main_loop()
@@ -90,17 +95,24 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def main(capability: int, precision: str, head_dim: int, mask_kind: str) -> None:
+def main(
+    capability: int,
+    precision: str,
+    head_dim: int,
+    mask_kind: str,
+    smoothing: str = "mean",
+    dtype: str = "bfloat16",
+) -> None:
     triton.runtime.driver.set_active(Driver(capability))
     launch.capability = lambda index: divmod(capability, 10)
-    q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(3))
     first, _, second = mask_kind.partition("+")
     segments = Segments(*torch.zeros(2, 2, 256, dtype=torch.int32)) if first == "segments" else None
     mask, mask_kind = None, second if first == "segments" else first
     if mask_kind not in ("", "none"):
         queries = 256 if mask_kind == "queries" else 1
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
-    out, params = torch.empty_like(q), AttentionParams(precision=precision)
+    out, params = torch.empty_like(q), AttentionParams(precision=precision, smoothing=smoothing)
     call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
     call(q, k, v, mask, out, None, segments=segments)
 
@@ -109,8 +121,8 @@ if __name__ == "__main__":
     torch.cuda.current_device = lambda: None
     for name in KERNELS:
         setattr(launch, name, Compiled(getattr(launch, name)))
-    for start in range(1, len(sys.argv), 4):
-        capability, precision, head_dim, mask = sys.argv[start : start + 4]
-        if start > 1:
+    lists = [list(items) for is_separator, items in groupby(sys.argv[1:], "--".__eq__) if not is_separator]
+    for number, (capability, precision, head_dim, mask, *options) in enumerate(lists):
+        if number:
             print()
-        main(int(capability), precision, int(head_dim), mask)
+        main(int(capability), precision, int(head_dim), mask, *options)

@@ -15,7 +15,7 @@ from sage_inductor.operators.functional import sage_attention
 
 NAME = "sage_inductor"
 # The rest of Config speaks of sites in a graph, or of how kernels are timed while one is compiled.
-USED = ("kernel", "precision")
+USED = ("kernel", "precision", "smoothing")
 
 _registered: list[str] = []  # names that were added to diffusers' list
 
@@ -32,7 +32,7 @@ def register(config: Config | None = None, name: str = NAME) -> None:
     measurement and by a plan, leave the model's backend alone and use `compile`.
 
     Args:
-        config: `kernel` and `precision` are used.
+        config: `kernel`, `precision` and `smoothing` are used.
         name: in lower case, as diffusers spells names.
 
     Raises:
@@ -49,7 +49,7 @@ def register(config: Config | None = None, name: str = NAME) -> None:
             )
     if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ValueError(f"name={name!r} (valid: an identifier in lower case)")
-    attention = _attention(chosen.kernel, chosen.precision)
+    attention = _attention(chosen)
     known = internals.backend_names()
     if name in _registered and name in known:
         internals.replace_backend(name, attention)
@@ -78,7 +78,7 @@ def registered() -> tuple[str, ...]:
     return tuple(_registered)
 
 
-def _attention(kernel: str, precision: str) -> Callable[..., Any]:
+def _attention(config: Config) -> Callable[..., Any]:
     templated = internals.context_parallel_attention()
 
     def attention(
@@ -96,7 +96,7 @@ def _attention(kernel: str, precision: str) -> Callable[..., Any]:
         """Attention of `[batch, seq, heads, head_dim]` tensors, as the dispatcher calls it. With `return_lse` the
         log-sum-exp comes too, `[batch, seq, heads]`."""
         mask = over_keys(attn_mask, query, key)
-        options: dict[str, Any] = {"kernel": kernel, "precision": precision}
+        options: dict[str, Any] = {name: getattr(config, name) for name in USED}
         if _parallel_config is not None:
             return attention_of_ranks(
                 query,

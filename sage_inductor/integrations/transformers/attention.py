@@ -194,6 +194,7 @@ def _quantised(call: _Call, config: Config) -> AttentionResult:
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_name": config.kernel,
         "precision": config.precision,
+        "smoothing": config.smoothing,
         # A named kernel that does not take these sizes raises its reasons, or the call is exact.
         "or_exact": config.fallback != "error",
         "memory_order": NHD,

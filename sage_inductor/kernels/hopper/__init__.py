@@ -74,6 +74,8 @@ class HopperKernel(TritonKernel):
         return reasons
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
+        if unmeasured := self.unmeasured_reasons(problem):
+            return unmeasured
         device = problem.query.device
         if device.type != "cuda" or not has_gpu():
             return []

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base import AttentionParams
 from ..cache_folder import default_folder
 from ..triton.launch import TritonAttention
-from ..triton.quantize import KEY_BLOCK
+from ..triton.workspace import KEY_BLOCK
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import share
@@ -208,7 +208,7 @@ def _placed(call: HopperAttention, address: int) -> _Placed:
         ),
     ]
     numbers = _Params.from_buffer_copy(call.numbers)
-    # The sections of quantize.py.
+    # The sections of workspace.py.
     numbers.q_scale = scales = address + call.scales.offset
     numbers.q_shift = scales + 2 * sizes.q_size  # its second half; read with the LSE only
     numbers.k_scale = k_scale = scales + 4 * sizes.q_size

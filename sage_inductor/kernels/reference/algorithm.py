@@ -2,8 +2,8 @@
 with.
 
 SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2, arXiv:2411.10958, for FP8
-PV): K is smoothed (a vector per head is subtracted, which softmax does not see), Q is INT8 per token, K is
-INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
+PV): K is smoothed (a vector per head is subtracted, which softmax does not see; kernels/smoothing.py has more forms), Q is
+INT8 per token, K is INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
 128-key block; "accurate" P and V in 16 bits. V in 8 bits is smoothed too (rows of softmax add up to one, so the
 vector is added to the output) and has one factor per channel and one per 128-key block.
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
+from sage_inductor.kernels.reference.smoothing import Smoother
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
 SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
@@ -45,7 +46,7 @@ class QuantizedKV:
 
     k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
     k_scale: Tensor  # [batch, kv_heads, blocks]
-    k_mean: Tensor  # [batch, kv_heads, 1, head_dim]
+    smoothing: Smoother  # what was done to K, and is to be done to Q
     v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
     v_block: Tensor  # [batch, kv_heads, blocks]
     v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
@@ -61,6 +62,7 @@ def attention(
     bounds: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
     precision: str = "fast",
+    smoothing: str = "mean",
     segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
@@ -77,7 +79,7 @@ def attention(
     scale = head_dim**-0.5 if scale is None else scale
     if attn_mask is not None:
         attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
-    kv = quantize_kv(key, value, precision, used_keys(attn_mask))
+    kv = quantize_kv(key, value, precision, used_keys(attn_mask), smoothing, query)
     out = query.new_empty(batch, heads, q_len, value.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
@@ -110,16 +112,22 @@ def used_keys(attn_mask: Tensor | None) -> Tensor | None:
     return row if row.dtype == torch.bool else row != -math.inf
 
 
-def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None = None) -> QuantizedKV:
+def quantize_kv(
+    key: Tensor,
+    value: Tensor,
+    precision: str,
+    used: Tensor | None = None,
+    smoothing: str = "mean",
+    query: Tensor | None = None,
+) -> QuantizedKV:
     """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros.
 
     `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count, and are 0 in 8
-    bits.
+    bits. `query`, of all heads, has to be there where `smoothing` evens its channels with K's.
     """
     unused = None if used is None else ~used[:, None, :, None]
-    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
-    k_mean = (_sampled(key, rows) * weight).sum(2, keepdim=True)
-    k_blocks = _blocked(_without(unused, key.float() - k_mean))
+    smooth, rows, weight = smoothing_of(key, smoothing, query, used)
+    k_blocks = _blocked(_without(unused, smooth.key(key)))
     k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
     k = torch.nan_to_num((k_blocks / k_scale).round())
 
@@ -156,8 +164,16 @@ def quantize_kv(key: Tensor, value: Tensor, precision: str, used: Tensor | None 
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(
-        k.flatten(2, 3), k_scale[..., 0, 0], k_mean, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
+        k.flatten(2, 3), k_scale[..., 0, 0], smooth, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
     )
+
+
+def smoothing_of(
+    key: Tensor, name: str, query: Tensor | None, used: Tensor | None
+) -> tuple[Smoother, Tensor, Tensor]:
+    """What is done to Q and K of one call, and the sample of keys that says so (`_sample`)."""
+    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
+    return Smoother.of(name, _sampled(key, rows), weight, query), rows, weight
 
 
 def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,7 +207,7 @@ def _attend(
     batch, heads, rows, head_dim = query.shape
     kv_heads, blocks = kv.k_scale.shape[1:]
     groups = heads // kv_heads
-    q, q_scale = quantize_query(query, scale)
+    q, q_scale = quantize_query(kv.smoothing.query(query), scale)
 
     def per_query_head(x: Tensor) -> Tensor:  # [batch, kv_heads, blocks] -> [batch, heads, 1, blocks]
         return x.repeat_interleave(groups, 1)[:, :, None]
@@ -230,7 +246,7 @@ def _attend(
     out = torch.where(masked_out, 0.0, out)
 
     lse = (final_max + row_sum.log2() - math.log2(p_max)) * LN2
-    lse = lse + scale * (query.float() @ kv.k_mean.repeat_interleave(groups, 1).mT)
+    lse = lse + scale * (query.float() @ kv.smoothing.mean.repeat_interleave(groups, 1).mT)
     lse = torch.where(masked_out, -math.inf, lse)
     return out.to(query.dtype), lse[..., 0]
 

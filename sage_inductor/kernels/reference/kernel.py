@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import PRECISIONS, AttentionParams, Kernel, Segments
 from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.kernels.smoothing import SMOOTHINGS
 
 
 class ReferenceKernel(Kernel):
@@ -18,6 +19,7 @@ class ReferenceKernel(Kernel):
     device_types = ("cpu", "cuda")
     head_dims = range(1, 1025)  # |int8 dot| < 2^24, the integers float32 holds exactly
     takes_segments = True
+    smoothings = tuple(SMOOTHINGS)
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         return []
@@ -41,6 +43,7 @@ class ReferenceKernel(Kernel):
             bounds=params.bounds(query.shape[2], key.shape[2]),
             scale=params.scale,
             precision=params.precision,
+            smoothing=params.smoothing,
             segments=segments,
         )
         out.copy_(result)

@@ -25,6 +25,7 @@ from ..base import (
 )
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
+from ..smoothing import SMOOTHINGS, unmeasured_smoothing
 from .crossover import slower_than_sdpa
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class TritonKernel(Kernel):
     device_types: ClassVar[Collection[str]] = ("cuda",)
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
     takes_segments: ClassVar[bool] = True
+    smoothings: ClassVar[Collection[str]] = tuple(SMOOTHINGS)
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         if find_spec("triton") is None:
@@ -94,9 +96,10 @@ class TritonKernel(Kernel):
         return tuple(name for name in self.precisions if found >= MIN_CAPABILITY[name])
 
     def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
-        if problem.query_segments is None:
-            return []
-        return ['segments (not measured yet: by tune="measure", or kernel="triton")']
+        reasons = []
+        if problem.query_segments is not None:
+            reasons.append('segments (not measured yet: by tune="measure", or kernel="triton")')
+        return reasons + unmeasured_smoothing(problem, self.name)
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if unmeasured := self.unmeasured_reasons(problem):
@@ -150,6 +153,7 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     precision: str = "fast",
+    smoothing: str = "mean",
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -159,7 +163,7 @@ def attention_varlen(
     value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
     and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
     `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K and V are smoothed and quantised
-    per sequence. `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
+    per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
     `AttentionParams`.
 
     Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with
@@ -171,7 +175,7 @@ def attention_varlen(
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
         cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.shape, cu_seqlens_k.dtype,
-        max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, return_lse,
+        max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, smoothing, return_lse,
         None if out is None else (out.shape, out.stride(), out.dtype),
     )  # fmt: skip
     call = _varlen_calls.get(kind)
@@ -190,7 +194,7 @@ def attention_varlen(
         if call is None:
             from .launch import TritonAttention
 
-            params = AttentionParams(is_causal, bottom_right, *window, scale, precision)
+            params = AttentionParams(is_causal, bottom_right, *window, scale, precision, smoothing)
             varlen = cu_seqlens_k.shape[0] - 1, max_seqlen_q, max_seqlen_k
             call = _varlen_calls.keep(
                 kind, TritonAttention(query, key, value, None, params, out, lse, varlen=varlen)

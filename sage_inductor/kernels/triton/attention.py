@@ -30,8 +30,8 @@ from .numerics import (
     to_float,
     to_float8,
 )
-from .quantize import _KEY_BLOCK, sections, sequence
 from .segments import blocks_of_one, meeting_blocks, segment_sections, within_segment
+from .workspace import _KEY_BLOCK, sections, sequence
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -383,7 +383,7 @@ def attention_kernel(
     PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Compute out, and lse, from the workspace that quantize.py describes. `_load_tile` reads `*_tile0` and `*_tile1`.
+    """Compute out, and lse, from the workspace that workspace.py describes. `_load_tile` reads `*_tile0` and `*_tile1`.
 
     Query i attends to keys i + low .. i + high. MASK is 0 for none, 1 for bool, 2 for additive. With MASK_BLOCKS,
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and

@@ -21,9 +21,12 @@ from .configs import LaunchConfig
 from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
-from .quantize import KEY_BLOCK, quantize_kernel, scales_size, statistics_kernel
+from .quantize import quantize_kernel
 from .segments import segments_kernel, segments_size
+from .smoothing import ROTATION_ROWS
+from .statistics import statistics_kernel
 from .variant import INTERPRETED, SAMPLE_GROUP, make_variant
+from .workspace import KEY_BLOCK, scales_size
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
 TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out together: it stays in the L2 cache
@@ -158,6 +161,7 @@ class TritonAttention:
             self.V_TRANSPOSED,
             config,
             self.has_segments,
+            params.smoothing,
         )
         self._make_parts()
         strides = [packed_strides(t) if varlen else t.stride() for t in (query, key, value, out)]
@@ -189,6 +193,12 @@ class TritonAttention:
         self.k8 = self._part(rows * plan.d, torch.int8)
         self.v8 = self._part(rows * plan.dv, plan.v_dtype)
         self.scales = self._part(scales, torch.float32)
+        self.channel_sizes: Part | None = None
+        self.rotation: Part | None = None
+        if plan.quantize["EQUALISE"]:
+            self.channel_sizes = self._part(sizes.batch * sizes.kv_heads * 2 * plan.d, torch.float32)
+        if plan.rotation_rows:
+            self.rotation = self._part(plan.rotation_rows * plan.rotation_width, torch.bfloat16)
         self.mask_states: Part | None = None
         self.mask_bits: Part | None = None
         if self.mask.by_blocks:
@@ -223,6 +233,8 @@ class TritonAttention:
         dtypes = tuple([tensor.dtype for tensor in inputs])
         cu_dtype = torch.int32 if varlen else None
         scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
+        # Q waits for the statistics where they say what its rows are rounded to, or how far its scores are shifted.
+        q_last = return_lse or params.smoothing != "mean"
         # Both kernels take these.
         numbers = (
             scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, *q_strides, *k_strides, *v_strides,
@@ -234,26 +246,28 @@ class TritonAttention:
             "dtypes": (*dtypes, cu_dtype, cu_dtype, mask_dtype),
             "numbers": (*numbers, *mask_strides),
             "specialized": (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
-            "variant": (q_align, k_align, v_align, varlen, return_lse, mask_kind),
+            "variant": (q_align, k_align, v_align, varlen, return_lse, q_last, mask_kind),
             "index": self.index,
             "direct": self.direct,
         }
-        channels = plan.d + plan.dv if plan.statistics["V_STATISTICS"] else plan.d
+        channels = plan.d * (2 if plan.statistics["EQUALISE"] else 1)
+        channels += plan.dv if plan.statistics["V_STATISTICS"] else 0
         statistics = batch * kv_heads * (channels // SAMPLE_GROUP) + (batch if mask_kind else 0)
+        statistics += plan.rotation_rows // ROTATION_ROWS.value
         q_programs = batch * heads * -(-q_len // KEY_BLOCK)
         kv_programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK)
-        q_first = 0 if return_lse else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
+        q_first = 0 if q_last else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
         self.statistics = Launch(
             statistics_kernel,
             statistics + q_first,
-            own=(self.q8, self.scales),
+            own=(self.q8, self.scales, self.channel_sizes, self.rotation),
             constants=plan.statistics,
             **common,
         )
         self.quantization = Launch(
             quantize_kernel,
-            kv_programs + (q_programs if return_lse else 0),
-            own=(self.q8, self.k8, self.v8, self.scales),
+            kv_programs + (q_programs if q_last else 0),
+            own=(self.q8, self.k8, self.v8, self.scales, self.channel_sizes, self.rotation),
             constants=plan.quantize,
             **common,
         )
@@ -346,7 +360,7 @@ class TritonAttention:
         cu_seqlens_k: Tensor | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
-        """The workspace for `attend`: uint8, its parts as quantize.py describes them."""
+        """The workspace for `attend`: uint8, its parts as workspace.py describes them."""
         stream = self.stream()
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
         if self.mask_blocks is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quantize import used_keys_of
+from .workspace import used_keys_of
 
 # States of a block. 0: no query attends to any of its keys. _SOME: some scores change. _ALL: all scores stay as they are.
 _SOME = tl.constexpr(1)

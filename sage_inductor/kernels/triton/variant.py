@@ -17,8 +17,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device import interpreted
+from ..smoothing import EQUALISING, LARGEST_BLOCK
 from .configs import LaunchConfig, launch_config, quantize_config
-from .quantize import padded_head_dim
+from .smoothing import rotation_tiles
+from .workspace import padded_head_dim
 
 INTERPRETED = interpreted()  # read when this is imported, as the kernels are decorated then, too
 
@@ -38,6 +40,8 @@ class Variant:
     v_dtype: torch.dtype
     v_transposed: bool
     tma: bool  # tiles are read by tensor descriptors, from compute capability 9.0 on
+    rotation_rows: int  # of the matrices of all tiles of channels
+    rotation_width: int
     overlap: bool  # each kernel after the first starts while the one in front of it ends
     config: LaunchConfig
     statistics: dict[str, Any]  # constexprs and options of each kernel
@@ -63,6 +67,7 @@ def make_variant(
     v_transposed: bool,
     config: LaunchConfig | None,
     segments: bool = False,
+    smoothing: str = "mean",
 ) -> Variant:
     d0, d1 = padded_head_dim(head_dim)
     dv0, dv1 = padded_head_dim(v_head_dim)
@@ -79,7 +84,11 @@ def make_variant(
         v_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
     dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": v_head_dim}
     padded = {"D": d, "DV": dv, "D_POW2": triton.next_power_of_2(d), "DV_POW2": triton.next_power_of_2(dv)}
-    quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
+    rotation = rotation_tiles(smoothing, head_dim)
+    rotation_width = min(padded["D_POW2"], LARGEST_BLOCK)
+    evening = {"EQUALISE": smoothing in EQUALISING, "ROTATION": rotation}
+    widest = max(padded["D_POW2"], padded["DV_POW2"])
+    quantize_options = quantize_config(widest, rotation is not None).options()
     quantize_options.pop("num_stages")
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"
@@ -92,6 +101,8 @@ def make_variant(
         v_dtype=v_dtype,
         v_transposed=v_transposed,
         tma=tma,
+        rotation_rows=rotation_width * len(rotation or ()),
+        rotation_width=rotation_width,
         overlap=overlap,
         config=config,
         statistics={
@@ -101,6 +112,7 @@ def make_variant(
             "D_POW2": padded["D_POW2"],
             "Q_ROWS": 64 if padded["D_POW2"] == 256 else 128,
             "V_STATISTICS": precision != "accurate",
+            **evening,
             "GROUP": SAMPLE_GROUP,
             "OVERLAP": overlap,
             "num_warps": 8,
@@ -110,6 +122,7 @@ def make_variant(
         quantize={
             **dims,
             **padded,
+            **evening,
             "PRECISION": precision,
             "V_TRANSPOSED": v_transposed,
             "PTX": ptx,

@@ -96,7 +96,7 @@ def page(
 
 def decision(site: Site) -> str:
     """ "triton fast", or "SDPA"."""
-    return f"{site.kernel} {site.precision}" if site.rewritten else LEFT
+    return f"{site.kernel} {site.form}" if site.rewritten else LEFT
 
 
 def reason_kinds(site: Site) -> list[str]:

@@ -92,7 +92,7 @@ def blocks(head_dim: int) -> tuple[RotatedBlock, ...]:
 @cache
 def rotation(head_dim: int, device: torch.device) -> Tensor:
     """R, float32 `[head_dim, head_dim]`: `x @ R` rotates rows. It is the same in every process."""
-    matrix = torch.zeros(head_dim, head_dim)
+    matrix = torch.zeros(head_dim, head_dim, dtype=torch.float32)
     for block in blocks(head_dim):
         inside = slice(block.first, block.first + block.size)
         matrix[inside, inside] = _hadamard(block.prime, block.doublings) / math.sqrt(block.size)
@@ -102,7 +102,7 @@ def rotation(head_dim: int, device: torch.device) -> Tensor:
 def _signs(head_dim: int) -> Tensor:
     """A fixed sign per channel, without a pattern: without them a row of equal elements would be rotated into one channel."""
     channel = torch.arange(head_dim)
-    return 1.0 - 2.0 * ((channel * 0x9E3779B1 >> 16) & 1)
+    return 1.0 - 2.0 * ((channel * 0x9E3779B1 >> 16) & 1).float()
 
 
 @cache

@@ -285,3 +285,16 @@ def test_zeros_give_zeros(precision: str) -> None:
     zeros = torch.zeros(1, 1, 130, 64)
     for q, k, v in ((zeros, normal(1, 1, 130, 64), zeros), (normal(1, 1, 130, 64), zeros, zeros)):
         assert bool((reference.attention(q, k, v, precision=precision)[0] == 0).all())
+
+
+def test_another_default_dtype() -> None:
+    q, k, v = (torch.randn(1, 2, 70, 64) for _ in range(3))
+    for precision in ("fast", "balanced", "accurate"):
+        for smoothing in ("mean", "both"):
+            expected = reference.attention(q, k, v, precision=precision, smoothing=smoothing)
+            torch.set_default_dtype(torch.float64)
+            try:
+                got = reference.attention(q, k, v, precision=precision, smoothing=smoothing)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))

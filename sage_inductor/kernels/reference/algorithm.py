@@ -190,7 +190,7 @@ def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) 
     i = torch.arange(min(kv_len, SAMPLED_KEYS), device=device)
     rows = torch.where(i < count, first + i * length // count.clamp(min=1), 0)
     counted = used.gather(1, rows) & (i < count)
-    weight = counted / counted.sum(-1, keepdim=True).clamp(min=1)
+    weight = counted.float() / counted.sum(-1, keepdim=True).clamp(min=1)
     return rows, weight[:, None, :, None]
 
 

@@ -98,7 +98,7 @@ def _relative_size(x: Tensor, weight: Tensor | float) -> Tensor:
 def _power(halves: Tensor) -> Tensor:
     """2 ** (halves / 2) in bfloat16's 8 digits: 181/128 stands for the root of 2, and 181/256 for its reciprocal."""
     octaves = (halves / 2).floor()
-    return torch.exp2(octaves) * torch.where(halves == 2 * octaves, 1.0, HALF_OCTAVE)
+    return torch.exp2(octaves) * torch.where(halves == 2 * octaves, 1.0, HALF_OCTAVE).to(halves.dtype)
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ _OF_FLOATS = {"truediv", "div", "true_divide", "exp", "exp2", "log", "log2", "po
 INDICES = ("batch", "head", "query", "key")
 
 
+def plain_name(node: fx.Node) -> str:
+    """The operation of `node`, one that is called as Python does it without underscores: `eq` of `a.__eq__(b)`."""
+    name = operation(node)
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
+
+
 class Depends(Enum):
     """On which of a score's two places a number depends, beside its batch and head."""
 
@@ -119,7 +125,7 @@ def read_scores(module: fx.GraphModule | None) -> Scores | str:
     found = replace(found, scored=result)
     if all(depends[term] is not Depends.BOTH for term in terms):
         return found
-    held = _held(terms[0], found) if len(terms) == 1 and operation(result) == "add" else None
+    held = _held(terms[0], found) if len(terms) == 1 and plain_name(result) == "add" else None
     if held is not None:
         return replace(found, tensor=held)
     return _operations(module)
@@ -129,7 +135,7 @@ def works_by_element(node: fx.Node, known: set[str] = BY_ELEMENT) -> bool:
     """Whether `node`, of a program on single elements, does the same on tensors of them."""
     value = example_value(node)
     is_single = isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and value.dim() == 0)
-    return is_single and (operation(node) in known or fill(node) is not None)
+    return is_single and (plain_name(node) in known or operation(node) in known or fill(node) is not None)
 
 
 def _operations(module: fx.GraphModule) -> str:
@@ -154,7 +160,7 @@ def _terms(node: Any, depends: Mapping[fx.Node, Depends]) -> list[fx.Node] | Non
         return None
     if node.op == "placeholder":
         return [] if depends[node] is Depends.SCORE else None
-    name, args = operation(node), node.args
+    name, args = plain_name(node), node.args
     if name not in ("add", "sub") or len(args) != 2 or node.kwargs:
         return None
     scored = [isinstance(arg, fx.Node) and depends[arg] is Depends.SCORE for arg in args]
@@ -180,7 +186,7 @@ def _depends(node: fx.Node, scores: Scores, depends: Mapping[fx.Node, Depends]) 
     kinds = {item for item in found if item is not Depends.NEITHER}
     if len(kinds) < 2 and Depends.SUM not in kinds:
         return kinds.pop() if kinds else Depends.NEITHER
-    name, result = operation(node), example_tensor(node)
+    name, result = plain_name(node), example_tensor(node)
     if Depends.BOTH in kinds or (node.kwargs and name not in CASTS):
         return Depends.BOTH
     to_float = name in CASTS and result is not None and result.is_floating_point()
@@ -197,7 +203,7 @@ def _depends(node: fx.Node, scores: Scores, depends: Mapping[fx.Node, Depends]) 
 
 
 def _held(term: fx.Node, scores: Scores) -> Held | None:
-    if operation(term) not in ("getitem", "index") or not isinstance(term.args[1], (tuple, list)):
+    if plain_name(term) not in ("getitem", "index") or not isinstance(term.args[1], (tuple, list)):
         return None
     buffer, index = term.args[0], list(term.args[1])
     if buffer not in scores.buffers or not all(item in scores.indices for item in index):

@@ -65,6 +65,8 @@ class Prober:
         self._errors: dict[Key, dict[str, list[Errors]]] = {}
         self._kernels: dict[tuple[Key, str], dict[str, float]] = {}
         """By site and precision: the largest relative L2 error of each kernel that was measured."""
+        self._key_outliers: dict[Key, float] = {}
+        """`PlannedSite.key_outlier`, not always finite."""
         self._device: torch.device | None = None
         self._recorded: Iterator[Any] = iter(())
         self._taken: list[Any] = []
@@ -161,7 +163,12 @@ class Prober:
             mask=site.mask,
             measured=measured,
             reasons=() if measured else self.reasons.get(key, ()),
+            key_outlier=self._finite_outlier(key) if measured else None,
         )
+
+    def _finite_outlier(self, key: Key) -> float | None:
+        outlier = self._key_outliers.get(key, math.nan)
+        return outlier if math.isfinite(outlier) else None
 
     def found(self) -> list[Site]:
         """The sites met so far."""
@@ -215,6 +222,11 @@ class Prober:
         for kernel, error in errors.items():
             known[kernel] = METRICS["rel_l2"].worst([error.rel_l2, known.get(kernel, error.rel_l2)])
 
+    def look_at_keys(self, key: Key, keys: Tensor) -> None:
+        """Keep how far the channels of `keys` `[..., kv_len, head_dim]` are from even."""
+        found = _largest_channel(keys)
+        self._key_outliers[key] = max(found, self._key_outliers.get(key, found), key=_by_size)
+
     def worst_kernel(self, key: Key, precision: str, able: Sequence[str]) -> str:
         """The kernel of `able` with the largest relative L2 error so far."""
         known = self._kernels.get((key, precision), {})
@@ -263,6 +275,7 @@ class _Probe(nn.Module):
                     for name in names
                 }
             self.prober.record(self.key, precision, errors)
+        self.prober.look_at_keys(self.key, args[1])
         self.prober.progress.tick(self.key[0])
         return exact
 
@@ -281,6 +294,13 @@ def _output(result: Any) -> Tensor:
 def _by_size(error: float) -> float:
     """The key that errors are ordered by, NaN as the largest."""
     return math.inf if math.isnan(error) else error
+
+
+def _largest_channel(keys: Tensor) -> float:
+    """The size of the largest channel over that of the middle one, in the head where it is most."""
+    keys = keys.double()
+    sizes = (keys - keys.mean(-2, keepdim=True)).square().mean(-2).sqrt()
+    return float((sizes.amax(-1) / sizes.median(-1).values).max())
 
 
 def _problem(args: tuple[Any, ...], kwargs: dict[str, Any], exact: Tensor) -> AttentionProblem:

@@ -152,6 +152,10 @@ def _site(data: dict[str, Any], where: str) -> PlannedSite:
         graph=_get(data, "graph", "an integer", where),
         measured=tuple(_measurement(measured, name, f"{where}measured.") for name in measured),
         reasons=tuple(reasons),
+        # Plans that were written before it came lack it.
+        key_outlier=_get(
+            {"key_outlier": None, **data}, "key_outlier", "a finite number", where, or_null=True
+        ),
         **texts,
     )
 

@@ -215,7 +215,7 @@ class Plan:
         forms = [form for form in FORMS if form in PRECISIONS or form in measured]
         if measured.isdisjoint(PRECISIONS) and measured:
             forms = [form for form in forms if form in measured]
-        header = ("site", "steps", "decision", *forms, "of the output", "MiB")
+        header = ("site", "steps", "decision", *forms, "of the output", "K, largest channel", "MiB")
         rows = []
         for site in self.sites:
             by_precision = {error.precision: error for error in site.measured}
@@ -228,6 +228,7 @@ class Plan:
                     site.decision,
                     *map(_figure_text, figures),
                     _figure_text(chosen.output_rel_l2 if chosen else None),
+                    "" if site.key_outlier is None else f"{site.key_outlier:.1f}x",
                     mebibytes(site.copies_bytes(), measured=False),
                 )
             )

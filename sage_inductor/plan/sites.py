@@ -134,6 +134,9 @@ class PlannedSite:
     measured: tuple[Measured, ...] = ()
     reasons: tuple[str, ...] = ()
     """Why the site was not measured, and so stays SDPA."""
+    key_outlier: float | None = None
+    """How many times as large as the middle one K's largest channel is (root mean squares, K without its mean), in the head and
+    sample where it is most. From about 4 on a smoothing of "both" pays. None where it was not measured, or is not finite."""
 
     def of_decision(self) -> Measured | None:
         return next((measured for measured in self.measured if measured.precision == self.decision), None)

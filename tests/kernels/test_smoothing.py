@@ -308,6 +308,9 @@ def test_calibration_smooths_where_it_has_to(tmp_path: Path) -> None:
         assert list(errors) == ["fast", "fast+both", "balanced", "balanced+both", "accurate", "accurate+both"]
     assert measured["outliers"]["accurate"] > 0.1 > 0.02 > measured["outliers"]["accurate+both"]
     assert "fast+both" in str(plan)
+    outliers = {site.name: site.key_outlier for site in plan.sites}
+    assert outliers["even"] is not None and outliers["even"] < 1.5
+    assert outliers["outliers"] is not None and 15 < outliers["outliers"] < 25
 
     path = tmp_path / "plan.json"
     plan.save(path)

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 
 def test_head_dims_are_padded_as_the_kernels_pad_them() -> None:
-    from sage_inductor.kernels.triton.quantize import padded_head_dim
+    from sage_inductor.kernels.triton.workspace import padded_head_dim
 
     assert [padded(size) for size in range(8, 257)] == [sum(padded_head_dim(size)) for size in range(8, 257)]
 

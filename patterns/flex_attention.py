@@ -27,7 +27,7 @@ from sage_inductor.graph.call import (
 from sage_inductor.graph.facts import fill
 from sage_inductor.graph.sizes import differ, memory_order, sizes_of
 from sage_inductor.graph.writes import submodule_of
-from sage_inductor.patterns.flex_scores import Scores, read_scores, works_by_element
+from sage_inductor.patterns.flex_scores import ModifiedScores, read_scores, works_by_element
 from sage_inductor.patterns.nodes import reads_nothing
 
 # Of a block_mask that was not given: one block that holds everything.
@@ -64,7 +64,7 @@ class FlexCall:
         return cls(node, query, key, value, args[3], args[4], args[5], args[6], of_scores, of_mask)
 
     @property
-    def scores(self) -> Scores | str:
+    def scores(self) -> ModifiedScores | str:
         """What the score_mod does, or the operations in it that make it something else."""
         return read_scores(submodule_of(self.score_mod) if isinstance(self.score_mod, fx.Node) else None)
 
@@ -113,7 +113,7 @@ class FlexAttention(OpaquePattern):
         if call is None or self.closed_reasons(node):
             return None
         scores, output = call.scores, _first(node)
-        assert isinstance(scores, Scores) and output is not None
+        assert isinstance(scores, ModifiedScores) and output is not None
         count = len(call.score_buffers)
 
         def attention(query: Tensor, key: Tensor, value: Tensor, *buffers: Tensor) -> tuple[Any, ...]:
@@ -178,7 +178,7 @@ def _first(node: fx.Node) -> Tensor | None:
 
 def _mask(
     call: FlexCall,
-    scores: Scores,
+    scores: ModifiedScores,
     query_and_key: tuple[Tensor, Tensor],
     score_buffers: tuple[Tensor, ...],
     mask_buffers: tuple[Tensor, ...],

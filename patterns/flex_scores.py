@@ -54,7 +54,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ModifiedScores:
     """`score + added` where all of `conditions` hold, else -inf. `scored`: the node of the sum, None where nothing is added.
     `tensor`: what is added, where that is no row over keys."""
 
@@ -99,13 +99,13 @@ class Scores:
         return found.unsqueeze(1) if self.tensor.dims == (0, 2, 3) else found
 
 
-def read_scores(module: fx.GraphModule | None) -> Scores | str:
+def read_scores(module: fx.GraphModule | None) -> ModifiedScores | str:
     """What a score_mod does, or the operations in it that make it something else."""
     if module is None:
         return "no graph"
     score, *others = module.graph.find_nodes(op="placeholder")
     (output,) = module.graph.find_nodes(op="output")
-    found = Scores(score, tuple(others[:4]), tuple(others[4:]))
+    found = ModifiedScores(score, tuple(others[:4]), tuple(others[4:]))
     result, conditions = output.args[0], list[fx.Node]()
     depends: dict[fx.Node, Depends] = {}
     for node in module.graph.nodes:
@@ -173,7 +173,7 @@ def _terms(node: Any, depends: Mapping[fx.Node, Depends]) -> list[fx.Node] | Non
     return [*before, term] if isinstance(term, fx.Node) else before  # a number shifts all scores
 
 
-def _depends(node: fx.Node, scores: Scores, depends: Mapping[fx.Node, Depends]) -> Depends:
+def _depends(node: fx.Node, scores: ModifiedScores, depends: Mapping[fx.Node, Depends]) -> Depends:
     if node is scores.score:
         return Depends.SCORE
     if node in scores.indices:
@@ -202,7 +202,7 @@ def _depends(node: fx.Node, scores: Scores, depends: Mapping[fx.Node, Depends]) 
     return Depends.SUM if is_sum or is_multiple or is_share else Depends.BOTH
 
 
-def _held(term: fx.Node, scores: Scores) -> Held | None:
+def _held(term: fx.Node, scores: ModifiedScores) -> Held | None:
     if plain_name(term) not in ("getitem", "index") or not isinstance(term.args[1], (tuple, list)):
         return None
     buffer, index = term.args[0], list(term.args[1])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Bounds = tuple["int | None", "int | None"]
+BandBounds = tuple["int | None", "int | None"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Grid:
         )
         return queries, keys
 
-    def of_band(self, bounds: Bounds) -> Blocks:
+    def of_band(self, bounds: BandBounds) -> Blocks:
         """Query i sees the keys i + low .. i + high of `bounds`."""
         (low, high), (rows, columns) = bounds, self.starts
         last_row = (rows + (self.sizes[0] - 1)).clamp(max=self.q_len - 1)
@@ -80,7 +80,7 @@ class Grid:
         return Blocks(needed, whole, there)
 
     def of_band_and(
-        self, bounds: Bounds, row: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None
+        self, bounds: BandBounds, row: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None
     ) -> tuple[Blocks, Tensor]:
         """Those of the band that a bool `row` `[..., 1, kv_len]` allows and whose id, of `key_ids` `[batch, kv_len]`, is the
         query's, of `query_ids` `[batch, q_len]`. And a bool without dims: whether the keys of each id lie side by side. If not,

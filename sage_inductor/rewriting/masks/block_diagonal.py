@@ -23,7 +23,7 @@ _MOST_STEPS = 256  # of ids: one addition each, which Inductor fuses
 
 
 @dataclass(frozen=True)
-class Steps:
+class IdSteps:
     """Numbers of the places 0, 1, 2, ...: `values[n]` from `bounds[n - 1]` on, and `values[0]` before."""
 
     bounds: tuple[int, ...]
@@ -34,8 +34,8 @@ class Steps:
 class BlockDiagonal:
     """A query sees the keys of its own number, with `is_causal` of those the ones that are no later."""
 
-    queries: Steps
-    keys: Steps
+    queries: IdSteps
+    keys: IdSteps
     is_causal: bool = False
 
     def ids(self, call: AttentionCall) -> tuple[Expr, Expr] | None:
@@ -65,9 +65,9 @@ def block_diagonal(ends: RowEnds, kv_len: int) -> BlockDiagonal | None:
     bounds = sorted({end for first, last in blocks for end in (first, last + 1)} - {0, kv_len})
     if len(bounds) > _MOST_STEPS:
         return None
-    keys = Steps(tuple(bounds), tuple(range(len(bounds) + 1)))
+    keys = IdSteps(tuple(bounds), tuple(range(len(bounds) + 1)))
     number = {first: sum(bound <= first for bound in bounds) for first, _ in blocks}
-    queries = Steps(tuple(starts), tuple(number.get(first, -1) for first, _ in intervals))
+    queries = IdSteps(tuple(starts), tuple(number.get(first, -1) for first, _ in intervals))
     return BlockDiagonal(queries, keys)
 
 
@@ -79,7 +79,7 @@ def _causal(first: Tensor, positions: Tensor) -> BlockDiagonal | None:
     starts = _places(changes)
     if not 0 < len(starts) <= _MOST_STEPS:
         return None
-    steps = Steps(tuple(starts), tuple(range(len(starts) + 1)))
+    steps = IdSteps(tuple(starts), tuple(range(len(starts) + 1)))
     return BlockDiagonal(steps, steps, is_causal=True)
 
 
@@ -88,7 +88,7 @@ def _places(changes: Tensor) -> list[int]:
     return [int(place) + 1 for place in changes.nonzero().flatten()]
 
 
-def _ids(steps: Steps, call: AttentionCall, rows: Value) -> Expr | None:
+def _ids(steps: IdSteps, call: AttentionCall, rows: Value) -> Expr | None:
     """int32 `[batch, length]`, without batch where query has none."""
     query, tensor = example_tensor(call.query), example_tensor(rows)
     assert query is not None and tensor is not None

@@ -320,7 +320,11 @@ def test_metadata_as_a_dict() -> None:
     mask = torch.ones(2, 16)
     metadata = AttentionMetadataBuilder().build(3, mask, is_causal=True)
     assert metadata.asdict_zerocopy()["attn_mask"] is mask
-    assert metadata.asdict_zerocopy({"attn_mask"}) == {"current_timestep": 3, "is_causal": True}
+    assert metadata.asdict_zerocopy({"attn_mask"}) == {
+        "current_timestep": 3,
+        "is_causal": True,
+        "VSA_sparsity": 0.0,
+    }
 
 
 def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,7 +82,7 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
         return content[:at] + content[at // 2 :]
     try:
         data = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return bytes(rng.randrange(256) if rng.random() < 0.02 else byte for byte in content)
     return json.dumps(_changed(rng, copy.deepcopy(data))).encode()
 

@@ -26,6 +26,15 @@ def test_quality_figures_are_those_of_the_committed_results() -> None:
         assert f", {row['dtype']} | {figures} |" in text, row
 
 
+def test_smoothing_figures_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "benchmarks/results/quality_smollm2_cpu.json").read_text())["rows"]
+    assert len(rows) == 12
+    for row in rows:
+        median, largest = (f"{row[name]:.4f}".lstrip("0") for name in ("median_rel_l2", "largest_rel_l2"))
+        assert f"{median} / {largest}; {row['perplexity_change']:+.2%}" in text, row
+
+
 def test_every_option_and_kernel_is_in_the_readme() -> None:
     from dataclasses import fields
 

@@ -258,6 +258,15 @@ def test_values_that_are_not_valid() -> None:
     with pytest.raises(ValueError, match=r"smoothing='all' \(valid: mean, equalise, rotate, both\)"):
         sage_inductor.sage_attention(q, k, v, smoothing="all")
     with pytest.raises(ValueError, match="smoothing='all'"):
+        reference.attention(q, k, v, smoothing="all")
+    if not kernels.get("triton").unavailable_reasons():
+        from sage_inductor.kernels.triton import attention_varlen
+
+        packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+        lengths = torch.tensor([0, 64], dtype=torch.int32, device=DEVICE)
+        with pytest.raises(ValueError, match=r"smoothing=all \(supported: mean, equalise, rotate, both\)"):
+            attention_varlen(packed[0], packed[1], packed[2], lengths, lengths, 64, 64, smoothing="all")
+    with pytest.raises(ValueError, match="smoothing='all'"):
         torch.ops.sage_inductor.attention(q, k, v, smoothing="all")
 
 

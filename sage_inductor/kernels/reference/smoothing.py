@@ -13,6 +13,7 @@ from sage_inductor.kernels.smoothing import (
     HALF_OCTAVE,
     ROTATING,
     SAMPLED_QUERIES,
+    SMOOTHINGS,
     rotation,
 )
 
@@ -31,7 +32,9 @@ class Smoother:
     def of(cls, name: str, keys: Tensor, weight: Tensor, query: Tensor | None) -> Smoother:
         """`keys` `[batch, kv_heads, samples, head_dim]`: those that the statistics are estimated from, finite, with what
         each counts for (`weight`, which adds up to 1, or to 0 where there is none). `query`: all, where they are evened with
-        the keys."""
+        the keys. Raises ValueError for an unknown `name`."""
+        if name not in SMOOTHINGS:
+            raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:

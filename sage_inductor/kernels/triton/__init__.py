@@ -181,7 +181,7 @@ def attention_varlen(
     call = _varlen_calls.get(kind)
     shape = (*query.shape[:2], value.shape[-1])
     if call is None:
-        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision)
+        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing)
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
     given = out is not None
@@ -209,7 +209,13 @@ _varlen_calls: Cache[tuple[object, ...], TritonAttention] = Cache(1024)
 
 
 def _check_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, precision: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    precision: str,
+    smoothing: str,
 ) -> None:
     problems = []
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
@@ -226,6 +232,8 @@ def _check_varlen(
         problems.append(reason("cu_seqlens dtype", (cu_seqlens_q.dtype, cu_seqlens_k.dtype), torch.int32))
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         problems.append("cu_seqlens_q and cu_seqlens_k must be [batch + 1]")
+    if smoothing not in SMOOTHINGS:
+        problems.append(reason("smoothing", smoothing, SMOOTHINGS))
     if precision not in MIN_CAPABILITY:
         problems.append(reason("precision", precision, TritonKernel.precisions))
     elif query.device.type == "cuda":

@@ -14,7 +14,18 @@ from typing import Any
 import triton
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["DirectLaunch", "OutOfResources", "current_stream", "direct_launch", "has_hooks", "interprets"]
+__all__ = [
+    "DirectLaunch",
+    "OutOfResources",
+    "constexpr_function",
+    "current_stream",
+    "direct_launch",
+    "has_hooks",
+    "interprets",
+]
+
+constexpr_function = triton.constexpr_function
+"""A decorator of functions that kernels call while they are compiled, on constexprs; triton has it from 3.5 on."""
 
 
 def interprets() -> bool:

@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ..smoothing import CHANNEL_FLOOR, HALF_OCTAVE, LARGEST_BLOCK, ROTATING, blocks
+from .internals import constexpr_function
 from .numerics import magnitude, round_to_int8
 
 ROTATION_ROWS = tl.constexpr(16)  # of the matrix, written by one program
@@ -42,18 +43,18 @@ def rotation_tiles(smoothing: str, head_dim: int) -> tuple[tuple[int, ...], ...]
     return tuple((*block, 0, 0, 0) for block in found)
 
 
-@triton.constexpr_function
+@constexpr_function
 def tiles_of(rotation: Any) -> Any:
     return 1 if rotation is None else len(rotation)
 
 
-@triton.constexpr_function
+@constexpr_function
 def tile_width(rotation: Any, d_pow2: int) -> Any:
     """Channels of a tile, with padding."""
     return d_pow2 if rotation is None or len(rotation) == 1 else 128
 
 
-@triton.constexpr_function
+@constexpr_function
 def tile_first(rotation: Any, tile: int) -> Any:
     """The first channel of a tile; of one behind the last, its end."""
     if rotation is None:
@@ -63,29 +64,29 @@ def tile_first(rotation: Any, tile: int) -> Any:
     return rotation[tile][0]
 
 
-@triton.constexpr_function
+@constexpr_function
 def tile_size(rotation: Any, tile: int, head_dim: int) -> Any:
     """Channels of a tile."""
     return head_dim if rotation is None else rotation[tile][1] + rotation[tile][4]
 
 
-@triton.constexpr_function
+@constexpr_function
 def block_size(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][4 if second else 1]
 
 
-@triton.constexpr_function
+@constexpr_function
 def block_norm(rotation: Any, tile: int, second: bool) -> Any:
     """What the rows of a block of +1 and -1 are multiplied by."""
     return float(max(rotation[tile][4 if second else 1], 1)) ** -0.5
 
 
-@triton.constexpr_function
+@constexpr_function
 def block_prime(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][5 if second else 2]
 
 
-@triton.constexpr_function
+@constexpr_function
 def block_doublings(rotation: Any, tile: int, second: bool) -> Any:
     return rotation[tile][6 if second else 3]
 

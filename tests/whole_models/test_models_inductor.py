@@ -26,10 +26,11 @@ OPTIONS = {"sage.kernel": "reference"}
 pytestmark = [pytest.mark.usefixtures("fresh_compile"), pytest.mark.xdist_group("compiled models")]
 
 CASES = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name == "wan" else [])
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in ("wan", "unet") else [])
     for case in (
         *(BY_NAME[name] for name in ("llama", "bert padded")),
         BY_NAME["wan"],  # slow: examples/wan_video.py is always compiled so, by tests/examples
+        # slow: 24 s, nearly all in Inductor for its convolutions; test_models.py rewrites and runs it eagerly
         replace(BY_NAME["unet"], build=partial(unet, attention="")),
     )
 ]

@@ -407,7 +407,7 @@ def _chain(draft: Draft, rank: int) -> None:
             "y = y.transpose(-1, -2)", f"y = y.transpose({swap})", "y = y.flatten(0, 1)", "y = y.flatten(-2)",
             "y = y.reshape(-1, y.shape[-1])", "y = y.view(y.shape[0], -1)", "y = y.unsqueeze(0)", "y = y[..., ::2]",
             "y = y.chunk(2, -1)[1]", "y = torch.cat([y, y], -1)", "y = torch.cat([y, y.flip(0)], 0)", "y = y[:, 1:]",
-            "y = y.unflatten(-1, (2, -1))", "y = y.mT", "z = y.transpose(0, -1)", "z = y.flatten(1)", "z = y.abs().sum(0)",
+            "y = y.unflatten(-1, (2, -1))", "y = y.mT", "z = y.transpose(0, -1)", "z = y.flatten(1)", "z = y.square().sum(0)",
             "z = y.transpose(1, 2).reshape(y.shape[0], -1)", "y = y.squeeze()", "y = y.movedim(0, -1)", *writes,
         )  # fmt: skip
         draft.body.append(step)

@@ -212,9 +212,7 @@ class Plan:
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """A header, and a row for each decision with the errors measured there."""
         measured = {error.precision for site in self.sites for error in site.measured}
-        forms = [form for form in FORMS if form in PRECISIONS or form in measured]
-        if measured.isdisjoint(PRECISIONS) and measured:
-            forms = [form for form in forms if form in measured]
+        forms = [form for form in FORMS if form in measured] or list(PRECISIONS)
         header = ("site", "steps", "decision", *forms, "of the output", "K, largest channel", "MiB")
         rows = []
         for site in self.sites:

@@ -34,7 +34,8 @@ def seed() -> Iterator[None]:
 
 
 def planted(in_key: float, in_query: float, channels: int, length: int = 1024) -> tuple[Tensor, ...]:
-    q, k, v = (torch.randn(1, 2, length, 128, device=DEVICE) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)  # the same numbers everywhere, but for what is planted
+    q, k, v = (torch.randn(1, 2, length, 128, generator=generator).to(DEVICE) for _ in range(3))
     k[..., :channels] *= in_key
     q[..., :channels] *= in_query
     return q, k, v
@@ -82,11 +83,11 @@ def test_scores_stay_what_they_are(smoothing: str, dtype: torch.dtype) -> None:
 # -------------------------------------------------------------------------------------------------- outliers
 
 
-@pytest.mark.parametrize(("precision", "most"), [("accurate", 1.15), ("balanced", 1.13), ("fast", 1.03)])
+# Measured: 1.101, 1.117 and 1.001 times the error of normal inputs. The scores of what is planted spread wider.
+@pytest.mark.parametrize(("precision", "most"), [("accurate", 1.11), ("balanced", 1.125), ("fast", 1.01)])
 def test_outliers_cost_next_to_nothing(precision: str, most: float) -> None:
     normal = error(*planted(1, 1, 0), precision, "mean")
-    torch.manual_seed(0)
-    assert error(*planted(1, 1, 0), precision, "both") < 1.03 * normal
+    assert error(*planted(1, 1, 0), precision, "both") < 1.01 * normal
     for case in PLANTED:
         assert error(*planted(*case), precision, "both") < most * normal, case
         assert error(*planted(*case), precision, "mean") > 2 * normal, case  # else nothing was planted

@@ -200,8 +200,10 @@ def test_the_oracle_passes(precision: str) -> None:
     # The inputs are such that a kernel as inaccurate as documented passes, but none much worse.
     for finding in found:
         if finding.status == "passed" and finding.rel_l2 is not None:
-            most = DOCUMENTED[precision] * (1.1 if finding.case == "outliers in channels" else 1)
-            assert DOCUMENTED[precision] / 2 < finding.rel_l2 <= most
+            # The documented error is that of normal inputs; others are held to the bound that includes their dtype's.
+            is_normal = finding.case != "outliers in channels"
+            most = DOCUMENTED[precision] if is_normal else finding.bound
+            assert most is not None and DOCUMENTED[precision] / 2 < finding.rel_l2 <= most
 
 
 @pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "reference"])

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .numerics import magnitude, pack_four, round_to_int8, scale_or_nan, to_float
 from .queries import quantize_q_block
 from .smoothing import TINY, evened, store_rows, tiles_of
-from .workspace import _KEY_BLOCK, counts, sections, sequence
+from .workspace import _KEY_BLOCK, UNSPECIALIZED, counts, sections, sequence
 
 # V's block scales are units of the accumulator, so their ratios must stay far from overflow.
 _V_FLOOR = tl.constexpr(2.0**-30)
@@ -27,30 +27,7 @@ _E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # of 448.0
 _V_CHANNEL_RANGE = tl.constexpr(64.0)  # no channel scale is below 1/64 of the largest
 
 
-_QUANTIZE_UNSPECIALIZED = [
-    "scale",
-    "q_size",
-    "batch",
-    "heads",
-    "kv_heads",
-    "q_len",
-    "kv_len",
-    "q_blocks",
-    "kv_blocks",
-    "stride_qb",
-    "stride_qh",
-    "stride_qn",
-    "stride_kb",
-    "stride_kh",
-    "stride_kn",
-    "stride_vb",
-    "stride_vh",
-    "stride_vn",
-    "stride_mb",
-]
-
-
-@triton.jit(do_not_specialize=_QUANTIZE_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_kernel(
     q,
     k,

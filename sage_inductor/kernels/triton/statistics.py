@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .numerics import finite_or_zero
 from .queries import quantize_q_block
 from .smoothing import ROTATION_ROWS, sampled_size, tile_width, tiles_of, write_rotation
-from .workspace import counts, sections, sequence, used_range
+from .workspace import UNSPECIALIZED, counts, sections, sequence, used_range
 
 SAMPLES = 512  # keys per (sequence, head) that the statistics look at, and queries of its heads
 
@@ -62,30 +62,7 @@ def _load_sample(
     return finite_or_zero(tile), counted, weight
 
 
-_STATISTICS_UNSPECIALIZED = [
-    "scale",
-    "q_size",
-    "batch",
-    "heads",
-    "kv_heads",
-    "q_len",
-    "kv_len",
-    "q_blocks",
-    "kv_blocks",
-    "stride_qb",
-    "stride_qh",
-    "stride_qn",
-    "stride_kb",
-    "stride_kh",
-    "stride_kn",
-    "stride_vb",
-    "stride_vh",
-    "stride_vn",
-    "stride_mb",
-]
-
-
-@triton.jit(do_not_specialize=_STATISTICS_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def statistics_kernel(
     q,
     k,

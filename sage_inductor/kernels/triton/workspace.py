@@ -27,6 +27,29 @@ import triton.language as tl
 
 KEY_BLOCK = 128  # keys per K scale, V scale and P scale; rows per program, of Q too
 
+# Numbers that both quantise kernels take and are not compiled for: they change with the sequence length.
+UNSPECIALIZED = [
+    "scale",
+    "q_size",
+    "batch",
+    "heads",
+    "kv_heads",
+    "q_len",
+    "kv_len",
+    "q_blocks",
+    "kv_blocks",
+    "stride_qb",
+    "stride_qh",
+    "stride_qn",
+    "stride_kb",
+    "stride_kh",
+    "stride_kn",
+    "stride_vb",
+    "stride_vh",
+    "stride_vn",
+    "stride_mb",
+]
+
 _KEY_BLOCK = tl.constexpr(KEY_BLOCK)
 _MASK_STEP = tl.constexpr(4096)  # keys whose mask is looked at at once
 

@@ -36,6 +36,11 @@ from sage_inductor.backend import enabled, explain, rewrite_exported
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.operators.functional import sage_attention
+from sage_inductor.operators.prequantized import (
+    QuantizedKeyValue,
+    attention_prequantized,
+    quantize_key_value,
+)
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.stepped import SteppedModel, compile_steps
 from sage_inductor.report.report import Report
@@ -49,11 +54,13 @@ __all__ = [
     "Config",
     "NotEligibleError",
     "Plan",
+    "QuantizedKeyValue",
     "Report",
     "SageAttentionPass",
     "Site",
     "SteppedModel",
     "__version__",
+    "attention_prequantized",
     "backends",
     "calibrate",
     "compile_steps",
@@ -61,6 +68,7 @@ __all__ = [
     "explain",
     "integrations",
     "kernels",
+    "quantize_key_value",
     "rewrite_exported",
     "sage_attention",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor.graph.sizes import size_hint
+from sage_inductor.kernels.key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
 
 # What each precision means, the fastest first; errors are in README.md.
 PRECISIONS: dict[str, str] = {
@@ -133,6 +134,7 @@ class Kernel(ABC):
     head_dims: ClassVar[Collection[int]]
     takes_segments: ClassVar[bool] = False
     smoothings: ClassVar[Collection[str]] = ("mean",)
+    prequantizes: ClassVar[bool] = False  # whether K and V can be quantised apart from attention to them
     oracle_distance: ClassVar[float] = 1.0
     """How far an output may lie from the oracle's, in units of the precision's documented error.
 
@@ -239,6 +241,31 @@ class Kernel(ABC):
                 self.run(query, key, value, attn_mask, params, out, lse, segments)
 
         return prepared
+
+    # Those of kernels that prequantize. As `prepare`, they work out what depends on shapes, strides, dtypes and device alone;
+    # threads may share what they give.
+
+    def key_value_layout(self, form: KeyValueForm) -> KeyValueLayout:
+        """Of the buffers that this family makes and reads."""
+        raise NotImplementedError(f"kernel={self.name} has no quantised K and V of its own")
+
+    def prepare_key_value(
+        self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
+    ) -> Quantize:
+        """Quantising K and V of `form`, with at least one key. `query` is there where smoothing evens its channels with K's."""
+        raise NotImplementedError(f"kernel={self.name} has no quantised K and V of its own")
+
+    def prepare_prequantized(
+        self,
+        query: Tensor,
+        form: KeyValueForm,
+        kv_len: int,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor,
+    ) -> Attend:
+        """Attention to the first `kv_len` keys of a buffer of `form`. Tensors as in `run`; there is always an LSE."""
+        raise NotImplementedError(f"kernel={self.name} has no quantised K and V of its own")
 
 
 def without_keys(

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...graph.sizes import known
 from ..base import AttentionParams, AttentionProblem, Prepared, Segments, reason
 from ..device import capability, has_gpu, interpreted
+from ..key_value import Attend, KeyValueForm, Quantize
 from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
 from .crossover import MIN_KV_LEN
@@ -96,6 +97,26 @@ class HopperKernel(TritonKernel):
         from .launch import HopperAttention
 
         return prepare(query, key, value, attn_mask, params, out, lse, HopperAttention)
+
+    def prepare_key_value(
+        self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
+    ) -> Quantize:
+        from .launch import HopperKeyValueQuantization
+
+        return HopperKeyValueQuantization(key, value, query, form).run
+
+    def prepare_prequantized(
+        self,
+        query: Tensor,
+        form: KeyValueForm,
+        kv_len: int,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor,
+    ) -> Attend:
+        from .launch import PrequantizedHopperAttention
+
+        return PrequantizedHopperAttention(query, form, kv_len, params, out, lse).run
 
 
 @cache

@@ -80,6 +80,7 @@ struct Params {
     int grid, units;         // programs, and blocks that are dealt out
     int wide;                // rows of the output start at multiples of 16 bytes
     int zero;                // but the compiler does not know
+    int kv_pitch;            // blocks of K of one sequence; they hold kv_len keys, or more where kv_len is the first of them
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -242,7 +243,7 @@ struct Tile {
         b = bh / p.heads;
         h = bh - b * p.heads;
         row = (h * p.q_blocks + b * ((p.q_len + 127) / 128)) * 128 + m0;
-        key_row = (h / p.group * p.kv_blocks + b * ((p.kv_len + 127) / 128)) * 128;
+        key_row = (h / p.group * p.kv_blocks + b * p.kv_pitch) * 128;
         int first = 0, last = p.kv_len;  // keys that anybody may attend to
         bool gaps = false;
         if (KEY_MASK) {
@@ -362,7 +363,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                                   s * SPAN_BYTES, t.row + 64 * w);
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
-                const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * ((p.kv_len + 127) / 128) * 128;
+                const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
                 for (int i = t.begin; i < t.end; i++) {
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);

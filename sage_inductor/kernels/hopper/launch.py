@@ -14,6 +14,7 @@ from torch import Tensor
 from ..base import AttentionParams
 from ..cache_folder import default_folder
 from ..triton.launch import TritonAttention
+from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 from ..triton.workspace import KEY_BLOCK
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
@@ -41,7 +42,7 @@ class _Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in (
                 "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "low", "high", "v_dim",
-                "tiles_per_head", "together", "whole", "grid", "units", "wide", "zero",
+                "tiles_per_head", "together", "whole", "grid", "units", "wide", "zero", "kv_pitch",
             )
         ]
     )  # fmt: skip
@@ -126,6 +127,7 @@ class HopperAttention(TritonAttention):
             whole=work.whole,
             grid=work.grid,
             units=work.units,
+            kv_pitch=sizes.kv_blocks // sizes.batch,
         )
 
     def attend(
@@ -136,18 +138,19 @@ class HopperAttention(TritonAttention):
         lse: Tensor | None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        packed: Tensor | None = None,
     ) -> None:
+        placed = _placed(self, workspace.data_ptr(), 0 if packed is None else packed.data_ptr())
         if self.rows.in_pairs and out.data_ptr() % self.pair_bytes == 0:
-            self._attend(workspace, attn_mask, out, lse, self.rows)
+            self._attend(placed, attn_mask, out, lse, self.rows)
         else:
             dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-            self._attend(workspace, attn_mask, dense, lse, _Rows.of(dense))
+            self._attend(placed, attn_mask, dense, lse, _Rows.of(dense))
             out.copy_(dense)
 
     def _attend(
-        self, workspace: Tensor, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None, rows: _Rows
+        self, placed: _Placed, attn_mask: Tensor | None, out: Tensor, lse: Tensor | None, rows: _Rows
     ) -> None:
-        placed = _placed(self, workspace.data_ptr())
         numbers = _Params.from_buffer_copy(placed.numbers)
         numbers.out = address = out.data_ptr()
         numbers.out_b, numbers.out_h, numbers.out_m = rows.strides
@@ -181,8 +184,18 @@ class HopperAttention(TritonAttention):
             )
 
 
+class HopperKeyValueQuantization(KeyValueQuantization):
+    """As attention.cu reads them: 16-bit V is transposed, too."""
+
+    V_TRANSPOSED: ClassVar[bool] = True
+
+
+class PrequantizedHopperAttention(PrequantizedAttention, HopperAttention):
+    """Q is quantised by the Triton kernels, then attention.cu reads it from the workspace, K and V from their buffer."""
+
+
 class _Placed(NamedTuple):
-    """The arguments that depend on the address of the workspace."""
+    """The arguments that depend on addresses of 8-bit operands."""
 
     numbers: _Params
     addresses: list[int]  # of the maps
@@ -190,8 +203,8 @@ class _Placed(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _placed(call: HopperAttention, address: int) -> _Placed:
-    """The arguments for a workspace at `address`.
+def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
+    """The arguments for a workspace at `address`, and K and V that were quantised before at `packed`.
 
     They are kept because torch's allocator gives the same addresses again and again, and encoding maps takes microseconds.
     They hold nothing but numbers, so they may outlive the memory.
@@ -199,7 +212,7 @@ def _placed(call: HopperAttention, address: int) -> _Placed:
     plan, sizes, variant = call.plan, call.sizes, call.variant
     keys = sizes.kv_blocks * KEY_BLOCK
     span, element = variant.span_bytes, variant.v_element
-    q8, k8, v8 = (address + part.offset for part in (call.q8, call.k8, call.v8))
+    q8, k8, v8 = (part.at(address, packed) for part in (call.q8, call.k8, call.v8))
     maps = [
         driver.tensor_map(q8, 1, sizes.heads * sizes.q_blocks * KEY_BLOCK, plan.d, TILE, span, span),
         driver.tensor_map(k8, 1, sizes.kv_heads * keys, plan.d, KEY_BLOCK, span, span),

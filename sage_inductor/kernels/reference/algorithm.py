@@ -74,13 +74,30 @@ def attention(
     natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
     holds at most `SCORES_AT_ONCE` scores, or one row of every head where that is more.
     """
-    batch, heads, q_len, head_dim = query.shape
     kv_len = key.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
+        attn_mask = attn_mask.expand(*query.shape[:3], kv_len)
     kv = quantize_kv(key, value, precision, used_keys(attn_mask), smoothing, query)
-    out = query.new_empty(batch, heads, q_len, value.shape[-1])
+    return attention_prequantized(
+        query, kv, kv_len, attn_mask, bounds=bounds, scale=scale, precision=precision, segments=segments
+    )
+
+
+def attention_prequantized(
+    query: Tensor,
+    kv: QuantizedKV,
+    kv_len: int,
+    attn_mask: Tensor | None = None,
+    *,
+    bounds: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    precision: str = "fast",
+    segments: Segments | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` to `kv_len` keys that have been quantised. attn_mask has been expanded."""
+    batch, heads, q_len, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    out = query.new_empty(batch, heads, q_len, kv.v.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
     for start in range(0, q_len, step):

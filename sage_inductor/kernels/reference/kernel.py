@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sage_inductor.kernels.base import PRECISIONS, AttentionParams, Kernel, Segments
+from sage_inductor.kernels.key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
 from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.kernels.reference import key_value
 from sage_inductor.kernels.smoothing import SMOOTHINGS
 
 
@@ -19,6 +21,7 @@ class ReferenceKernel(Kernel):
     device_types = ("cpu", "cuda")
     head_dims = range(1, 1025)  # |int8 dot| < 2^24, the integers float32 holds exactly
     takes_segments = True
+    prequantizes = True
     smoothings = tuple(SMOOTHINGS)
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
@@ -49,3 +52,38 @@ class ReferenceKernel(Kernel):
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
+
+    def key_value_layout(self, form: KeyValueForm) -> KeyValueLayout:
+        return key_value.layout(form)
+
+    def prepare_key_value(
+        self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
+    ) -> Quantize:
+        def quantize(key: Tensor, value: Tensor, query: Tensor | None) -> Tensor:
+            kv = reference.quantize_kv(key, value, form.precision, smoothing=form.smoothing, query=query)
+            return key_value.pack(kv, form)
+
+        return quantize
+
+    def prepare_prequantized(
+        self,
+        query: Tensor,
+        form: KeyValueForm,
+        kv_len: int,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor,
+    ) -> Attend:
+        def attend(query: Tensor, packed: Tensor, out: Tensor, lse: Tensor) -> None:
+            result, result_lse = reference.attention_prequantized(
+                query,
+                key_value.unpack(packed, form, kv_len),
+                kv_len,
+                bounds=params.bounds(query.shape[2], kv_len),
+                scale=params.scale,
+                precision=params.precision,
+            )
+            out.copy_(result)
+            lse.copy_(result_lse)
+
+        return attend

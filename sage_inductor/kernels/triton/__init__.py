@@ -25,6 +25,7 @@ from ..base import (
 )
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
+from ..key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
 from ..smoothing import SMOOTHINGS, unmeasured_smoothing
 from .crossover import slower_than_sdpa
 
@@ -51,6 +52,7 @@ class TritonKernel(Kernel):
     device_types: ClassVar[Collection[str]] = ("cuda",)
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
     takes_segments: ClassVar[bool] = True
+    prequantizes: ClassVar[bool] = True
     smoothings: ClassVar[Collection[str]] = tuple(SMOOTHINGS)
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
@@ -137,6 +139,31 @@ class TritonKernel(Kernel):
         from .launch import prepare
 
         return prepare(query, key, value, attn_mask, params, out, lse, segments=segments)
+
+    def key_value_layout(self, form: KeyValueForm) -> KeyValueLayout:
+        from .prequantized import layout
+
+        return layout(form)
+
+    def prepare_key_value(
+        self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
+    ) -> Quantize:
+        from .prequantized import KeyValueQuantization
+
+        return KeyValueQuantization(key, value, query, form).run
+
+    def prepare_prequantized(
+        self,
+        query: Tensor,
+        form: KeyValueForm,
+        kv_len: int,
+        params: AttentionParams,
+        out: Tensor,
+        lse: Tensor,
+    ) -> Attend:
+        from .prequantized import PrequantizedAttention
+
+        return PrequantizedAttention(query, form, kv_len, params, out, lse).run
 
 
 def attention_varlen(

@@ -412,6 +412,8 @@ def attention_kernel(
     kv_h = h // group
     q_start, q_len, q_block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
     _k_start, kv_len, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
+    if not VARLEN:
+        block0 = b * (kv_blocks // batch)  # of K that was quantised before, kv_len may be the first keys only
     first_row = tile * BLOCK_M
     if first_row >= q_len:
         return

@@ -129,6 +129,9 @@ class TritonAttention:
     """
 
     V_TRANSPOSED: ClassVar[bool] = False  # whether 16-bit V is too
+    # What `quantize` rounds: both, but in prequantized.py.
+    QUANTIZES_QUERY: ClassVar[bool] = True
+    QUANTIZES_KEYS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class TritonAttention:
     ) -> None:
         self.device, self.index = query.device, query.device.index
         self.is_varlen = varlen is not None
-        self.sizes = sizes = Sizes.of(query, key, lse is not None, varlen)
+        self.sizes = sizes = self._sizes(query, key, lse is not None, varlen)
         self.mask = mask = MaskOperand.of(attn_mask, sizes, segments)
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
@@ -171,6 +174,11 @@ class TritonAttention:
         self._prepare_attention(params, out, lse)
         self._prepare_mask()
         self._prepare_segments(segments)
+
+    def _sizes(
+        self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
+    ) -> Sizes:
+        return Sizes.of(query, key, return_lse, varlen)
 
     def together(self, params: AttentionParams) -> int:
         """How many heads have their tiles dealt out together, the longest first. It is 1 where all tiles are of one length.
@@ -234,7 +242,10 @@ class TritonAttention:
         cu_dtype = torch.int32 if varlen else None
         scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
         # Q waits for the statistics where they say what its rows are rounded to, or how far its scores are shifted.
-        q_last = return_lse or params.smoothing != "mean"
+        both = self.QUANTIZES_QUERY and self.QUANTIZES_KEYS
+        q_last = return_lse or params.smoothing != "mean" or not both
+        if not self.QUANTIZES_KEYS:
+            kv_len = 0  # no program is of a block of K or V then
         # Both kernels take these.
         numbers = (
             scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, *q_strides, *k_strides, *v_strides,
@@ -254,7 +265,7 @@ class TritonAttention:
         channels += plan.dv if plan.statistics["V_STATISTICS"] else 0
         statistics = batch * kv_heads * (channels // SAMPLE_GROUP) + (batch if mask_kind else 0)
         statistics += plan.rotation_rows // ROTATION_ROWS.value
-        q_programs = batch * heads * -(-q_len // KEY_BLOCK)
+        q_programs = batch * heads * -(-q_len // KEY_BLOCK) if self.QUANTIZES_QUERY else 0
         kv_programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK)
         q_first = 0 if q_last else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
         self.statistics = Launch(
@@ -381,8 +392,9 @@ class TritonAttention:
         lse: Tensor | None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
+        packed: Tensor | None = None,
     ) -> None:
-        self.attention(self.stream(), (attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k), workspace)
+        self.attention(self.stream(), (attn_mask, out, lse, cu_seqlens_q, cu_seqlens_k), workspace, packed)
 
     def __call__(
         self,

@@ -22,14 +22,21 @@ from .internals import DirectLaunch, direct_launch, has_hooks
 
 
 class Part(NamedTuple):
-    """A part of a workspace: `elements` of `dtype` from byte `offset` on."""
+    """A part of a workspace: `elements` of `dtype` from byte `offset` on. Of K and V that were quantised before, it is a part of
+    their buffer (`packed`)."""
 
     offset: int
     elements: int
     dtype: torch.dtype
+    of_packed: bool = False
 
-    def of(self, workspace: Tensor) -> Tensor:
-        return workspace[self.offset : self.offset + self.elements * self.dtype.itemsize].view(self.dtype)
+    def of(self, workspace: Tensor, packed: Tensor | None = None) -> Tensor:
+        memory = packed if self.of_packed and packed is not None else workspace
+        return memory[self.offset : self.offset + self.elements * self.dtype.itemsize].view(self.dtype)
+
+    def at(self, workspace: int, packed: int) -> int:
+        """Its address, from those of the workspace and of the buffer."""
+        return (packed if self.of_packed else workspace) + self.offset
 
     def as_bytes(self) -> Part:
         return Part(self.offset, self.elements * self.dtype.itemsize, torch.int8)
@@ -43,8 +50,8 @@ class Tile(NamedTuple):
     rows: int
     columns: int
 
-    def of(self, workspace: Tensor) -> TensorDescriptor:
-        return self.over(self.part.of(workspace))
+    def of(self, workspace: Tensor, packed: Tensor | None = None) -> TensorDescriptor:
+        return self.over(self.part.of(workspace, packed))
 
     def over(self, base: Any) -> TensorDescriptor:
         """A descriptor over `base`. It is a copy of the template, because the checks of its constructor take microseconds."""
@@ -88,18 +95,22 @@ class Launch:
         self.variant, self.constants = variant, constants
         self.binaries: dict[tuple[bool, ...], _Binary] = {}  # by which of the callers' tensors are aligned
 
-    def __call__(self, stream: int, callers: tuple[Tensor | None, ...], workspace: Tensor) -> None:
-        """Launch on `stream`. It must be the current stream of device `index`, which must be the current device."""
+    def __call__(
+        self, stream: int, callers: tuple[Tensor | None, ...], workspace: Tensor, packed: Tensor | None = None
+    ) -> None:
+        """Launch on `stream`. It must be the current stream of device `index`, which must be the current device. `packed` has
+        the parts that are not of the workspace."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in callers]
         aligned = tuple([address & 15 == 0 for address in addresses])
         binary = self.binaries.get(aligned) or self._known(aligned)
         if binary is None or has_hooks():
-            compiled = self._launch_as_triton_does(callers, workspace)
+            compiled = self._launch_as_triton_does(callers, workspace, packed)
             is_new = self.direct and binary is None
             if is_new and compiled is not None:  # None: a hook of Triton's has prevented it
                 _binaries[self._key(aligned)] = _Binary.of(compiled, self)
             return
-        programs, rest = self.programs, _rest(self, binary, workspace.data_ptr())
+        also = 0 if packed is None else packed.data_ptr()
+        programs, rest = self.programs, _rest(self, binary, workspace.data_ptr(), also)
         direct = binary.direct
         if direct is None:
             binary.compiled[(programs, 1, 1)](*addresses, *rest, stream=stream)
@@ -107,8 +118,10 @@ class Launch:
             function, metadata, hooks = direct.function, direct.metadata, (None, None, None)
             direct.run(programs, 1, 1, stream, function, metadata, *hooks, *addresses, *rest)
 
-    def _launch_as_triton_does(self, callers: tuple[Tensor | None, ...], workspace: Tensor) -> Any:
-        own = [None if part is None else part.of(workspace) for part in self.own]
+    def _launch_as_triton_does(
+        self, callers: tuple[Tensor | None, ...], workspace: Tensor, packed: Tensor | None
+    ) -> Any:
+        own = [None if part is None else part.of(workspace, packed) for part in self.own]
         return self.kernel[(self.programs,)](*callers, *own, *self.numbers, *self.variant, **self.constants)
 
     def _known(self, aligned: tuple[bool, ...]) -> _Binary | None:
@@ -146,8 +159,8 @@ _binaries: dict[tuple[Any, ...], _Binary] = {}
 
 
 @lru_cache(maxsize=2048)
-def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
-    """The arguments after the callers', with the workspace at `address`.
+def _rest(launch: Launch, binary: _Binary, address: int, packed: int) -> tuple[Any, ...]:
+    """The arguments after the callers', with the workspace at `address`, and K and V that were quantised before at `packed`.
 
     They are kept because torch's allocator gives the same addresses again and again. They hold nothing but numbers, so they
     may outlive the memory.
@@ -156,14 +169,14 @@ def _rest(launch: Launch, binary: _Binary, address: int) -> tuple[Any, ...]:
     tiles = 0
     for part in launch.own:
         if isinstance(part, Tile):
-            descriptor = part.over(_Address(address + part.part.offset))
+            descriptor = part.over(_Address(part.part.at(address, packed)))
             if binary.direct is None or binary.direct.encode is None:
                 own.append(descriptor)
             else:
                 own += binary.direct.encode(descriptor, binary.direct.descriptors[tiles])
             tiles += 1
         else:
-            own.append(None if part is None else address + part.offset)
+            own.append(None if part is None else part.at(address, packed))
     return *own, *launch.numbers, *launch.variant, *binary.tail
 
 

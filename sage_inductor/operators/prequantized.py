@@ -1,0 +1,400 @@
+"""The two halves of attention apart: `quantize_key_value`, and `attention_prequantized` to what that gave.
+
+Keys and values that several calls attend to are quantised once, and travel between ranks in 8 bits. The operators
+
+    sage_inductor::quantize_key_value      -> a buffer of bytes, laid out as the kernel reads it
+    sage_inductor::attention_prequantized  -> output and LSE
+
+take the kernel by its name. Inference only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_inductor import kernels
+from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import Kernel, reason
+from sage_inductor.kernels.cache import Cache
+from sage_inductor.kernels.key_value import Attend, KeyValueForm, Quantize
+from sage_inductor.kernels.smoothing import EQUALISING
+from sage_inductor.operators.inputs import empty_lse, empty_output
+from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS
+from sage_inductor.operators.validation import misfit, validate
+from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
+
+DIMS = 4
+# key_dim, value_dim: head dims of key and value. kv_len: keys that are attended to, the first of stored_len in the buffer.
+LIBRARY.define(
+    "quantize_key_value(Tensor key, Tensor value, Tensor? query=None, *, str kernel_name, str precision='fast', "
+    "str smoothing='mean') -> Tensor",
+    tags=TAGS,
+)
+LIBRARY.define(
+    "attention_prequantized(Tensor query, Tensor packed, *, SymInt kv_heads, SymInt kv_len, SymInt stored_len, "
+    "SymInt value_head_dim, str kernel_name, str precision='fast', str smoothing='mean', bool is_causal=False, "
+    "float? scale=None, bool bottom_right=False, SymInt window_left=-1, SymInt window_right=-1, "
+    "int[]? memory_order=None) -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+
+
+@dataclass(frozen=True)
+class QuantizedKeyValue:
+    """Keys and values in 8 bits, as `quantize_key_value` gives them. `packed` is all that has to be sent; what is received
+    into that of `empty_like` is attended to like the original."""
+
+    packed: Tensor
+    """uint8, one dim: all parts, on the device of the keys."""
+    form: KeyValueForm
+    kernel: str
+    """The family that made it, and that can attend to it."""
+    kv_len: int
+    """Keys that are attended to: the first of `form.kv_len`."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parts by name, views of `packed` in the layout of the kernel: `key` (int8) and its scales, K's mean, `value`
+        (e4m3, int8, or 16 bits with "accurate"), its scales, V's mean. With "reference" they are `key` `[batch, kv_heads,
+        blocks * 128, head_dim]`, `key_scale` `[batch, kv_heads, blocks]`, `key_mean` `[batch, kv_heads, 1, head_dim]`, `value`,
+        `value_scale`, `value_channel` and `value_mean` alike. The GPU kernels' lie as in their workspace
+        (kernels/triton/workspace.py): `value_channels` holds V's channel scales and its mean, `value_log2_scale` log2 of its
+        scales."""
+        pieces = kernels.get(self.kernel).key_value_layout(self.form).pieces
+        return {name: piece.of(self.packed) for name, piece in pieces.items()}
+
+    def empty_like(self) -> QuantizedKeyValue:
+        """One of as many keys, to receive into. Its numbers are undefined."""
+        return self.with_packed(torch.empty_like(self.packed))
+
+    def with_packed(self, packed: Tensor) -> QuantizedKeyValue:
+        """The same for other numbers, such as those of another rank. Raises RuntimeError for a buffer of another size."""
+        if packed.shape != self.packed.shape or packed.dtype != torch.uint8:
+            raise misfit(
+                f"packed is {tuple(packed.shape)} {packed.dtype} (valid: {tuple(self.packed.shape)} torch.uint8)"
+            )
+        return replace(self, packed=packed)
+
+    def first(self, keys: int) -> QuantizedKeyValue:
+        """The first `keys` keys alone, in the same memory: as quantised among all, so that their scales and the mean are those
+        of all. Raises ValueError for a number that there is not."""
+        if not 0 < keys <= self.form.kv_len:
+            raise ValueError(f"keys={keys} (valid: 1 to {self.form.kv_len})")
+        return replace(self, kv_len=keys)
+
+
+def quantize_key_value(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None = None,
+    *,
+    kernel: str = "auto",
+    precision: str = "auto",
+    smoothing: str = "mean",
+) -> QuantizedKeyValue:
+    """Smooth and quantise keys and values, once for several calls of `attention_prequantized`, or to be sent in 8 bits.
+
+    Args:
+        key: `[batch, kv_heads, kv_len, head_dim]`, float16, bfloat16 or float32, in any memory layout.
+        value: `[batch, kv_heads, kv_len, value_head_dim]`.
+        query: `[batch, heads, q_len, head_dim]`, with smoothing "equalise" and "both" only: queries by whose sizes K's
+            channels are scaled. Any that resemble those that will attend, such as a rank's own: the factors go with the keys,
+            and whichever query attends is multiplied by them.
+        kernel: "auto" is the first of "hopper" and "triton" that can run; or one of them, or "reference".
+        precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
+        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
+
+    Raises:
+        NotEligibleError: the kernel cannot run, or cannot quantise apart from attention; gradients are wanted.
+        RuntimeError: the inputs do not fit together.
+        ValueError: an unknown kernel, precision or smoothing.
+    """
+    _check_names(kernel, precision, smoothing)
+    precision = kernels.precision_on(key.device, precision, kernel)
+    _check_inputs(key, value, query, smoothing)
+    form = _form(key, value, precision, smoothing)
+    family = _family(
+        kernel, _problem(key, form, form.kv_len, AttentionParams(precision=precision, smoothing=smoothing))
+    )
+    packed = torch.ops.sage_inductor.quantize_key_value(
+        key, value, query if smoothing in EQUALISING else None,
+        kernel_name=family.name, precision=precision, smoothing=smoothing,
+    )  # fmt: skip
+    return QuantizedKeyValue(packed, form, family.name, form.kv_len)
+
+
+def attention_prequantized(
+    query: Tensor,
+    key_value: QuantizedKeyValue,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    bottom_right: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """8-bit attention to keys and values that were quantised before. Output and LSE are those of `sage_attention` with that
+    kernel, precision and smoothing, bit for bit where the query is quantised alike (always but for "equalise" and "both",
+    whose factors come from the query that `quantize_key_value` was given).
+
+    The LSE is that of the keys as they were, not as they were smoothed: parts that were quantised apart, each with a mean of its
+    own, are merged by it exactly.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]` in the dtype that the keys had; heads is a multiple of the key heads.
+        key_value: from `quantize_key_value`, on the query's device.
+        is_causal: query i sees keys 0 .. i; with `bottom_right` the last query sees all keys.
+        scale: factor of the scores, `head_dim ** -0.5` when None.
+        window_left, window_right: query i sees keys i - window_left .. i + window_right; negative: no bound.
+        return_lse: also return the LSE, fp32 `[batch, heads, q_len]`, natural log.
+
+    Raises:
+        NotEligibleError: the kernel cannot run here; gradients are wanted.
+        RuntimeError: the inputs do not fit together.
+    """
+    form = key_value.form
+    out, lse = torch.ops.sage_inductor.attention_prequantized(
+        query, key_value.packed, kv_heads=form.kv_heads, kv_len=key_value.kv_len, stored_len=form.kv_len,
+        value_head_dim=form.value_head_dim, kernel_name=key_value.kernel, precision=form.precision,
+        smoothing=form.smoothing, is_causal=is_causal, scale=scale, bottom_right=bottom_right,
+        window_left=window_left, window_right=window_right,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+# Each kind of call is worked out once, as in inference.py.
+_quantize: Cache[tuple[Any, ...], Quantize] = Cache(1024)
+_attend: Cache[tuple[Any, ...], Attend] = Cache(1024)
+
+
+def _quantize_key_value(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None = None,
+    *,
+    kernel_name: str,
+    precision: str = "fast",
+    smoothing: str = "mean",
+) -> Tensor:
+    kind = (*map(_facts, (key, value, query)), kernel_name, precision, smoothing)
+    run = _quantize.get(kind)
+    if run is None:
+        form, family = _quantized_form(key, value, query, kernel_name, precision, smoothing)
+        if form.batch * form.kv_heads * form.kv_len == 0:
+            size = family.key_value_layout(form).bytes
+            return torch.zeros(size, dtype=torch.uint8, device=key.device)
+        run = _quantize.keep(kind, family.prepare_key_value(key, value, query, form))
+    return run(key, value, query)
+
+
+def _fake_quantize_key_value(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None = None,
+    *,
+    kernel_name: str,
+    precision: str = "fast",
+    smoothing: str = "mean",
+) -> Tensor:
+    _check_inputs(key, value, query, smoothing)
+    form = _form(key, value, precision, smoothing)
+    return key.new_empty(kernels.get(kernel_name).key_value_layout(form).bytes, dtype=torch.uint8)
+
+
+def _attention_prequantized(
+    query: Tensor,
+    packed: Tensor,
+    *,
+    kv_heads: int,
+    kv_len: int,
+    stored_len: int,
+    value_head_dim: int,
+    kernel_name: str,
+    precision: str = "fast",
+    smoothing: str = "mean",
+    is_causal: bool = False,
+    scale: float | None = None,
+    bottom_right: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    memory_order: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision, smoothing)
+    form = KeyValueForm(
+        query.shape[0],
+        kv_heads,
+        stored_len,
+        query.shape[-1],
+        value_head_dim,
+        query.dtype,
+        precision,
+        smoothing,
+    )
+    order = None if memory_order is None else tuple(memory_order)
+    kind = (_facts(query), _facts(packed), kv_len, kernel_name, order, form, params)
+    run = _attend.get(kind)
+    if run is None:
+        _check_names(kernel_name, precision, smoothing)
+        _check_query(query, packed, form, kv_len, kernels.get(kernel_name))
+    out, lse = _empty_output(query, value_head_dim, memory_order), empty_lse(query)
+    if run is None:
+        family = _family(kernel_name, _problem(query, form, kv_len, params))
+        if out.numel() == 0 or kv_len == 0:
+            return out.zero_(), lse.fill_(-math.inf)
+        run = _attend.keep(kind, family.prepare_prequantized(query, form, kv_len, params, out, lse))
+    run(query, packed, out, lse)
+    return out, lse
+
+
+def _fake_attention_prequantized(
+    query: Tensor,
+    packed: Tensor,
+    *,
+    value_head_dim: int,
+    memory_order: Sequence[int] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return _empty_output(query, value_head_dim, memory_order), empty_lse(query)
+
+
+def _empty_output(query: Tensor, value_head_dim: int, memory_order: Sequence[int] | None) -> Tensor:
+    like_value = query[..., :1].expand(*query.shape[:-1], value_head_dim)
+    return empty_output(query, like_value, memory_order)
+
+
+def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _form(key: Tensor, value: Tensor, precision: str, smoothing: str) -> KeyValueForm:
+    return KeyValueForm(
+        key.shape[0],
+        key.shape[1],
+        key.shape[2],
+        key.shape[3],
+        value.shape[3],
+        key.dtype,
+        precision,
+        smoothing,
+    )
+
+
+def _quantized_form(
+    key: Tensor, value: Tensor, query: Tensor | None, kernel: str, precision: str, smoothing: str
+) -> tuple[KeyValueForm, Kernel]:
+    _check_names(kernel, precision, smoothing)
+    _check_inputs(key, value, query, smoothing)
+    form = _form(key, value, precision, smoothing)
+    params = AttentionParams(precision=precision, smoothing=smoothing)
+    return form, _family(kernel, _problem(key, form, form.kv_len, params))
+
+
+def _problem(query: Tensor, form: KeyValueForm, kv_len: int, params: AttentionParams) -> AttentionProblem:
+    """As kernels judge it. Keys count as dense, and their own dtype as that of the query."""
+    keys = form.batch, form.kv_heads, kv_len
+
+    def spec(dim: int) -> TensorSpec:
+        strides = (form.kv_heads * kv_len * dim, kv_len * dim, dim, 1)
+        return TensorSpec((*keys, dim), strides, form.dtype, query.device)
+
+    return AttentionProblem(
+        TensorSpec.of(query), spec(form.head_dim), spec(form.value_head_dim), None, params, True
+    )
+
+
+def can_prequantize(kernel: Kernel) -> list[str]:
+    """Why `kernel` cannot quantise K and V apart from attention to them; empty where it can."""
+    able = [name for name in kernels.KERNELS if kernels.get(name).prequantizes]
+    return [] if kernel.prequantizes else [reason("kernel", kernel.name, able)]
+
+
+def _family(name: str, problem: AttentionProblem) -> Kernel:
+    """The kernel family called `name`, or for "auto" the first that can run, however fast. Raises NotEligibleError where there
+    is none."""
+    if name != "auto":
+        family = kernels.get(name)
+        reasons = can_prequantize(family) or kernels.select(problem, name)[1]
+        if reasons:
+            raise NotEligibleError(f"kernel={name}", reasons)
+        return family
+    able, refused = kernels.candidates(problem)
+    for family in able:
+        if family.prequantizes:
+            return family
+        refused[family.name] = can_prequantize(family)
+    raise NotEligibleError("kernel=auto", [text for reasons in refused.values() for text in reasons])
+
+
+def _check_names(kernel: str, precision: str, smoothing: str) -> None:
+    if kernel not in ("auto", *kernels.KERNELS):
+        raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
+    if precision not in kernels.PRECISION_CHOICES:
+        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
+    if smoothing not in kernels.SMOOTHINGS:
+        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
+
+
+def _check_inputs(key: Tensor, value: Tensor, query: Tensor | None, smoothing: str) -> None:
+    if key.dim() != DIMS:
+        raise misfit(f"key has {key.dim()} dimensions (valid: {DIMS}: batch, heads, kv_len, head_dim)")
+    if smoothing in EQUALISING and query is None:
+        raise misfit(f"smoothing={smoothing!r} without query, by whose sizes K's channels are scaled")
+    validate(key if query is None else query, key, value, None, enable_gqa=True)
+
+
+def _check_query(query: Tensor, packed: Tensor, form: KeyValueForm, kv_len: int, family: Kernel) -> None:
+    if query.dim() != DIMS:
+        raise misfit(f"query has {query.dim()} dimensions (valid: {DIMS}: batch, heads, q_len, head_dim)")
+    if reasons := can_prequantize(family):
+        raise NotEligibleError(f"kernel={family.name}", reasons)
+    if packed.device != query.device:
+        raise misfit(f"packed is on {packed.device}, query on {query.device}")
+    if form.kv_heads == 0 or query.shape[1] % form.kv_heads:
+        raise misfit(f"{query.shape[1]} query heads are not a multiple of {form.kv_heads} key heads")
+    if not 0 <= kv_len <= form.kv_len:
+        raise misfit(f"kv_len={kv_len} (valid: 0 to {form.kv_len}, what was quantised)")
+    size = family.key_value_layout(form).bytes
+    if packed.shape != (size,) or packed.dtype != torch.uint8 or not packed.is_contiguous():
+        raise misfit(
+            f"packed is {tuple(packed.shape)} {packed.dtype} (valid: ({size},) torch.uint8, contiguous: keys for a query "
+            f"{tuple(query.shape)} {query.dtype})"
+        )
+
+
+def _autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises where gradients are wanted: none are computed."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotEligibleError(
+                "attention to quantised keys", [reason("requires_grad", True, "none; use torch.no_grad()")]
+            )
+        if runs_eagerly((*args, *kwargs.values())):
+            return implementation(*args, **kwargs)
+        with below_autograd():
+            return op(*args, **kwargs)
+
+    return rule
+
+
+def _register() -> None:
+    for name, implementation, fake in (
+        ("quantize_key_value", _quantize_key_value, _fake_quantize_key_value),
+        ("attention_prequantized", _attention_prequantized, _fake_attention_prequantized),
+    ):
+        op = getattr(torch.ops.sage_inductor, name).default
+        for backend in ("CPU", "CUDA"):
+            LIBRARY.impl(name, implementation, backend)
+            LIBRARY.impl(name, _autograd_rule(op, implementation), f"Autograd{backend}")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+_register()

@@ -19,6 +19,7 @@ OPTION_PREFIX = "sage."
 KernelName: TypeAlias = Literal["auto", "hopper", "triton", "sageattention", "reference"]
 Precision: TypeAlias = Literal["auto", "fast", "balanced", "accurate"]
 Smoothing: TypeAlias = Literal["mean", "equalise", "rotate", "both"]
+Wires: TypeAlias = Literal["inputs", "8-bit"]
 Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
 Tune: TypeAlias = Literal["measure", "table", "off"]
 
@@ -47,6 +48,11 @@ class Config:
     K. "equalise" also scales the channels of Q and K to even sizes, "rotate" also rotates both by a signed Hadamard matrix,
     "both" does one after the other: trained models, whose keys have outliers, then keep the error of normal inputs. The kernels
     "hopper", "triton" and "reference" have all four."""
+
+    wires: Wires = "inputs"
+    """How keys and values travel in a ring of ranks: in the dtype of the inputs, each shard quantised by every rank that receives
+    it; or "8-bit": quantised by their owner once, and sent so, which is about half of the bytes of bf16. Single ranks, and
+    attention that is divided by heads or the batch, are as with "inputs"."""
 
     fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
@@ -84,6 +90,7 @@ class Config:
         _one_of("kernel", self.kernel, get_args(KernelName))
         _one_of("precision", self.precision, get_args(Precision))
         _one_of("smoothing", self.smoothing, get_args(Smoothing))
+        _one_of("wires", self.wires, get_args(Wires))
         _one_of("fallback", self.fallback, get_args(Fallback))
         _one_of("tune", self.tune, get_args(Tune))
         for name in ("include", "exclude"):

@@ -15,6 +15,7 @@ from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.operators.leading_dims import folded
+from sage_inductor.operators.schemas import WIRES
 from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.operators.unquantised import combined_mask, same_segment
 from sage_inductor.operators.validation import validate_segments
@@ -39,6 +40,7 @@ def sage_attention(
     kernel: str = "auto",
     precision: str = "auto",
     smoothing: str = "mean",
+    wires: str = "inputs",
     return_lse: bool = False,
     out: Tensor | None = None,
     query_segments: Tensor | None = None,
@@ -62,6 +64,8 @@ def sage_attention(
         precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
         smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
             from taking the steps of all others.
+        wires: "inputs" or "8-bit", as `Config.wires`: how keys and values travel in a ring of ranks (torch's `context_parallel`,
+            DTensors). It means nothing elsewhere.
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any
             strides.
@@ -80,7 +84,7 @@ def sage_attention(
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
-        ValueError: an unknown kernel, precision or smoothing.
+        ValueError: an unknown kernel, precision, smoothing or wires.
     """
     required = {"query": query, "key": key, "value": value}
     optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
@@ -95,6 +99,8 @@ def sage_attention(
         raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     if smoothing not in kernels.SMOOTHINGS:
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
+    if wires not in WIRES:
+        raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
     if attn_mask is not None and is_causal:
         raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
@@ -117,7 +123,7 @@ def sage_attention(
             raise NotImplementedError(f"sage_attention with segments {CONTEXT_PARALLEL} (valid: none)")
         return _around_ring(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            kernel=kernel, precision=precision, smoothing=smoothing, return_lse=return_lse, out=out,
+            kernel=kernel, precision=precision, smoothing=smoothing, wires=wires, return_lse=return_lse, out=out,
         )  # fmt: skip
     bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
@@ -152,6 +158,8 @@ def sage_attention(
         "precision": precision,
         "smoothing": smoothing,
     }
+    if is_dtensor(query):
+        options["wires"] = wires
     if has_segments:
         options |= {"query_segments": query_segments, "key_segments": key_segments}
     if return_lse:

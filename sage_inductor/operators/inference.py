@@ -130,11 +130,13 @@ def _run(
     min_kv_len: int = 0,
     or_exact: bool = False,
     smoothing: str = "mean",
+    wires: str = "inputs",
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
     left_is_bound: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output, LSE). The LSE is None unless `return_lse` asks for it; the output is `out` where that is given."""
+    """(output, LSE). The LSE is None unless `return_lse` asks for it; the output is `out` where that is given. `wires` says
+    something of DTensors only."""
     if left_is_bound and window_left < 0:  # no key is seen
         validate(query, key, value, attn_mask, enable_gqa, out, query_segments, key_segments)
         out = empty_output(query, value, memory_order) if out is None else out

@@ -12,11 +12,13 @@ INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool i
 # min_q_len, min_kv_len: calls with fewer queries or keys get exact attention. One graph serves lengths on both sides.
 # or_exact: sizes that the kernel does not take get exact attention, too, instead of an error. Sizes of a graph may change from
 # call to call.
+# wires: how keys and values travel where DTensors ring.
 PARAMS = (
     "float? scale=None, bool enable_gqa=False, bool bottom_right=False, SymInt window_left=-1, "
     "SymInt window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0, "
-    "bool or_exact=False, str smoothing='mean'"
+    "bool or_exact=False, str smoothing='mean', str wires='inputs'"
 )
+WIRES = ("inputs", "8-bit")
 EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with
 # Strides are part of the contract: the kernels read any, so Inductor must not copy inputs into another layout.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)

@@ -81,7 +81,9 @@ def judge(found: Found, walk: Walk) -> Decision:
         # a baseline as good as flex_attention, which passes over blocks
         as_found = dataclasses.replace(as_found, attn_mask=None, is_causal=True)
     site, choice, mask, moves_to = _decide(as_found, call, mask, walk, found.around, found.node, reasons)
-    insert = partial(insert_substitute, call, mask, site, choice, moves_to) if site.rewritten else None
+    insert = None
+    if site.rewritten:
+        insert = partial(insert_substitute, call, mask, site, choice, moves_to, walk.config.wires)
     return Decision(found, site, insert, lists if flex is not None and flex.has_lists else None)
 
 

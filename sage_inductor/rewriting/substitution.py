@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "window_left": -1,
     "window_right": -1,
     "smoothing": "mean",
+    "wires": "inputs",
     "memory_order": None,
     "min_q_len": 0,
     "min_kv_len": 0,
@@ -92,10 +93,16 @@ class Substitute:
 
 
 def insert_substitute(
-    call: AttentionCall, mask: Mask, site: Site, choice: Choice, moves_to: tuple[int, ...] | None = None
+    call: AttentionCall,
+    mask: Mask,
+    site: Site,
+    choice: Choice,
+    moves_to: tuple[int, ...] | None = None,
+    wires: str = "inputs",
 ) -> Substitute:
     """Insert our operator before `call`, with the site's kernel from the lengths of `choice` on. Options at their defaults are
-    not written out. `moves_to` are the dims by which a DTensor is to be sharded that the operator shards otherwise."""
+    not written out. `moves_to` are the dims by which a DTensor is to be sharded that the operator shards otherwise, `wires` how
+    one travels in a ring."""
     graph, old = call.node.graph, call.node
     query, output = example_tensor(call.query), call.output()
     assert query is not None and output is not None
@@ -119,6 +126,7 @@ def insert_substitute(
         # What is known of the first call's sizes may not hold for those of others.
         "or_exact": not all(map(_has_known_sizes, (call.query, call.key, call.value))),
         "smoothing": site.smoothing,
+        "wires": wires if is_dtensor(query) else "inputs",
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}

@@ -118,6 +118,17 @@ def _other_torch(what: str) -> RuntimeError:
     )
 
 
+def sent_to_next(tensor: torch.Tensor, group: Any, rank: int, ranks: int) -> torch.Tensor:
+    """What the rank before this one sends of `tensor`, whose one dim is as long on every rank: this rank, number `rank` of `ranks`
+    in `group`, sends its own to the next. It may still be under way (`waited_for`). Can be traced."""
+    from torch.distributed._functional_collectives import all_to_all_single
+
+    size = tensor.shape[0]
+    received, sent = [0] * ranks, [0] * ranks
+    received[(rank - 1) % ranks] = sent[(rank + 1) % ranks] = size
+    return all_to_all_single(tensor, received, sent, group)
+
+
 def waited_for(tensor: torch.Tensor) -> torch.Tensor:
     """What a functional collective gave, as a plain tensor; any other tensor as it is."""
     if not torch.distributed.is_available():

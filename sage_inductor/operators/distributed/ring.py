@@ -1,7 +1,7 @@
 """Attention whose sequence is sharded over the ranks of a ring, as torch's `context_parallel` shards it.
 
 Forward, torch's own ring sends keys and values around; each part is attended to by our operator, and parts are merged by
-their LSE. (Ring Attention, Liu et al. 2023.) Backward, every rank gathers keys and values, takes the exact gradient of its
+their LSE. (Ring Attention, Liu et al. 2023.) With wires="8-bit" the ring is that of wires.py. Backward, every rank gathers keys and values, takes the exact gradient of its
 queries, and sends back what belongs to others: the sums need no LSE.
 """
 
@@ -18,7 +18,10 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.distributed.layouts import Layout
+from sage_inductor.operators.distributed.wires import attend as attend_in_8_bits
+from sage_inductor.operators.distributed.wires import kernel_of_wires
 from sage_inductor.operators.inputs import empty_output
+from sage_inductor.operators.schemas import WIRES
 from sage_inductor.operators.training import empty_gradients
 from sage_inductor.torch_internals.distributed import context_parallel_is_balanced, ring_attention
 
@@ -59,15 +62,25 @@ def attend(
     if operator is torch.ops.sage_inductor.attention_backward.default:
         return _backward(local, options, mesh, mesh_dim)
     query, key, value = (local[name] for name in ("query", "key", "value"))
+    is_causal, group = bool(options.get("is_causal")), mesh.get_group(mesh_dim)
+    wires = options.get("wires", "inputs")
+    if wires not in WIRES:
+        raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
+    found = kernel_of_wires(query, key, value, options) if wires == "8-bit" else None
     each = {name: item for name, item in options.items() if name not in (*_OF_THE_WHOLE, "bottom_right")}
 
     def part(query: Tensor, key: Tensor, value: Tensor, is_causal: bool | None = False, **_: Any) -> Any:
         return inference.attention_lse(query, key, value, None, bool(is_causal), **each)
 
     with torch.no_grad():
-        output, lse = ring_attention(
-            mesh.get_group(mesh_dim), part, query, key, value, bool(options.get("is_causal"))
-        )
+        if found is None:
+            output, lse = ring_attention(group, part, query, key, value, is_causal)
+        else:
+            output, lse = attend_in_8_bits(
+                group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, key, value,
+                kernel=found[0], precision=found[1], smoothing=options.get("smoothing", "mean"),
+                scale=options.get("scale"), is_causal=is_causal, is_balanced=context_parallel_is_balanced(),
+            )  # fmt: skip
     # Merging leaves other strides.
     expected = empty_output(query, value, options.get("memory_order"))
     if output.stride() != expected.stride():

@@ -1,0 +1,198 @@
+"""A ring whose keys and values travel in 8 bits is as near to exact attention as a single process, and sends half as much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ranks import main, on_every_rank, on_ranks
+from torch import Tensor
+
+from sage_inductor import Config, NotEligibleError, sage_attention
+from sage_inductor.operators.distributed import wires
+from sage_inductor.testing import RewritingBackend, relative_l2
+
+B, H, N, D = 2, 4, 512, 32
+MARGIN = 1.1  # times the error of a single process
+WAYS = [(False, False), (True, False), (True, True)]  # (is_causal, balanced)
+
+
+def inputs(kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Keys whose mean differs from shard to shard, and values with a mean."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(B, H, N, D, generator=generator)
+    k, v = (torch.randn(B, kv_heads, N, D, generator=generator) for _ in range(2))
+    means = 2 * torch.randn(4, 1, kv_heads, 1, D, generator=generator)
+    k = torch.cat([chunk + mean for chunk, mean in zip(k.chunk(4, 2), means, strict=True)], 2)
+    return [tensor.to(dtype) for tensor in (q, k, v + 1)]
+
+
+@contextmanager
+def context(mesh: Any, balanced: bool, *buffers: Tensor) -> Iterator[None]:
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
+
+    _cp_options.enable_load_balance = balanced
+    with context_parallel(mesh, buffers=list(buffers), buffer_seq_dims=[2] * len(buffers)):
+        yield
+
+
+@contextmanager
+def counting_bytes() -> Iterator[list[int]]:
+    """What this rank sends in 8 bits."""
+    sent: list[int] = []
+    send = wires.sent_to_next
+
+    def counted(packed: Tensor, *args: Any) -> Tensor:
+        sent.append(packed.numel() * packed.itemsize)
+        return send(packed, *args)
+
+    wires.sent_to_next = counted
+    try:
+        yield sent
+    finally:
+        wires.sent_to_next = send
+
+
+def errors(mesh: Any, buffers: list[Tensor], balanced: bool, **options: Any) -> dict[str, float]:
+    """Of this rank's part of the output, and of the LSE, against exact attention: of a single process, and of rings with either
+    kind of wires."""
+    with torch.no_grad():
+        one, one_lse = sage_attention(*buffers, **options, return_lse=True)
+    is_causal = options.get("is_causal", False)
+    q, k, v = (tensor.double() for tensor in buffers)
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
+    scores = q @ k.mT * D**-0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(N, N).triu(1).bool(), float("-inf"))
+    exact, exact_lse = scores.softmax(-1) @ v, scores.logsumexp(-1)
+    found, strides = {}, {}
+    for kind in ("inputs", "8-bit"):
+        parts = [exact, one, *(tensor[..., None] for tensor in (exact_lse, one_lse)), *buffers]
+        mine, alone, lse, alone_lse, *shards = parts = [tensor.clone() for tensor in parts]
+        with torch.no_grad(), context(mesh, balanced, *parts):
+            out, out_lse = sage_attention(*shards, **options, wires=kind, return_lse=True)
+            found["one"], found["one lse"] = relative_l2(alone, mine), relative_l2(alone_lse, lse)
+            found[kind], found[f"{kind} lse"] = relative_l2(out, mine), relative_l2(out_lse, lse[..., 0])
+        strides[kind] = out.stride()
+        assert out.dtype == buffers[0].dtype
+    assert strides["8-bit"] == strides["inputs"]
+    return found
+
+
+@on_every_rank
+def no_farther_from_exact_attention(mesh: Any) -> None:
+    for kv_heads in (H, 2):
+        for is_causal, balanced in WAYS:
+            buffers = inputs(kv_heads)
+            options = {"is_causal": is_causal, "enable_gqa": kv_heads != H, "kernel": "reference"}
+            found = errors(mesh, buffers, balanced, precision="fast", **options)
+            assert found["8-bit"] <= MARGIN * found["one"], (options, balanced, found)
+            assert found["8-bit"] <= MARGIN * found["inputs"], (options, balanced, found)
+            if (
+                not balanced
+            ):  # where it is, a shard's two chunks have one mean, and were quantised apart before
+                assert found["8-bit"] == found["inputs"], found
+            assert found["8-bit lse"] <= MARGIN * max(found["one lse"], found["inputs lse"]), found
+
+
+@on_every_rank
+def every_precision_and_smoothing(mesh: Any) -> None:
+    plain = inputs(2)
+    outliers = torch.ones(D)
+    outliers[[3, 17]] = 30.0
+    uneven = [plain[0], plain[1] * outliers, plain[2]]
+    cases = [
+        ("balanced", "mean"),
+        ("accurate", "mean"),
+        ("accurate", "equalise"),
+        ("fast", "rotate"),
+        ("fast", "both"),
+    ]
+    for precision, smoothing in cases:
+        buffers = plain if smoothing == "mean" else uneven
+        options = {"precision": precision, "smoothing": smoothing, "enable_gqa": True, "kernel": "reference"}
+        found = errors(mesh, buffers, True, is_causal=True, **options)
+        assert found["8-bit"] <= MARGIN * max(found["one"], found["inputs"]), (options, found)
+
+
+@on_every_rank
+def half_of_the_bytes(mesh: Any) -> None:
+    buffers = inputs(dtype=torch.bfloat16)
+    whole = sum(tensor.nbytes for tensor in buffers[1:]) // 2  # of a rank's keys and values
+    with torch.no_grad(), context(mesh, True, *buffers), counting_bytes() as sent:
+        sage_attention(*buffers, is_causal=True, kernel="reference", wires="inputs")
+        assert sent == []
+        sage_attention(*buffers, is_causal=True, kernel="reference", wires="8-bit")
+        (once,) = sent
+    # Scales and means beside them: per head and shard 5 numbers a channel, and 2 for 128 keys.
+    assert 0.5 * whole < once < 0.56 * whole, (once, whole)
+
+
+@on_every_rank
+def compiled(mesh: Any) -> None:
+    from test_rings import Attention, teach_rings_of_cpus
+    from torch._dynamo import lookup_backend
+
+    from sage_inductor.rewriting.driver import rewrite_graph
+
+    config = Config(kernel="reference", precision="fast", wires="8-bit")
+    targets = []
+
+    def traced(graph_module: Any, example_inputs: Any) -> Any:
+        """As Inductor gets it."""
+        (site,) = rewrite_graph(graph_module.graph, config)
+        assert site.rewritten, site
+        targets.extend(str(node) for node in graph_module.graph.nodes if "8-bit" in node.kwargs.values())
+        graph_module.recompile()
+        return lookup_backend("aot_eager")(graph_module, example_inputs)
+
+    for backend, ways in ((RewritingBackend(config), WAYS), (traced, WAYS[2:])):
+        for is_causal, balanced in ways:
+            options = {"is_causal": is_causal, "enable_gqa": True}
+            buffers = inputs(2)
+            one = sage_attention(*buffers, **options, kernel="reference")
+            exact = F.scaled_dot_product_attention(*buffers, **options)
+            mine, alone = exact.clone(), one.clone()
+            torch.compiler.reset()
+            teach_rings_of_cpus()
+            with torch.no_grad(), context(mesh, balanced, *buffers, mine, alone), counting_bytes() as sent:
+                out = torch.compile(Attention(**options), backend=backend)(*buffers)
+                assert relative_l2(out, mine) <= MARGIN * relative_l2(alone, mine)
+            assert len(sent) == 1
+    assert len(targets) == 1
+
+
+@on_every_rank
+def what_is_not_in_8_bits(mesh: Any) -> None:
+    buffers = inputs()
+    exact = F.scaled_dot_product_attention(*buffers)
+    whole = sage_attention(*buffers, kernel="reference", wires="8-bit")  # one rank alone
+    assert torch.equal(whole, sage_attention(*buffers, kernel="reference"))
+    mine = exact.clone()
+    with torch.no_grad(), context(mesh, False, *buffers, mine), counting_bytes() as sent:
+        # "auto" finds no kernel on a CPU: attention is exact, and so are the wires.
+        assert relative_l2(sage_attention(*buffers, wires="8-bit"), mine) < 1e-5
+        assert sent == []
+        for kernel, word in (("sageattention", "kernel=sageattention (supported: "), ("hopper", "device=")):
+            try:
+                sage_attention(*buffers, kernel=kernel, wires="8-bit")
+            except NotEligibleError as error:
+                assert word in str(error), error
+            else:
+                raise AssertionError(kernel)
+        try:
+            sage_attention(*buffers, wires="4-bit")
+        except ValueError as error:
+            assert "wires='4-bit' (valid: inputs, 8-bit)" in str(error)
+        else:
+            raise AssertionError("4-bit")
+
+
+test_on_two_ranks = on_ranks(__file__, 2)
+
+if __name__ == "__main__":
+    main(globals())

@@ -68,6 +68,7 @@ REMEMBERED = {
     "sage_inductor.kernels.triton.configs": ("_overrides",),
     "sage_inductor.kernels.triton.launcher": ("_rest",),
     "sage_inductor.operators.inference": ("_resolved",),
+    "sage_inductor.operators.prequantized": ("_quantize", "_attend"),
     "sage_inductor.rewriting.scope": ("_inside", "_seen", "_warned"),
     "sage_inductor.tuning.agreement": ("_decided", "_absent", "_met_in"),
     "sage_inductor.tuning.choice": ("_known", "_unmeasurable", "_warned"),

@@ -116,17 +116,15 @@ def quantize_key_value(
         ValueError: an unknown kernel, precision or smoothing.
     """
     _check_names(kernel, precision, smoothing)
-    precision = kernels.precision_on(key.device, precision, kernel)
     _check_inputs(key, value, query, smoothing)
-    form = _form(key, value, precision, smoothing)
-    family = _family(
-        kernel, _problem(key, form, form.kv_len, AttentionParams(precision=precision, smoothing=smoothing))
-    )
+    dims = key.shape[-1], value.shape[-1]
+    kernel, precision = _open_choices(key.device, key.dtype, *dims, kernel, precision, smoothing)
     packed = torch.ops.sage_inductor.quantize_key_value(
         key, value, query if smoothing in EQUALISING else None,
-        kernel_name=family.name, precision=precision, smoothing=smoothing,
+        kernel_name=kernel, precision=precision, smoothing=smoothing,
     )  # fmt: skip
-    return QuantizedKeyValue(packed, form, family.name, form.kv_len)
+    form = _form(key, value, precision, smoothing)
+    return QuantizedKeyValue(packed, form, kernel, form.kv_len)
 
 
 def attention_prequantized(
@@ -160,6 +158,8 @@ def attention_prequantized(
         RuntimeError: the inputs do not fit together.
     """
     form = key_value.form
+    if query.dtype != form.dtype:
+        raise misfit(f"query is {query.dtype}, keys were {form.dtype}")
     out, lse = torch.ops.sage_inductor.attention_prequantized(
         query, key_value.packed, kv_heads=form.kv_heads, kv_len=key_value.kv_len, stored_len=form.kv_len,
         value_head_dim=form.value_head_dim, kernel_name=key_value.kernel, precision=form.precision,
@@ -245,7 +245,7 @@ def _attention_prequantized(
         _check_query(query, packed, form, kv_len, kernels.get(kernel_name))
     out, lse = _empty_output(query, value_head_dim, memory_order), empty_lse(query)
     if run is None:
-        family = _family(kernel_name, _problem(query, form, kv_len, params))
+        family = _family(kernel_name, _problem(TensorSpec.of(query), form, kv_len, params))
         if out.numel() == 0 or kv_len == 0:
             return out.zero_(), lse.fill_(-math.inf)
         run = _attend.keep(kind, family.prepare_prequantized(query, form, kv_len, params, out, lse))
@@ -293,10 +293,10 @@ def _quantized_form(
     _check_inputs(key, value, query, smoothing)
     form = _form(key, value, precision, smoothing)
     params = AttentionParams(precision=precision, smoothing=smoothing)
-    return form, _family(kernel, _problem(key, form, form.kv_len, params))
+    return form, _family(kernel, _problem(TensorSpec.of(key), form, form.kv_len, params))
 
 
-def _problem(query: Tensor, form: KeyValueForm, kv_len: int, params: AttentionParams) -> AttentionProblem:
+def _problem(query: TensorSpec, form: KeyValueForm, kv_len: int, params: AttentionParams) -> AttentionProblem:
     """As kernels judge it. Keys count as dense, and their own dtype as that of the query."""
     keys = form.batch, form.kv_heads, kv_len
 
@@ -304,9 +304,31 @@ def _problem(query: Tensor, form: KeyValueForm, kv_len: int, params: AttentionPa
         strides = (form.kv_heads * kv_len * dim, kv_len * dim, dim, 1)
         return TensorSpec((*keys, dim), strides, form.dtype, query.device)
 
-    return AttentionProblem(
-        TensorSpec.of(query), spec(form.head_dim), spec(form.value_head_dim), None, params, True
-    )
+    return AttentionProblem(query, spec(form.head_dim), spec(form.value_head_dim), None, params, True)
+
+
+def _open_choices(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_head_dim: int,
+    kernel: str,
+    precision: str,
+    smoothing: str,
+) -> tuple[str, str]:
+    """`kernel` and `precision`, where they are "auto" by what can run on `device`, for any lengths. A kernel that was named is
+    judged by the operator."""
+    precision = kernels.precision_on(device, precision, kernel)
+    if kernel == "auto":
+        form = KeyValueForm(1, 1, 1, head_dim, value_head_dim, dtype, precision, smoothing)
+        query = TensorSpec((1, 1, 1, head_dim), (head_dim, head_dim, head_dim, 1), dtype, device)
+        params = AttentionParams(precision=precision, smoothing=smoothing)
+        kernel = _family("auto", _problem(query, form, 1, params)).name
+    return kernel, precision
+
+
+# Dynamo calls it while tracing, and takes what it returns for a constant.
+_open_choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def can_prequantize(kernel: Kernel) -> list[str]:

@@ -119,7 +119,7 @@ def quantize_key_value(
     _check_inputs(key, value, query, smoothing)
     dims = key.shape[-1], value.shape[-1]
     kernel, precision = _open_choices(key.device, key.dtype, *dims, kernel, precision, smoothing)
-    packed = torch.ops.sage_inductor.quantize_key_value(
+    packed = quantize_key_value_op(
         key, value, query if smoothing in EQUALISING else None,
         kernel_name=kernel, precision=precision, smoothing=smoothing,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def attention_prequantized(
     form = key_value.form
     if query.dtype != form.dtype:
         raise misfit(f"query is {query.dtype}, keys were {form.dtype}")
-    out, lse = torch.ops.sage_inductor.attention_prequantized(
+    out, lse = attention_prequantized_op(
         query, key_value.packed, kv_heads=form.kv_heads, kv_len=key_value.kv_len, stored_len=form.kv_len,
         value_head_dim=form.value_head_dim, kernel_name=key_value.kernel, precision=form.precision,
         smoothing=form.smoothing, is_causal=is_causal, scale=scale, bottom_right=bottom_right,
@@ -420,3 +420,5 @@ def _register() -> None:
 
 
 _register()
+quantize_key_value_op = torch.ops.sage_inductor.quantize_key_value.default
+attention_prequantized_op = torch.ops.sage_inductor.attention_prequantized.default

@@ -37,6 +37,7 @@ def run_eagerly(graph_module, *args):
 backend.compile_with_inductor = run_eagerly
 torch.set_grad_enabled(False)
 sage.register(Config(kernel="reference"))
+sage.register(Config(kernel="reference", wires="8-bit"), name="in_8_bits")
 
 def operators():
     return [node.target.__name__ for graph in graphs for node in graph.graph.nodes if "sage_inductor" in str(node.target)]
@@ -88,6 +89,15 @@ for name in (wan, flux):
         expected = "attention_lse.default" if way == "ring" else "attention.default"
         # The text of Wan is whole on each rank: its cross-attention is no matter of the ring.
         assert operators().count(expected) >= 2, operators()
+        if way == "ring":  # keys and values travel in 8 bits
+            model.set_attention_backend("in_8_bits")
+            again = model(**inputs)[0]
+            assert 0 < relative_l2(again, exact) < 1.1 * relative_l2(eager, exact), (name, relative_l2(again, exact))
+            graphs.clear()
+            fast = torch.compile(model, backend="sage_inductor", options={"sage.kernel": "reference"})(**inputs)[0]
+            assert relative_l2(fast, again) < 1e-3, (name, relative_l2(fast, again))
+            names = operators()
+            assert names.count("attention_prequantized.default") == 2 * names.count("quantize_key_value.default") >= 2, names
         sizes = [torch.empty_like(eager) for _ in range(2)]
         dist.all_gather(sizes, eager)
         assert torch.equal(*sizes), "ranks differ"
@@ -119,14 +129,22 @@ for way in ("ring", "ulysses"):
             assert out.isfinite().all(), (way, kind)
             assert 0 < relative_l2(out, exact[:, part]) < 0.04, (way, kind, relative_l2(out, exact[:, part]))
 
-def refused(error, text, *args, **kwargs):
+def refused(error, text, *args, backend="sage_inductor", **kwargs):
     try:
-        dispatch_attention_fn(*args, backend="sage_inductor", parallel_config=configs["ring"], **kwargs)
+        dispatch_attention_fn(*args, backend=backend, parallel_config=configs["ring"], **kwargs)
     except error as raised:
         assert text in str(raised), raised
         return True
 assert refused(ValueError, "in a ring (valid: [batch, 1, 1, 32]", *local, keep[:, None, part, None].expand(2, 1, 32, 32))
 assert refused(NotEligibleError, "dropout_p=0.5", *local, dropout_p=0.5)
+assert refused(NotEligibleError, "attn_mask=given (supported: none with wires", *local, keep, backend="in_8_bits")
+def in_8_bits(q, k, v):
+    return dispatch_attention_fn(q, k, v, backend="in_8_bits", parallel_config=configs["ring"])
+torch._dynamo.reset()
+whole = torch.compile(in_8_bits, backend="eager", fullgraph=True)(*local)
+assert torch.equal(whole, in_8_bits(*local)) and whole.stride() == local[0].stride()
+exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+assert 0 < relative_l2(whole, exact[:, part]) < 0.04
 with torch.enable_grad():
     assert refused(NotEligibleError, "requires_grad", local[0].clone().requires_grad_(), *local[1:])
 dist.barrier()

@@ -30,12 +30,12 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 def inputs(
     batch: int = 2, q_len: int = 150, kv_len: int = 270, head_dim: int = 64, v_dim: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, kv_heads: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query and key lie in memory as `[batch, seq, heads, head_dim]`."""
-    q = torch.randn(batch, q_len, 4, head_dim).transpose(1, 2)
-    k = torch.randn(batch, kv_len, 2, head_dim).transpose(1, 2) + 2
-    return q.to(dtype), k.to(dtype), (torch.randn(batch, 2, kv_len, v_dim) + 1).to(dtype)
+    q = torch.randn(batch, q_len, 2 * kv_heads, head_dim).transpose(1, 2)
+    k = torch.randn(batch, kv_len, kv_heads, head_dim).transpose(1, 2) + 2
+    return q.to(dtype), k.to(dtype), (torch.randn(batch, kv_heads, kv_len, v_dim) + 1).to(dtype)
 
 
 def check_bits(
@@ -70,7 +70,7 @@ def test_bits_of_the_triton_kernels(
     precision: str, smoothing: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     pytest.importorskip("triton")
-    tensors = (tensor.to(DEVICE) for tensor in inputs(2, 20, 140, 48, 32, dtype))
+    tensors = (tensor.to(DEVICE) for tensor in inputs(1, 20, 140, 48, 32, dtype, kv_heads=1))
     check_bits(*tensors, "triton", precision, smoothing, **options)
 
 
@@ -98,13 +98,13 @@ def test_the_hopper_kernel_is_given_what_the_whole_call_gives_it(monkeypatch: py
 
     monkeypatch.setattr(launch, "multiprocessors", lambda index: 132)
     monkeypatch.setattr(launch.driver, "tensor_map", lambda *args: SimpleNamespace(getPtr=lambda: args))
-    q, k, v = inputs(2, 20, 140, 40, 24, torch.bfloat16)
+    q, k, v = inputs(2, 20, 140, 40, 24, torch.bfloat16, kv_heads=1)
     for precision, smoothing in (("accurate", "both"), ("fast", "mean")):
         params = AttentionParams(precision=precision, smoothing=smoothing)
-        out, lse = torch.empty(2, 4, 20, 24, dtype=q.dtype), torch.empty(2, 4, 20)
+        out, lse = torch.empty(2, 2, 20, 24, dtype=q.dtype), torch.empty(2, 2, 20)
         whole = launch.HopperAttention(q, k, v, None, params, out, lse)
         workspace = whole.quantize(q, k, v, None)
-        form = KeyValueForm(2, 2, 140, 40, 24, q.dtype, precision, smoothing)
+        form = KeyValueForm(2, 1, 140, 40, 24, q.dtype, precision, smoothing)
         packed = launch.HopperKeyValueQuantization(k, v, q, form).run(k, v, q)
         call = launch.PrequantizedHopperAttention(q, form, 140, params, out, lse)
         seen: dict[str, Tensor] = {}
@@ -137,13 +137,13 @@ def test_the_hopper_kernel_is_given_what_the_whole_call_gives_it(monkeypatch: py
 def test_the_first_keys(kernel: str) -> None:
     """In the same memory, of several sequences, in the middle of a block."""
     device = "cpu" if kernel == "reference" else DEVICE
-    q, k, v = (tensor.to(device) for tensor in inputs(2, 20, 300, 32, 32))
+    q, k, v = (tensor.to(device) for tensor in inputs(2, 20, 300, 32, 32, kv_heads=1))
     found = quantize_key_value(k, v, kernel=kernel, precision="fast").first(150)
     out, lse = attention_prequantized(q, found, return_lse=True)
     exact = F.scaled_dot_product_attention(q, k[:, :, :150], v[:, :, :150], enable_gqa=True)
     one = sage_attention(q, k[:, :, :150], v[:, :, :150], enable_gqa=True, kernel=kernel, precision="fast")
     assert relative_l2(out, exact) < 1.1 * relative_l2(one, exact)
-    scores = q @ k[:, :, :150].repeat_interleave(2, 1).mT * 32**-0.5
+    scores = q @ k[:, :, :150].mT * 32**-0.5
     assert max_error(lse, scores.logsumexp(-1)) < 0.02
     assert found.packed.data_ptr() == found.first(10).packed.data_ptr()
     with pytest.raises(ValueError, match=r"keys=301 \(valid: 1 to 300\)"):
@@ -233,10 +233,9 @@ def test_nothing_to_attend_to() -> None:
         assert out.shape == query.shape and not out.any() and (lse == float("-inf")).all()
 
 
-@pytest.mark.parametrize("smoothing", ["mean", "both"])
-def test_operators_keep_their_contracts(smoothing: str) -> None:
+def test_operators_keep_their_contracts() -> None:
     q, k, v = inputs(1, 20, 30, 32, 16)
-    how = {"kernel_name": "reference", "smoothing": smoothing}
+    how = {"kernel_name": "reference", "smoothing": "both"}
     torch.library.opcheck(ops.quantize_key_value.default, (k, v, q), how)
     packed = ops.quantize_key_value(k, v, q, **how)
     sizes = {"kv_heads": 2, "kv_len": 30, "stored_len": 30, "value_head_dim": 16}

@@ -16,6 +16,7 @@ from torch import Tensor
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
+from sage_inductor.operators.distributed import wires
 from sage_inductor.operators.functional import sage_attention
 from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.torch_internals.distributed import waited_for
@@ -42,10 +43,11 @@ def attention_of_ranks(
     """Attention of this rank's queries to the keys of all ranks.
 
     query, key, value: this rank's part, `[batch, seq / ranks, heads, head_dim]`. attn_mask: four dims, over this rank's keys or
-    over those of all. templated: diffusers' own ring and Ulysses. options: those of `sage_attention`.
+    over those of all. templated: diffusers' own ring and Ulysses. options: those of `sage_attention`; with wires="8-bit" a ring is
+    that of operators/distributed/wires.py, and not diffusers'.
 
     Raises:
-        NotEligibleError: gradients or dropout.
+        NotEligibleError: gradients or dropout; a mask, or a ring around Ulysses, where wires="8-bit".
         ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
     """
     reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
@@ -55,6 +57,12 @@ def attention_of_ranks(
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
     ring, ulysses, place = internals.parallel_degrees(parallel_config)
+    if ring > 1 and options["wires"] == "8-bit" and not (is_causal or enable_gqa):
+        found = _in_8_bits(
+            query, key, value, attn_mask, scale, return_lse, ring, ulysses, place, parallel_config, options
+        )
+        if found is not None:
+            return found
     masks: list[Tensor] = []
     if ring > 1 and attn_mask is not None:
         parts = _of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config).chunk(ring, -1)
@@ -65,6 +73,47 @@ def attention_of_ranks(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse,
         forward_op=_on_one_part(masks, options), backward_op=_no_backward, _parallel_config=parallel_config,
     )  # fmt: skip
+
+
+def _in_8_bits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+    ring: int,
+    ulysses: int,
+    place: int,
+    parallel_config: Any,
+    options: dict[str, Any],
+) -> Any:
+    """A ring whose keys and values travel in 8 bits; None where no kernel is faster than exact attention. Raises
+    NotEligibleError for what it does not do."""
+    reasons = []
+    if attn_mask is not None:
+        reasons.append(reason("attn_mask", "given", 'none with wires="8-bit"'))
+    if ulysses > 1:
+        reasons.append(reason("ulysses_degree", ulysses, '1 in a ring with wires="8-bit"'))
+    if internals.parts_differ(parallel_config):
+        reasons.append(reason("ring_anything", True, 'False with wires="8-bit"'))
+    if reasons:
+        raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    how = {
+        "kernel_name": options["kernel"],
+        "precision": options["precision"],
+        "smoothing": options["smoothing"],
+    }
+    chosen = wires.kernel_of_wires(q, k, v, how)
+    if chosen is None:
+        return None
+    out, lse = wires.attend(
+        internals.ring_group(parallel_config), place, ring, q, k, v,
+        kernel=chosen[0], precision=chosen[1], smoothing=options["smoothing"], scale=scale,
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    return (out, lse.transpose(1, 2)) if return_lse else out
 
 
 def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:

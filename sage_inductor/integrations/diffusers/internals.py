@@ -122,6 +122,16 @@ def parallel_degrees(parallel_config: Any) -> tuple[int, int, int]:
     return config.ring_degree, config.ulysses_degree, config._ring_local_rank
 
 
+def ring_group(parallel_config: Any) -> Any:
+    """The process group of the ranks of this one's ring, in the order of their parts."""
+    return parallel_config.context_parallel_config._ring_mesh.get_group()
+
+
+def parts_differ(parallel_config: Any) -> bool:
+    """Whether the ranks of a ring may hold parts of different lengths (`ring_anything`, in newer versions)."""
+    return bool(getattr(parallel_config.context_parallel_config, "ring_anything", False))
+
+
 def parallel_group(parallel_config: Any) -> Any:
     """The process group of all ranks that share a sequence, in the order of their parts."""
     return parallel_config.context_parallel_config._flattened_mesh.get_group()

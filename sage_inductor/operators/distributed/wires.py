@@ -18,10 +18,13 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels import AttentionParams
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.smoothing import EQUALISING
-from sage_inductor.operators.inputs import make_problem
-from sage_inductor.operators.prequantized import can_prequantize
+from sage_inductor.operators.prequantized import (
+    attention_prequantized_op,
+    can_prequantize,
+    quantize_key_value_op,
+)
 from sage_inductor.operators.schemas import EXACT
 from sage_inductor.torch_internals.distributed import sent_to_next, waited_for
 
@@ -38,19 +41,47 @@ def kernel_of_wires(
     least = options.get("min_q_len", 0), options.get("min_kv_len", 0)
     if name == EXACT or query.shape[SEQ] < least[0] or key.shape[SEQ] < least[1]:
         return None
-    precision = kernels.precision_on(query.device, options.get("precision", "fast"), name)
-    params = AttentionParams(
-        scale=options.get("scale"), precision=precision, smoothing=options.get("smoothing", "mean")
+    tensors = query, key, value
+    return _kernel_for(
+        tuple([tuple(tensor.shape) for tensor in tensors]),
+        tuple([tuple(tensor.stride()) for tensor in tensors]),
+        query.dtype,
+        query.device,
+        name,
+        options.get("precision", "fast"),
+        options.get("smoothing", "mean"),
+        bool(options.get("or_exact")),
     )
-    chosen, reasons = kernels.select(make_problem(query, key, value, None, params, True), name)
+
+
+def _kernel_for(
+    shapes: tuple[tuple[int, ...], ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+    precision: str,
+    smoothing: str,
+    or_exact: bool,
+) -> tuple[str, str] | None:
+    precision = kernels.precision_on(device, precision, name)
+    query, key, value = (
+        TensorSpec(shape, stride, dtype, device) for shape, stride in zip(shapes, strides, strict=True)
+    )
+    params = AttentionParams(precision=precision, smoothing=smoothing)
+    chosen, reasons = kernels.select(AttentionProblem(query, key, value, None, params, True), name)
     if chosen is not None or name != "auto":
         reasons = can_prequantize(kernels.get(name) if chosen is None else chosen) or reasons
     if not reasons:
         assert chosen is not None
         return chosen.name, precision
-    if name == "auto" or (chosen is None and options.get("or_exact")):
+    if name == "auto" or (chosen is None and or_exact):
         return None
     raise NotEligibleError(f'kernel={name} with wires="8-bit"', reasons)
+
+
+# Dynamo calls it while tracing, and takes what it returns for a constant.
+_kernel_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(
@@ -74,11 +105,11 @@ def attend(
     """
     how = {"kernel_name": kernel, "precision": precision, "smoothing": smoothing}
     evened = query if smoothing in EQUALISING else None
-    packed = torch.ops.sage_inductor.quantize_key_value(key, value, evened, **how)
+    packed = quantize_key_value_op(key, value, evened, **how)
     keys = key.shape[SEQ]
 
     def part(query: Tensor, packed: Tensor, kv_len: int, causal: bool) -> Any:
-        return torch.ops.sage_inductor.attention_prequantized(
+        return attention_prequantized_op(
             query, packed, kv_heads=key.shape[1], kv_len=kv_len, stored_len=keys, value_head_dim=value.shape[-1],
             is_causal=causal, scale=scale, **how,
         )  # fmt: skip

@@ -6,7 +6,8 @@
     python benchmarks/distributed_report.py benchmarks/results/distributed_h100.json --plot scaling.svg
 
 Needs `pip install diffusers transformers`. Models are those of distributed_workloads.py, two layers each, with random weights. A
-row of the JSON has gpu, torch, triton, ranks, model, layers, tokens, way ("one GPU", "Ulysses 4", "ring 4", "USP 2x2", "TP 4"),
+row of the JSON has gpu, torch, triton, ranks, model, layers, tokens, way ("one GPU", "Ulysses 4", "ring 4", "ring 4, 8-bit wires",
+whose plain side is that of "ring 4", "USP 2x2", "TP 4"),
 all_to_all_GB_s and p2p_GB_s (what leaves each rank in a second), and for `plain` and `ours`, timed in turns: milliseconds (the
 median; the slowest rank counts), relative_l2 and max_error against one GPU without a compiler, graph_breaks, communication_ms and
 hidden (the share of it that lies under computation, from a profile of rank 0), first_call_s; or the error. rewritten of sites says
@@ -19,6 +20,7 @@ Rows that the file has are not measured again on the same kind of GPU with the s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import gc
 import json
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_workloads import TINY, WORKLOADS, Prepared, Spread, Workload, spreads
+from distributed_workloads import RING_OF, TINY, WORKLOADS, Prepared, Spread, Workload, spreads
 from timing import machine
 from torch import Tensor
 
@@ -198,7 +200,8 @@ def compiled(
     if not inductor:
         fast = torch.compile(model, backend=backend)
     elif side == "ours":
-        options = {"sage.kernel": config.kernel, "sage.precision": config.precision}
+        names = ("kernel", "precision", "wires")
+        options = {f"sage.{name}": getattr(config, name) for name in names}
         fast = torch.compile(model, backend="sage_inductor", options=options)
     else:
         fast = torch.compile(model)
@@ -239,6 +242,7 @@ def measure(
     row: dict[str, Any] = {side: {} for side in SIDES}
     torch._dynamo.reset()
     prepared = workload.prepare(spread, ranks.device, ranks.dtype)
+    config = dataclasses.replace(config, wires=spread.wires)
     calls: dict[str, Callable[[], Tensor]] = {}
     with prepared.inside:
         expected = prepared.mine(exact)
@@ -394,7 +398,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--ways {', '.join(unknown)} (valid on {ranks.ranks} ranks: {', '.join(ways)})")
     kernel = options.kernel or ("auto" if ranks.device.startswith("cuda") else "reference")
     config = sage_inductor.Config(kernel=kernel, precision=options.precision)
-    sage.register(config)
+    for wires, name in RING_OF.items():
+        sage.register(dataclasses.replace(config, wires=wires), name)
     out = options.out
     if out is None:
         gpu = machine()["gpu"].removeprefix("NVIDIA ").split()[0].lower()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             for side in ("plain", "ours"):
                 if "milliseconds" in row[side]:
-                    ways_of = [row["way"].split(" ")[0]] if row["way"] != "one GPU" else []
+                    # "ring" of "ring 2", "ring, 8-bit wires" of "ring 2, 8-bit wires"
+                    kind = re.sub(r" [\dx]+", "", row["way"])
+                    ways_of = [kind] if row["way"] != "one GPU" else []
                     for name in ways_of:
                         point = row["ranks"], alone / row[side]["milliseconds"]
                         lines.setdefault(f"{name}, {side}", []).append(point)

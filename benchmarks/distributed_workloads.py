@@ -21,20 +21,28 @@ import wan_video  # noqa: E402
 from comparison import cast  # noqa: E402
 from several_gpus import spread as divide  # noqa: E402
 
+from sage_inductor.config import Wires  # noqa: E402
+
 # What diffusers' ring needs of plain attention, the log-sum-exp, "native" does not give. On a CPU nothing plain gives it.
 PLAIN_RING = "_native_cudnn"
+# Our backends of diffusers, by what travels around their ring; distributed.py registers them.
+RING_OF: dict[Wires, str] = {"inputs": "sage_inductor", "8-bit": "sage_inductor_8_bit_wires"}
 SEQ = 1  # of `[batch, seq]` token ids, and of an output `[batch, seq, channels]`
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How many ranks share what: heads by all-to-alls (Ulysses), keys and values in a ring, or weights (tensor parallel)."""
+    """How many ranks share what: heads by all-to-alls (Ulysses), keys and values in a ring, or weights (tensor parallel). Keys and
+    values of ours travel around a ring as `wires` says."""
 
     ulysses: int = 1
     ring: int = 1
     tensor: int = 1
+    wires: Wires = "inputs"
 
     def __str__(self) -> str:
+        if self.wires == "8-bit":
+            return f"ring {self.ring}, 8-bit wires"
         if self.ulysses > 1 and self.ring > 1:
             return f"USP {self.ulysses}x{self.ring}"
         for name, ranks in (("Ulysses", self.ulysses), ("ring", self.ring), ("TP", self.tensor)):
@@ -48,7 +56,7 @@ def spreads(ranks: int) -> list[Spread]:
     found = [Spread()]
     if ranks > 1:
         within = [size for size in range(2, ranks) if ranks % size == 0]
-        found += [Spread(ulysses=ranks), Spread(ring=ranks)]
+        found += [Spread(ulysses=ranks), Spread(ring=ranks), Spread(ring=ranks, wires="8-bit")]
         found += [Spread(ulysses=size, ring=ranks // size) for size in within]
         found.append(Spread(tensor=ranks))
     return found
@@ -106,7 +114,7 @@ class Video:
             spread, PLAIN_RING if torch.device(device).type == "cuda" else "native", device, dtype
         )
         # Alike but in a ring, where the operator that gives the log-sum-exp is called by the model.
-        ours = self._divided(spread, "sage_inductor", device, dtype)[0] if spread.ring > 1 else plain
+        ours = self._divided(spread, RING_OF[spread.wires], device, dtype)[0] if spread.ring > 1 else plain
         return Prepared(plain, ours, inputs, lambda output: output, nullcontext())
 
     def _divided(

@@ -44,12 +44,13 @@ def check(row: dict[str, Any], sites: int, error: float) -> None:
 
 def test_a_prompt_on_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    done = start(out, "--models", "llama", "--ways", "ring 2")
+    done = start(out, "--models", "llama", "--ways", "ring 2", "ring 2, 8-bit wires")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())
-    (row,) = rows
-    assert (row["way"], row["plain"]["graph_breaks"], row["ours"]["graph_breaks"]) == ("ring 2", 0, 0)
-    check(row, sites=2, error=0.04)
+    assert [row["way"] for row in rows] == ["ring 2", "ring 2, 8-bit wires"]
+    for row in rows:
+        assert (row["plain"]["graph_breaks"], row["ours"]["graph_breaks"]) == (0, 0)
+        check(row, sites=2, error=0.04)
 
 
 @pytest.mark.slow
@@ -58,12 +59,12 @@ def test_all_ways_on_two_ranks(tmp_path: Path) -> None:
     done = start(out)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {(row["model"], row["way"]): row for row in json.loads(out.read_text())}
-    assert len(rows) == 3 * 4
+    assert len(rows) == 3 * 5
     for (model, way), row in rows.items():
         if "error" in row:
             assert way == "TP 2" and "Llama" not in model and "tensor-parallel" in row["error"], row
         elif (
-            way == "ring 2" and "Llama" not in model
+            way.startswith("ring 2") and "Llama" not in model
         ):  # diffusers' native attention gives a ring no log-sum-exp
             assert "return_lse" in row["plain"]["error"] and 0 < row["ours"]["relative_l2"] < 0.01, row
             assert row["rewritten"] == row["sites"] > 0
@@ -85,8 +86,9 @@ def test_a_case_that_does_not_end_ends_the_run(tmp_path: Path) -> None:
 def test_ways(load: Any) -> None:
     workloads = load("distributed_workloads")
     assert [str(way) for way in workloads.spreads(1)] == ["one GPU"]
-    assert [str(way) for way in workloads.spreads(4)] == ["one GPU", "Ulysses 4", "ring 4", "USP 2x2", "TP 4"]
-    eight = ["one GPU", "Ulysses 8", "ring 8", "USP 2x4", "USP 4x2", "TP 8"]
+    rings = ["ring 4", "ring 4, 8-bit wires"]
+    assert [str(way) for way in workloads.spreads(4)] == ["one GPU", "Ulysses 4", *rings, "USP 2x2", "TP 4"]
+    eight = ["one GPU", "Ulysses 8", "ring 8", "ring 8, 8-bit wires", "USP 2x4", "USP 4x2", "TP 8"]
     assert [str(way) for way in workloads.spreads(8)] == eight
     reasons = {
         (name, str(way)): workload.not_supported(way)

@@ -89,7 +89,7 @@ for name in (wan, flux):
         expected = "attention_lse.default" if way == "ring" else "attention.default"
         # The text of Wan is whole on each rank: its cross-attention is no matter of the ring.
         assert operators().count(expected) >= 2, operators()
-        if way == "ring":  # keys and values travel in 8 bits
+        if way == "ring" and name is wan:  # keys and values travel in 8 bits
             model.set_attention_backend("in_8_bits")
             again = model(**inputs)[0]
             assert 0 < relative_l2(again, exact) < 1.1 * relative_l2(eager, exact), (name, relative_l2(again, exact))

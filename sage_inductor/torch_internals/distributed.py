@@ -119,14 +119,22 @@ def _other_torch(what: str) -> RuntimeError:
 
 
 def sent_to_next(tensor: torch.Tensor, group: Any, rank: int, ranks: int) -> torch.Tensor:
-    """What the rank before this one sends of `tensor`, whose one dim is as long on every rank: this rank, number `rank` of `ranks`
-    in `group`, sends its own to the next. It may still be under way (`waited_for`). Can be traced."""
-    from torch.distributed._functional_collectives import all_to_all_single
-
+    """What the rank before this one sends of `tensor`, which has one dim, as long on every rank: this rank, number `rank` of `ranks`
+    in `group`, sends its own to the next. It is under way until `arrived` has been asked for it. Can be traced: where torch's
+    function would wait at once, this leaves what is computed meanwhile in between."""
     size = tensor.shape[0]
     received, sent = [0] * ranks, [0] * ranks
     received[(rank - 1) % ranks] = sent[(rank + 1) % ranks] = size
-    return all_to_all_single(tensor, received, sent, group)
+    coming: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(
+        tensor, received, sent, group.group_name
+    )
+    return coming
+
+
+def arrived(coming: torch.Tensor) -> torch.Tensor:
+    """What `sent_to_next` gave, when it is there: on a GPU, for what the current stream does from now on."""
+    tensor: torch.Tensor = torch.ops._c10d_functional.wait_tensor(coming)
+    return tensor
 
 
 def waited_for(tensor: torch.Tensor) -> torch.Tensor:

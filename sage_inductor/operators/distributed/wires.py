@@ -26,7 +26,7 @@ from sage_inductor.operators.prequantized import (
     quantize_key_value_op,
 )
 from sage_inductor.operators.schemas import EXACT
-from sage_inductor.torch_internals.distributed import sent_to_next, waited_for
+from sage_inductor.torch_internals.distributed import arrived, sent_to_next
 
 SEQ = 2  # of `[batch, heads, seq, head_dim]`
 
@@ -118,7 +118,7 @@ def attend(
     output = lse = coming = None
     for turn in range(ranks):
         if coming is not None:
-            packed = waited_for(coming)  # the shard of the rank that is `turn` before this one
+            packed = arrived(coming)  # the shard of the rank that is `turn` before this one
         if turn < ranks - 1:
             coming = sent_to_next(packed, group, rank, ranks)  # on its way while this one is attended to
         if output is None or lse is None:

@@ -9,11 +9,12 @@ Ulysses   all ranks exchange Q, K, V and the output: each sends 4 * tokens / ran
           before and behind its attention, which waits for them.
 ring      a rank passes K and V of a part on while it attends to it, `ranks` times; what takes longer counts. Each part but the
           first is merged: the output is read twice and written once, in float32. By default torch and diffusers gather all K and
-          V before the first part instead ("gathered").
+          V before the first part instead ("gathered"). With 8-bit wires a byte is sent for each element.
 USP UxR   Ulysses among U ranks, around which a ring of R goes.
 
 Every rank of a ring quantises the K and V that it is given, all of the sequence in the end: reading twice, writing a byte an
-element. With Ulysses it quantises those of its heads. The power limit, ranks that wait for each other, and that kernels are slower on
+element; with 8-bit wires those of its own part only. It quantises its Q for each part. With Ulysses it quantises all of its heads
+once. The power limit, ranks that wait for each other, and that kernels are slower on
 short sequences are left out.
 """
 
@@ -64,6 +65,7 @@ class Way:
     ulysses: int
     ring: int
     gathered: bool = False
+    eight_bits: bool = False  # on the wire
 
 
 def ways(ranks: int) -> list[Way]:
@@ -71,7 +73,9 @@ def ways(ranks: int) -> list[Way]:
         return [Way("one GPU", 1, 1)]
     half = ranks // 2
     both = [Way(f"USP {half}x2", half, 2)] if ranks > 2 else []
-    return [Way("Ulysses", ranks, 1), Way("ring", 1, ranks), Way("ring, gathered", 1, ranks, True), *both]
+    rings = [Way("ring", 1, ranks), Way("ring, gathered", 1, ranks, True)]
+    rings.append(Way("ring, 8-bit wires", 1, ranks, eight_bits=True))
+    return [Way("Ulysses", ranks, 1), *rings, *both]
 
 
 def expected_ms(attention: Attention, way: Way, gpu: Gpu = Gpu()) -> float:
@@ -83,15 +87,16 @@ def expected_ms(attention: Attention, way: Way, gpu: Gpu = Gpu()) -> float:
     queries = attention.tokens / way.ring  # of `channels`, between the all-to-alls
     operations = 4.0 * attention.tokens * queries * channels / (2 if attention.is_causal else 1)
     compute = operations / gpu.operations
-    # Around the ring: a part's keys and values, in bf16.
-    part = 2 * 2 * queries * kv_channels / gpu.link + gpu.latency
+    # Around the ring: a part's keys and values.
+    part = 2 * (1 if way.eight_bits else 2) * queries * kv_channels / gpu.link + gpu.latency
     if way.gathered:
         around = (way.ring - 1) * part + compute
     else:
         step = compute / way.ring
         around = (way.ring - 1) * max(step, part) + step
     merged = (way.ring - 1) * 3 * 4 * queries * channels / gpu.memory
-    quantised = (2 * 2 + 1) * (queries * channels + 2 * attention.tokens * kv_channels) / gpu.memory
+    keys = queries if way.eight_bits else attention.tokens
+    quantised = (2 * 2 + 1) * (way.ring * queries * channels + 2 * keys * kv_channels) / gpu.memory
     mine = attention.tokens / ranks * attention.head_dim * (2 * attention.heads + 2 * attention.kv_heads)
     exchanged = 2 * mine * (way.ulysses - 1) / way.ulysses / gpu.link
     if way.ulysses > 1:
@@ -131,7 +136,7 @@ def paper() -> str:
     return "\n".join(lines)
 
 
-NAMES = ("Ulysses", "ring", "ring, gathered", "USP 2x2, 4x2")
+NAMES = ("Ulysses", "ring", "ring, gathered", "ring, 8-bit wires", "USP 2x2, 4x2")
 
 
 def _named(name: str) -> list[Way | None]:

@@ -119,12 +119,18 @@ def test_what_arithmetic_says_stands_in_the_docs(load: Any) -> None:
     gpu = report.Gpu(operations=1e12, link=1e9, memory=float("inf"), latency=0.0)
     attention = report.Attention("", 1000, 8, 8, 125)  # 4e9 operations: 4 ms
     assert report.expected_ms(attention, report.ways(1)[0], gpu) == pytest.approx(4)
-    ulysses, ring, gathered = report.ways(2)
+    ulysses, ring, gathered, in_8_bits = report.ways(2)
     # A rank has half of each of four tensors of a million elements, and sends half of that: 2 MB in bf16, at 1 GB/s 2 ms.
     assert report.expected_ms(attention, ulysses, gpu) == pytest.approx(2 + 2)
     # K and V of a half are 2 MB: 2 ms, longer than attending to them, which takes 1.
     assert report.expected_ms(attention, ring, gpu) == pytest.approx(2 + 1)
     assert report.expected_ms(attention, gathered, gpu) == pytest.approx(2 + 2)
+    assert report.expected_ms(attention, in_8_bits, gpu) == pytest.approx(1 + 1)
+    # In 5 bytes an element, Q for each of two parts, K and V of all keys, or of its own.
+    slow = report.Gpu(operations=float("inf"), link=float("inf"), memory=1e9, latency=0.0)
+    merged = 3 * 4 * 0.5
+    assert report.expected_ms(attention, ring, slow) == pytest.approx(merged + 5 * (2 * 0.5 + 2))
+    assert report.expected_ms(attention, in_8_bits, slow) == pytest.approx(merged + 5 * (2 * 0.5 + 2 * 0.5))
 
 
 def test_tables_and_plots_of_rows(load: Any, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ class KeyValueQuantization(TritonAttention):
     def _sizes(
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
     ) -> Sizes:
-        return super()._sizes(query, key, return_lse, varlen)._replace(q_size=0)
+        *others, _q_size = super()._sizes(query, key, return_lse, varlen)
+        return Sizes(*others, q_size=0)
 
     def _make_parts(self) -> None:
         _check_layout(self, self.form)
@@ -110,8 +111,9 @@ class PrequantizedAttention(TritonAttention):
     def _sizes(
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
     ) -> Sizes:
-        kv_blocks = self.form.batch * self.form.blocks  # there may be more keys than are attended to
-        return super()._sizes(query, key, return_lse, varlen)._replace(kv_blocks=kv_blocks)
+        *others, _kv_blocks, q_size = super()._sizes(query, key, return_lse, varlen)
+        # There may be more keys than are attended to.
+        return Sizes(*others, kv_blocks=self.form.batch * self.form.blocks, q_size=q_size)
 
     def _make_parts(self) -> None:
         _check_layout(self, self.form)

@@ -63,8 +63,8 @@ class KeyValueQuantization(TritonAttention):
     def _sizes(
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
     ) -> Sizes:
-        *others, _q_size = super()._sizes(query, key, return_lse, varlen)
-        return Sizes(*others, q_size=0)
+        sizes = super()._sizes(query, key, return_lse, varlen)
+        return Sizes(*sizes[:7], 0)  # no scales of Q
 
     def _make_parts(self) -> None:
         _check_layout(self, self.form)
@@ -111,9 +111,9 @@ class PrequantizedAttention(TritonAttention):
     def _sizes(
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
     ) -> Sizes:
-        *others, _kv_blocks, q_size = super()._sizes(query, key, return_lse, varlen)
-        # There may be more keys than are attended to.
-        return Sizes(*others, kv_blocks=self.form.batch * self.form.blocks, q_size=q_size)
+        sizes = super()._sizes(query, key, return_lse, varlen)
+        kv_blocks = self.form.batch * self.form.blocks  # there may be more keys than are attended to
+        return Sizes(*sizes[:6], kv_blocks, sizes.q_size)
 
     def _make_parts(self) -> None:
         _check_layout(self, self.form)

@@ -31,6 +31,7 @@ from sage_inductor.operators.validation import misfit, validate
 from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
 
 DIMS = 4
+ALIGNMENT = 16  # bytes, of what kernels read
 # key_dim, value_dim: head dims of key and value. kv_len: keys that are attended to, the first of stored_len in the buffer.
 LIBRARY.define(
     "quantize_key_value(Tensor key, Tensor value, Tensor? query=None, *, str kernel_name, str precision='fast', "
@@ -226,6 +227,8 @@ def _attention_prequantized(
     window_right: int = -1,
     memory_order: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if packed.data_ptr() % ALIGNMENT:  # a part of a larger buffer, say
+        packed = packed.clone()
     params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision, smoothing)
     form = KeyValueForm(
         query.shape[0],

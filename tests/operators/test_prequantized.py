@@ -171,6 +171,8 @@ def test_parts_and_buffers() -> None:
     received = found.empty_like()
     received.packed.copy_(found.packed)
     assert torch.equal(attention_prequantized(q, received), attention_prequantized(q, found))
+    amid = torch.cat([received.packed[:3], found.packed])[3:]  # at an odd address
+    assert torch.equal(attention_prequantized(q, found.with_packed(amid)), attention_prequantized(q, found))
     with pytest.raises(RuntimeError, match=r"packed is \(3,\) torch.float32 \(valid: "):
         found.with_packed(torch.empty(3))
 

@@ -36,11 +36,7 @@ from sage_inductor.backend import enabled, explain, rewrite_exported
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.operators.functional import sage_attention
-from sage_inductor.operators.prequantized import (
-    QuantizedKeyValue,
-    attention_prequantized,
-    quantize_key_value,
-)
+from sage_inductor.operators.halves import QuantizedKeyValue, attention_prequantized, quantize_key_value
 from sage_inductor.plan.plan import Plan
 from sage_inductor.plan.stepped import SteppedModel, compile_steps
 from sage_inductor.report.report import Report

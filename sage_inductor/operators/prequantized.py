@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
 
 DIMS = 4
 ALIGNMENT = 16  # bytes, of what kernels read
-# key_dim, value_dim: head dims of key and value. kv_len: keys that are attended to, the first of stored_len in the buffer.
+# kv_len: keys that are attended to, the first of stored_len in the buffer.
 LIBRARY.define(
     "quantize_key_value(Tensor key, Tensor value, Tensor? query=None, *, str kernel_name, str precision='fast', "
     "str smoothing='mean') -> Tensor",
@@ -45,129 +44,6 @@ LIBRARY.define(
     "int[]? memory_order=None) -> (Tensor, Tensor)",
     tags=TAGS,
 )
-
-
-@dataclass(frozen=True)
-class QuantizedKeyValue:
-    """Keys and values in 8 bits, as `quantize_key_value` gives them. `packed` is all that has to be sent; what is received
-    into that of `empty_like` is attended to like the original."""
-
-    packed: Tensor
-    """uint8, one dim: all parts, on the device of the keys."""
-    form: KeyValueForm
-    kernel: str
-    """The family that made it, and that can attend to it."""
-    kv_len: int
-    """Keys that are attended to: the first of `form.kv_len`."""
-
-    def parts(self) -> dict[str, Tensor]:
-        """The parts by name, views of `packed` in the layout of the kernel: `key` (int8) and its scales, K's mean, `value`
-        (e4m3, int8, or 16 bits with "accurate"), its scales, V's mean. With "reference" they are `key` `[batch, kv_heads,
-        blocks * 128, head_dim]`, `key_scale` `[batch, kv_heads, blocks]`, `key_mean` `[batch, kv_heads, 1, head_dim]`, `value`,
-        `value_scale`, `value_channel` and `value_mean` alike. The GPU kernels' lie as in their workspace
-        (kernels/triton/workspace.py): `value_channels` holds V's channel scales and its mean, `value_log2_scale` log2 of its
-        scales."""
-        pieces = kernels.get(self.kernel).key_value_layout(self.form).pieces
-        return {name: piece.of(self.packed) for name, piece in pieces.items()}
-
-    def empty_like(self) -> QuantizedKeyValue:
-        """One of as many keys, to receive into. Its numbers are undefined."""
-        return self.with_packed(torch.empty_like(self.packed))
-
-    def with_packed(self, packed: Tensor) -> QuantizedKeyValue:
-        """The same for other numbers, such as those of another rank. Raises RuntimeError for a buffer of another size."""
-        if packed.shape != self.packed.shape or packed.dtype != torch.uint8:
-            raise misfit(
-                f"packed is {tuple(packed.shape)} {packed.dtype} (valid: {tuple(self.packed.shape)} torch.uint8)"
-            )
-        return replace(self, packed=packed)
-
-    def first(self, keys: int) -> QuantizedKeyValue:
-        """The first `keys` keys alone, in the same memory: as quantised among all, so that their scales and the mean are those
-        of all. Raises ValueError for a number that there is not."""
-        if not 0 < keys <= self.form.kv_len:
-            raise ValueError(f"keys={keys} (valid: 1 to {self.form.kv_len})")
-        return replace(self, kv_len=keys)
-
-
-def quantize_key_value(
-    key: Tensor,
-    value: Tensor,
-    query: Tensor | None = None,
-    *,
-    kernel: str = "auto",
-    precision: str = "auto",
-    smoothing: str = "mean",
-) -> QuantizedKeyValue:
-    """Smooth and quantise keys and values, once for several calls of `attention_prequantized`, or to be sent in 8 bits.
-
-    Args:
-        key: `[batch, kv_heads, kv_len, head_dim]`, float16, bfloat16 or float32, in any memory layout.
-        value: `[batch, kv_heads, kv_len, value_head_dim]`.
-        query: `[batch, heads, q_len, head_dim]`, with smoothing "equalise" and "both" only: queries by whose sizes K's
-            channels are scaled. Any that resemble those that will attend, such as a rank's own: the factors go with the keys,
-            and whichever query attends is multiplied by them.
-        kernel: "auto" is the first of "hopper" and "triton" that can run; or one of them, or "reference".
-        precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
-        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
-
-    Raises:
-        NotEligibleError: the kernel cannot run, or cannot quantise apart from attention; gradients are wanted.
-        RuntimeError: the inputs do not fit together.
-        ValueError: an unknown kernel, precision or smoothing.
-    """
-    _check_names(kernel, precision, smoothing)
-    _check_inputs(key, value, query, smoothing)
-    dims = key.shape[-1], value.shape[-1]
-    kernel, precision = _open_choices(key.device, key.dtype, *dims, kernel, precision, smoothing)
-    packed = quantize_key_value_op(
-        key, value, query if smoothing in EQUALISING else None,
-        kernel_name=kernel, precision=precision, smoothing=smoothing,
-    )  # fmt: skip
-    form = _form(key, value, precision, smoothing)
-    return QuantizedKeyValue(packed, form, kernel, form.kv_len)
-
-
-def attention_prequantized(
-    query: Tensor,
-    key_value: QuantizedKeyValue,
-    is_causal: bool = False,
-    scale: float | None = None,
-    *,
-    bottom_right: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """8-bit attention to keys and values that were quantised before. Output and LSE are those of `sage_attention` with that
-    kernel, precision and smoothing, bit for bit where the query is quantised alike (always but for "equalise" and "both",
-    whose factors come from the query that `quantize_key_value` was given).
-
-    The LSE is that of the keys as they were, not as they were smoothed: parts that were quantised apart, each with a mean of its
-    own, are merged by it exactly.
-
-    Args:
-        query: `[batch, heads, q_len, head_dim]` in the dtype that the keys had; heads is a multiple of the key heads.
-        key_value: from `quantize_key_value`, on the query's device.
-        is_causal: query i sees keys 0 .. i; with `bottom_right` the last query sees all keys.
-        scale: factor of the scores, `head_dim ** -0.5` when None.
-        window_left, window_right: query i sees keys i - window_left .. i + window_right; negative: no bound.
-        return_lse: also return the LSE, fp32 `[batch, heads, q_len]`, natural log.
-
-    Raises:
-        NotEligibleError: the kernel cannot run here; gradients are wanted.
-        RuntimeError: the inputs do not fit together.
-    """
-    form = key_value.form
-    if query.dtype != form.dtype:
-        raise misfit(f"query is {query.dtype}, keys were {form.dtype}")
-    out, lse = attention_prequantized_op(
-        query, key_value.packed, kv_heads=form.kv_heads, kv_len=key_value.kv_len, stored_len=form.kv_len,
-        value_head_dim=form.value_head_dim, kernel_name=key_value.kernel, precision=form.precision,
-        smoothing=form.smoothing, is_causal=is_causal, scale=scale, bottom_right=bottom_right,
-        window_left=window_left, window_right=window_right,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 # Each kind of call is worked out once, as in inference.py.
@@ -204,8 +80,8 @@ def _fake_quantize_key_value(
     precision: str = "fast",
     smoothing: str = "mean",
 ) -> Tensor:
-    _check_inputs(key, value, query, smoothing)
-    form = _form(key, value, precision, smoothing)
+    check_inputs(key, value, query, smoothing)
+    form = form_of(key, value, precision, smoothing)
     return key.new_empty(kernels.get(kernel_name).key_value_layout(form).bytes, dtype=torch.uint8)
 
 
@@ -244,11 +120,11 @@ def _attention_prequantized(
     kind = (_facts(query), _facts(packed), kv_len, kernel_name, order, form, params)
     run = _attend.get(kind)
     if run is None:
-        _check_names(kernel_name, precision, smoothing)
+        check_names(kernel_name, precision, smoothing)
         _check_query(query, packed, form, kv_len, kernels.get(kernel_name))
     out, lse = _empty_output(query, value_head_dim, memory_order), empty_lse(query)
     if run is None:
-        family = _family(kernel_name, _problem(TensorSpec.of(query), form, kv_len, params))
+        family = family_for(kernel_name, problem_of(TensorSpec.of(query), form, kv_len, params))
         if out.numel() == 0 or kv_len == 0:
             return out.zero_(), lse.fill_(-math.inf)
         run = _attend.keep(kind, family.prepare_prequantized(query, form, kv_len, params, out, lse))
@@ -276,7 +152,7 @@ def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _form(key: Tensor, value: Tensor, precision: str, smoothing: str) -> KeyValueForm:
+def form_of(key: Tensor, value: Tensor, precision: str, smoothing: str) -> KeyValueForm:
     return KeyValueForm(
         key.shape[0],
         key.shape[1],
@@ -292,14 +168,16 @@ def _form(key: Tensor, value: Tensor, precision: str, smoothing: str) -> KeyValu
 def _quantized_form(
     key: Tensor, value: Tensor, query: Tensor | None, kernel: str, precision: str, smoothing: str
 ) -> tuple[KeyValueForm, Kernel]:
-    _check_names(kernel, precision, smoothing)
-    _check_inputs(key, value, query, smoothing)
-    form = _form(key, value, precision, smoothing)
+    check_names(kernel, precision, smoothing)
+    check_inputs(key, value, query, smoothing)
+    form = form_of(key, value, precision, smoothing)
     params = AttentionParams(precision=precision, smoothing=smoothing)
-    return form, _family(kernel, _problem(TensorSpec.of(key), form, form.kv_len, params))
+    return form, family_for(kernel, problem_of(TensorSpec.of(key), form, form.kv_len, params))
 
 
-def _problem(query: TensorSpec, form: KeyValueForm, kv_len: int, params: AttentionParams) -> AttentionProblem:
+def problem_of(
+    query: TensorSpec, form: KeyValueForm, kv_len: int, params: AttentionParams
+) -> AttentionProblem:
     """As kernels judge it. Keys count as dense, and their own dtype as that of the query."""
     keys = form.batch, form.kv_heads, kv_len
 
@@ -310,37 +188,13 @@ def _problem(query: TensorSpec, form: KeyValueForm, kv_len: int, params: Attenti
     return AttentionProblem(query, spec(form.head_dim), spec(form.value_head_dim), None, params, True)
 
 
-def _open_choices(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    value_head_dim: int,
-    kernel: str,
-    precision: str,
-    smoothing: str,
-) -> tuple[str, str]:
-    """`kernel` and `precision`, where they are "auto" by what can run on `device`, for any lengths. A kernel that was named is
-    judged by the operator."""
-    precision = kernels.precision_on(device, precision, kernel)
-    if kernel == "auto":
-        form = KeyValueForm(1, 1, 1, head_dim, value_head_dim, dtype, precision, smoothing)
-        query = TensorSpec((1, 1, 1, head_dim), (head_dim, head_dim, head_dim, 1), dtype, device)
-        params = AttentionParams(precision=precision, smoothing=smoothing)
-        kernel = _family("auto", _problem(query, form, 1, params)).name
-    return kernel, precision
-
-
-# Dynamo calls it while tracing, and takes what it returns for a constant.
-_open_choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def can_prequantize(kernel: Kernel) -> list[str]:
     """Why `kernel` cannot quantise K and V apart from attention to them; empty where it can."""
     able = [name for name in kernels.KERNELS if kernels.get(name).prequantizes]
     return [] if kernel.prequantizes else [reason("kernel", kernel.name, able)]
 
 
-def _family(name: str, problem: AttentionProblem) -> Kernel:
+def family_for(name: str, problem: AttentionProblem) -> Kernel:
     """The kernel family called `name`, or for "auto" the first that can run, however fast. Raises NotEligibleError where there
     is none."""
     if name != "auto":
@@ -357,7 +211,7 @@ def _family(name: str, problem: AttentionProblem) -> Kernel:
     raise NotEligibleError("kernel=auto", [text for reasons in refused.values() for text in reasons])
 
 
-def _check_names(kernel: str, precision: str, smoothing: str) -> None:
+def check_names(kernel: str, precision: str, smoothing: str) -> None:
     if kernel not in ("auto", *kernels.KERNELS):
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
     if precision not in kernels.PRECISION_CHOICES:
@@ -366,7 +220,7 @@ def _check_names(kernel: str, precision: str, smoothing: str) -> None:
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
 
 
-def _check_inputs(key: Tensor, value: Tensor, query: Tensor | None, smoothing: str) -> None:
+def check_inputs(key: Tensor, value: Tensor, query: Tensor | None, smoothing: str) -> None:
     if key.dim() != DIMS:
         raise misfit(f"key has {key.dim()} dimensions (valid: {DIMS}: batch, heads, kv_len, head_dim)")
     if smoothing in EQUALISING and query is None:

@@ -16,16 +16,16 @@ from sage_inductor import Config, NotEligibleError, sage_attention
 from sage_inductor.operators.distributed import wires
 from sage_inductor.testing import RewritingBackend, relative_l2
 
-B, H, N, D = 2, 4, 512, 32
+B, H, N, D = 2, 4, 384, 32  # with two ranks, chunks of 96 keys share a block of 128
 MARGIN = 1.1  # times the error of a single process
 WAYS = [(False, False), (True, False), (True, True)]  # (is_causal, balanced)
 
 
-def inputs(kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(kv_heads: int = H, tokens: int = N, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Keys whose mean differs from shard to shard, and values with a mean."""
     generator = torch.Generator().manual_seed(3)
-    q = torch.randn(B, H, N, D, generator=generator)
-    k, v = (torch.randn(B, kv_heads, N, D, generator=generator) for _ in range(2))
+    q = torch.randn(B, H, tokens, D, generator=generator)
+    k, v = (torch.randn(B, kv_heads, tokens, D, generator=generator) for _ in range(2))
     means = 2 * torch.randn(4, 1, kv_heads, 1, D, generator=generator)
     k = torch.cat([chunk + mean for chunk, mean in zip(k.chunk(4, 2), means, strict=True)], 2)
     return [tensor.to(dtype) for tensor in (q, k, v + 1)]
@@ -122,7 +122,7 @@ def every_precision_and_smoothing(mesh: Any) -> None:
 
 @on_every_rank
 def half_of_the_bytes(mesh: Any) -> None:
-    buffers = inputs(dtype=torch.bfloat16)
+    buffers = inputs(tokens=512, dtype=torch.bfloat16)  # whole blocks
     whole = sum(tensor.nbytes for tensor in buffers[1:]) // mesh.size()  # of a rank's keys and values
     with torch.no_grad(), context(mesh, True, *buffers), counting_bytes() as sent:
         sage_attention(*buffers, is_causal=True, kernel="reference", wires="inputs")
@@ -130,7 +130,7 @@ def half_of_the_bytes(mesh: Any) -> None:
         sage_attention(*buffers, is_causal=True, kernel="reference", wires="8-bit")
     assert len(sent) == mesh.size() - 1 and len(set(sent)) == 1
     # Beside K and V: of each head 3 numbers a channel and 2 for 128 keys, and some of 3 * 512 bytes between the parts.
-    beside = B * H * 4 * (3 * D + 2 * -(-N // mesh.size() // 128)) + 3 * 512
+    beside = B * H * 4 * (3 * D + 2 * 512 // mesh.size() // 128) + 3 * 512
     assert whole // 2 < sent[0] < whole // 2 + beside, (sent, whole)
 
 
@@ -152,7 +152,7 @@ def compiled(mesh: Any) -> None:
         graph_module.recompile()
         return lookup_backend("aot_eager")(graph_module, example_inputs)
 
-    for backend, ways in ((RewritingBackend(config), WAYS), (traced, WAYS[2:])):
+    for backend, ways in ((RewritingBackend(config), WAYS[1:]), (traced, WAYS[2:])):
         for is_causal, balanced in ways:
             options = {"is_causal": is_causal, "enable_gqa": True}
             buffers = inputs(2)

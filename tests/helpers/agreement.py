@@ -130,7 +130,7 @@ def _factor_is_open(q: Tensor, k: Tensor, mask: Tensor | None, params: Attention
     if params.smoothing not in EQUALISING:
         return False
     used = None if mask is None else reference.used_keys(mask.expand(*q.shape[:3], k.shape[2]))
-    ratio = reference.smoothing_of(k, params.smoothing, q, used)[0].half_octaves
+    ratio = reference.smoothing_of(k, params.smoothing, q, used).half_octaves
     assert ratio is not None
     return bool(((ratio - ratio.floor() - 0.5).abs() < 1e-4).any())
 

@@ -38,7 +38,7 @@ def sage_attention(
     *,
     kernel: str = "auto",
     precision: str = "auto",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
     query_segments: Tensor | None = None,
@@ -60,7 +60,7 @@ def sage_attention(
         kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
             there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
         precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
-        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
+        smoothing: "auto", "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
             from taking the steps of all others.
         return_lse: also return the natural log of the softmax denominators, fp32 `[batch, heads, q_len]`.
         out: written and returned instead of a new tensor, `[batch, heads, q_len, value_head_dim]` in any

@@ -15,6 +15,7 @@ from sage_inductor.kernels.smoothing import (
     SAMPLES,
     SMOOTHINGS,
     rotation,
+    smoothing_of_kernel,
 )
 
 
@@ -35,6 +36,7 @@ class Smoother:
         the keys. Raises ValueError for an unknown `name`."""
         if name not in SMOOTHINGS:
             raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
+        name = smoothing_of_kernel(name, SMOOTHINGS)
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:

@@ -9,6 +9,7 @@ A `TritonAttention` holds what attention calls of one kind have in common, worke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
+from ..smoothing import SMOOTHINGS, smoothing_of_kernel
 from .attention import attention_kernel
 from .configs import LaunchConfig
 from .evened import evened_kernel
@@ -155,6 +157,7 @@ class TritonAttention:
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
+        params = replace(params, smoothing=smoothing_of_kernel(params.smoothing, SMOOTHINGS))
         self.plan = make_variant(
             arch,
             params.precision,
@@ -260,11 +263,13 @@ class TritonAttention:
         statistics += plan.rotation_rows // ROTATION_ROWS.value
         q_of_head, kv_of_head = -(-q_len // KEY_BLOCK), -(-kv_len // KEY_BLOCK)
         q_programs, kv_programs = batch * heads * q_of_head, batch * kv_heads * kv_of_head
-        q_first = 0 if q_last or evens else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
+        beside = kv_programs if plan.statistics["COPIES_V"] else 0
+        if not q_last and not evens:
+            beside = q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
         self.statistics = Launch(
             statistics_kernel,
-            statistics + q_first,
-            own=(self.q8, self.scales, self.channel_sizes, self.rotation),
+            statistics + beside,
+            own=(self.q8, self.v8, self.scales, self.channel_sizes, self.rotation),
             variant=(*variant, q_last or evens, mask_kind),
             constants=plan.statistics,
             **common,
@@ -287,14 +292,16 @@ class TritonAttention:
                 index=self.index,
                 direct=self.direct,
             )
-        self.quantization = Launch(
-            quantize_kernel,
-            (1 if evens else 2) * kv_programs + (q_programs if q_last else 0),
-            own=(self.q8, self.k8, self.v8, self.scales),
-            variant=(*variant, q_last, mask_kind),
-            constants=plan.quantize,
-            **common,
-        )
+        self.quantization: Launch | None = None
+        if not plan.statistics["COPIES_V"]:
+            self.quantization = Launch(
+                quantize_kernel,
+                (1 if evens else 2) * kv_programs + (q_programs if q_last else 0),
+                own=(self.q8, self.k8, self.v8, self.scales),
+                variant=(*variant, q_last, mask_kind),
+                constants=plan.quantize,
+                **common,
+            )
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, mask, varlen = self.plan, self.mask, self.is_varlen
@@ -396,7 +403,8 @@ class TritonAttention:
         self.statistics(stream, inputs, workspace)
         if self.evening is not None:
             self.evening(stream, (query, key, cu_seqlens_q, cu_seqlens_k, key_mask), workspace)
-        self.quantization(stream, inputs, workspace)
+        if self.quantization is not None:
+            self.quantization(stream, inputs, workspace)
         return workspace
 
     def attend(

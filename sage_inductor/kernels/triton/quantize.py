@@ -1,5 +1,5 @@
-"""Device code that rounds K and V to 8 bits, and Q where it has to wait for what the statistics say: the second of the two
-launches that quantise. workspace.py describes what it writes.
+"""Device code that rounds K and V to 8 bits, and Q where it has to wait for what the statistics say: the last of the launches
+that quantise. Where Q and K are evened (evened.py), V alone is left to it. workspace.py describes what it writes.
 
 Keys that a mask over keys rules out are 0 in 8 bits.
 
@@ -131,23 +131,21 @@ def quantize_kernel(
                     # V's programs have no registers left for it.
                     write_channel_scales(v_channel + bh * 3 * DV, DV, DV_POW2)
             else:
-                stride_n = stride_vn.to(tl.int64) * V_ALIGN
-                source = (
-                    v + (b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh) * V_ALIGN + start * stride_n
-                )
-                # The block's columns inside [kv_heads * DV, kv_blocks * 128].
-                pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-                target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                 if PRECISION == "accurate":
-                    if not V_TRANSPOSED:
-                        target = v8 + slot.to(tl.int64) * _KEY_BLOCK * DV
-                    _copy_v(
-                        source, target, pitch, block, length, stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2,
-                        V_TRANSPOSED, PTX,
+                    copy_v_block(
+                        tile, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_vb, stride_vh, stride_vn, stride_vd,
+                        V_ALIGN, VARLEN, V_HEAD_DIM, DV, DV_POW2, V_TRANSPOSED, PTX,
                     )  # fmt: skip
                     if OVERLAP:
                         gdc_wait()
                 else:
+                    stride_n = stride_vn.to(tl.int64) * V_ALIGN
+                    source = (
+                        v + (b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh) * V_ALIGN + start * stride_n
+                    )
+                    # The block's columns inside [kv_heads * DV, kv_blocks * 128].
+                    pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+                    target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                     _quantize_v(
                         source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
                         stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX, OVERLAP,
@@ -268,6 +266,28 @@ def _quantize_v(
 def _normalized(x, exists, mean, inverse, PTX: tl.constexpr):
     """V without the mean, in units of the channels, as the mean is; 0 for keys that do not count, of which x is 0."""
     return widen(x, PTX) * inverse[None, :] - exists.to(tl.float32)[:, None] * mean[None, :]
+
+
+@triton.jit
+def copy_v_block(
+    tile, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_b, stride_h, stride_n, stride_d,
+    ALIGN: tl.constexpr, VARLEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Copy number `tile` of the blocks of 128 rows of V, in 16 bits: that waits for no statistics."""
+    blocks = tl.cdiv(kv_len, _KEY_BLOCK)
+    block = tile % blocks
+    bh = tile // blocks
+    b = bh // kv_heads
+    h = bh % kv_heads
+    start, length, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
+    if block * _KEY_BLOCK < length:
+        stride_row = stride_n.to(tl.int64) * ALIGN
+        source = v + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * ALIGN + start * stride_row
+        pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+        column = (block0 + block).to(tl.int64) * _KEY_BLOCK
+        target = v8 + h * D * pitch + (column if TRANSPOSED else column * D)
+        _copy_v(source, target, pitch, block, length, stride_row, stride_d, DIM, D, D_POW2, TRANSPOSED, PTX)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Device code that rounds Q to 8 bits. Both quantise kernels have programs that do it."""
+"""Device code that rounds Q to 8 bits. The kernels of statistics.py and quantize.py have programs that do it."""
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"

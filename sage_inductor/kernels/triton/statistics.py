@@ -1,7 +1,7 @@
-"""Device code that looks at Q, K and V before they are rounded: the first of the two launches that quantise.
+"""Device code that looks at Q, K and V before they are rounded: the first of the launches that quantise.
 
-It looks at up to SAMPLES keys per sequence and head, VALUE_SAMPLES for V, which waits for memory more than it uses it, and rounds Q meanwhile, unless
-Q's channels are evened or rotated first.
+It looks at up to SAMPLES keys per sequence and head, VALUE_SAMPLES for V, which waits for memory more than it uses it. Meanwhile it
+rounds Q or, where Q's channels are evened or rotated first, copies V if V keeps 16 bits.
 
 Why a sample is enough: softmax is invariant to *any* vector subtracted from K, and its rows add up to one, so
 that any vector subtracted from V is added back to the output: neither need be the exact mean. V's channel scale
@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..smoothing import SAMPLES, VALUE_SAMPLES
 from .numerics import finite_or_zero
+from .quantize import copy_v_block
 from .queries import quantize_q_block
 from .smoothing import ROTATION_ROWS, sampled_size, tile_width, tiles_of, write_rotation
 from .workspace import UNSPECIALIZED, counts, sections, sequence, used_range
@@ -65,6 +66,7 @@ def statistics_kernel(
     cu_seqlens_k,
     key_mask,
     q8,
+    v8,
     scales,
     channel_sizes,
     rotation,
@@ -103,8 +105,11 @@ def statistics_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     D_POW2: tl.constexpr,
+    DV_POW2: tl.constexpr,
     Q_ROWS: tl.constexpr,
     V_STATISTICS: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+    COPIES_V: tl.constexpr,
     EQUALISE: tl.constexpr,
     ROTATION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -114,8 +119,9 @@ def statistics_kernel(
 ):
     """One program per GROUP channels of K, V_GROUP of V, if V_STATISTICS, and GROUP of Q, if EQUALISE, for each sequence and kv head; then
     one per sequence for a key mask; then those that write the ROTATION. A group's sample is held in registers, so that
-    memory is waited for once. Evenly between them, without Q_LAST, one program per (sequence, head, block of Q_ROWS rows)
-    of Q. Strides as in `quantize_kernel`."""
+    memory is waited for once. Evenly between them what waits for nothing: without Q_LAST one program per (sequence, head,
+    block of Q_ROWS rows) of Q, or, with COPIES_V, (sequence, head, block of 128 rows) of V. Strides as in
+    `quantize_kernel`."""
     if OVERLAP:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -127,12 +133,20 @@ def statistics_kernel(
     K_GROUPS: tl.constexpr = D // GROUP
     V_GROUPS: tl.constexpr = DV // V_GROUP if V_STATISTICS else 0
     Q_GROUPS: tl.constexpr = K_GROUPS if EQUALISE else 0
-    if not Q_LAST:
-        own = batch * kv_heads * (K_GROUPS + V_GROUPS)
+    if COPIES_V or not Q_LAST:
+        own = batch * kv_heads * (K_GROUPS + V_GROUPS + Q_GROUPS)
         if MASK != 0:
             own += batch
+        if ROTATION is not None:
+            own += tiles_of(ROTATION) * (tile_width(ROTATION, D_POW2) // ROTATION_ROWS)
         before = (pid.to(tl.int64) * own // tl.num_programs(0)).to(tl.int32)
         if ((pid + 1).to(tl.int64) * own // tl.num_programs(0)).to(tl.int32) == before:
+            if COPIES_V:
+                copy_v_block(
+                    pid - before, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_vb, stride_vh, stride_vn,
+                    stride_vd, V_ALIGN, VARLEN, V_HEAD_DIM, DV, DV_POW2, V_TRANSPOSED, PTX,
+                )  # fmt: skip
+                return
             quantize_q_block(
                 pid - before, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
                 stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2, Q_ROWS,

@@ -562,7 +562,9 @@ for line in sys.stdin:
 
 
 # Graphs run as they are rewritten. Where torch imports the package, which TORCH_LOGS names, Inductor compiles them.
-WITHOUT_INDUCTOR = "torch._TorchCompileInductorWrapper.__call__ = lambda self, graph_module, inputs: graph_module.forward"
+WITHOUT_INDUCTOR = (
+    "torch._TorchCompileInductorWrapper.__call__ = lambda self, graph_module, inputs: graph_module.forward"
+)
 
 
 def logged(folder: Path, code: str, *before: str, **environment: str) -> list[str]:

@@ -81,7 +81,9 @@ def test_a_circle_and_an_upward_import_are_found() -> None:
 
 def test_patterns_import_only_facts_about_nodes() -> None:
     rooms = {
-        import_graph.room(edge.imported) for edge in imports() if import_graph.room(edge.importer) == "patterns"
+        import_graph.room(edge.imported)
+        for edge in imports()
+        if import_graph.room(edge.importer) == "patterns"
     }
     assert rooms == {"graph", "patterns", "torch_internals"}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 def shorten() -> None:
     """From now on the three are left out. Does nothing before the interpreter is imported, a second time, or where this
-    Triton's has another form (known: 3.7)."""
+    Triton's has another form (known: 3.7, 3.8)."""
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or hasattr(interpreter, "shortened"):
         return

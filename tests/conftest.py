@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from triton_interpreter import patch_once_a_launch
+from triton_interpreter import shorten
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -95,7 +95,7 @@ def new_process() -> Iterator[Callable[[], None]]:
     torch.manual_seed(0)
     forget()
     if not HAS_GPU:
-        patch_once_a_launch()
+        shorten()
     yield forget
     forget()
 

@@ -46,7 +46,7 @@ class SageAttentionImpl(AttentionImpl):
     kernel: "auto", the default, takes the fastest kernel that can run the call, and exact SDPA where none can (on a CPU,
         or while gradients are needed). The name of a kernel runs that one or raises.
     precision: "fast", "balanced" or "accurate". "auto", the default, is the fastest of them that the GPU has.
-    smoothing: "mean", the default, "equalise", "rotate" or "both", as `Config.smoothing`.
+    smoothing: "auto", the default, "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
     dropout_p, dropout_rate: only 0 can be served.
     """
 
@@ -70,7 +70,7 @@ class SageAttentionImpl(AttentionImpl):
         dropout_p = take_dropout(extra_impl_args, valid=("kernel", "precision", "smoothing"))
         self.kernel: str = extra_impl_args.get("kernel", "auto")
         self.precision: str = extra_impl_args.get("precision", "auto")
-        self.smoothing: str = extra_impl_args.get("smoothing", "mean")
+        self.smoothing: str = extra_impl_args.get("smoothing", "auto")
         if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
         if self.precision not in kernels.PRECISION_CHOICES:

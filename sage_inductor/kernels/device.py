@@ -22,6 +22,12 @@ def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@cache
+def multiprocessors(index: int | None) -> int:
+    """How many multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU, or will when it is imported. TRITON_INTERPRET decides, or the setting in
     Triton that was changed since."""

@@ -1,4 +1,4 @@
-"""How an attention is rounded, as one text: a precision alone, or with a smoothing behind a plus: "fast", "fast+both"."""
+"""How an attention is rounded, as one text: a precision alone, or with a smoothing that was named behind a plus: "fast", "fast+mean"."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from sage_inductor.kernels.base import PRECISIONS
 from sage_inductor.kernels.smoothing import SMOOTHINGS
 
 
-def form_of(precision: str, smoothing: str = "mean") -> str:
-    return precision if smoothing == "mean" else f"{precision}+{smoothing}"
+def form_of(precision: str, smoothing: str = "auto") -> str:
+    return precision if smoothing == "auto" else f"{precision}+{smoothing}"
 
 
 def parts_of(form: str) -> tuple[str, str]:
     """(precision, smoothing)."""
     precision, _, smoothing = form.partition("+")
-    return precision, smoothing or "mean"
+    return precision, smoothing or "auto"
 
 
 def forms_of(smoothings: Iterable[str]) -> tuple[str, ...]:

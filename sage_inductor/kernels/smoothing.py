@@ -17,27 +17,29 @@ rotated in two blocks: 192 is 96 + 96.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from sage_inductor.kernels.base import AttentionProblem
-
-# What each is, the least first.
+# What each is, the least first, and what stands for one of them.
 SMOOTHINGS: dict[str, str] = {
     "mean": "K minus a mean",
     "equalise": "mean, and Q and K scaled channel by channel to sizes that are even",
     "rotate": "mean, and Q and K rotated by a signed Hadamard matrix",
     "both": "equalise, then rotate",
+    "auto": "both, or mean with a kernel that has no other",
 }
 EQUALISING = ("equalise", "both")
 ROTATING = ("rotate", "both")
 
-SAMPLED_QUERIES = (
-    512  # of all heads that share a head of K: what the sizes of Q's channels are estimated from
-)
+# Evenly spaced keys of a sequence and head that K's statistics look at, and queries of all heads that share it for Q's. A mean of
+# so many has a sixteenth of its channel's size as its error, which adds a fifth of a percent to what smoothing leaves.
+SAMPLES = 256
+# V's look at more: what is left of V's mean is multiplied by what rounding takes from a row of P, which may be a part of all of it.
+VALUE_SAMPLES = 512
 CHANNEL_FLOOR = 1 / 64  # of the largest channel: no channel of K or Q counts as smaller
 # s goes up in steps of half an octave: 1 and 181/128, times powers of two. 181/128 is exact in bfloat16, and its reciprocal is
 # 181/256 within 2.1e-4, so that a product of bfloat16 (or float16, TF32) numbers and the rows of R s needs no rounding.
@@ -46,12 +48,11 @@ LARGEST_BLOCK = 128  # channels that are rotated together
 _PRIMES = (11, 19, 23, 43, 47, 59, 67, 71, 79, 83, 103, 107)
 
 
-def unmeasured_smoothing(problem: AttentionProblem, kernel: str) -> list[str]:
-    """Why the measurements shipped with a kernel say nothing about `problem`: they are those of "mean"."""
-    smoothing = problem.params.smoothing
-    if smoothing == "mean":
-        return []
-    return [f'smoothing={smoothing} (not measured yet: by tune="measure", or kernel="{kernel}")']
+def smoothing_of_kernel(smoothing: str, has: Collection[str]) -> str:
+    """What `smoothing` stands for with a kernel that `has` some."""
+    if smoothing != "auto":
+        return smoothing
+    return "both" if "both" in has else "mean"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Figure:
 @dataclass(frozen=True)
 class Measured:
     """The errors of one precision at one site: its output against SDPA's on the site's exact inputs. `precision` names the
-    smoothing, too, where it is not "mean": "fast+both".
+    smoothing, too, where it is not "auto": "fast+mean".
 
     `kernel` names all kernels that may run it, as "hopper, triton"; the figures are those of the worst. `samples` counts the
     measurements.

@@ -64,7 +64,7 @@ class Site:
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
     module: str = ""
     """The module path alone, which several calls may share."""
-    smoothing: str = "mean"
+    smoothing: str = "auto"
     """What is done to Q and K before they are rounded (`Config.smoothing`)."""
     precision_was_open: bool = False
     """Whether precision="auto" was asked for, so that `precision` is the fastest that the device has."""
@@ -93,8 +93,8 @@ class Site:
 
     @property
     def form(self) -> str:
-        """How it is rounded: "fast", or "fast, smoothing=both"."""
-        return self.precision if self.smoothing == "mean" else f"{self.precision}, smoothing={self.smoothing}"
+        """How it is rounded: "fast", or "fast, smoothing=mean"."""
+        return self.precision if self.smoothing == "auto" else f"{self.precision}, smoothing={self.smoothing}"
 
     @property
     def title(self) -> str:

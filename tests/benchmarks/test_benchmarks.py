@@ -83,13 +83,13 @@ def test_sanitize_looks_at_every_kernel(load: Any) -> None:
 def test_sanitize_runs_each_tool_and_counts_findings(
     load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for compute-sanitizer: it runs what it is given and has a finding under racecheck."""
+    """A stand-in for compute-sanitizer: it runs what it is given, and under racecheck it has a finding instead."""
     fake = tmp_path / "sanitizer"
     fake.write_text(
         f"#!{sys.executable}\nimport subprocess, sys\na = sys.argv[1:]\n"
-        "code = subprocess.run(a[a.index(sys.executable):]).returncode\n"
         "assert '--error-exitcode' in a and 'kns=attention' in a\n"
-        "sys.exit(int(a[a.index('--error-exitcode') + 1]) if a[1] == 'racecheck' else code)\n"
+        "if a[1] == 'racecheck':\n    sys.exit(int(a[a.index('--error-exitcode') + 1]))\n"
+        "sys.exit(subprocess.run(a[a.index(sys.executable):]).returncode)\n"
     )
     fake.chmod(0o755)
     arguments = ["--kernel", "reference", "--seeds", "0", "50", "--sanitizer", str(fake)]

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+HELPERS = ROOT / "tests" / "helpers"
 
 
 @pytest.fixture
@@ -25,11 +26,41 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def start(out: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(BENCHMARKS / "distributed.py"), "--tiny", "--without-inductor", "--device", "cpu"]
-    command += ["--repeat", "1", "--out", str(out), *arguments]
+# Two ranks as torchrun starts them, but copies of one process, made after what takes longer than the benchmark: its imports.
+COPIES = """
+import os, socket, sys
+import torch._inductor.compile_fx, transformers.models.llama.modeling_llama
+import distributed
+from ranks import forked
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+rank = forked(2)
+if rank is not None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    distributed.main(sys.argv[1:])
+"""
+
+
+def start(out: Path, *arguments: str, torchrun: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*command, str(BENCHMARKS / "distributed.py")] if torchrun else [sys.executable, "-c", COPIES]
+    command += [
+        "--tiny",
+        "--without-inductor",
+        "--device",
+        "cpu",
+        "--repeat",
+        "1",
+        "--out",
+        str(out),
+        *arguments,
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(BENCHMARKS), str(HELPERS), os.environ.get("PYTHONPATH", "")]
+    )
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
 
 
@@ -44,7 +75,7 @@ def check(row: dict[str, Any], sites: int, error: float) -> None:
 
 def test_a_prompt_on_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    done = start(out, "--models", "llama", "--ways", "ring 2", "ring 2, 8-bit wires")
+    done = start(out, "--models", "llama", "--ways", "ring 2", "ring 2, 8-bit wires", torchrun=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())
     assert [row["way"] for row in rows] == ["ring 2", "ring 2, 8-bit wires"]

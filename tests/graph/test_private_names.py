@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,6 @@ HOME = {
     "diffusers": "sage_inductor/integrations/diffusers/internals.py",
     "transformers": "sage_inductor/integrations/transformers/internals.py",
 }
-SOURCES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for folder in ("sage_inductor", "patterns")
-    for path in (ROOT / folder).rglob("*.py")
-)
 # Of Triton: what its documentation and tutorials use. All else may change with any version.
 PUBLIC_OF_TRITON = (
     "triton.jit",
@@ -41,9 +36,9 @@ OF_OTHERS = {
 OPERATORS = "torch.ops."
 
 
-def private_names(source: str) -> Iterator[tuple[int, str]]:
+def private_names(source: str, own: Set[str] = frozenset(OF_OTHERS)) -> Iterator[tuple[int, str]]:
     """(line, name) of each private name of torch and Triton in a module's source: imported, by dots, or in `getattr`; and
-    of private attributes of objects that the module did not give them."""
+    of private attributes of objects that are not among the package's `own`."""
     tree = ast.parse(source)
     bound: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -66,7 +61,7 @@ def private_names(source: str) -> Iterator[tuple[int, str]]:
             name = _dotted(node, bound)
             if name is not None and node not in inner:
                 yield from _found(node.lineno, name)
-            elif name is None and _is_private(node.attr) and node.attr not in OWN:
+            elif name is None and _is_private(node.attr) and node.attr not in own:
                 yield node.lineno, f"?.{node.attr}"
         elif (
             isinstance(node, ast.Call)
@@ -78,7 +73,7 @@ def private_names(source: str) -> Iterator[tuple[int, str]]:
             name = _dotted(of, bound)
             if name is not None:
                 yield from _found(node.lineno, f"{name}.{text}")
-            elif _is_private(text) and text not in OWN:
+            elif _is_private(text) and text not in own:
                 yield node.lineno, f"?.{text}"
 
 
@@ -118,22 +113,21 @@ def _found(line: int, name: str) -> Iterator[tuple[int, str]]:
         yield line, name
 
 
-OWN = OF_OTHERS.union(
-    *(
-        _own_names(ast.parse((ROOT / path).read_text(encoding="utf-8")))
-        for path in SOURCES
-        if not path.startswith(tuple(HOME.values()))
+def test_private_names_stand_at_home() -> None:
+    paths = [path for folder in ("sage_inductor", "patterns") for path in (ROOT / folder).rglob("*.py")]
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    homes = tuple(HOME.values())
+    own = OF_OTHERS.union(
+        *(_own_names(ast.parse(source)) for path, source in sources.items() if not path.startswith(homes))
     )
-)
-
-
-@pytest.mark.parametrize("path", SOURCES)
-def test_private_names_stand_at_home(path: str) -> None:
-    found = private_names((ROOT / path).read_text(encoding="utf-8"))
-    at_home = tuple(f"{package}." for package, home in HOME.items() if path.startswith(home))
-    if at_home in (("torch.",), ("diffusers.",), ("transformers.",)):
-        at_home += ("?.",)  # attributes of their objects
-    assert [item for item in found if not item[1].startswith(at_home)] == []
+    astray = []
+    for path, source in sources.items():
+        at_home = tuple(f"{package}." for package, home in HOME.items() if path.startswith(home))
+        if at_home in (("torch.",), ("diffusers.",), ("transformers.",)):
+            at_home += ("?.",)  # attributes of their objects
+        found = private_names(source, own)
+        astray += [f"{path}:{line} {name}" for line, name in found if not name.startswith(at_home)]
+    assert len(sources) > 100 and astray == []
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,11 @@ def disagreements(
         ),
     }
     if finite.any():
-        # A flip of Q or K moves a score by a 127th of its part at most. NaN fails every comparison below, as it should.
-        figures["LSE"] = (lse - expected_lse)[finite].abs().max().item(), LSE_TOLERANCE
+        # NaN fails every comparison below, as it should.
+        figures["LSE"] = (
+            (lse - expected_lse)[finite].abs().max().item(),
+            max(LSE_TOLERANCE, 2 * _score_step(q, k, mask, params)),
+        )
     return [
         f"{name} {value:.5g} (bound {bound:.5g})"
         for name, (value, bound) in figures.items()
@@ -125,12 +128,24 @@ def disagreements(
     ]
 
 
+def _score_step(q: Tensor, k: Tensor, mask: Tensor | None, params: AttentionParams) -> float:
+    """By how much a score moves, at most, where the last bits of float32 decide a step of Q or of K: a 127th of the largest
+    product of two channels. Of normal inputs that is less than LSE_TOLERANCE; of outliers it is what a query sees that has a
+    few keys."""
+    used = None if mask is None else reference.used_keys(mask.expand(*q.shape[:3], k.shape[2]))
+    smooth = reference.smoothing_of(k, params.smoothing, q, used)
+    counted = smooth.key(k) if used is None else smooth.key(k).where(used[:, None, :, None], 0.0)
+    largest = [torch.nan_to_num(x).abs().amax().item() for x in (smooth.query(q), counted)]
+    scale = q.shape[-1] ** -0.5 if params.scale is None else abs(params.scale)
+    return scale * largest[0] * largest[1] / 127
+
+
 def _factor_is_open(q: Tensor, k: Tensor, mask: Tensor | None, params: AttentionParams) -> bool:
     """Whether the last bits of float32 decide which half octave evens a channel."""
     if params.smoothing not in EQUALISING:
         return False
     used = None if mask is None else reference.used_keys(mask.expand(*q.shape[:3], k.shape[2]))
-    ratio = reference.smoothing_of(k, params.smoothing, q, used)[0].half_octaves
+    ratio = reference.smoothing_of(k, params.smoothing, q, used).half_octaves
     assert ratio is not None
     return bool(((ratio - ratio.floor() - 0.5).abs() < 1e-4).any())
 

@@ -38,6 +38,7 @@ KERNELS = (
     "segments_kernel",
     "mask_blocks_kernel",
     "statistics_kernel",
+    "evened_kernel",
     "quantize_kernel",
     "attention_kernel",
 )
@@ -105,6 +106,7 @@ def main(
 ) -> None:
     triton.runtime.driver.set_active(Driver(capability))
     launch.capability = lambda index: divmod(capability, 10)
+    launch.multiprocessors = lambda index: 132
     q, k, v = (torch.empty(2, 4, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(3))
     first, _, second = mask_kind.partition("+")
     segments = Segments(*torch.zeros(2, 2, 256, dtype=torch.int32)) if first == "segments" else None

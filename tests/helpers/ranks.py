@@ -98,7 +98,7 @@ def teach_dtensors_sdpa_of_cpus() -> None:
     )
 
 
-def _forked(ranks: int) -> int | None:
+def forked(ranks: int) -> int | None:
     """The rank of this process: one of `ranks` copies of the one that calls, which gets None when all of them have ended. They
     begin after the imports, which take longer than most cases."""
     children = []
@@ -119,7 +119,7 @@ def main(namespace: dict[str, Any]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     ranks, folder, named = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[4:5]
-    rank = _forked(ranks)
+    rank = forked(ranks)
     if rank is None:
         return
     faulthandler.dump_traceback_later(LIMIT, exit=True)

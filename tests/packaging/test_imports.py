@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ sys.path.append(str(ROOT / "tools"))
 import import_graph  # noqa: E402
 from import_graph import Import  # noqa: E402
 
-MODULES = import_graph.modules()
-IMPORTS = import_graph.imports(MODULES)
+
+@cache
+def imports() -> list[Import]:
+    return import_graph.imports(import_graph.modules())
 
 
 def run(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -47,11 +50,11 @@ print(sage_inductor.sage_attention(x, x, x, kernel="reference").shape)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert import_graph.circles(IMPORTS) == []
+    assert import_graph.circles(imports()) == []
 
 
 def test_no_room_imports_from_one_above_it() -> None:
-    assert import_graph.upward(IMPORTS) == []
+    assert import_graph.upward(imports()) == []
 
 
 def test_imports_are_read_from_functions_and_relative_names() -> None:
@@ -78,7 +81,9 @@ def test_a_circle_and_an_upward_import_are_found() -> None:
 
 def test_patterns_import_only_facts_about_nodes() -> None:
     rooms = {
-        import_graph.room(edge.imported) for edge in IMPORTS if import_graph.room(edge.importer) == "patterns"
+        import_graph.room(edge.imported)
+        for edge in imports()
+        if import_graph.room(edge.importer) == "patterns"
     }
     assert rooms == {"graph", "patterns", "torch_internals"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,31 @@ def test_nothing_is_measured_under_capture(config: Config) -> None:
     assert chosen.kernel is None and "a CUDA graph is being captured" in chosen.reasons[-1]
 
 
-def test_without_memory_the_table_decides(config: Config) -> None:
-    free = torch.cuda.mem_get_info()[0]
-    hog = torch.empty(free - 2**28, dtype=torch.int8, device="cuda")
-    try:
-        chosen = choose(compare(65536, heads=32), config)
-    finally:
-        del hog
-        torch.cuda.empty_cache()
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """256 MiB for this process, whatever other processes take and free on the same GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what this process has reserved already it could use again
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**28 / total, 0)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_without_memory_the_table_decides(
+    config: Config, little_memory: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = choose(compare(65536, heads=32), config)  # a query of 512 MiB
     assert chosen.speedup is None  # whatever the table says
+    assert "tune=measure: out of memory: " in caplog.text
     assert list(Path(str(config.cache_dir)).iterdir()) == []
+
+
+def test_a_problem_larger_than_the_gpu_is_not_begun() -> None:
+    """Seen without an allocation: more than any GPU has."""
+    comparison = compare(2**22, heads=64)  # 64 GiB for each of query, key and value
+    with pytest.raises(measure.CannotMeasure, match=r"out of memory: 480.0 GiB needed, \S+ GiB free"):
+        measure.measure(comparison, ["triton"])
 
 
 def test_out_of_memory_while_measuring(config: Config) -> None:

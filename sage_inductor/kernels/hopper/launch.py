@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base import AttentionParams
 from ..cache_folder import default_folder
+from ..device import multiprocessors
 from ..triton.launch import TritonAttention
 from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 from ..triton.workspace import KEY_BLOCK
@@ -241,11 +242,6 @@ def loaded(index: int, variant: HopperVariant) -> tuple[Any, ...]:
     torch.cuda.current_stream(index)  # torch makes the context that the driver loads into
     names = {"attention": variant.shared_bytes, **({"combine": 0} if variant.split else {})}
     return driver.load(cubin(variant, _folder()), names)
-
-
-@cache
-def multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _folder() -> Path | None:

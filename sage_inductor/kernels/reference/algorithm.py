@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
+from sage_inductor.kernels.smoothing import SAMPLES, VALUE_SAMPLES
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
-SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
 V_CHANNEL_FLOOR = (
     1 / 64
 )  # of the largest channel: a channel that the sample missed cannot blow up a block's factor
@@ -143,7 +143,7 @@ def quantize_kv(
     bits. `query`, of all heads, has to be there where `smoothing` evens its channels with K's.
     """
     unused = None if used is None else ~used[:, None, :, None]
-    smooth, rows, weight = smoothing_of(key, smoothing, query, used)
+    smooth = smoothing_of(key, smoothing, query, used)
     k_blocks = _blocked(_without(unused, smooth.key(key)))
     k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
     k = torch.nan_to_num((k_blocks / k_scale).round())
@@ -154,6 +154,7 @@ def quantize_kv(
         v = _blocked(value.to(_pv_dtype(value.dtype)).float())
         v_block = torch.ones_like(k_scale)
     else:
+        rows, weight = _sample(VALUE_SAMPLES, value.shape[0], value.shape[2], used, value.device)
         sample = _sampled(value, rows)
         # The square of the mean root, of values and of their magnitudes: one outlier among the sampled tokens hardly
         # moves it, where it would carry the mean off for all others. From there the mean, outliers limited, and the
@@ -185,16 +186,16 @@ def quantize_kv(
     )
 
 
-def smoothing_of(
-    key: Tensor, name: str, query: Tensor | None, used: Tensor | None
-) -> tuple[Smoother, Tensor, Tensor]:
-    """What is done to Q and K of one call, and the sample of keys that says so (`_sample`)."""
-    rows, weight = _sample(key.shape[0], key.shape[2], used, key.device)
-    return Smoother.of(name, _sampled(key, rows), weight, query), rows, weight
+def smoothing_of(key: Tensor, name: str, query: Tensor | None, used: Tensor | None) -> Smoother:
+    """What is done to Q and K of one call."""
+    rows, weight = _sample(SAMPLES, key.shape[0], key.shape[2], used, key.device)
+    return Smoother.of(name, _sampled(key, rows), weight, query)
 
 
-def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Up to SAMPLED_KEYS keys, evenly spaced between the first and the last one that is used: their numbers,
+def _sample(
+    most: int, batch: int, kv_len: int, used: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Up to `most` keys, evenly spaced between the first and the last one that is used: their numbers,
     `[batch, samples]`, and what each counts for, `[batch, 1, samples, 1]`, which adds up to 1, or to 0 where no key
     is used."""
     if used is None:
@@ -203,8 +204,8 @@ def _sample(batch: int, kv_len: int, used: Tensor | None, device: torch.device) 
     first = torch.where(used, keys, kv_len).amin(-1, keepdim=True)
     end = torch.where(used, keys + 1, 0).amax(-1, keepdim=True)
     length = (end - first).clamp(min=0)
-    count = length.clamp(max=SAMPLED_KEYS)
-    i = torch.arange(min(kv_len, SAMPLED_KEYS), device=device)
+    count = length.clamp(max=most)
+    i = torch.arange(min(kv_len, most), device=device)
     rows = torch.where(i < count, first + i * length // count.clamp(min=1), 0)
     counted = used.gather(1, rows) & (i < count)
     weight = counted.float() / counted.sum(-1, keepdim=True).clamp(min=1)

@@ -12,9 +12,10 @@ from sage_inductor.kernels.smoothing import (
     EQUALISING,
     HALF_OCTAVE,
     ROTATING,
-    SAMPLED_QUERIES,
+    SAMPLES,
     SMOOTHINGS,
     rotation,
+    smoothing_of_kernel,
 )
 
 
@@ -35,6 +36,7 @@ class Smoother:
         the keys. Raises ValueError for an unknown `name`."""
         if name not in SMOOTHINGS:
             raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
+        name = smoothing_of_kernel(name, SMOOTHINGS)
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:
@@ -76,11 +78,11 @@ class Smoother:
 
 
 def _sampled_queries(query: Tensor, kv_heads: int) -> tuple[Tensor, float]:
-    """Up to SAMPLED_QUERIES queries of each key head, evenly spaced over its heads one after the other, 0 where they are not
+    """Up to SAMPLES queries of each key head, evenly spaced over its heads one after the other, 0 where they are not
     finite; and one over their number."""
     queries = query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
     total = queries.shape[2]
-    count = min(total, SAMPLED_QUERIES)
+    count = min(total, SAMPLES)
     rows = torch.arange(count, device=query.device) * total // max(count, 1)
     return torch.nan_to_num(queries[:, :, rows].float(), nan=0.0, posinf=0.0, neginf=0.0), 1 / max(count, 1)
 

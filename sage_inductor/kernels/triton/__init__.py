@@ -26,7 +26,7 @@ from ..base import (
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
 from ..key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
-from ..smoothing import SMOOTHINGS, unmeasured_smoothing
+from ..smoothing import SMOOTHINGS
 from .crossover import slower_than_sdpa
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TritonKernel(Kernel):
         reasons = []
         if problem.query_segments is not None:
             reasons.append('segments (not measured yet: by tune="measure", or kernel="triton")')
-        return reasons + unmeasured_smoothing(problem, self.name)
+        return reasons
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if unmeasured := self.unmeasured_reasons(problem):
@@ -180,7 +180,7 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     precision: str = "fast",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The parameters of a launch. The quantise kernel uses `num_warps` and `max_registers` only.
+    """The parameters of a launch. The kernels that quantise use `num_warps` and `max_registers`, and the one that evens `num_stages`.
 
     block_m: queries per program, a power of two up to 128.
     block_n: keys per step, 64 or 128. "balanced" rounds P per step; the reference does so per 128 keys.
@@ -133,12 +133,19 @@ def _masked_config(
     return LaunchConfig(block_n=128 if wide else 64, num_warps=8)
 
 
-def quantize_config(head_dim: int, rotates: bool = False) -> LaunchConfig:
-    """The quantise kernel's configuration for a head dim rounded up to a power of two. `rotates`: rows of Q and K pass through
-    the tensor cores."""
-    if rotates and head_dim <= 128:
-        # By the disassembly: the fewest registers without a stack. Not measured.
-        return LaunchConfig(num_warps=8, max_registers=96 if head_dim == 128 else None)
-    if head_dim == 128:
-        return LaunchConfig(num_warps=8, max_registers=80)  # three programs on an SM
-    return LaunchConfig(num_warps=16 if head_dim == 256 else 4)
+def quantize_config(head_dim: int) -> LaunchConfig:
+    """The quantise kernel's configuration for a head dim rounded up to a power of two."""
+    registers = {64: 80, 128: 168}.get(head_dim)  # six and three programs on an SM
+    return LaunchConfig(num_warps=16 if head_dim == 256 else 4, max_registers=registers)
+
+
+def evened_config(capability: tuple[int, int], head_dim: int, itemsize: int) -> LaunchConfig:
+    """The same of the kernel that evens Q and K, of `itemsize` bytes an element. `num_stages` is 2 where the rows of a block are on
+    their way while the one in front is rounded. On sm_90, with 128 registers, 16 warps share an SM, whose registers and shared
+    memory are full then; elsewhere shared memory has no room for it."""
+    ahead = capability[0] == 9 and head_dim <= 128 and itemsize == 2
+    return LaunchConfig(
+        num_warps={128: 8, 256: 16}.get(head_dim, 4),
+        num_stages=2 if ahead else 1,
+        max_registers=128 if ahead else None,
+    )

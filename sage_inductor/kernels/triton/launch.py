@@ -1,7 +1,7 @@
 """Host side of the Triton kernels.
 
 A `TritonAttention` holds what attention calls of one kind have in common, worked out once. Each call then makes three launches
-(statistics, quantisation, attention), and one before them for some masks and for segments.
+(statistics, quantisation, attention), one before them for some masks and for segments, and one between them where Q and K are evened.
 """
 
 # Triton has no type information.
@@ -9,15 +9,18 @@ A `TritonAttention` holds what attention calls of one kind have in common, worke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
-from ..device import capability
+from ..device import capability, multiprocessors
+from ..smoothing import SMOOTHINGS, smoothing_of_kernel
 from .attention import attention_kernel
 from .configs import LaunchConfig
+from .evened import evened_kernel
 from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
@@ -25,7 +28,7 @@ from .quantize import quantize_kernel
 from .segments import segments_kernel, segments_size
 from .smoothing import ROTATION_ROWS
 from .statistics import statistics_kernel
-from .variant import INTERPRETED, SAMPLE_GROUP, make_variant
+from .variant import INTERPRETED, SAMPLE_GROUP, VALUE_SAMPLE_GROUP, make_variant
 from .workspace import KEY_BLOCK, scales_size
 
 INTERPRETED_ARCH = (9, 0)  # what the interpreter stands for
@@ -36,6 +39,9 @@ TOGETHER_BYTES = 16 << 20  # of K and V of heads whose tiles are dealt out toget
 MASK_BLOCKS_KEYS = 256
 MASK_SHARED_BY = 4
 PART_BYTES = 512  # parts of the workspace begin at multiples of it, as tensors of torch's allocator do
+
+EVENED_RUN = 32  # blocks that one program evens at most, with a matrix that is made once
+EVENED_START = 2  # blocks that it would even in the time that it takes to make the matrix (H200)
 
 Strides = tuple[int, int, int, int]
 
@@ -154,6 +160,7 @@ class TritonAttention:
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
+        params = replace(params, smoothing=smoothing_of_kernel(params.smoothing, SMOOTHINGS))
         self.plan = make_variant(
             arch,
             params.precision,
@@ -203,7 +210,7 @@ class TritonAttention:
         self.scales = self._part(scales, torch.float32)
         self.channel_sizes: Part | None = None
         self.rotation: Part | None = None
-        if plan.quantize["EQUALISE"]:
+        if plan.evened["EQUALISE"]:
             self.channel_sizes = self._part(sizes.batch * sizes.kv_heads * 2 * plan.d, torch.float32)
         if plan.rotation_rows:
             self.rotation = self._part(plan.rotation_rows * plan.rotation_width, torch.bfloat16)
@@ -241,47 +248,72 @@ class TritonAttention:
         dtypes = tuple([tensor.dtype for tensor in inputs])
         cu_dtype = torch.int32 if varlen else None
         scale = inputs[0].shape[-1] ** -0.5 if params.scale is None else float(params.scale)
-        # Q waits for the statistics where they say what its rows are rounded to, or how far its scores are shifted.
+        # K and Q have a kernel of their own where they are evened. Q waits for the statistics there, and where they say how far
+        # its scores are shifted.
+        evens = params.smoothing != "mean"
         both = self.QUANTIZES_QUERY and self.QUANTIZES_KEYS
-        q_last = return_lse or params.smoothing != "mean" or not both
+        q_last = (return_lse or not both) and not evens
         if not self.QUANTIZES_KEYS:
             kv_len = 0  # no program is of a block of K or V then
-        # Both kernels take these.
-        numbers = (
-            scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, *q_strides, *k_strides, *v_strides,
-        )  # fmt: skip
+        # Each kernel takes some of these.
+        counts = scale, q_size, batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks
         mask_dtype, mask_kind, mask_strides = None, 0, (0, 0)
         if mask.skip_blocks:
             mask_dtype, mask_kind, mask_strides = mask.dtype, mask.kind, (mask.strides[0], mask.strides[3])
         common: dict[str, Any] = {
             "dtypes": (*dtypes, cu_dtype, cu_dtype, mask_dtype),
-            "numbers": (*numbers, *mask_strides),
+            "numbers": (*counts, *q_strides, *k_strides, *v_strides, *mask_strides),
             "specialized": (q_strides[3], k_strides[3], v_strides[3], mask_strides[1]),
-            "variant": (q_align, k_align, v_align, varlen, return_lse, q_last, mask_kind),
             "index": self.index,
             "direct": self.direct,
         }
-        channels = plan.d * (2 if plan.statistics["EQUALISE"] else 1)
-        channels += plan.dv if plan.statistics["V_STATISTICS"] else 0
-        statistics = batch * kv_heads * (channels // SAMPLE_GROUP) + (batch if mask_kind else 0)
+        variant = q_align, k_align, v_align, varlen, return_lse
+        groups = plan.d // SAMPLE_GROUP * (2 if plan.statistics["EQUALISE"] else 1)
+        groups += plan.dv // VALUE_SAMPLE_GROUP if plan.statistics["V_STATISTICS"] else 0
+        statistics = batch * kv_heads * groups + (batch if mask_kind else 0)
         statistics += plan.rotation_rows // ROTATION_ROWS.value
-        q_programs = batch * heads * -(-q_len // KEY_BLOCK) if self.QUANTIZES_QUERY else 0
-        kv_programs = 2 * batch * kv_heads * -(-kv_len // KEY_BLOCK)
-        q_first = 0 if q_last else q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
+        q_of_head = -(-q_len // KEY_BLOCK) if self.QUANTIZES_QUERY else 0
+        kv_of_head = -(-kv_len // KEY_BLOCK)
+        q_programs, kv_programs = batch * heads * q_of_head, batch * kv_heads * kv_of_head
+        beside = kv_programs if plan.statistics["COPIES_V"] else 0
+        if not q_last and not evens:
+            beside = q_programs * (KEY_BLOCK // plan.statistics["Q_ROWS"])
         self.statistics = Launch(
             statistics_kernel,
-            statistics + q_first,
-            own=(self.q8, self.scales, self.channel_sizes, self.rotation),
+            statistics + beside,
+            own=(self.q8, self.v8, self.scales, self.channel_sizes, self.rotation),
+            variant=(*variant, q_last or evens, mask_kind),
             constants=plan.statistics,
             **common,
         )
-        self.quantization = Launch(
-            quantize_kernel,
-            kv_programs + (q_programs if q_last else 0),
-            own=(self.q8, self.k8, self.v8, self.scales, self.channel_sizes, self.rotation),
-            constants=plan.quantize,
-            **common,
-        )
+        self.evening: Launch | None = None
+        if evens:
+            run_q = run_k = 1
+            if plan.evened["AHEAD"]:
+                slots = plan.evened_programs * (1 if INTERPRETED else multiprocessors(self.index))
+                run_q, run_k = evened_runs((batch * heads, q_of_head), (batch * kv_heads, kv_of_head), slots)
+            self.evening = Launch(
+                evened_kernel,
+                batch * kv_heads * -(-kv_of_head // run_k) + batch * heads * -(-q_of_head // run_q),
+                dtypes=(*dtypes[:2], cu_dtype, cu_dtype, mask_dtype),
+                own=(self.q8, self.k8, self.scales, self.channel_sizes, self.rotation),
+                numbers=(*counts, run_q, run_k, *q_strides, *k_strides, *mask_strides),
+                specialized=(q_strides[3], k_strides[3], mask_strides[1]),
+                variant=(q_align, k_align, varlen, return_lse, mask_kind),
+                constants=plan.evened,
+                index=self.index,
+                direct=self.direct,
+            )
+        self.quantization: Launch | None = None
+        if not plan.statistics["COPIES_V"]:
+            self.quantization = Launch(
+                quantize_kernel,
+                (1 if evens else 2) * kv_programs + (q_programs if q_last else 0),
+                own=(self.q8, self.k8, self.v8, self.scales),
+                variant=(*variant, q_last, mask_kind),
+                constants=plan.quantize,
+                **common,
+            )
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, mask, varlen = self.plan, self.mask, self.is_varlen
@@ -381,7 +413,10 @@ class TritonAttention:
         key_mask = attn_mask if self.mask.skip_blocks else None
         inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
         self.statistics(stream, inputs, workspace)
-        self.quantization(stream, inputs, workspace)
+        if self.evening is not None:
+            self.evening(stream, (query, key, cu_seqlens_q, cu_seqlens_k, key_mask), workspace)
+        if self.quantization is not None:
+            self.quantization(stream, inputs, workspace)
         return workspace
 
     def attend(
@@ -437,6 +472,25 @@ def prepare(
     if out.numel() == 0 or key.shape[2] == 0:
         return without_keys
     return call(query, key, value, attn_mask, params, out, lse, segments=segments)
+
+
+def evened_runs(q: tuple[int, int], k: tuple[int, int], slots: int) -> tuple[int, int]:
+    """How many blocks of Q and of K one program evens, where `slots` run at once. `q` and `k`: heads of all sequences, and the
+    blocks of one. What is written does not depend on it."""
+
+    def seconds(most: int) -> int:
+        runs = [_evenly(blocks, most) for _, blocks in (q, k)]
+        programs = sum(heads * -(-blocks // run) for (heads, blocks), run in zip((q, k), runs, strict=True))
+        return -(-programs // slots) * (max(runs) + EVENED_START)
+
+    most = min(range(1, EVENED_RUN + 1), key=seconds)
+    return _evenly(q[1], most), _evenly(k[1], most)
+
+
+def _evenly(blocks: int, most: int) -> int:
+    """The least number of blocks for each program with which a head takes no more programs than with `most`."""
+    programs = max(-(-blocks // most), 1)
+    return max(-(-blocks // programs), 1)
 
 
 def packed_strides(tensor: Tensor) -> Strides:

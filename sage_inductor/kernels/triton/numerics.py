@@ -128,9 +128,44 @@ def load_uniform(pointer, PTX: tl.constexpr):
 
 
 @triton.jit
+def widen(x, PTX: tl.constexpr):
+    """x in float32. Two bfloat16 of a register take an instruction each; of tl's own conversion the second takes two."""
+    if PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xFFFF0000; mov.b32 $0, a; mov.b32 $1, b;}",
+            "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x within one unit in the last place, for x that are no denormals. With PTX it is the bare instruction."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def larger_magnitude(x, y):
+    """max(|x|, |y|), NaN where one is. It is one instruction."""
+    return tl.maximum(tl.abs(x), tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def magnitude(x):
     """The bits of |x|. As integers they order like |x|, with inf and then NaN on top, so that a maximum keeps those."""
     return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def largest_of_all(x):
+    """The maximum of a tile. In one step a thread's own elements come first; axis after axis takes a shuffle for each row."""
+    return tl.max(tl.reshape(x, [x.numel], can_reorder=True), 0)
 
 
 @triton.jit

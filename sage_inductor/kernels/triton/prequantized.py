@@ -134,7 +134,10 @@ class PrequantizedAttention(TritonAttention):
         scales = self.scales.of(workspace)[self.sizes.q_size :]
         scales.copy_(self.scales_of_keys.of(workspace, packed))
         # Key and value are not read: there is no program of theirs.
-        self.quantization(self.stream(), (query, query, query, None, None, None), workspace, packed)
+        if self.evening is not None:
+            self.evening(self.stream(), (query, query, None, None, None), workspace, packed)
+        elif self.quantization is not None:
+            self.quantization(self.stream(), (query, query, query, None, None, None), workspace, packed)
         self.attend(workspace, None, out, lse, packed=packed)
 
 

@@ -1,5 +1,5 @@
-"""Device code that rounds K and V to 8 bits, and Q where it has to wait for what the statistics say: the second of the two
-launches that quantise. workspace.py describes what it writes.
+"""Device code that rounds K and V to 8 bits, and Q where it has to wait for what the statistics say: the last of the launches
+that quantise. Where Q and K are evened (evened.py), V alone is left to it. workspace.py describes what it writes.
 
 Keys that a mask over keys rules out are 0 in 8 bits.
 
@@ -16,9 +16,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .numerics import magnitude, pack_four, round_to_int8, scale_or_nan, to_float
+from .numerics import (
+    larger_magnitude,
+    largest_of_all,
+    magnitude,
+    pack_four,
+    reciprocal,
+    round_to_int8,
+    scale_or_nan,
+    to_float,
+    widen,
+)
 from .queries import quantize_q_block
-from .smoothing import TINY, evened, store_rows, tiles_of
+from .smoothing import TINY
 from .workspace import _KEY_BLOCK, UNSPECIALIZED, counts, sections, sequence
 
 # V's block scales are units of the accumulator, so their ratios must stay far from overflow.
@@ -39,8 +49,6 @@ def quantize_kernel(
     k8,
     v8,
     scales,
-    channel_sizes,
-    rotation,
     scale,
     q_size,
     batch,
@@ -77,8 +85,6 @@ def quantize_kernel(
     DV: tl.constexpr,
     D_POW2: tl.constexpr,
     DV_POW2: tl.constexpr,
-    EQUALISE: tl.constexpr,
-    ROTATION: tl.constexpr,
     PRECISION: tl.constexpr,
     V_TRANSPOSED: tl.constexpr,
     PTX: tl.constexpr,
@@ -117,42 +123,31 @@ def quantize_kernel(
                 source = (
                     k + (b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh) * K_ALIGN + start * stride_n
                 )
-                if EQUALISE or ROTATION is not None:
-                    sizes = channel_sizes
-                    if EQUALISE:
-                        sizes += bh * 2 * D
-                    _quantize_evened_k(
-                        source, k8, k_scale + slot, k_mean + bh * D, sizes, rotation, slot, block, length, stride_n,
-                        stride_kd, mask, stride_mn, HEAD_DIM, D, D_POW2, MASK, EQUALISE, ROTATION, PTX, OVERLAP,
-                    )  # fmt: skip
-                else:
-                    _quantize_k(
-                        source, k8, k_scale + slot, k_mean + bh * D, slot, block, length, stride_n, stride_kd,
-                        mask, stride_mn, HEAD_DIM, D, D_POW2, MASK, OVERLAP,
-                    )  # fmt: skip
+                _quantize_k(
+                    source, k8, k_scale + slot, k_mean + bh * D, slot, block, length, stride_n, stride_kd, mask,
+                    stride_mn, HEAD_DIM, D, D_POW2, MASK, PTX, OVERLAP,
+                )  # fmt: skip
                 if PRECISION != "accurate" and block == 0:
                     # V's programs have no registers left for it.
-                    d = tl.arange(0, DV_POW2)
-                    channel = v_channel + bh * 3 * DV
-                    tl.store(channel + d, _channel_scales(channel, DV, DV_POW2), mask=d < DV)
+                    write_channel_scales(v_channel + bh * 3 * DV, DV, DV_POW2)
             else:
-                stride_n = stride_vn.to(tl.int64) * V_ALIGN
-                source = (
-                    v + (b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh) * V_ALIGN + start * stride_n
-                )
-                # The block's columns inside [kv_heads * DV, kv_blocks * 128].
-                pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
-                target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                 if PRECISION == "accurate":
-                    if not V_TRANSPOSED:
-                        target = v8 + slot.to(tl.int64) * _KEY_BLOCK * DV
-                    _copy_v(
-                        source, target, pitch, block, length, stride_n, stride_vd, V_HEAD_DIM, DV, DV_POW2,
-                        V_TRANSPOSED, PTX,
+                    copy_v_block(
+                        tile, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_vb, stride_vh, stride_vn, stride_vd,
+                        V_ALIGN, VARLEN, V_HEAD_DIM, DV, DV_POW2, V_TRANSPOSED, PTX,
                     )  # fmt: skip
                     if OVERLAP:
                         gdc_wait()
                 else:
+                    stride_n = stride_vn.to(tl.int64) * V_ALIGN
+                    source = (
+                        v
+                        + (b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh) * V_ALIGN
+                        + start * stride_n
+                    )
+                    # The block's columns inside [kv_heads * DV, kv_blocks * 128].
+                    pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+                    target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                     _quantize_v(
                         source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
                         stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX, OVERLAP,
@@ -163,16 +158,16 @@ def quantize_kernel(
         if OVERLAP:
             gdc_wait()
         quantize_q_block(
-            pid - 2 * programs, q, q8, scales, k_mean, channel_sizes, rotation, cu_seqlens_q, scale, q_size, heads,
-            kv_heads, q_len, q_blocks, stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM,
-            D, D_POW2, EQUALISE, ROTATION, _KEY_BLOCK, PTX,
+            pid - 2 * programs, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
+            stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2, _KEY_BLOCK, PTX,
         )  # fmt: skip
 
 
 @triton.jit
 def _quantize_k(
     source, k8, scale, mean, slot, block, length, stride_n, stride_d, mask, stride_mn,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr, OVERLAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr, PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, _KEY_BLOCK)
     n = block * _KEY_BLOCK + r
@@ -182,44 +177,22 @@ def _quantize_k(
         source + n.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d,
         mask=exists[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
     if OVERLAP:
         gdc_wait()
     # One fused multiply-add: rows that do not exist or count stay 0.
-    x = x - exists.to(tl.float32)[:, None] * tl.load(mean + d, mask=d < D, other=0.0)[None, :]
-    amax = scale_or_nan(tl.max(tl.max(magnitude(x), 1), 0), TINY)
+    x = widen(x, PTX) - exists.to(tl.float32)[:, None] * tl.load(mean + d, mask=d < D, other=0.0)[None, :]
+    amax = scale_or_nan(largest_of_all(magnitude(x)), TINY)
     tl.store(scale, amax / 127.0)
     offset = (slot.to(tl.int64) * _KEY_BLOCK + r)[:, None] * D + d[None, :]
     tl.store(k8 + offset, round_to_int8(x * (127.0 / amax)), mask=(d < D)[None, :])
 
 
 @triton.jit
-def _quantize_evened_k(
-    source, k8, scale, mean, sizes, rotation, slot, block, length, stride_n, stride_d, mask, stride_mn,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, MASK: tl.constexpr, EQUALISE: tl.constexpr,
-    ROTATION: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """As `_quantize_k`, with the channels evened."""
-    r = tl.arange(0, _KEY_BLOCK)
-    n = block * _KEY_BLOCK + r
-    exists = counts(n, n < length, mask, stride_mn, MASK)
-    rows = source + n.to(tl.int64) * stride_n
-    _x0, y0 = evened(
-        rows, exists, stride_d, mean, sizes, rotation, HEAD_DIM, D, D_POW2, 0, True, EQUALISE, ROTATION, PTX, OVERLAP,
-    )  # fmt: skip
-    bits = tl.max(tl.max(magnitude(y0), 1), 0)
-    TILES: tl.constexpr = tiles_of(ROTATION)
-    if TILES == 2:
-        _x1, y1 = evened(
-            rows, exists, stride_d, mean, sizes, rotation, HEAD_DIM, D, D_POW2, 1, True, EQUALISE, ROTATION, PTX, False,
-        )  # fmt: skip
-        bits = tl.maximum(bits, tl.max(tl.max(magnitude(y1), 1), 0))
-    amax = scale_or_nan(bits, TINY)
-    tl.store(scale, amax / 127.0)
-    target = k8 + (slot.to(tl.int64) * _KEY_BLOCK + r) * D
-    store_rows(target, y0 * (127.0 / amax), D, D_POW2, 0, ROTATION)
-    if TILES == 2:
-        store_rows(target, y1 * (127.0 / amax), D, D_POW2, 1, ROTATION)
+def write_channel_scales(channel, D: tl.constexpr, D_POW2: tl.constexpr):
+    """V's, of one head, which the attention kernel reads."""
+    d = tl.arange(0, D_POW2)
+    tl.store(channel + d, _channel_scales(channel, D, D_POW2), mask=d < D)
 
 
 @triton.jit
@@ -257,35 +230,66 @@ def _quantize_v(
     if OVERLAP:
         gdc_wait()
     # Behind the loads: they would wait for its barrier.
-    reciprocal = 1.0 / _channel_scales(channel, D, D_POW2)
-    mean = tl.load(channel + 2 * D + d, mask=d < D, other=0.0)
-    x0 = _normalized(x0, e0, mean, reciprocal)
-    x1 = _normalized(x1, e1, mean, reciprocal)
-    x2 = _normalized(x2, e2, mean, reciprocal)
-    x3 = _normalized(x3, e3, mean, reciprocal)
-    bits = tl.maximum(tl.maximum(magnitude(x0), magnitude(x1)), tl.maximum(magnitude(x2), magnitude(x3)))
-    bits = tl.max(tl.max(bits, 0), 0)  # over the words first: the other order spills two registers
+    inverse = reciprocal(_channel_scales(channel, D, D_POW2), PTX)
+    mean = tl.load(channel + 2 * D + d, mask=d < D, other=0.0) * inverse
+    x0 = _normalized(x0, e0, mean, inverse, PTX)
+    x1 = _normalized(x1, e1, mean, inverse, PTX)
+    x2 = _normalized(x2, e2, mean, inverse, PTX)
+    x3 = _normalized(x3, e3, mean, inverse, PTX)
+    largest = larger_magnitude(larger_magnitude(x0, x1), larger_magnitude(x2, x3))
+    bits = largest_of_all(largest.to(tl.int32, bitcast=True))
     if PRECISION == "fast":
         # e4m3 is as precise over 14 powers of two, and a typical value is 1 here: only a block with a value
         # beyond its range needs a scale. So nearly all blocks have the same, and their products can be
         # summed up before they are scaled.
         unit = tl.where(bits > _E4M3_MAX_BITS, scale_or_nan(bits, 1.0) * (1.0 / 448.0), 1.0)
-        factor = 1.0 / unit
+        if bits > _E4M3_MAX_BITS:
+            factor = 1.0 / unit
+            x0 *= factor
+            x1 *= factor
+            x2 *= factor
+            x3 *= factor
     else:
         # A block of zeros gets the scale of a typical one.
         amax = scale_or_nan(tl.where(bits == 0, 0x3F800000, bits), _V_FLOOR)
         unit = amax / 127.0
         factor = 127.0 / amax
+        x0 *= factor
+        x1 *= factor
+        x2 *= factor
+        x3 *= factor
     tl.store(log2_scale, tl.log2(unit))
-    packed = pack_four(x0 * factor, x1 * factor, x2 * factor, x3 * factor, PRECISION == "fast", PTX)
+    packed = pack_four(x0, x1, x2, x3, PRECISION == "fast", PTX)
     words = target.to(tl.pointer_type(tl.int32)) + d.to(tl.int64)[:, None] * (pitch // 4) + word[None, :]
     tl.store(words, tl.trans(packed), mask=(d < D)[:, None])
 
 
 @triton.jit
-def _normalized(x, exists, mean, reciprocal):
-    """V without the mean, in units of the channels; 0 for keys that do not count."""
-    return tl.where(exists[:, None], (x.to(tl.float32) - mean[None, :]) * reciprocal[None, :], 0.0)
+def _normalized(x, exists, mean, inverse, PTX: tl.constexpr):
+    """V without the mean, in units of the channels, as the mean is; 0 for keys that do not count, of which x is 0."""
+    return widen(x, PTX) * inverse[None, :] - exists.to(tl.float32)[:, None] * mean[None, :]
+
+
+@triton.jit
+def copy_v_block(
+    tile, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_b, stride_h, stride_n, stride_d,
+    ALIGN: tl.constexpr, VARLEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Copy number `tile` of the blocks of 128 rows of V, in 16 bits: that waits for no statistics."""
+    blocks = tl.cdiv(kv_len, _KEY_BLOCK)
+    block = tile % blocks
+    bh = tile // blocks
+    b = bh // kv_heads
+    h = bh % kv_heads
+    start, length, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
+    if block * _KEY_BLOCK < length:
+        stride_row = stride_n.to(tl.int64) * ALIGN
+        source = v + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * ALIGN + start * stride_row
+        pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
+        column = (block0 + block).to(tl.int64) * _KEY_BLOCK
+        target = v8 + h * D * pitch + (column if TRANSPOSED else column * D)
+        _copy_v(source, target, pitch, block, length, stride_row, stride_d, DIM, D, D_POW2, TRANSPOSED, PTX)
 
 
 @triton.jit

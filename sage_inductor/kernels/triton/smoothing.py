@@ -17,11 +17,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from ..smoothing import CHANNEL_FLOOR, HALF_OCTAVE, LARGEST_BLOCK, ROTATING, blocks
 from .internals import constexpr_function
-from .numerics import magnitude, round_to_int8
+from .numerics import magnitude, round_to_int8, widen
 
 ROTATION_ROWS = tl.constexpr(16)  # of the matrix, written by one program
 
@@ -76,9 +75,16 @@ def block_size(rotation: Any, tile: int, second: bool) -> Any:
 
 
 @constexpr_function
-def block_norm(rotation: Any, tile: int, second: bool) -> Any:
-    """What the rows of a block of +1 and -1 are multiplied by."""
-    return float(max(rotation[tile][4 if second else 1], 1)) ** -0.5
+def common_norm(rotation: Any) -> Any:
+    """What rows of the first block of +1 and -1 are multiplied by for the matrix to be orthogonal."""
+    return 1.0 if rotation is None else float(rotation[0][1]) ** -0.5
+
+
+@constexpr_function
+def relative_norm(rotation: Any, tile: int, second: bool) -> Any:
+    """The same of another block, of the first's; 1 where there is none."""
+    size = 0 if rotation is None else rotation[tile][4 if second else 1]
+    return 1.0 if size == 0 else float(rotation[0][1] / size) ** 0.5
 
 
 @constexpr_function
@@ -181,47 +187,74 @@ def _half_octaves(halves):
 
 
 @triton.jit
-def evened(
-    source, exists, stride_d, mean, sizes, rotation,
+def evening(
+    mean, sizes, rotation,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.constexpr, OF_KEYS: tl.constexpr,
-    EQUALISE: tl.constexpr, ROTATION: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+    EQUALISE: tl.constexpr, ROTATION: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """A tile of channels of the rows at `source` [rows], 0 where they do not exist: as it is, and in float32 with the
-    channels evened. OVERLAP: everything but the rows is waited for."""
-    C: tl.constexpr = tile_width(ROTATION, D_POW2)
-    d = tl.arange(0, C)
+    """What `evened` multiplies the rows of a head by, in a tile of channels, and what it takes from keys: a matrix [C, C] of a
+    dtype that rows of DTYPE can be multiplied by, or factors [C]; and K's mean times that, [C]."""
+    d = tl.arange(0, tile_width(ROTATION, D_POW2))
     inside = d < tile_size(ROTATION, TILE, HEAD_DIM)
     channel = tile_first(ROTATION, TILE) + d
-    x = tl.load(
-        source[:, None] + channel[None, :] * stride_d, mask=exists[:, None] & inside[None, :], other=0.0
-    )
-    if OVERLAP:
-        gdc_wait()
+    factor = tl.full([tile_width(ROTATION, D_POW2)], 1.0, tl.float32)
     if EQUALISE:
         halves = _halves(sizes, channel, inside, HEAD_DIM, D, D_POW2)
         factor = _half_octaves(-halves) if OF_KEYS else _half_octaves(halves)
-    if OF_KEYS:
-        subtracted = tl.load(mean + channel, mask=inside, other=0.0)
-    if ROTATION is not None:
-        matrix = tl.load(rotation + (TILE * C + d[:, None]) * C + d[None, :]).to(tl.float32)
-        if EQUALISE:
-            matrix = matrix * factor[:, None]
-        y = _product(x, matrix, PTX)
-        if OF_KEYS:
-            y -= exists.to(tl.float32)[:, None] * tl.sum(matrix * subtracted[:, None], 0)[None, :]
-        norm: tl.constexpr = block_norm(ROTATION, TILE, False)
-        if block_size(ROTATION, TILE, True) > 0:
-            other: tl.constexpr = block_norm(ROTATION, TILE, True)
-            y = y * tl.where(d < block_size(ROTATION, TILE, False), norm, other)[None, :]
-        else:
-            y = y * norm
+    subtracted = tl.load(mean + channel, mask=inside, other=0.0) * factor
+    if ROTATION is None:
+        return factor, subtracted
     else:
-        y = x.to(tl.float32)
-        if OF_KEYS:
-            y -= exists.to(tl.float32)[:, None] * subtracted[None, :]
-        if EQUALISE:
-            y = y * factor[None, :]
-    return x, y
+        C: tl.constexpr = tile_width(ROTATION, D_POW2)
+        signs = tl.load(rotation + (TILE * C + d[:, None]) * C + d[None, :]).to(tl.float32)
+        rotated = tl.sum(signs * subtracted[:, None], 0)
+        matrix = signs * factor[:, None]
+        # Every element has 8 digits, which all of these dtypes hold.
+        return matrix.to(DTYPE if PTX and DTYPE != tl.float32 else tl.float32), rotated
+
+
+@triton.jit
+def load_rows(
+    source,
+    exists,
+    stride_d,
+    HEAD_DIM: tl.constexpr,
+    D_POW2: tl.constexpr,
+    TILE: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """A tile of channels of the rows at `source` [rows], 0 where they do not exist."""
+    d = tl.arange(0, tile_width(ROTATION, D_POW2))
+    inside = d < tile_size(ROTATION, TILE, HEAD_DIM)
+    channel = tile_first(ROTATION, TILE) + d
+    return tl.load(
+        source[:, None] + channel[None, :] * stride_d, mask=exists[:, None] & inside[None, :], other=0.0
+    )
+
+
+@triton.jit
+def evened(
+    x,
+    exists,
+    by,
+    subtracted,
+    TILE: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    ROTATION: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """What `load_rows` gave in float32 with the channels evened, in units of `common_norm`. `by` and `subtracted` are those of
+    `evening`."""
+    y = widen(x, PTX) * by[None, :] if ROTATION is None else _product(x, by, PTX)
+    if OF_KEYS:
+        # One fused multiply-add: rows that do not exist or count stay 0.
+        y -= exists.to(tl.float32)[:, None] * subtracted[None, :]
+    first: tl.constexpr = relative_norm(ROTATION, TILE, False)
+    second: tl.constexpr = relative_norm(ROTATION, TILE, True)
+    if first != 1.0 or second != 1.0:
+        is_first = tl.arange(0, y.shape[1]) < block_size(ROTATION, TILE, False)
+        y = y * tl.where(is_first, first, second)[None, :]
+    return y
 
 
 @triton.jit
@@ -232,7 +265,7 @@ def _product(x, matrix, PTX: tl.constexpr):
         rounded = ((bits + 0x0FFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
         return tl.dot(tl.where(magnitude(x) < 0x7F800000, rounded, x), matrix, input_precision="tf32")
     elif PTX:
-        return tl.dot(x, matrix.to(x.dtype))
+        return tl.dot(x, matrix)
     else:
         return tl.dot(x.to(tl.float32), matrix)
 

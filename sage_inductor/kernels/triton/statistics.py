@@ -1,7 +1,7 @@
-"""Device code that looks at Q, K and V before they are rounded: the first of the two launches that quantise.
+"""Device code that looks at Q, K and V before they are rounded: the first of the launches that quantise.
 
-It looks at up to `SAMPLES` keys per sequence and head, which waits for memory more than it uses it, and rounds Q meanwhile, unless
-Q's channels are evened or rotated first.
+It looks at up to SAMPLES keys per sequence and head, VALUE_SAMPLES for V, which waits for memory more than it uses it. Meanwhile it
+rounds Q or, where Q's channels are evened or rotated first, copies V if V keeps 16 bits.
 
 Why a sample is enough: softmax is invariant to *any* vector subtracted from K, and its rows add up to one, so
 that any vector subtracted from V is added back to the output: neither need be the exact mean. V's channel scale
@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from ..smoothing import SAMPLES, VALUE_SAMPLES
 from .numerics import finite_or_zero
+from .quantize import copy_v_block
 from .queries import quantize_q_block
 from .smoothing import ROTATION_ROWS, sampled_size, tile_width, tiles_of, write_rotation
 from .workspace import UNSPECIALIZED, counts, sections, sequence, used_range
 
-SAMPLES = 512  # keys per (sequence, head) that the statistics look at, and queries of its heads
-
 _SAMPLES = tl.constexpr(SAMPLES)
+_VALUE_SAMPLES = tl.constexpr(VALUE_SAMPLES)
 # A value of V further from the centre than this many times its channel's size weighs as one at that distance in the
 # mean. 5.4 standard deviations of normal values without a mean: one such token of 512 moves it by a hundredth of one.
 _OUTLIER = tl.constexpr(8.0)
@@ -34,22 +35,16 @@ _LEAST_MEAN = tl.constexpr(0.25)  # of a channel's size: V's mean is not subtrac
 
 
 @triton.jit
-def _sampled_rows(i, length, mask, stride_mn, MASK: tl.constexpr):
-    """Number i of the evenly spaced keys of a sequence, and whether it counts."""
-    spaced = (i.to(tl.int64) * length) // _SAMPLES
-    rows = tl.where(length < _SAMPLES, i, spaced)
-    return rows, counts(rows, i < tl.minimum(length, _SAMPLES), mask, stride_mn, MASK)
-
-
-@triton.jit
 def _load_sample(
     x, stride_n, stride_d, first_d, length, mask, stride_mn,
-    DIM: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
+    SAMPLES: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Some channels of the sampled keys [SAMPLES, GROUP], 0 where they are not finite; which keys count; and one
     over how many do."""
-    rows, counted = _sampled_rows(tl.arange(0, _SAMPLES), length, mask, stride_mn, MASK)
-    count = tl.minimum(length, _SAMPLES)
+    i = tl.arange(0, SAMPLES)
+    rows = tl.where(length < SAMPLES, i, (i.to(tl.int64) * length) // SAMPLES)
+    count = tl.minimum(length, SAMPLES)
+    counted = counts(rows, i < count, mask, stride_mn, MASK)
     if MASK != 0:
         count = tl.sum(counted.to(tl.int32), 0)
     weight = 1.0 / tl.maximum(count, 1)
@@ -71,6 +66,7 @@ def statistics_kernel(
     cu_seqlens_k,
     key_mask,
     q8,
+    v8,
     scales,
     channel_sizes,
     rotation,
@@ -109,17 +105,23 @@ def statistics_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     D_POW2: tl.constexpr,
+    DV_POW2: tl.constexpr,
     Q_ROWS: tl.constexpr,
     V_STATISTICS: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+    COPIES_V: tl.constexpr,
     EQUALISE: tl.constexpr,
     ROTATION: tl.constexpr,
     GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program per GROUP channels of K, of V, if V_STATISTICS, and of Q, if EQUALISE, for each sequence and kv head; then
+    """One program per GROUP channels of K, V_GROUP of V, if V_STATISTICS, and GROUP of Q, if EQUALISE, for each sequence and kv head; then
     one per sequence for a key mask; then those that write the ROTATION. A group's sample is held in registers, so that
-    memory is waited for once. Evenly between them, without Q_LAST, one program per (sequence, head, block of Q_ROWS rows)
-    of Q. Strides as in `quantize_kernel`."""
+    memory is waited for once. Evenly between them what waits for nothing: without Q_LAST one program per (sequence, head,
+    block of Q_ROWS rows) of Q, or, with COPIES_V, (sequence, head, block of 128 rows) of V. Strides as in
+    `quantize_kernel`."""
     if OVERLAP:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -129,18 +131,26 @@ def statistics_kernel(
     if pid == 0:
         tl.store((used_keys + 3 * batch).to(tl.pointer_type(tl.int32)), 0)
     K_GROUPS: tl.constexpr = D // GROUP
-    V_GROUPS: tl.constexpr = DV // GROUP if V_STATISTICS else 0
+    V_GROUPS: tl.constexpr = DV // V_GROUP if V_STATISTICS else 0
     Q_GROUPS: tl.constexpr = K_GROUPS if EQUALISE else 0
-    if not Q_LAST:
-        own = batch * kv_heads * (K_GROUPS + V_GROUPS)
+    if COPIES_V or not Q_LAST:
+        own = batch * kv_heads * (K_GROUPS + V_GROUPS + Q_GROUPS)
         if MASK != 0:
             own += batch
+        if ROTATION is not None:
+            own += tiles_of(ROTATION) * (tile_width(ROTATION, D_POW2) // ROTATION_ROWS)
         before = (pid.to(tl.int64) * own // tl.num_programs(0)).to(tl.int32)
         if ((pid + 1).to(tl.int64) * own // tl.num_programs(0)).to(tl.int32) == before:
+            if COPIES_V:
+                copy_v_block(
+                    pid - before, v, v8, cu_seqlens_k, kv_heads, kv_len, kv_blocks, stride_vb, stride_vh, stride_vn,
+                    stride_vd, V_ALIGN, VARLEN, V_HEAD_DIM, DV, DV_POW2, V_TRANSPOSED, PTX,
+                )  # fmt: skip
+                return
             quantize_q_block(
-                pid - before, q, q8, scales, k_mean, None, None, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len,
-                q_blocks, stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2,
-                False, None, Q_ROWS, False,
+                pid - before, q, q8, scales, k_mean, cu_seqlens_q, scale, q_size, heads, kv_heads, q_len, q_blocks,
+                stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, RETURN_LSE, HEAD_DIM, D, D_POW2, Q_ROWS,
+                PTX,
             )  # fmt: skip
             return
         pid = before
@@ -159,51 +169,24 @@ def statistics_kernel(
             start = first.to(tl.int64)
             mask += start * stride_mn
         if group < K_GROUPS:
-            d = group * GROUP + tl.arange(0, GROUP)
             stride_n = stride_kn.to(tl.int64) * K_ALIGN
             source = k + (b.to(tl.int64) * stride_kb + h * stride_kh) * K_ALIGN + start * stride_n
-            tile, counted, weight = _load_sample(
-                source, stride_n, stride_kd, group * GROUP, length, mask, stride_mn, HEAD_DIM, GROUP, MASK
-            )
-            # Scaled first: a sum of large values would overflow.
-            mean = tl.sum(tile * weight, 0)
-            tl.store(k_mean + bh * D + d, mean)
-            if EQUALISE:
-                deviation = tl.where(counted[:, None], tile - mean[None, :], 0.0)
-                tl.store(channel_sizes + 2 * bh * D + d, sampled_size(deviation, weight))
+            _key_statistics(
+                source, k_mean + bh * D, channel_sizes + 2 * bh * D if EQUALISE else channel_sizes, group * GROUP, length,
+                stride_n, stride_kd, mask, stride_mn, HEAD_DIM, GROUP, EQUALISE, MASK,
+            )  # fmt: skip
         elif EQUALISE and group >= K_GROUPS + V_GROUPS:
             _query_sizes(
                 q, channel_sizes + (2 * bh + 1) * D, b, h, (group - K_GROUPS - V_GROUPS) * GROUP, cu_seqlens_q, q_len,
                 heads // kv_heads, stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, HEAD_DIM, GROUP,
             )  # fmt: skip
         else:
-            group -= K_GROUPS
-            d = group * GROUP + tl.arange(0, GROUP)
             stride_n = stride_vn.to(tl.int64) * V_ALIGN
             source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN + start * stride_n
-            tile, counted, weight = _load_sample(
-                source, stride_n, stride_vd, group * GROUP, length, mask, stride_mn, V_HEAD_DIM, GROUP, MASK
-            )
-            # The 1/2-mean, of values and of their magnitudes: one outlier token in the sample would carry the
-            # mean off for all others, and a maximum would make the channels as uneven as that token is.
-            root = tl.sqrt(tl.abs(tile))
-            size = tl.sum(root, 0) * weight
-            centre = tl.sum(tl.where(tile < 0, -root, root), 0) * weight
-            centre = centre * tl.abs(centre)
-            limit = (size * size * _OUTLIER)[None, :]
-            # From there the mean, outliers limited, and the size of what is left.
-            tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
-            mean = centre + tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
-            size = tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
-            size = size * size
-            # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
-            # smaller than that, and the rounding of P would not spare what is added back.
-            mean = tl.where(tl.abs(mean) > size * _LEAST_MEAN, mean, 0.0)
-            channel = v_channel + bh * 3 * DV + d
-            # Until the first block is quantised, if there is one.
-            tl.store(channel, tl.full([GROUP], 1.0, tl.float32))
-            tl.store(channel + DV, size)
-            tl.store(channel + 2 * DV, mean)
+            _value_statistics(
+                source, v_channel + bh * 3 * DV, (group - K_GROUPS) * V_GROUP, length, stride_n, stride_vd, mask,
+                stride_mn, V_HEAD_DIM, DV, V_GROUP, MASK,
+            )  # fmt: skip
     else:
         pid -= batch * kv_heads * (K_GROUPS + V_GROUPS + Q_GROUPS)
         if MASK != 0:
@@ -223,6 +206,55 @@ def statistics_kernel(
                 write_rotation(rotation, row, ROTATION, 0, C)
             elif tiles_of(ROTATION) == 2:
                 write_rotation(rotation + C * C, row - C, ROTATION, 1, C)
+
+
+@triton.jit
+def _key_statistics(
+    source, k_mean, sizes, first_d, length, stride_n, stride_d, mask, stride_mn,
+    DIM: tl.constexpr, GROUP: tl.constexpr, EQUALISE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Write the mean of some of K's channels and, with EQUALISE, their sizes."""
+    tile, counted, weight = _load_sample(
+        source, stride_n, stride_d, first_d, length, mask, stride_mn, _SAMPLES, DIM, GROUP, MASK
+    )
+    d = first_d + tl.arange(0, GROUP)
+    # Scaled first: a sum of large values would overflow.
+    mean = tl.sum(tile * weight, 0)
+    tl.store(k_mean + d, mean)
+    if EQUALISE:
+        deviation = tl.where(counted[:, None], tile - mean[None, :], 0.0)
+        tl.store(sizes + d, sampled_size(deviation, weight))
+
+
+@triton.jit
+def _value_statistics(
+    source, v_channel, first_d, length, stride_n, stride_d, mask, stride_mn,
+    DIM: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Write the mean of some of V's channels and their sizes."""
+    tile, counted, weight = _load_sample(
+        source, stride_n, stride_d, first_d, length, mask, stride_mn, _VALUE_SAMPLES, DIM, GROUP, MASK
+    )
+    # The 1/2-mean, of values and of their magnitudes: one outlier token in the sample would carry the
+    # mean off for all others, and a maximum would make the channels as uneven as that token is.
+    root = tl.sqrt(tl.abs(tile))
+    size = tl.sum(root, 0) * weight
+    centre = tl.sum(tl.where(tile < 0, -root, root), 0) * weight
+    centre = centre * tl.abs(centre)
+    limit = (size * size * _OUTLIER)[None, :]
+    # From there the mean, outliers limited, and the size of what is left.
+    tile = tl.where(counted[:, None], tile - centre[None, :], 0.0)
+    mean = centre + tl.sum(tl.minimum(tl.maximum(tile, -limit), limit) * weight, 0)
+    size = tl.sum(tl.sqrt(tl.abs(tile)), 0) * weight
+    size = size * size
+    # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
+    # smaller than that, and the rounding of P would not spare what is added back.
+    mean = tl.where(tl.abs(mean) > size * _LEAST_MEAN, mean, 0.0)
+    channel = v_channel + first_d + tl.arange(0, GROUP)
+    # Until the first block is quantised, if there is one.
+    tl.store(channel, tl.full([GROUP], 1.0, tl.float32))
+    tl.store(channel + DV, size)
+    tl.store(channel + 2 * DV, mean)
 
 
 @triton.jit

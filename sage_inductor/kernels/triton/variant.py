@@ -18,14 +18,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device import interpreted
 from ..smoothing import EQUALISING, LARGEST_BLOCK
-from .configs import LaunchConfig, launch_config, quantize_config
+from .configs import LaunchConfig, evened_config, launch_config, quantize_config
 from .smoothing import rotation_tiles
 from .workspace import padded_head_dim
 
 INTERPRETED = interpreted()  # read when this is imported, as the kernels are decorated then, too
 
-# Channels of one program of the statistics kernel: few enough for three programs on an SM.
-SAMPLE_GROUP = 16
+# Channels of K or Q, and of V, of one program of the statistics kernel: few enough for three programs on an SM.
+SAMPLE_GROUP = 32
+VALUE_SAMPLE_GROUP = 16
 MASK_BLOCKS = 4  # blocks of a mask that one program looks at
 # Softmax is full of a * b + c. Triton 3.9 asks to be told whether to fuse them; from 3.10 on it would not.
 _FUSED = {"enable_fp_fusion": True}
@@ -42,9 +43,11 @@ class Variant:
     tma: bool  # tiles are read by tensor descriptors, from compute capability 9.0 on
     rotation_rows: int  # of the matrices of all tiles of channels
     rotation_width: int
+    evened_programs: int  # of the kernel that evens, at once on a multiprocessor
     overlap: bool  # each kernel after the first starts while the one in front of it ends
     config: LaunchConfig
     statistics: dict[str, Any]  # constexprs and options of each kernel
+    evened: dict[str, Any]
     quantize: dict[str, Any]
     attention: dict[str, Any]
     mask_blocks: dict[str, Any]
@@ -87,8 +90,10 @@ def make_variant(
     rotation = rotation_tiles(smoothing, head_dim)
     rotation_width = min(padded["D_POW2"], LARGEST_BLOCK)
     evening = {"EQUALISE": smoothing in EQUALISING, "ROTATION": rotation}
-    widest = max(padded["D_POW2"], padded["DV_POW2"])
-    quantize_options = quantize_config(widest, rotation is not None).options()
+    evened_launch = evened_config(arch, padded["D_POW2"], dtype.itemsize)
+    evened_options = evened_launch.options()
+    ahead = evened_options.pop("num_stages") > 1
+    quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
     quantize_options.pop("num_stages")
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"
@@ -103,6 +108,7 @@ def make_variant(
         tma=tma,
         rotation_rows=rotation_width * len(rotation or ()),
         rotation_width=rotation_width,
+        evened_programs=16 // evened_launch.num_warps,
         overlap=overlap,
         config=config,
         statistics={
@@ -110,19 +116,35 @@ def make_variant(
             "D": d,
             "DV": dv,
             "D_POW2": padded["D_POW2"],
+            "DV_POW2": padded["DV_POW2"],
             "Q_ROWS": 64 if padded["D_POW2"] == 256 else 128,
             "V_STATISTICS": precision != "accurate",
+            "V_TRANSPOSED": v_transposed,
+            "COPIES_V": precision == "accurate" and smoothing != "mean",
             **evening,
             "GROUP": SAMPLE_GROUP,
+            "V_GROUP": VALUE_SAMPLE_GROUP,
+            "PTX": ptx,
             "OVERLAP": overlap,
             "num_warps": 8,
             "maxnreg": 80,
             **_FUSED,
         },
+        evened={
+            "HEAD_DIM": head_dim,
+            **padded,
+            "PRECISION": precision,
+            **evening,
+            "AHEAD": ahead,
+            "PTX": ptx,
+            "OVERLAP": overlap,
+            **evened_options,
+            **overlapped,
+            **_FUSED,
+        },
         quantize={
             **dims,
             **padded,
-            **evening,
             "PRECISION": precision,
             "V_TRANSPOSED": v_transposed,
             "PTX": ptx,

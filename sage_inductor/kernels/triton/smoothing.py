@@ -210,7 +210,7 @@ def evening(
         rotated = tl.sum(signs * subtracted[:, None], 0)
         matrix = signs * factor[:, None]
         # Every element has 8 digits, which all of these dtypes hold.
-        return matrix.to(DTYPE if PTX and DTYPE != tl.float32 else tl.float32), rotated
+        return matrix.to(tl.float32 if not PTX or tl.float32 == DTYPE else DTYPE), rotated
 
 
 @triton.jit

@@ -20,6 +20,7 @@ class ReferenceKernel(Kernel):
     head_dims = range(1, 1025)  # |int8 dot| < 2^24, the integers float32 holds exactly
     takes_segments = True
     smoothings = tuple(SMOOTHINGS)
+    skips = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         return []
@@ -45,6 +46,7 @@ class ReferenceKernel(Kernel):
             precision=params.precision,
             smoothing=params.smoothing,
             segments=segments,
+            skip_threshold=params.skip_threshold,
         )
         out.copy_(result)
         if lse is not None:

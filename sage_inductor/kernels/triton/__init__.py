@@ -25,6 +25,7 @@ from ..base import (
 )
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
+from ..skipping import threshold_problem
 from ..smoothing import SMOOTHINGS, unmeasured_smoothing
 from .crossover import slower_than_sdpa
 
@@ -52,6 +53,7 @@ class TritonKernel(Kernel):
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
     takes_segments: ClassVar[bool] = True
     smoothings: ClassVar[Collection[str]] = tuple(SMOOTHINGS)
+    skips: ClassVar[bool] = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         if find_spec("triton") is None:
@@ -156,6 +158,7 @@ def attention_varlen(
     smoothing: str = "mean",
     return_lse: bool = False,
     out: Tensor | None = None,
+    skip_threshold: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of several sequences of different lengths, packed one after another.
 
@@ -163,8 +166,8 @@ def attention_varlen(
     value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
     and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
     `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K and V are smoothed and quantised
-    per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
-    `AttentionParams`.
+    per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right`, `window` (left, right; negative: no bound) and
+    `skip_threshold` as in `AttentionParams`.
 
     Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with
     `return_lse` the natural-log LSE, fp32 `[heads, total_q]`. Rows that belong to no sequence are left as
@@ -176,12 +179,13 @@ def attention_varlen(
         value.shape, value.stride(), value.dtype, value.device,
         cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.shape, cu_seqlens_k.dtype,
         max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, smoothing, return_lse,
+        skip_threshold,
         None if out is None else (out.shape, out.stride(), out.dtype),
     )  # fmt: skip
     call = _varlen_calls.get(kind)
     shape = (*query.shape[:2], value.shape[-1])
     if call is None:
-        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing)
+        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing, skip_threshold)
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
     given = out is not None
@@ -194,7 +198,9 @@ def attention_varlen(
         if call is None:
             from .launch import TritonAttention
 
-            params = AttentionParams(is_causal, bottom_right, *window, scale, precision, smoothing)
+            params = AttentionParams(
+                is_causal, bottom_right, *window, scale, precision, smoothing, skip_threshold
+            )
             varlen = cu_seqlens_k.shape[0] - 1, max_seqlen_q, max_seqlen_k
             call = _varlen_calls.keep(
                 kind, TritonAttention(query, key, value, None, params, out, lse, varlen=varlen)
@@ -216,6 +222,7 @@ def _check_varlen(
     cu_seqlens_k: Tensor,
     precision: str,
     smoothing: str,
+    skip_threshold: float,
 ) -> None:
     problems = []
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
@@ -232,6 +239,8 @@ def _check_varlen(
         problems.append(reason("cu_seqlens dtype", (cu_seqlens_q.dtype, cu_seqlens_k.dtype), torch.int32))
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         problems.append("cu_seqlens_q and cu_seqlens_k must be [batch + 1]")
+    if problem := threshold_problem(skip_threshold):
+        problems.append(problem)
     if smoothing not in SMOOTHINGS:
         problems.append(reason("smoothing", smoothing, SMOOTHINGS))
     if precision not in MIN_CAPABILITY:

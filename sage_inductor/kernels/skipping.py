@@ -26,6 +26,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from sage_inductor.kernels.base import AttentionProblem
+
 FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
 LEAST_STEP = 64  # the fewest keys that a kernel takes at a time
 MOST = 1.0  # a threshold is below it: at 1 a tile whose maximum equals the running one would be left out
@@ -38,6 +40,8 @@ class SkipTile(NamedTuple):
     keys: int = 128  # a multiple of LEAST_STEP that divides 128
 
 
+SKIP_TILE = SkipTile()
+
 LADDER = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """The thresholds that calibration tries, the largest first."""
 
@@ -45,7 +49,19 @@ LADDER = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 def threshold_problem(value: object) -> str | None:
     """Why `value` is no skip_threshold; None where it is one."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < MOST
-    return None if number else f"skip_threshold={value!r} (valid: a number from 0, which leaves nothing out, to below 1)"
+    return (
+        None
+        if number
+        else f"skip_threshold={value!r} (valid: a number from 0, which leaves nothing out, to below 1)"
+    )
+
+
+def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
+    """Why the measurements shipped with a kernel say nothing about `problem`: nothing is left out in them."""
+    threshold = problem.params.skip_threshold
+    if not threshold:
+        return []
+    return [f'skip_threshold={threshold:g} (not measured yet: by tune="measure", or kernel="{kernel}")']
 
 
 def log2_threshold(skip_threshold: float) -> float:

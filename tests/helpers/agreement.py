@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
-from sage_inductor.kernels.skipping import SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import SKIP_TILE, SkipTile, log2_threshold
 from sage_inductor.kernels.smoothing import EQUALISING, SMOOTHINGS
 from sage_inductor.measurement.ground_truth import (
     DOCUMENTED,
@@ -35,7 +35,9 @@ PRECISIONS = ("fast", "balanced", "accurate")
 # if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
 # of that.
 FLIPS = math.sqrt(12 / 100)
-TIE = LSE_TOLERANCE * math.log2(math.e)  # how near (log2) to a threshold a tile may be left out by one kernel and not by another
+TIE = LSE_TOLERANCE * math.log2(
+    math.e
+)  # how near (log2) to a threshold a tile may be left out by one kernel and not by another
 
 
 def run(
@@ -67,7 +69,7 @@ def oracle(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SkipTile(),
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> tuple[Tensor, Tensor]:
     bounds = params.bounds(q.shape[2], k.shape[2])
     return reference.attention(
@@ -88,7 +90,7 @@ def skip_tile_of(
 ) -> SkipTile:
     """The rows that decide together in `kernel`, and the keys that it takes at a time."""
     if kernel.name != "triton":
-        return SkipTile()
+        return SKIP_TILE
     from sage_inductor.kernels.triton.launch import TritonAttention
 
     call = TritonAttention(q, k, v, mask, params, torch.empty_like(v), None, varlen=varlen, segments=segments)
@@ -101,7 +103,7 @@ def margins_of(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SkipTile(),
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> Tensor:
     """The oracle's `tile_margins`."""
     return reference.tile_margins(
@@ -130,7 +132,7 @@ def disagreements(
     params: AttentionParams = AttentionParams(),
     steps_of_64: bool = False,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SkipTile(),
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> list[str]:
     """What of a kernel's output and LSE lies beyond the bounds around the oracle's; each with its value.
 
@@ -250,7 +252,7 @@ def check(
 ) -> None:
     """The kernel agrees with the oracle, element by element."""
     got, lse = run(kernel, q, k, v, mask, params, out, segments)
-    tile = skip_tile_of(kernel, q, k, v, mask, params, segments) if params.skip_threshold else SkipTile()
+    tile = skip_tile_of(kernel, q, k, v, mask, params, segments) if params.skip_threshold else SKIP_TILE
     assert disagreements(got, lse, q, k, v, mask, params, steps_of_64, segments, tile) == []
 
 
@@ -337,9 +339,7 @@ def draw_case(seed: int, kernel: Kernel) -> Case:
     skips = kernel.skips and more.random() < 0.25
     for _ in range(10_000):
         variant = draw_variant(rng, varlen)
-        variant = replace(
-            variant, segments=segments and not variant.varlen, smoothing=smoothing, skips=skips
-        )
+        variant = replace(variant, segments=segments and not variant.varlen, smoothing=smoothing, skips=skips)
         case = _draw_sizes(seed, variant)
         if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
             return case
@@ -477,7 +477,7 @@ def case_faults(kernel: Kernel, case: Case) -> list[str]:
     mask_tensor = None if mask is None else mask.tensor
     segments = _make_segments(case, rng) if case.variant.segments else None
     lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
-    params, tile = case.params, SkipTile()
+    params, tile = case.params, SKIP_TILE
     if case.variant.skips:
         tile = skip_tile_of(kernel, q, k, v, mask_tensor, params, segments)
         margins = margins_of(q, k, mask_tensor, params, segments, tile)
@@ -520,7 +520,7 @@ def topics(shape: tuple[int, ...], name: str, seed: int, scale: float | None = N
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     scale = shape[-1] ** -0.5 if scale is None else scale
     height, count = rng.uniform(4, 12), rng.choice([2, 3, 5])
-    run = dict(query=rng.choice([64, 128, 128, 300]), key=rng.choice([64, 100, 128, 128, 256]))[name]
+    run = {"query": rng.choice([64, 128, 128, 300]), "key": rng.choice([64, 100, 128, 128, 256])}[name]
     directions = torch.nn.functional.normalize(torch.randn(count, shape[-1], generator=generator), dim=-1)
     about = torch.randint(count, (2, -(-max(shape[-2], 1) // run)), generator=generator)[int(name == "key")]
     sign = math.copysign(1.0, scale) if name == "key" else 1.0
@@ -556,13 +556,11 @@ def _varlen_faults(case: Case, rng: random.Random) -> list[str]:
         torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE) for lens in (q_lens, kv_lens)
     )
     q, k, v, out = (guarded[name].tensor for name in ("query", "key", "value", "out"))
-    params, tile = case.params, SkipTile()
+    params, tile = case.params, SKIP_TILE
     pairs = [(b, *lens) for b, lens in enumerate(zip(_slices(q_lens), _slices(kv_lens), strict=True))]
     if case.variant.skips:
         packed = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
-        tile = skip_tile_of(
-            _triton(), *packed, None, params, varlen=(case.batch, max(q_lens), max(kv_lens))
-        )
+        tile = skip_tile_of(_triton(), *packed, None, params, varlen=(case.batch, max(q_lens), max(kv_lens)))
         margins = [
             margins_of(q[:, :, rows], k[:, :, keys], None, params, None, tile).flatten()
             for b, rows, keys in pairs

@@ -23,12 +23,15 @@ from sage_inductor.measurement.metrics import relative_l2
 TRITON = kernels.get("triton")
 
 
-def planted(q_len: int = 150, kv_len: int = 450, heads: int = 2, kv_heads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def planted(
+    q_len: int = 150, kv_len: int = 450, heads: int = 2, kv_heads: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, head_dim 16. Each 64 queries and each 128 keys are about one of three topics in turn, and a score is
     higher by 5 where the two are the same."""
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(1, *shape, 16, device=DEVICE) for shape in ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+        torch.randn(1, *shape, 16, device=DEVICE)
+        for shape in ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
     )
     for tensor, run_length in ((q, 64), (k, 128)):
         topic = torch.arange(tensor.shape[2], device=DEVICE) // run_length % 3
@@ -56,7 +59,9 @@ def left_out_by_definition(scores: Tensor, threshold: float, tile: SkipTile, hig
 # ---------------------------------------------------------------------------------------------------- oracle
 
 
-@pytest.mark.parametrize(("tile", "is_causal"), [(SkipTile(64, 128), True), (SkipTile(128, 64), False)], ids=str)
+@pytest.mark.parametrize(
+    ("tile", "is_causal"), [(SkipTile(64, 128), True), (SkipTile(128, 64), False)], ids=str
+)
 def test_oracle_leaves_out_what_the_definition_does(tile: SkipTile, is_causal: bool) -> None:
     q, k, v = planted(300, 500, kv_heads=2)
     params = AttentionParams(is_causal=is_causal, bottom_right=True, precision="accurate")
@@ -65,8 +70,12 @@ def test_oracle_leaves_out_what_the_definition_does(tile: SkipTile, is_causal: b
     threshold = 0.1
     scores = (q.double() @ k.double().mT) * 0.25
     if is_causal:
-        scores = scores.masked_fill(~torch.ones(300, 500, dtype=torch.bool, device=DEVICE).tril(200), -math.inf)
-    wanted = torch.stack([left_out_by_definition(head.cpu(), threshold, tile, low_high[1]) for head in scores[0]])
+        scores = scores.masked_fill(
+            ~torch.ones(300, 500, dtype=torch.bool, device=DEVICE).tril(200), -math.inf
+        )
+    wanted = torch.stack(
+        [left_out_by_definition(head.cpu(), threshold, tile, low_high[1]) for head in scores[0]]
+    )
     found = reference.by_element(margins < log2_threshold(threshold), tile, torch.empty(1, 2, 300, 4, 128))
     found = found.flatten(3)[0, :, :, :500].cpu()
     visible = scores[0].cpu() > -math.inf

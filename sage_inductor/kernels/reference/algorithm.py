@@ -24,7 +24,7 @@ from torch import Tensor
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
 from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept
-from sage_inductor.kernels.skipping import FULLY_MASKED, SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import FULLY_MASKED, SKIP_TILE, SkipTile, log2_threshold
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
 SAMPLED_KEYS = 512  # keys that the statistics of K and V are estimated from
@@ -73,7 +73,7 @@ def attention(
     smoothing: str = "mean",
     segments: Segments | None = None,
     skip_threshold: float = 0.0,
-    skip_tile: SkipTile = SkipTile(),
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> tuple[Tensor, Tensor]:
     """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
     `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
@@ -112,7 +112,7 @@ def tile_margins(
     scale: float | None = None,
     smoothing: str = "mean",
     segments: Segments | None = None,
-    skip_tile: SkipTile = SkipTile(),
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> Tensor:
     """How far each tile's largest score comes up to the running maximum (log2; the most of its rows): `attention` leaves out the
     tiles below log2(skip_threshold). Arguments as there.

@@ -25,7 +25,7 @@ from ..base import (
 )
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
-from ..skipping import threshold_problem
+from ..skipping import threshold_problem, unmeasured_skipping
 from ..smoothing import SMOOTHINGS, unmeasured_smoothing
 from .crossover import slower_than_sdpa
 
@@ -101,7 +101,7 @@ class TritonKernel(Kernel):
         reasons = []
         if problem.query_segments is not None:
             reasons.append('segments (not measured yet: by tune="measure", or kernel="triton")')
-        return reasons + unmeasured_smoothing(problem, self.name)
+        return reasons + unmeasured_smoothing(problem, self.name) + unmeasured_skipping(problem, self.name)
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if unmeasured := self.unmeasured_reasons(problem):

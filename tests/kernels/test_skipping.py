@@ -24,7 +24,7 @@ TRITON = kernels.get("triton")
 
 
 def planted(
-    q_len: int = 150, kv_len: int = 450, heads: int = 2, kv_heads: int = 1
+    q_len: int = 100, kv_len: int = 450, heads: int = 2, kv_heads: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, head_dim 16. Each 64 queries and each 128 keys are about one of three topics in turn, and a score is
     higher by 5 where the two are the same."""
@@ -160,7 +160,7 @@ def masked(name: str, q_len: int, kv_len: int) -> tuple[Tensor | None, Attention
 @pytest.mark.parametrize("name", ["none", "causal", "window", "keys", "queries", "additive", "segments"])
 def test_triton_leaves_out_the_tiles_that_the_oracle_does(name: str) -> None:
     """Tile by tile: V says which step of keys a weight belongs to, so that a step that is left out is exactly 0."""
-    q_len, kv_len = 150, 450
+    q_len, kv_len = 100, 450
     q, k, _ = planted(q_len, kv_len)
     mask, params, segments = masked(name, q_len, kv_len)
     v = torch.zeros(1, 1, kv_len, 16, device=DEVICE)
@@ -180,7 +180,7 @@ def test_triton_leaves_out_the_tiles_that_the_oracle_does(name: str) -> None:
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)
 def test_triton_agrees_with_the_oracle(precision: str) -> None:
     q, k, v = planted()
-    mask, params, _ = masked("causal", 150, 450)
+    mask, params, _ = masked("causal", 100, 450)
     params = replace(params, precision=precision)
     threshold = untied_threshold(margins_of(q, k, mask, params), random.Random(0))
     assert threshold > 0

@@ -212,7 +212,7 @@ class Prober:
         able: dict[str, tuple[str, ...]] = {}
         against: list[str] = []
         for form in wanted_forms:
-            params = replace(problem.params, **parts_of(form)._asdict())
+            params = replace(problem.params, **parts_of(form).options())
             wanted = replace(problem, params=params)
             runnable: list[Kernel] = []
             if self.kernel != "auto":
@@ -333,7 +333,7 @@ class _Probe(nn.Module):
         self.prober.progress.tick(self.key[0])
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, form: str) -> Any:
-        return self.operator(*args, **{**kwargs, **parts_of(form)._asdict(), "kernel_name": kernel})
+        return self.operator(*args, **{**kwargs, **parts_of(form).options(), "kernel_name": kernel})
 
 
 def _output(result: Any) -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sage_inductor.kernels.base import PRECISIONS
 from sage_inductor.kernels.skipping import threshold_problem
@@ -22,6 +22,14 @@ class Form(NamedTuple):
 
     def __str__(self) -> str:
         return form_of(*self)
+
+    def options(self) -> dict[str, Any]:
+        """The parts as the operators' arguments, and the fields of AttentionParams."""
+        return {
+            "precision": self.precision,
+            "smoothing": self.smoothing,
+            "skip_threshold": self.skip_threshold,
+        }
 
 
 def form_of(precision: str, smoothing: str = "mean", skip_threshold: float = 0.0) -> str:

@@ -114,8 +114,11 @@ def main(
     if mask_kind not in ("", "none"):
         queries = 256 if mask_kind == "queries" else 1
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
-    form = parts_of(precision)._replace(smoothing=smoothing)
-    out, params = torch.empty_like(q), AttentionParams(**form._asdict())
+    form = parts_of(precision)
+    out = torch.empty_like(q)
+    params = AttentionParams(
+        precision=form.precision, smoothing=smoothing, skip_threshold=form.skip_threshold
+    )
     call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
     call(q, k, v, mask, out, None, segments=segments)
 

@@ -92,7 +92,7 @@ def main() -> None:
             "| precision | smoothing | layers, median | largest | perplexity |\n|---|---|---|---|---|\n"
         )
         for form in forms_of(options.smoothings):
-            precision, smoothing = parts_of(form)
+            precision, smoothing, _ = parts_of(form)
             config = sage_inductor.Config(kernel="reference", precision=precision, smoothing=smoothing)  # type: ignore[arg-type]
             integration.register(config, name="sage_quality")
             model.set_attn_implementation("sage_quality")

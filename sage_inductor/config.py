@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
+from sage_inductor.kernels.skipping import threshold_problem
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.plan.plan import Plan
 
@@ -54,6 +55,11 @@ class Config:
     it; or "8-bit": quantised by their owner once, and sent so, which is about half of the bytes of bf16. Single ranks, and
     attention that is divided by heads or the batch, are as with "inputs"."""
 
+    skip_threshold: float = 0.0
+    """From 0 to below 1. A kernel leaves out a tile (64 queries, 128 keys) where no weight of any of its rows reaches this part of the
+    largest weight that the row has met so far: no exponential, no product with V. That costs accuracy, which
+    `calibrate(skip=True)` measures; 0 leaves nothing out. The kernels "triton" and "reference" can; gradients are not for it."""
+
     fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
     "error" raises NotEligibleError with all reasons."""
@@ -83,14 +89,17 @@ class Config:
     exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
 
     plan: str | PathLike[str] | Plan | None = None
-    """Precisions site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
-    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules `precision`."""
+    """Precision, smoothing and skip_threshold site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
+    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules those three."""
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, get_args(KernelName))
         _one_of("precision", self.precision, get_args(Precision))
         _one_of("smoothing", self.smoothing, get_args(Smoothing))
         _one_of("wires", self.wires, get_args(Wires))
+        if problem := threshold_problem(self.skip_threshold):
+            raise (ValueError if isinstance(self.skip_threshold, (int, float)) else TypeError)(problem)
+        object.__setattr__(self, "skip_threshold", float(self.skip_threshold))
         _one_of("fallback", self.fallback, get_args(Fallback))
         _one_of("tune", self.tune, get_args(Tune))
         for name in ("include", "exclude"):

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from sage_inductor.calibration.ledger import Ledger, identity
-from sage_inductor.calibration.probe import Key, Prober, figure
+from sage_inductor.calibration.probe import Prober
+from sage_inductor.calibration.records import Key, SkippingMeasurements, figure
 from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
 from sage_inductor.kernels import SMOOTHINGS
+from sage_inductor.kernels.forms import parts_of
+from sage_inductor.kernels.skipping import LADDER
 from sage_inductor.measurement.metrics import METRICS, compare
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
@@ -43,6 +46,7 @@ def calibrate(
     output: Output | None = None,
     config: Config | None = None,
     smoothings: Sequence[str] | None = None,
+    skip: bool = False,
     progress: ProgressCallback | None = None,
     keep: str | PathLike[str] | None = None,
 ) -> Plan:
@@ -80,6 +84,10 @@ def calibrate(
         smoothings: those of `Config.smoothing` to measure each precision with, as in ("mean", "both"). A site gets the fastest
             precision that holds, with the least of them that makes it hold; the plan names both, as in "fast+both". By default
             config's alone.
+        skip: also find out what each site can leave out (`Config.skip_threshold`): every site that gets a precision is run once
+            more with thresholds from .0001 to .1, and gets the largest that holds the tolerance together with 8 bits, in case tiles
+            are left out by it. The plan names it, as in "fast+skip=0.01", with the share of tiles (on these samples, by the oracle)
+            and what leaving them out adds to the error.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
         keep: a file to which each measurement is written as soon as it is made. After an interruption the same call, with
@@ -95,16 +103,23 @@ def calibrate(
     chosen = Config.of(config)
     if chosen.plan is not None:
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip={skip!r} (valid: True, False)")
+    if chosen.skip_threshold:
+        raise ValueError(
+            f"config.skip_threshold={chosen.skip_threshold} (valid: 0; with skip=True, calibrate finds thresholds)"
+        )
     wanted = _smoothings(smoothings, chosen)
     phases = phases_of(inputs)
-    units = sum(len(phase.samples) + (effect != "none") for phase in phases)
+    units = sum(len(phase.samples) * (1 + skip) + (effect != "none") for phase in phases)
     settings = (
         chosen.kernel,
         chosen.include,
         chosen.exclude,
         effect,
         [phase.steps for phase in phases],
-        *([wanted] if wanted != ("mean",) else []),
+        *([wanted] if wanted != ("auto",) else []),
+        *([LADDER] if skip else []),
         torch.__version__,
     )
     samples = ((sample.args, sample.kwargs) for phase in phases for sample in phase.samples)
@@ -114,7 +129,9 @@ def calibrate(
         with without_leaving_dynamo_entries(prober.backend), torch.no_grad():
             compiled = torch.compile(model, backend=prober.backend, dynamic=False)
             results = [
-                _Decisions(phase, goal, prober, _Runner(compiled, output), ledger, f"phase {index}").run()
+                _Decisions(
+                    phase, goal, prober, _Runner(compiled, output), ledger, f"phase {index}", skip
+                ).run()
                 for index, phase in enumerate(phases)
             ]
     sites = [site for decided, _ in results for site in decided]
@@ -171,8 +188,16 @@ class _Decisions:
     """The decisions for one range of steps."""
 
     def __init__(
-        self, phase: Phase, goal: _Goal, prober: Prober, runner: _Runner, ledger: Ledger, name: str
+        self,
+        phase: Phase,
+        goal: _Goal,
+        prober: Prober,
+        runner: _Runner,
+        ledger: Ledger,
+        name: str,
+        skip: bool,
     ) -> None:
+        self.skip = skip
         self.ledger = ledger
         self.name = name
         self.phase = phase
@@ -184,13 +209,15 @@ class _Decisions:
     def run(self) -> tuple[list[PlannedSite], Figure | None]:
         """The sites, and the error of the model's output with all of the decisions."""
         with self.prober.measure() as measured:
-            self.exact = [self._measure(index) for index in range(len(self.phase.samples))]
+            self.exact = self._measure("sample")
         if not self.prober.graphs:
             raise RuntimeError(
                 "Dynamo made no graph of the model, nothing was measured (is it compiled already, and at Dynamo's "
                 "limit of recompiles? torch._dynamo.reset())"
             )
         sites = [self._decide(key, results) for key, results in measured.items()]
+        if self.skip:
+            sites = self._with_thresholds(sites)
         total = None
         if self.goal.effect != "none":
             kept = {(site.name, site.fingerprint): site.decision for site in sites if site.decision != SDPA}
@@ -199,14 +226,45 @@ class _Decisions:
         shared = [other for site in sites for other in self.prober.sharing(site)]
         return [replace(site, steps=self.phase.steps) for site in shared], total
 
-    def _measure(self, index: int) -> list[Tensor]:
-        """The model's output for the sample of this index. The probes measure, or replay what the ledger has of it."""
-        key = f"{self.name}, sample {index}"
-        with self.prober.replaying(self.ledger.get(key)) as taken:
-            try:
-                return self.runner.run(self.phase.samples[index])
-            finally:
-                self.ledger.put(key, taken)  # of an interrupted run, too: the next one replays it
+    def _measure(self, what: str) -> list[list[Tensor]]:
+        """The model's output for each sample. The probes measure, or replay what the ledger has of it."""
+        outputs = []
+        for index, sample in enumerate(self.phase.samples):
+            key = f"{self.name}, {what} {index}"
+            with self.prober.replaying(self.ledger.get(key)) as taken:
+                try:
+                    outputs.append(self.runner.run(sample))
+                finally:
+                    self.ledger.put(key, taken)  # of an interrupted run, too: the next one replays it
+        return outputs
+
+    def _with_thresholds(self, sites: list[PlannedSite]) -> list[PlannedSite]:
+        """The same decisions, with the largest skip_threshold that holds the tolerance at each."""
+        decided = {(site.name, site.fingerprint): site.decision for site in sites if site.decision != SDPA}
+        with self.prober.trying_thresholds(decided) as found:
+            self._measure("thresholds, sample")
+        return [
+            self._with_threshold(site, found) if (site.name, site.fingerprint) in found.measured else site
+            for site in sites
+        ]
+
+    def _with_threshold(self, site: PlannedSite, found: SkippingMeasurements) -> PlannedSite:
+        goal, key = self.goal, (site.name, site.fingerprint)
+        results = {error.precision: error for error in site.measured} | found.measured[key]
+        for form in sorted(found.measured[key], key=lambda form: -parts_of(form).skip_threshold):
+            if not found.share(key, form):
+                break
+            if goal.metric == "output_rel_l2":
+                self._add_effect(key, form, results)
+            if goal.holds(getattr(results[form], goal.metric)):
+                if goal.effect != "none":
+                    self._add_effect(key, form, results)
+                log.info("%s: %s", printable_line(site.name), form)
+                site = replace(
+                    site, decision=form, skipped=found.share(key, form), skip_rel_l2=found.added(key, form)
+                )
+                break
+        return replace(site, measured=tuple(results.values()))
 
     def _decide(self, key: Key, measured: dict[str, Measured]) -> PlannedSite:
         """The site with the fastest precision that holds the tolerance, or SDPA. Effects on the model's output are measured

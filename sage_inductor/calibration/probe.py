@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sage_inductor import kernels
+from sage_inductor.calibration.records import Key, SkippingMeasurements, figure
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Kernel
 from sage_inductor.kernels.base import reason
-from sage_inductor.kernels.forms import forms_of, parts_of
+from sage_inductor.kernels.forms import form_of, forms_of, parts_of
 from sage_inductor.kernels.installed import package_version
+from sage_inductor.kernels.reference.algorithm import tile_margins
+from sage_inductor.kernels.reference.tiles import skipped_share
+from sage_inductor.kernels.skipping import LADDER
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
 from sage_inductor.operators import inference
-from sage_inductor.operators.inputs import as_segments, make_problem
+from sage_inductor.operators.inputs import as_4d, as_segments, make_problem
 from sage_inductor.operators.schemas import EXACT
-from sage_inductor.plan.sites import Figure, Fingerprint, Measured, PlannedSite, calls_per_module
+from sage_inductor.plan.sites import Fingerprint, Measured, PlannedSite, calls_per_module
 from sage_inductor.report.site import Site
 from sage_inductor.rewriting.driver import rewrite_sites
 
-Key: TypeAlias = "tuple[str, Fingerprint]"
 PARAMS = ("is_causal", "bottom_right", "window_left", "window_right", "scale")
-
-
-def figure(metric: str, values: Sequence[float]) -> Figure:
-    """The worst and the mean of one metric over `values`; None for one that is not finite."""
-    worst, mean = METRICS[metric].worst(values), statistics.fmean(values)
-    return Figure(worst if math.isfinite(worst) else None, mean if math.isfinite(mean) else None)
 
 
 class Prober:
@@ -59,6 +55,7 @@ class Prober:
         self.graphs = 0
         self.measuring = False
         self.quantised: Mapping[Key, str] = {}
+        self.leaving_out: SkippingMeasurements | None = None
         self.reasons: dict[Key, tuple[str, ...]] = {}
         """Why sites are not measured."""
         self._sites: dict[Key, tuple[Site, int]] = {}
@@ -141,6 +138,22 @@ class Prober:
         return None
 
     @contextmanager
+    def trying_thresholds(self, decisions: Mapping[Key, str]) -> Iterator[SkippingMeasurements]:
+        """Inside the context, the probes run these sites in the form that was decided with every threshold of LADDER. After it,
+        `measured` of what is given has the errors."""
+        self._errors = {}
+        self.leaving_out = found = SkippingMeasurements(decisions)
+        try:
+            yield found
+        finally:
+            self.leaving_out = None
+        for key, by_form in self._errors.items():
+            found.measured[key] = {
+                form: _measured(form, ", ".join(self._kernels[key, form]), errors)
+                for form, errors in by_form.items()
+            }
+
+    @contextmanager
     def quantising(self, precisions: Mapping[Key, str]) -> Iterator[None]:
         """Inside the context, these sites give their quantised output to the model, and all others the exact one."""
         self.quantised = precisions
@@ -183,10 +196,14 @@ class Prober:
         new = [name for name in others if (name, site.fingerprint) not in self._sites]
         return [site, *(replace(site, name=name) for name in new)]
 
-    def kernels_for(self, key: Key, problem: AttentionProblem) -> dict[str, tuple[str, ...]]:
-        """`{precision: names of kernels}` to measure at a site: with "auto" every kernel that can run it. "auto" may take one
-        kernel at one length and another at the next, so the worst of them counts. Empty where none can run it, which then
-        is in `reasons`. Raises NotEligibleError where a kernel asked for by name cannot run on this machine."""
+    def kernels_for(
+        self, key: Key, problem: AttentionProblem, forms: Sequence[str] | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        """`{form: names of kernels}` to measure at a site, of `forms` (None: those that plans decide among): with "auto" every
+        kernel that can run it. "auto" may take one kernel at one length and another at the next, so the worst of them counts.
+        Empty where none can run it; without `forms` that then is in `reasons`. Raises NotEligibleError where a kernel asked for by
+        name cannot run on this machine."""
+        wanted_forms = self.forms if forms is None else forms
         self._device = problem.query.device
         if self.kernel != "auto":
             missing = kernels.get(self.kernel).unavailable_reasons(self._device)
@@ -194,9 +211,8 @@ class Prober:
                 raise NotEligibleError(f"kernel={self.kernel}", missing)
         able: dict[str, tuple[str, ...]] = {}
         against: list[str] = []
-        for form in self.forms:
-            precision, smoothing = parts_of(form)
-            params = replace(problem.params, precision=precision, smoothing=smoothing)
+        for form in wanted_forms:
+            params = replace(problem.params, **parts_of(form).options())
             wanted = replace(problem, params=params)
             runnable: list[Kernel] = []
             if self.kernel != "auto":
@@ -207,20 +223,22 @@ class Prober:
             if runnable:
                 able[form] = tuple(kernel.name for kernel in runnable)
         if not able and self.kernel == "auto":
-            able = dict.fromkeys(self.forms, ("reference",))
-        if not able:
+            able = dict.fromkeys(wanted_forms, ("reference",))
+        if not able and forms is None:
             self.reasons[key] = tuple(dict.fromkeys(against))
         return able
 
     def record(self, key: Key, precision: str, errors: Mapping[str, Errors]) -> None:
         """Keep the `errors` of one call, given by kernel: the worst of each metric counts for the site."""
-        self._taken.append(
-            [key[0], precision, {kernel: list(astuple(error)) for kernel, error in errors.items()}]
-        )
+        self.note(key, precision, errors)
         self._errors.setdefault(key, defaultdict(list))[precision].append(worst_of(list(errors.values())))
         known = self._kernels.setdefault((key, precision), {})
         for kernel, error in errors.items():
             known[kernel] = METRICS["rel_l2"].worst([error.rel_l2, known.get(kernel, error.rel_l2)])
+
+    def note(self, key: Key, what: str, errors: Mapping[str, Errors]) -> None:
+        """Let `errors` be replayed."""
+        self._taken.append([key[0], what, {kernel: list(astuple(error)) for kernel, error in errors.items()}])
 
     def look_at_keys(self, key: Key, keys: Tensor) -> None:
         """Keep how far the channels of `keys` `[..., kv_len, head_dim]` are from even."""
@@ -258,9 +276,13 @@ class _Probe(nn.Module):
         the graph. The output is what is compared."""
         exact = self._attention(args, kwargs, EXACT, "fast")
         wanted = self.prober.quantised.get(self.key)
+        if self.prober.leaving_out is not None:
+            self._try_thresholds(self.prober.leaving_out, args, kwargs, exact)
+            return exact
         if wanted is None and not self.prober.measuring:
             return exact
-        able = self.prober.kernels_for(self.key, _problem(args, kwargs, _output(exact)))
+        problem = _problem(args, kwargs, _output(exact))
+        able = self.prober.kernels_for(self.key, problem, None if wanted is None else (wanted,))
         if wanted is not None:
             if wanted not in able:
                 return exact
@@ -279,10 +301,39 @@ class _Probe(nn.Module):
         self.prober.progress.tick(self.key[0])
         return exact
 
-    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, precision: str) -> Any:
-        precision, smoothing = parts_of(precision)
-        options = {"kernel_name": kernel, "precision": precision, "smoothing": smoothing}
-        return self.operator(*args, **{**kwargs, **options})
+    def _try_thresholds(
+        self, found: SkippingMeasurements, args: tuple[Any, ...], kwargs: dict[str, Any], exact: Any
+    ) -> None:
+        """Measure this call with every threshold, from the least on."""
+        decided = found.decisions.get(self.key)
+        if decided is None:
+            self.prober.progress.tick(self.key[0])
+            return
+        problem = _problem(args, kwargs, _output(exact))
+        forms = [form_of(*parts_of(decided)[:2], threshold) for threshold in reversed(LADDER)]
+        margins = _margins(args, kwargs, problem, parts_of(decided).smoothing)
+        whole: dict[str, Tensor] = {}  # the output of each kernel with nothing left out
+        for form, names in self.prober.kernels_for(self.key, problem, forms).items():
+            errors = self.prober.replayed(self.key, form, names)
+            alone = self.prober.replayed(self.key, f"{form}, alone", names)
+            if errors is None or alone is None:
+                errors, alone = {}, {}
+                for name in names:
+                    if name not in whole:
+                        whole[name] = _output(self._attention(args, kwargs, name, decided))
+                    output = _output(self._attention(args, kwargs, name, form))
+                    errors[name], alone[name] = compare(output, _output(exact)), compare(output, whole[name])
+            self.prober.record(self.key, form, errors)
+            self.prober.note(self.key, f"{form}, alone", alone)
+            found.add(
+                (self.key, form),
+                skipped_share(margins, parts_of(form).skip_threshold),
+                METRICS["rel_l2"].worst([error.rel_l2 for error in alone.values()]),
+            )
+        self.prober.progress.tick(self.key[0])
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], kernel: str, form: str) -> Any:
+        return self.operator(*args, **{**kwargs, **parts_of(form).options(), "kernel_name": kernel})
 
 
 def _output(result: Any) -> Tensor:
@@ -294,6 +345,23 @@ def _output(result: Any) -> Tensor:
 def _by_size(error: float) -> float:
     """The key that errors are ordered by, NaN as the largest."""
     return math.inf if math.isnan(error) else error
+
+
+def _margins(
+    args: tuple[Any, ...], kwargs: dict[str, Any], problem: AttentionProblem, smoothing: str
+) -> Tensor:
+    """The oracle's `tile_margins` for the operator's arguments."""
+    query, key, _, *mask = args
+    attn_mask = mask[0] if mask else None
+    return tile_margins(
+        as_4d(query),
+        as_4d(key),
+        None if attn_mask is None else as_4d(attn_mask),
+        bounds=problem.params.bounds(problem.query.shape[2], problem.key.shape[2]),
+        scale=problem.params.scale,
+        smoothing=smoothing,
+        segments=as_segments(kwargs.get("query_segments"), kwargs.get("key_segments")),
+    )
 
 
 def _largest_channel(keys: Tensor) -> float:

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do to Q and K before they are rounded: the least that holds is taken (default: mean; valid: "
         f"{', '.join(SMOOTHINGS)})",
     )
+    parser.add_argument(
+        "--skip",
+        action="store_true",
+        help="also find the largest skip_threshold that holds the tolerance at each attention, and how much it leaves out",
+    )
     add_config(parser, ("kernel", "include", "exclude"))
 
 
@@ -59,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
             metric=options.metric,
             config=config,
             smoothings=options.smoothings,
+            skip=options.skip,
             keep=partial,
         )
     failed: CommandError | None = None

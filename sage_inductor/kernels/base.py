@@ -38,6 +38,7 @@ class AttentionParams:
     scale: float | None = None  # None: head_dim ** -0.5
     precision: str = "fast"
     smoothing: str = "mean"  # one of kernels.smoothing.SMOOTHINGS
+    skip_threshold: float = 0.0  # kernels/skipping.py, from 0 (nothing is left out) to below 1
 
     def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(low, high): query i sees keys i + low .. i + high, None where there is no bound."""
@@ -135,6 +136,7 @@ class Kernel(ABC):
     takes_segments: ClassVar[bool] = False
     smoothings: ClassVar[Collection[str]] = ("mean", "auto")
     prequantizes: ClassVar[bool] = False  # whether K and V can be quantised apart from attention to them
+    skips: ClassVar[bool] = False  # whether it leaves out tiles (skipping.py)
     oracle_distance: ClassVar[float] = 1.0
     """How far an output may lie from the oracle's, in units of the precision's documented error.
 
@@ -167,12 +169,17 @@ class Kernel(ABC):
         ):
             if size_hint(size) not in self.head_dims:
                 reasons.append(reason(name, size, self.head_dims))
-        return reasons + self.segment_reasons(problem)
+        return reasons + self.segment_reasons(problem) + self.skip_reasons(problem)
 
     def segment_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why the kernel cannot serve the segments of `problem`; empty where it can, and where there are none."""
         has_none = problem.query_segments is None or self.takes_segments
         return [] if has_none else ["segments (supported: none)"]
+
+    def skip_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why the kernel cannot serve the skip_threshold of `problem`; empty where it can, and where there is none."""
+        threshold = problem.params.skip_threshold
+        return [] if self.skips or not threshold else [reason("skip_threshold", threshold, 0)]
 
     def precisions_on(self, device: torch.device) -> Collection[str]:
         """Those of `precisions` that the hardware of `device` can run."""

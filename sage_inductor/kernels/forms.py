@@ -1,21 +1,68 @@
-"""How an attention is rounded, as one text: a precision alone, or with a smoothing that was named behind a plus: "fast", "fast+mean"."""
+"""How an attention is computed, as one text: a precision alone, or with a smoothing and a skip_threshold behind a plus: "fast",
+"fast+mean", "fast+skip=0.01", "fast+mean+skip=0.01"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from sage_inductor.kernels.base import PRECISIONS
+from sage_inductor.kernels.skipping import threshold_problem
 from sage_inductor.kernels.smoothing import SMOOTHINGS
 
-
-def form_of(precision: str, smoothing: str = "auto") -> str:
-    return precision if smoothing == "auto" else f"{precision}+{smoothing}"
+_SKIP = "+skip="
 
 
-def parts_of(form: str) -> tuple[str, str]:
-    """(precision, smoothing)."""
-    precision, _, smoothing = form.partition("+")
-    return precision, smoothing or "auto"
+class Form(NamedTuple):
+    """The parts of the text."""
+
+    precision: str
+    smoothing: str = "auto"
+    skip_threshold: float = 0.0
+
+    def __str__(self) -> str:
+        return form_of(*self)
+
+    def options(self) -> dict[str, Any]:
+        """The parts as the operators' arguments, and the fields of AttentionParams."""
+        return {
+            "precision": self.precision,
+            "smoothing": self.smoothing,
+            "skip_threshold": self.skip_threshold,
+        }
+
+
+def form_of(precision: str, smoothing: str = "auto", skip_threshold: float = 0.0) -> str:
+    rounded = precision if smoothing == "auto" else f"{precision}+{smoothing}"
+    return f"{rounded}{_SKIP}{skip_threshold!r}" if skip_threshold else rounded
+
+
+def parts_of(form: str) -> Form:
+    """The parts of a form. Raises ValueError for a skip_threshold that is no number."""
+    rounded, _, threshold = form.partition(_SKIP)
+    precision, _, smoothing = rounded.partition("+")
+    return Form(precision, smoothing or "auto", float(threshold or 0))
+
+
+def is_form(text: str) -> bool:
+    """Whether `text` is a form as `form_of` writes it: there is one text for each."""
+    try:
+        parts = parts_of(text)
+    except ValueError:
+        return False
+    return (
+        form_of(*parts[:2]) in FORMS
+        and threshold_problem(parts.skip_threshold) is None
+        and str(parts) == text
+    )
+
+
+def most_careful(forms: Iterable[str]) -> str:
+    """The form that is at least as careful as each of these: the slowest in which Q, K, P and V are rounded, with the least
+    skip_threshold."""
+    parts = [parts_of(form) for form in forms]
+    rounded = max((form_of(*part[:2]) for part in parts), key=FORMS.index)
+    return form_of(*parts_of(rounded)[:2], min(part.skip_threshold for part in parts))
 
 
 def forms_of(smoothings: Iterable[str]) -> tuple[str, ...]:

@@ -142,7 +142,8 @@ class SageAttentionKernel(Kernel):
             reasons.append(reason("attn_mask", problem.attn_mask.dtype, "none"))
         if problem.return_lse and limits is not None and not limits.returns_lse:
             reasons.append(reason("return_lse", True, False))
-        reasons += _band_reasons(params, query.shape[2], key.shape[2]) + self.segment_reasons(problem)
+        reasons += _band_reasons(params, query.shape[2], key.shape[2])
+        reasons += self.segment_reasons(problem) + self.skip_reasons(problem)
         for name, size in (("batch", query.shape[0]), ("heads", query.shape[1])):
             if (size_hint(size) or 0) > GRID_LIMIT:
                 reasons.append(reason(name, size, f"up to {GRID_LIMIT}"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
+from sage_inductor.kernels.skipping import threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.inputs import wanting_gradients
@@ -45,6 +46,7 @@ def sage_attention(
     out: Tensor | None = None,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
+    skip_threshold: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.
 
@@ -74,6 +76,8 @@ def sage_attention(
             in `[0, 0, 0, 1, 1]`; any numbers in any order are valid. A query of an id that no key has gets 0. Of the GPU
             kernels "triton" takes segments; "auto" computes exact attention, with a mask of q_len * kv_len bools.
         key_segments: int32 `[batch, kv_len]`, or `[kv_len]`.
+        skip_threshold: from 0, which leaves nothing out, to below 1, as `Config.skip_threshold`: tiles in which no weight reaches
+            this part of the largest one so far are left out. "triton" and "reference" can.
 
     Returns:
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
@@ -84,7 +88,7 @@ def sage_attention(
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
-        ValueError: an unknown kernel, precision, smoothing or wires.
+        ValueError: an unknown kernel, precision, smoothing or wires, or a skip_threshold that is none.
     """
     required = {"query": query, "key": key, "value": value}
     optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
@@ -101,6 +105,8 @@ def sage_attention(
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
     if wires not in WIRES:
         raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
+    if problem := threshold_problem(skip_threshold):
+        raise ValueError(problem)
     if attn_mask is not None and is_causal:
         raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
@@ -124,6 +130,7 @@ def sage_attention(
         return _around_ring(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             kernel=kernel, precision=precision, smoothing=smoothing, wires=wires, return_lse=return_lse, out=out,
+            skip_threshold=skip_threshold,
         )  # fmt: skip
     bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
@@ -157,6 +164,7 @@ def sage_attention(
         "kernel_name": kernel,
         "precision": precision,
         "smoothing": smoothing,
+        "skip_threshold": skip_threshold,
     }
     if is_dtensor(query):
         options["wires"] = wires

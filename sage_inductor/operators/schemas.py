@@ -32,12 +32,15 @@ SEGMENTS = "Tensor? query_segments=None, Tensor? key_segments=None"
 # A window that a graph computes may turn out to be negative, which is no bound otherwise: with left_is_bound, beside causality, a
 # negative window_left says that queries see no key.
 BOUND = "bool left_is_bound=False"
+# What softmax makes nothing of is left out (kernels/skipping.py). Training has no such argument.
+SKIP = "float skip_threshold=0.0"
 LIBRARY.define(
-    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}, {BOUND}) -> Tensor",
+    f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}, {BOUND}, "
+    f"{SKIP}) -> Tensor",
     tags=TAGS,
 )
-LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output, {SEGMENTS}) -> ()", tags=TAGS)
+LIBRARY.define(f"attention.out({INPUTS}, {PARAMS}, Tensor(a!) output, {SEGMENTS}, {SKIP}) -> ()", tags=TAGS)
 LIBRARY.define(
-    f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None, {SEGMENTS}, {BOUND}) -> (Tensor, Tensor)",
+    f"attention_lse({INPUTS}, {PARAMS}, int[]? memory_order=None, {SEGMENTS}, {BOUND}, {SKIP}) -> (Tensor, Tensor)",
     tags=TAGS,
 )

@@ -11,16 +11,19 @@ from os import PathLike
 from typing import Any, TypedDict
 
 from sage_inductor.kernels.files import read_regular, replace_file
-from sage_inductor.kernels.forms import FORMS
+from sage_inductor.kernels.forms import FORMS, is_form
 from sage_inductor.measurement.metrics import METRICS
-from sage_inductor.plan.sites import DECISIONS, Figure, Fingerprint, Measured, PlannedSite, Steps
+from sage_inductor.plan.sites import SDPA, Figure, Fingerprint, Measured, PlannedSite, Steps
 
 FORMAT = "sage_inductor.plan"
-VERSION = 1
+VERSION = 2
+OLDER_VERSION = 1
+"""What a plan is written as that leaves out no tiles: packages that knew of none read it."""
 MOST_BYTES = 64 * 2**20  # a plan of a thousand sites, each at ten ranges of steps, is a fifth of that
 LONGEST_MESSAGE = 600  # characters; the value that is wrong may have megabytes
 OF_ONE_SITE = tuple(name for name in METRICS if name != "output_rel_l2")
 
+_VALID_FORMS = f"{', '.join(FORMS)}, each with +skip=THRESHOLD or without"
 _TYPES: dict[str, tuple[type, ...]] = {
     "a text": (str,),
     "an integer": (int,),
@@ -44,7 +47,7 @@ def to_json(plan: PlanFields) -> str:
     """The file's text. Numbers are written to the last bit, so that reading them gives the same plan."""
     data = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any(map(_knows_of_skipping, plan["sites"])) else OLDER_VERSION,
         "made_with": dict(plan["made_with"]),
         "metric": plan["metric"],
         "tolerance": plan["tolerance"],
@@ -53,11 +56,23 @@ def to_json(plan: PlanFields) -> str:
             for steps, figure in plan["output_rel_l2"]
         ],
         "sites": [
-            {**asdict(site), "measured": {error.precision: _measured(error) for error in site.measured}}
+            {**_site_fields(site), "measured": {error.precision: _measured(error) for error in site.measured}}
             for site in plan["sites"]
         ],
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _site_fields(site: PlannedSite) -> dict[str, Any]:
+    data = asdict(site)
+    return {name: value for name, value in data.items() if name not in _OF_SKIPPING or value is not None}
+
+
+_OF_SKIPPING = ("skipped", "skip_rel_l2")
+
+
+def _knows_of_skipping(site: PlannedSite) -> bool:
+    return any("+skip=" in form for form in (site.decision, *(error.precision for error in site.measured)))
 
 
 def _measured(error: Measured) -> dict[str, Any]:
@@ -105,9 +120,9 @@ def _from_json(text: str | bytes) -> PlanFields:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"not a plan: format={found!r} (valid: {FORMAT!r})")
     version = _get(data, "version", "an integer", "")
-    if version != VERSION:
+    if version not in (OLDER_VERSION, VERSION):
         newer = "; made by a newer sage_inductor" if version > VERSION else ""
-        raise ValueError(f"version={version} (valid: {VERSION}{newer})")
+        raise ValueError(f"version={version} (valid: {OLDER_VERSION}, {VERSION}{newer})")
     names = ("format", "version", *PlanFields.__annotations__)
     _only(data, names, "")
     made_with = _get(data, "made_with", "an object", "")
@@ -142,7 +157,10 @@ def _site(data: dict[str, Any], where: str) -> PlannedSite:
     reasons = _get(data, "reasons", "a list", where)
     if not all(isinstance(reason, str) for reason in reasons):
         raise ValueError(f"{where}reasons={reasons!r} (valid: a list of texts)")
-    decision = _one_of(data, "decision", DECISIONS, where)
+    decision = _get(data, "decision", "a text", where)
+    if decision != SDPA and not is_form(decision):
+        raise ValueError(f"{where}decision={decision!r} (valid: {_VALID_FORMS}, {SDPA})")
+    skip_rel_l2 = data.get("skip_rel_l2")
     texts = {name: _get(data, name, "a text", where) for name in ("source", "query", "key", "value", "mask")}
     return PlannedSite(
         name=_get(data, "name", "a text", where),
@@ -156,6 +174,10 @@ def _site(data: dict[str, Any], where: str) -> PlannedSite:
         key_outlier=_get(
             {"key_outlier": None, **data}, "key_outlier", "a finite number", where, or_null=True
         ),
+        skipped=_get({"skipped": None, **data}, "skipped", "a finite number", where, or_null=True),
+        skip_rel_l2=None
+        if skip_rel_l2 is None
+        else _figure(_get(data, "skip_rel_l2", "an object", where), f"{where}skip_rel_l2."),
         **texts,
     )
 
@@ -172,8 +194,8 @@ def _fingerprint(data: dict[str, Any], where: str) -> Fingerprint:
 
 
 def _measurement(measured: dict[str, Any], precision: str, where: str) -> Measured:
-    if precision not in FORMS:
-        raise ValueError(f"{where}{precision} (valid: {', '.join(FORMS)})")
+    if not is_form(precision):
+        raise ValueError(f"{where}{precision} (valid: {_VALID_FORMS})")
     data = _get(measured, precision, "an object", where)
     where = f"{where}{precision}."
     _only(data, [part.name for part in fields(Measured) if part.name != "precision"], where)

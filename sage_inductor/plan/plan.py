@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 
 from sage_inductor.kernels import PRECISIONS
-from sage_inductor.kernels.forms import FORMS
+from sage_inductor.kernels.forms import FORMS, most_careful
 from sage_inductor.measurement.memory import mebibytes
 from sage_inductor.plan import file
 from sage_inductor.plan.sites import (
@@ -101,11 +101,11 @@ class Plan:
         )
 
     def decisions(self) -> dict[str, str]:
-        """`{site name: "fast" | "balanced" | "accurate" | "sdpa"}`. Of several decisions for one name, as for several ranges
+        """`{site name: a form (kernels/forms.py) or "sdpa"}`. Of several decisions for one name, as for several ranges
         of steps, it is the most careful."""
         result: dict[str, str] = {}
         for site in self.sites:
-            result[site.name] = _most_careful([site.decision, result.get(site.name, DECISIONS[0])])
+            result[site.name] = _most_careful([site.decision, result.get(site.name, site.decision)])
         return result
 
     def verdict(self, name: str, fingerprint: Fingerprint, others: Iterable[str] = ()) -> Verdict:
@@ -169,7 +169,8 @@ class Plan:
         worst = [
             error.rel_l2.worst for error in errors if error is not None and error.rel_l2.worst is not None
         ]
-        return Verdict(decision, rel_l2=max(worst, default=None))
+        shares = [site.skipped for site in fitting if site.decision == decision and site.skipped is not None]
+        return Verdict(decision, rel_l2=max(worst, default=None), skipped=min(shares, default=None))
 
     def missing(self, names: Iterable[str], within: Iterable[str] = ()) -> list[str]:
         """The names of sites that calibration met in one graph with some of `names`, and that are not among `names`.
@@ -213,7 +214,9 @@ class Plan:
         """A header, and a row for each decision with the errors measured there."""
         measured = {error.precision for site in self.sites for error in site.measured}
         forms = [form for form in FORMS if form in measured] or list(PRECISIONS)
+        skips = any(site.skipped is not None for site in self.sites)
         header = ("site", "steps", "decision", *forms, "of the output", "K, largest channel", "MiB")
+        header += ("tiles left out", "which adds") if skips else ()
         rows = []
         for site in self.sites:
             by_precision = {error.precision: error for error in site.measured}
@@ -228,6 +231,7 @@ class Plan:
                     _figure_text(chosen.output_rel_l2 if chosen else None),
                     "" if site.key_outlier is None else f"{site.key_outlier:.1f}x",
                     mebibytes(site.copies_bytes(), measured=False),
+                    *(_skipping_texts(site) if skips else ()),
                 )
             )
         return header, rows
@@ -237,6 +241,7 @@ class Plan:
         them."""
         counts = Counter(site.decision for site in self.sites)
         shown = [name for name in DECISIONS if name in (*PRECISIONS, SDPA) or counts[name]]
+        shown += sorted(set(counts) - set(DECISIONS))  # with a skip_threshold
         lines = [
             f"{len(self.sites)} decision(s): {', '.join(f'{counts[name]} {name}' for name in shown)}; "
             f"worst {self.metric}, tolerance {self.tolerance:g}"
@@ -253,18 +258,24 @@ class Plan:
 
 
 def _most_careful(decisions: list[str]) -> str:
-    return max(decisions, key=DECISIONS.index)
+    return SDPA if SDPA in decisions else most_careful(decisions)
 
 
 def _most_careful_verdict(verdicts: list[Verdict]) -> Verdict:
-    """The first verdict that keeps its site. If none does, one of the most careful precision, with the largest error among
-    the verdicts of that precision."""
+    """The first verdict that keeps its site. If none does, one of the most careful form, with the largest error, and the least
+    share of tiles left out, among the verdicts of that form."""
     kept = next((verdict for verdict in verdicts if verdict.precision is None), None)
     if kept is not None:
         return kept
     precision = _most_careful([verdict.precision or SDPA for verdict in verdicts])
     errors = [v.rel_l2 for v in verdicts if v.precision == precision and v.rel_l2 is not None]
-    return Verdict(precision, rel_l2=max(errors, default=None))
+    shares = [v.skipped for v in verdicts if v.precision == precision and v.skipped is not None]
+    return Verdict(precision, rel_l2=max(errors, default=None), skipped=min(shares, default=None))
+
+
+def _skipping_texts(site: PlannedSite) -> tuple[str, str]:
+    """The share of tiles left out, and what that adds to the error."""
+    return "" if site.skipped is None else f"{site.skipped:.1%}", _figure_text(site.skip_rel_l2)
 
 
 def _figure_text(figure: Figure | None) -> str:

@@ -14,7 +14,10 @@ from sage_inductor.report.site import Site, TensorInfo
 SDPA = "sdpa"
 
 
-DECISIONS: tuple[str, ...] = (*FORMS, SDPA)  # the fastest first
+DECISIONS: tuple[str, ...] = (
+    *FORMS,
+    SDPA,
+)  # the fastest first; each form may have a skip_threshold behind it
 
 
 Steps: TypeAlias = "tuple[int, int | None]"  # first and last step of a range, None: no end
@@ -97,8 +100,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """The errors of one precision at one site: its output against SDPA's on the site's exact inputs. `precision` names the
-    smoothing, too, where it is not "auto": "fast+mean".
+    """The errors of one precision at one site: its output against SDPA's on the site's exact inputs. `precision` is a form
+    (kernels/forms.py): it names the smoothing where that is not "auto", and the skip_threshold where there is one.
 
     `kernel` names all kernels that may run it, as "hopper, triton"; the figures are those of the worst. `samples` counts the
     measurements.
@@ -137,6 +140,10 @@ class PlannedSite:
     key_outlier: float | None = None
     """How many times as large as the middle one K's largest channel is (root mean squares, K without its mean), in the head and
     sample where it is most. From about 4 on a smoothing of "both" pays. None where it was not measured, or is not finite."""
+    skipped: float | None = None
+    """The share of tiles that the decision's skip_threshold leaves out, on average over the samples. None where it has none."""
+    skip_rel_l2: Figure | None = None
+    """What leaving them out adds: relative L2 of the output against that of the same form without a threshold."""
 
     def of_decision(self) -> Measured | None:
         return next((measured for measured in self.measured if measured.precision == self.decision), None)
@@ -150,7 +157,7 @@ class PlannedSite:
         query, key, value = (tuple(map(int, shape)) for shape in shapes)
         if not all(2 <= len(shape) <= 4 for shape in (query, key, value)):
             return None
-        return copies_bytes(query, key, value[-1], parts_of(self.decision)[0])
+        return copies_bytes(query, key, value[-1], parts_of(self.decision).precision)
 
     def covers(self, step: int) -> bool:
         if self.steps is None:
@@ -161,11 +168,12 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision of a plan about one site of a graph: the precision to run it in, with the smoothing ("fast", "fast+both"), or
-    the reason why it stays SDPA."""
+    """The decision of a plan about one site of a graph: the form to run it in ("fast", "fast+both", "fast+skip=0.01"), or the
+    reason why it stays SDPA."""
 
     precision: str | None
     rel_l2: float | None = None
+    skipped: float | None = None
     reason: str | None = None
     known: bool = True
     """False where the plan has no such site."""

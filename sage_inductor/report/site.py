@@ -66,6 +66,10 @@ class Site:
     """The module path alone, which several calls may share."""
     smoothing: str = "auto"
     """What is done to Q and K before they are rounded (`Config.smoothing`)."""
+    skip_threshold: float = 0.0
+    """The weight, as a part of the largest one, below which whole tiles are left out (`Config.skip_threshold`)."""
+    skipped: float | None = None
+    """The share of tiles that this leaves out on sample inputs, from a plan."""
     precision_was_open: bool = False
     """Whether precision="auto" was asked for, so that `precision` is the fastest that the device has."""
     places: tuple[Place, ...] = ()
@@ -93,8 +97,12 @@ class Site:
 
     @property
     def form(self) -> str:
-        """How it is rounded: "fast", or "fast, smoothing=mean"."""
-        return self.precision if self.smoothing == "auto" else f"{self.precision}, smoothing={self.smoothing}"
+        """How it is rounded, and what is left out: "fast", or "fast, smoothing=mean, skip_threshold=0.01 (24% of tiles)"."""
+        form = self.precision if self.smoothing == "auto" else f"{self.precision}, smoothing={self.smoothing}"
+        if self.skip_threshold:
+            form += f", skip_threshold={self.skip_threshold:g}"
+            form += "" if self.skipped is None else f" ({self.skipped:.0%} of tiles)"
+        return form
 
     @property
     def title(self) -> str:

@@ -103,6 +103,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: Walk) ->
         kernel=None,
         precision=config.precision,
         smoothing=config.smoothing,
+        skip_threshold=config.skip_threshold,
         rewritten=False,
         reasons=tuple(reasons),
         code=source_code(node),
@@ -136,6 +137,7 @@ def _decide(
         kernel=None,
         precision=config.precision,
         smoothing=config.smoothing,
+        skip_threshold=config.skip_threshold,
         rewritten=False,
         code=source_code(node),
         places=places,
@@ -144,12 +146,20 @@ def _decide(
     if config.plan is not None:
         verdict = verdict_of(plan_of(config), site, walk.calls[path])
         if verdict.precision is not None:
-            precision, smoothing = parts_of(verdict.precision)
+            form = parts_of(verdict.precision)
             config = dataclasses.replace(
-                config, precision=cast(Precision, precision), smoothing=cast(Smoothing, smoothing)
+                config,
+                precision=cast(Precision, form.precision),
+                smoothing=cast(Smoothing, form.smoothing),
+                skip_threshold=form.skip_threshold,
             )
         site = dataclasses.replace(
-            site, precision=config.precision, smoothing=config.smoothing, rel_l2=verdict.rel_l2
+            site,
+            precision=config.precision,
+            smoothing=config.smoothing,
+            skip_threshold=config.skip_threshold,
+            rel_l2=verdict.rel_l2,
+            skipped=verdict.skipped,
         )
         reasons += [] if verdict.reason is None else [verdict.reason]
     query = example_tensor(call.query)

@@ -102,6 +102,8 @@ def _gradient_reasons(call: AttentionCall, tensors: dict[str, Tensor], config: C
     mask = example_tensor(call.attn_mask)
     if mask is not None and mask.requires_grad:
         return [reason("requires_grad", "attn_mask", "query, key and value, with training=True")]
+    if config.training and config.skip_threshold:
+        return [reason("skip_threshold", config.skip_threshold, "0 where gradients are wanted")]
     if config.training:
         return []
     wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
@@ -202,6 +204,7 @@ def make_problem(
         scale,
         config.precision,
         config.smoothing,
+        config.skip_threshold,
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()

@@ -57,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "min_q_len": 0,
     "min_kv_len": 0,
     "or_exact": False,
+    "skip_threshold": 0.0,
 }
 
 
@@ -127,6 +128,7 @@ def insert_substitute(
         "or_exact": not all(map(_has_known_sizes, (call.query, call.key, call.value))),
         "smoothing": site.smoothing,
         "wires": wires if is_dtensor(query) else "inputs",
+        "skip_threshold": site.skip_threshold,
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}

@@ -94,6 +94,7 @@ class Comparison:
                 "window": [params.window_left, params.window_right],
                 "precision": params.precision,
                 **({} if params.smoothing == "mean" else {"smoothing": params.smoothing}),
+                **({"skip_threshold": params.skip_threshold} if params.skip_threshold else {}),
                 **({} if problem.key_segments is None else {"segments": "ids"}),
             },
             "sdpa": {

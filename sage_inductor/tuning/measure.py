@@ -111,6 +111,7 @@ def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
         kernel_name=name,
         precision=params.precision,
         smoothing=params.smoothing,
+        skip_threshold=params.skip_threshold,
         **segments,
     )
 

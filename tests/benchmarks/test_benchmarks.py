@@ -180,3 +180,23 @@ def test_the_table_of_masks(load: Any, tmp_path: Path) -> None:
     assert "no memory" in table.report([failed, ours])[0]
     for name in ("masks_table", "masks_models", "timing"):
         sys.modules.pop(name, None)
+
+
+def test_skip_plants_what_can_be_left_out(load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    skip = load("skip")
+    file = tmp_path / "skip.json"
+    (row,) = skip.main(["--tiny", "--patterns", "stripes", "--out", str(file)])
+    assert json.loads(file.read_text()) == [row]
+    assert (row["share"], row["of"], row["pattern"]) == (0.5, 2, "stripes")
+    assert 0 <= row["added"] < 0.001 and row["ratio"] == row["ms_off"] / row["ms_on"]
+    # Each pattern at the size of a GPU's problem, without its time.
+    for pattern, least, most in (
+        ("none", 0, 0),
+        ("blocks", 0.3, 0.5),
+        ("band", 0.2, 0.4),
+        ("sink+band", 0.45, 0.55),
+    ):
+        q, k, _ = skip.Problem(2048, 1, 32, "fast", pattern, 2).inputs()
+        share = skip.skipped_share(skip.tile_margins(q, k), skip.THRESHOLD)
+        assert least <= share <= most, (pattern, share)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.kernels.skipping import SKIP_TILE, SkipTile, log2_threshold
 from sage_inductor.kernels.smoothing import EQUALISING, SMOOTHINGS
 from sage_inductor.measurement.ground_truth import (
     DOCUMENTED,
@@ -34,6 +35,9 @@ PRECISIONS = ("fast", "balanced", "accurate")
 # if one in a hundred flips, they differ by sqrt(12 / 100) of the quantisation error itself. Measured: a third
 # of that.
 FLIPS = math.sqrt(12 / 100)
+TIE = LSE_TOLERANCE * math.log2(
+    math.e
+)  # how near (log2) to a threshold a tile may be left out by one kernel and not by another
 
 
 def run(
@@ -65,12 +69,57 @@ def oracle(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> tuple[Tensor, Tensor]:
     bounds = params.bounds(q.shape[2], k.shape[2])
     return reference.attention(
         q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision, smoothing=params.smoothing,
-        segments=segments,
+        segments=segments, skip_threshold=params.skip_threshold, skip_tile=skip_tile,
     )  # fmt: skip
+
+
+def skip_tile_of(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None = None,
+    varlen: tuple[int, int, int] | None = None,
+) -> SkipTile:
+    """The rows that decide together in `kernel`, and the keys that it takes at a time."""
+    if kernel.name != "triton":
+        return SKIP_TILE
+    from sage_inductor.kernels.triton.launch import TritonAttention
+
+    call = TritonAttention(q, k, v, mask, params, torch.empty_like(v), None, varlen=varlen, segments=segments)
+    return SkipTile(call.plan.config.block_m, call.plan.config.block_n)
+
+
+def margins_of(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None = None,
+    skip_tile: SkipTile = SKIP_TILE,
+) -> Tensor:
+    """The oracle's `tile_margins`."""
+    return reference.tile_margins(
+        q, k, mask, bounds=params.bounds(q.shape[2], k.shape[2]), scale=params.scale, smoothing=params.smoothing,
+        segments=segments, skip_tile=skip_tile,
+    )  # fmt: skip
+
+
+def untied_threshold(margins: Tensor, rng: random.Random) -> float:
+    """A skip_threshold that some of these tiles lie below and that none lies near, so that no rounding decides; 0 where there is
+    none. A flip of Q or K moves a score by a 127th of its part at most."""
+    found = margins[(margins > -24) & (margins < 0)].double().sort().values.tolist()
+    if not found:
+        return 0.0
+    gaps = [(low, high) for low, high in pairwise([*found, 0.0]) if high - low > 2 * TIE]
+    return float(2 ** (sum(rng.choice(gaps)) / 2)) if gaps else 0.0
 
 
 def disagreements(
@@ -83,6 +132,7 @@ def disagreements(
     params: AttentionParams = AttentionParams(),
     steps_of_64: bool = False,
     segments: Segments | None = None,
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> list[str]:
     """What of a kernel's output and LSE lies beyond the bounds around the oracle's; each with its value.
 
@@ -90,8 +140,11 @@ def disagreements(
     query to query. P is then rounded against other maxima than the oracle's. Two roundings that know nothing of
     each other, each within the documented error, differ by sqrt(2) of it.
     """
-    expected, expected_lse = oracle(q, k, v, mask, params, segments)
-    scatter, largest = _rounded(q, k, v, mask, params, segments)
+    expected, expected_lse = oracle(q, k, v, mask, params, segments, skip_tile)
+    left_out = None
+    if params.skip_threshold:
+        left_out = left_out_of(q, k, mask, params, segments, skip_tile)
+    scatter, largest = _rounded(q, k, v, mask, params, segments, left_out)
     steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
     # So do those of channels that were evened by other factors.
     steps_of_64 = steps_of_64 or _factor_is_open(q, k, mask, params)
@@ -140,6 +193,27 @@ def _score_step(q: Tensor, k: Tensor, mask: Tensor | None, params: AttentionPara
     return scale * largest[0] * largest[1] / 127
 
 
+def left_out_of(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    params: AttentionParams,
+    segments: Segments | None,
+    skip_tile: SkipTile,
+) -> Tensor:
+    """What the oracle leaves out, bool `[batch, heads, q_len, kv_len]`."""
+    found = margins_of(q, k, mask, params, segments, skip_tile) < log2_threshold(params.skip_threshold)
+    rows = found.repeat_interleave(skip_tile.rows, 2)[:, :, : q.shape[2]]
+    return rows.repeat_interleave(skip_tile.keys, 3)[..., : k.shape[2]]
+
+
+def without(mask: Tensor | None, left_out: Tensor) -> Tensor:
+    """`mask`, and nothing of what is left out."""
+    if mask is None or mask.dtype == torch.bool:
+        return ~left_out if mask is None else ~left_out & mask
+    return mask.expand(left_out.shape).masked_fill(left_out, -math.inf)
+
+
 def _factor_is_open(q: Tensor, k: Tensor, mask: Tensor | None, params: AttentionParams) -> bool:
     """Whether the last bits of float32 decide which half octave evens a channel."""
     if params.smoothing not in EQUALISING:
@@ -157,6 +231,7 @@ def _rounded(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
+    left_out: Tensor | None = None,
 ) -> tuple[float, float]:
     """What rounding P and V is relative to: the root of the sum of P^2 (V - m)^2, and the largest |V - m| that some
     query sees, where m is what the oracle subtracts from V, which no rounding touches.
@@ -170,6 +245,7 @@ def _rounded(
     full = None if mask is None else mask.expand(*q.shape[:3], keys)
     mean = reference.quantize_kv(k, v, params.precision, reference.used_keys(full)).v_mean
     identity = torch.eye(keys, device=q.device).expand(batch, kv_heads, keys, keys)
+    mask = mask if left_out is None else without(mask, left_out)
     weights, _ = float64_attention(q, k, identity, mask, params, segments=segments)
     weights = weights.view(batch, kv_heads, -1, keys)
     seen = weights.amax(2)[..., None] > 0
@@ -191,7 +267,8 @@ def check(
 ) -> None:
     """The kernel agrees with the oracle, element by element."""
     got, lse = run(kernel, q, k, v, mask, params, out, segments)
-    assert disagreements(got, lse, q, k, v, mask, params, steps_of_64, segments) == []
+    tile = skip_tile_of(kernel, q, k, v, mask, params, segments) if params.skip_threshold else SKIP_TILE
+    assert disagreements(got, lse, q, k, v, mask, params, steps_of_64, segments, tile) == []
 
 
 # --------------------------------------------------------------------------------------------------- random
@@ -228,6 +305,7 @@ class Variant:
     varlen: bool
     segments: bool = False
     smoothing: str = "mean"
+    skips: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,9 +351,10 @@ def draw_case(seed: int, kernel: Kernel) -> Case:
     more = random.Random(-1 - seed // SEEDS_PER_VARIANT)
     segments = kernel.takes_segments and more.random() < 0.15
     smoothing = more.choice(["mean", *SMOOTHINGS]) if len(kernel.smoothings) > 1 else "mean"
+    skips = kernel.skips and more.random() < 0.25
     for _ in range(10_000):
         variant = draw_variant(rng, varlen)
-        variant = replace(variant, segments=segments and not variant.varlen, smoothing=smoothing)
+        variant = replace(variant, segments=segments and not variant.varlen, smoothing=smoothing, skips=skips)
         case = _draw_sizes(seed, variant)
         if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
             return case
@@ -413,10 +492,15 @@ def case_faults(kernel: Kernel, case: Case) -> list[str]:
     mask_tensor = None if mask is None else mask.tensor
     segments = _make_segments(case, rng) if case.variant.segments else None
     lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
-    kernel.run(q, k, v, mask_tensor, case.params, out, lse, *([] if segments is None else [segments]))
+    params, tile = case.params, SKIP_TILE
+    if case.variant.skips:
+        tile = skip_tile_of(kernel, q, k, v, mask_tensor, params, segments)
+        margins = margins_of(q, k, mask_tensor, params, segments, tile)
+        params = replace(params, skip_threshold=untied_threshold(margins, rng))
+    kernel.run(q, k, v, mask_tensor, params, out, lse, *([] if segments is None else [segments]))
     faults = disagreements(
-        out, lse, q, k, v, mask_tensor, case.params,
-        steps_of_64=kernel.oracle_distance > 1 or segments is not None, segments=segments,
+        out, lse, q, k, v, mask_tensor, params,
+        steps_of_64=kernel.oracle_distance > 1 or segments is not None, segments=segments, skip_tile=tile,
     )  # fmt: skip
     return faults + _side_effects(guarded | ({} if mask is None else {"attn_mask": mask}))
 
@@ -440,7 +524,23 @@ def _data(shape: tuple[int, ...], name: str, case: Case) -> Tensor:
         data[..., standing_out] *= 20.0 if name == "key" else 0.2
     if biased and name != "query":
         data += (20.0 if name == "key" else 3.0) * torch.randn(shape[-1], device=DEVICE)
+    if case.variant.skips and not case.outliers and name != "value":
+        data += topics(shape, name, case.seed, case.params.scale)
     return data
+
+
+def topics(shape: tuple[int, ...], name: str, seed: int, scale: float | None = None) -> Tensor:
+    """What makes whole tiles of a softmax vanish: each run of queries or keys is about one of a few topics, and scores are high
+    (4 to 12) where the two are the same."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    scale = shape[-1] ** -0.5 if scale is None else scale
+    height, count = rng.uniform(4, 12), rng.choice([2, 3, 5])
+    run = {"query": rng.choice([64, 128, 128, 300]), "key": rng.choice([64, 100, 128, 128, 256])}[name]
+    directions = torch.nn.functional.normalize(torch.randn(count, shape[-1], generator=generator), dim=-1)
+    about = torch.randint(count, (2, -(-max(shape[-2], 1) // run)), generator=generator)[int(name == "key")]
+    sign = math.copysign(1.0, scale) if name == "key" else 1.0
+    found = directions[about.repeat_interleave(run)[: shape[-2]]] * sign * math.sqrt(height / abs(scale))
+    return found.to(DEVICE)
 
 
 def _side_effects(guarded: dict[str, Guarded]) -> list[str]:
@@ -471,14 +571,26 @@ def _varlen_faults(case: Case, rng: random.Random) -> list[str]:
         torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE) for lens in (q_lens, kv_lens)
     )
     q, k, v, out = (guarded[name].tensor for name in ("query", "key", "value", "out"))
-    params = case.params
+    params, tile = case.params, SKIP_TILE
+    pairs = [(b, *lens) for b, lens in enumerate(zip(_slices(q_lens), _slices(kv_lens), strict=True))]
+    if case.variant.skips:
+        packed = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
+        tile = skip_tile_of(_triton(), *packed, None, params, varlen=(case.batch, max(q_lens), max(kv_lens)))
+        margins = [
+            margins_of(q[:, :, rows], k[:, :, keys], None, params, None, tile).flatten()
+            for b, rows, keys in pairs
+            if q_lens[b] and kv_lens[b]
+        ]
+        if margins:
+            params = replace(params, skip_threshold=untied_threshold(torch.cat(margins), rng))
     result = attention_varlen(
         *(t[0].transpose(0, 1) for t in (q, k, v)), cu_q, cu_k, max(q_lens), max(kv_lens),
         is_causal=params.is_causal, bottom_right=params.bottom_right, window=(params.window_left, params.window_right),
         scale=params.scale, precision=params.precision, smoothing=params.smoothing, return_lse=True, out=out[0].transpose(0, 1),
+        skip_threshold=params.skip_threshold,
     )  # fmt: skip
     faults = []
-    for b, (rows, keys) in enumerate(zip(_slices(q_lens), _slices(kv_lens), strict=True)):
+    for b, rows, keys in pairs:
         if q_lens[b] == 0:
             continue
         got, lse = out[:, :, rows], result[1][None, :, rows]
@@ -486,9 +598,17 @@ def _varlen_faults(case: Case, rng: random.Random) -> list[str]:
             if got.count_nonzero() or not (lse == -math.inf).all():
                 faults.append(f"sequence {b} has no keys and is not 0")
             continue
-        found = disagreements(got, lse, q[:, :, rows], k[:, :, keys], v[:, :, keys], None, params)
+        found = disagreements(
+            got, lse, q[:, :, rows], k[:, :, keys], v[:, :, keys], None, params, skip_tile=tile
+        )
         faults += [f"sequence {b}: {text}" for text in found]
     return faults + _side_effects(guarded)
+
+
+def _triton() -> Kernel:
+    from sage_inductor import kernels
+
+    return kernels.get("triton")
 
 
 def _slices(lengths: list[int]) -> list[slice]:

@@ -3,8 +3,9 @@ from that on Hopper, and waits for the kernel in front (programmatic dependent l
 
     python tests/helpers/compile_offline.py 90 fast 128 none
     python tests/helpers/compile_offline.py 90 fast 128 none both float16
+    python tests/helpers/compile_offline.py 90 fast+skip=0.01 128 none
 
-Arguments: compute capability, precision, head dim, the mask: none, keys (bool, over keys), bias (float32, over
+Arguments: compute capability, precision (with a skip_threshold, as forms have it), head dim, the mask: none, keys (bool, over keys), bias (float32, over
 keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Behind them may stand the smoothing
 and the dtype ("mean" and "bfloat16" unless they are given). Several such lists are compiled one after the other, with "--"
 between them, and an empty line is printed between. A process of its own, because Triton's interpreter, which the tests run under,
@@ -32,6 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sage_inductor.kernels.base import AttentionParams, Segments
+from sage_inductor.kernels.forms import parts_of
 from sage_inductor.kernels.triton import launch
 
 KERNELS = (
@@ -114,7 +116,11 @@ def main(
     if mask_kind not in ("", "none"):
         queries = 256 if mask_kind == "queries" else 1
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
-    out, params = torch.empty_like(q), AttentionParams(precision=precision, smoothing=smoothing)
+    form = parts_of(precision)
+    out = torch.empty_like(q)
+    params = AttentionParams(
+        precision=form.precision, smoothing=smoothing, skip_threshold=form.skip_threshold
+    )
     call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
     call(q, k, v, mask, out, None, segments=segments)
 

@@ -653,7 +653,7 @@ def site_of(data: dict[str, Any]) -> dict[str, Any]:
             "not a plan: format='onnx' (valid: 'sage_inductor.plan')",
         ),
         (lambda data: data.clear(), "not a plan: format=None"),
-        (lambda data: data.update(version=2), "version=2 (valid: 1; made by a newer sage_inductor)"),
+        (lambda data: data.update(version=3), "version=3 (valid: 1, 2; made by a newer sage_inductor)"),
         (lambda data: data.update(version="1"), "version='1' (valid: an integer)"),
         (lambda data: data.pop("tolerance"), "tolerance is missing"),
         (lambda data: data.update(tolerance=True), "tolerance=True (valid: a finite number)"),

@@ -56,6 +56,7 @@ def calibrate_pipeline(
     metric: str = "rel_l2",
     effect: str = "none",
     config: Config | None = None,
+    skip: bool = False,
     progress: ProgressCallback | None = None,
     **call_arguments: Any,
 ) -> PipelineCalibration:
@@ -73,7 +74,7 @@ def calibrate_pipeline(
 
     Args:
         pipeline: a pipeline of diffusers, on the device and in the dtype in which it will run.
-        tolerance, metric, effect, config, progress: as for `sage_inductor.calibrate`. effect="none", the default, leaves out
+        tolerance, metric, effect, config, skip, progress: as for `sage_inductor.calibrate`. effect="none", the default, leaves out
             what each site does to the model's output, which takes a run of the model for each.
         ranges: how many ranges of steps decide by themselves. One step of each is measured, the first: of 28 steps and 4
             ranges 0, 7, 14 and 21.
@@ -116,7 +117,7 @@ def calibrate_pipeline(
         plans = {
             name: calibrate(
                 models[name], recorder.spread(ranges), tolerance=tolerance, metric=metric, effect=effect, config=config,
-                progress=progress,
+                skip=skip, progress=progress,
             )
             for name, recorder in recorders.items()
         }  # fmt: skip

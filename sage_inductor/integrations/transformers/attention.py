@@ -178,11 +178,11 @@ def _gradient_reasons(call: _Call, config: Config) -> list[str]:
         return []
     if call.sink is not None:
         return [reason("requires_grad", "output", "none beside an attention sink; torch.no_grad()")]
-    return (
-        []
-        if config.training
-        else [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
-    )
+    if not config.training:
+        return [reason("requires_grad", "output", "none; torch.no_grad() or training=True")]
+    if config.skip_threshold:
+        return [reason("skip_threshold", config.skip_threshold, "0 where gradients are wanted")]
+    return []
 
 
 def _quantised(call: _Call, config: Config) -> AttentionResult:
@@ -205,6 +205,8 @@ def _quantised(call: _Call, config: Config) -> AttentionResult:
         options["sink"] = call.sink
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value))
     operator = training.attention_training if wanted else inference.attention
+    if not wanted:
+        options["skip_threshold"] = config.skip_threshold
     out = operator(query, key, call.value, cast_as_sdpa(mask), is_causal, **options)
     return out.transpose(1, 2).contiguous(), None
 

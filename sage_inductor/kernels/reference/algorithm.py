@@ -14,6 +14,7 @@ that follows the same steps differs only by the rounding of exp2 and of the floa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
+from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept
+from sage_inductor.kernels.skipping import FULLY_MASKED, SKIP_TILE, SkipTile, log2_threshold
 from sage_inductor.kernels.smoothing import SAMPLES, VALUE_SAMPLES
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
@@ -35,18 +38,23 @@ E4M3_MAX = 448.0
 INT8_MAX = 127.0
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
 SCORES_AT_ONCE = 2**24  # float32 scores held at a time (64 MiB)
 
 
 @dataclass(frozen=True)
-class QuantizedKV:
-    """K and V of one call in the form the attention loop reads; integers and e4m3 values are held as
-    float32."""
+class QuantizedK:
+    """K of one call in the form the attention loop reads; integers are held as float32."""
 
     k: Tensor  # [batch, kv_heads, blocks * 128, head_dim], integers
     k_scale: Tensor  # [batch, kv_heads, blocks]
+    kv_len: int  # keys without the padding
     smoothing: Smoother  # what was done to K, and is to be done to Q
+
+
+@dataclass(frozen=True)
+class QuantizedKV(QuantizedK):
+    """K and V; e4m3 values are held as float32, too."""
+
     v: Tensor  # [batch, kv_heads, blocks * 128, value_head_dim]
     v_block: Tensor  # [batch, kv_heads, blocks]
     v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
@@ -64,51 +72,112 @@ def attention(
     precision: str = "fast",
     smoothing: str = "mean",
     segments: Segments | None = None,
+    skip_threshold: float = 0.0,
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> tuple[Tensor, Tensor]:
     """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
     `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
     `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`, and of them, with
-    `segments`, those of its own id. K and V have one mean for all segments: softmax sees neither.
+    `segments`, those of its own id. K and V have one mean for all segments: softmax sees neither. Tiles of `skip_tile` are left
+    out as kernels/skipping.py says; its keys divide 128.
 
     Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the
     natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
-    holds at most `SCORES_AT_ONCE` scores, or one row of every head where that is more.
+    holds at most `SCORES_AT_ONCE` scores, or one row (with a threshold: one tile's rows) of every head where that is more.
     """
-    kv_len = key.shape[2]
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:3], kv_len)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     kv = quantize_kv(key, value, precision, used_keys(attn_mask), smoothing, query)
     return attention_prequantized(
-        query, kv, kv_len, attn_mask, bounds=bounds, scale=scale, precision=precision, segments=segments
-    )
+        query, kv, attn_mask, bounds=bounds, scale=scale, precision=precision, segments=segments,
+        skip_threshold=skip_threshold, skip_tile=skip_tile,
+    )  # fmt: skip
 
 
 def attention_prequantized(
     query: Tensor,
     kv: QuantizedKV,
-    kv_len: int,
     attn_mask: Tensor | None = None,
     *,
     bounds: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
     precision: str = "fast",
     segments: Segments | None = None,
+    skip_threshold: float = 0.0,
+    skip_tile: SkipTile = SKIP_TILE,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` to `kv_len` keys that have been quantised. attn_mask has been expanded."""
+    """`attention` to keys that have been quantised. attn_mask has been expanded."""
     batch, heads, q_len, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = query.new_empty(batch, heads, q_len, kv.v.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
-    step = max(1, SCORES_AT_ONCE // max(1, batch * heads * kv.k.shape[2]))
+    at_least = skip_tile.rows if skip_threshold else 1
+    for start, x in _scores(query, kv, attn_mask, bounds, scale, segments, at_least):
+        rows = slice(start, start + x.shape[2])
+        left_out = None
+        if skip_threshold:
+            found = margins(x, skip_tile, start, bounds[1])
+            left_out = by_element(found < log2_threshold(skip_threshold), skip_tile, x)
+        out[:, :, rows], lse[:, :, rows] = _attend(query[:, :, rows], kv, x, scale, precision, left_out)
+    return out, lse
+
+
+def tile_margins(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    bounds: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    smoothing: str = "mean",
+    segments: Segments | None = None,
+    skip_tile: SkipTile = SKIP_TILE,
+) -> Tensor:
+    """How far each tile's largest score comes up to the running maximum (log2; the most of its rows): `attention` leaves out the
+    tiles below log2(skip_threshold). Arguments as there.
+
+    float32 `[batch, heads, tiles of queries, steps of keys]`: inf where a tile is kept whatever the threshold, -inf where none of
+    its rows sees a key, so that kernels need not look at it.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, heads, q_len, key.shape[2])
+    k = quantize_k(key, used_keys(attn_mask), smoothing, query)
+    scale = head_dim**-0.5 if scale is None else scale
+    scores = _scores(query, k, attn_mask, bounds, scale, segments, skip_tile.rows)
+    return torch.cat([margins(x, skip_tile, start, bounds[1]) for start, x in scores], 2)
+
+
+def _scores(
+    query: Tensor,
+    key: QuantizedK,
+    attn_mask: Tensor | None,
+    bounds: tuple[int | None, int | None],
+    scale: float,
+    segments: Segments | None,
+    at_least: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """(first query, scores) of some queries after others, a multiple of `at_least` at a time: float32
+    `[batch, heads, queries, blocks, 128]` in units of log2, -inf where a query does not see a key."""
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, blocks = key.k_scale.shape[1:]
+    padded_len = blocks * KEY_BLOCK
+    step = max(1, SCORES_AT_ONCE // max(1, batch * heads * padded_len) // at_least) * at_least
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
-        allowed, bias = _mask(attn_mask, bounds, start, stop, kv_len, kv.k.shape[2], query.device)
+        allowed, bias = _mask(attn_mask, bounds, start, stop, key.kv_len, padded_len, query.device)
         if segments is not None:
-            allowed = _within_segments(segments, allowed, start, stop, kv.k.shape[2])
-        chunk_out, chunk_lse = _attend(query[:, :, start:stop], kv, allowed, bias, scale, precision)
-        out[:, :, start:stop] = chunk_out
-        lse[:, :, start:stop] = chunk_lse
-    return out, lse
+            allowed = _within_segments(segments, allowed, start, stop, padded_len)
+        q, q_scale = quantize_query(key.smoothing.query(query[:, :, start:stop]), scale)
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads * (stop - start), head_dim)
+        scores = (grouped @ key.k.mT).view(batch, heads, stop - start, blocks, KEY_BLOCK)
+        k_scale = key.k_scale.repeat_interleave(heads // kv_heads, 1)[:, :, None]
+        x = scores * (q_scale * k_scale)[..., None]
+        if bias is not None:
+            x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK)
+        if allowed is not None:
+            x = x.masked_fill(~allowed.view(*allowed.shape[:3], blocks, KEY_BLOCK), -math.inf)
+        yield start, x
 
 
 def quantize_query(query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -129,6 +198,22 @@ def used_keys(attn_mask: Tensor | None) -> Tensor | None:
     return row if row.dtype == torch.bool else row != -math.inf
 
 
+def quantize_k(
+    key: Tensor, used: Tensor | None = None, smoothing: str = "mean", query: Tensor | None = None
+) -> QuantizedK:
+    """Smooth and quantise K in blocks of 128 keys padded with zeros.
+
+    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count, and are 0 in 8
+    bits. `query`, of all heads, has to be there where `smoothing` evens its channels with K's.
+    """
+    unused = None if used is None else ~used[:, None, :, None]
+    smooth = smoothing_of(key, smoothing, query, used)
+    blocks = _blocked(_without(unused, smooth.key(key)))
+    scale = _scale_for(blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
+    k = torch.nan_to_num((blocks / scale).round())
+    return QuantizedK(k.flatten(2, 3), scale[..., 0, 0], key.shape[2], smooth)
+
+
 def quantize_kv(
     key: Tensor,
     value: Tensor,
@@ -137,22 +222,14 @@ def quantize_kv(
     smoothing: str = "mean",
     query: Tensor | None = None,
 ) -> QuantizedKV:
-    """Smooth and quantise K, and V for `precision`, in blocks of 128 keys padded with zeros.
-
-    `used`, bool `[batch, kv_len]`: the keys that a mask over keys leaves; the others do not count, and are 0 in 8
-    bits. `query`, of all heads, has to be there where `smoothing` evens its channels with K's.
-    """
+    """`quantize_k`, and V for `precision` in the same blocks."""
+    quantized = quantize_k(key, used, smoothing, query)
     unused = None if used is None else ~used[:, None, :, None]
-    smooth = smoothing_of(key, smoothing, query, used)
-    k_blocks = _blocked(_without(unused, smooth.key(key)))
-    k_scale = _scale_for(k_blocks.abs().amax((3, 4), keepdim=True), INT8_MAX)
-    k = torch.nan_to_num((k_blocks / k_scale).round())
-
     if precision == "accurate":
         v_channel = value.new_ones(*value.shape[:2], 1, value.shape[-1], dtype=torch.float32)
         v_mean = torch.zeros_like(v_channel)
         v = _blocked(value.to(_pv_dtype(value.dtype)).float())
-        v_block = torch.ones_like(k_scale)
+        v_block = torch.ones_like(v[..., :1, :1])
     else:
         rows, weight = _sample(VALUE_SAMPLES, value.shape[0], value.shape[2], used, value.device)
         sample = _sampled(value, rows)
@@ -182,7 +259,7 @@ def quantize_kv(
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(
-        k.flatten(2, 3), k_scale[..., 0, 0], smooth, v.flatten(2, 3), v_block[..., 0, 0], v_channel, v_mean
+        **vars(quantized), v=v.flatten(2, 3), v_block=v_block[..., 0, 0], v_channel=v_channel, v_mean=v_mean
     )
 
 
@@ -219,26 +296,24 @@ def _sampled(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _attend(
-    query: Tensor, kv: QuantizedKV, allowed: Tensor | None, bias: Tensor | None, scale: float, precision: str
+    query: Tensor,
+    kv: QuantizedKV,
+    x: Tensor,
+    scale: float,
+    precision: str,
+    left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of some queries over all keys: what an online softmax over 128-key blocks computes."""
-    batch, heads, rows, head_dim = query.shape
-    kv_heads, blocks = kv.k_scale.shape[1:]
+    """Output and LSE of some queries, of which `x` has the scores, over all keys: what an online softmax over 128-key blocks
+    computes. `left_out`: what lies in tiles that it leaves out, bool of the same shape."""
+    batch, heads, rows, blocks, _ = x.shape
+    kv_heads = kv.k_scale.shape[1]
     groups = heads // kv_heads
-    q, q_scale = quantize_query(kv.smoothing.query(query), scale)
 
     def per_query_head(x: Tensor) -> Tensor:  # [batch, kv_heads, blocks] -> [batch, heads, 1, blocks]
         return x.repeat_interleave(groups, 1)[:, :, None]
 
-    scores = (q.reshape(batch, kv_heads, groups * rows, head_dim) @ kv.k.mT).view(
-        batch, heads, rows, blocks, KEY_BLOCK
-    )
-    x = scores * (q_scale * per_query_head(kv.k_scale))[..., None]
-    if bias is not None:
-        x = x + bias.view(*bias.shape[:3], blocks, KEY_BLOCK)
-    if allowed is not None:
-        x = x.masked_fill(~allowed.view(*allowed.shape[:3], blocks, KEY_BLOCK), -math.inf)
-
+    if left_out is not None:
+        x = x.masked_fill(left_out, -math.inf)
     block_max = x.amax(-1).clamp(min=FULLY_MASKED)
     running_max = block_max.cummax(-1).values
     final_max = running_max[..., -1:]
@@ -257,8 +332,12 @@ def _attend(
         p = p.to(_pv_dtype(query.dtype)).float()
     weight = weight * per_query_head(kv.v_block)
 
-    weighted = (p * weight[..., None]).view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK)
-    out = (weighted @ kv.v).view(batch, heads, rows, -1)
+    weighted = p * weight[..., None]
+    if left_out is None:
+        out = weighted.view(batch, kv_heads, groups * rows, blocks * KEY_BLOCK) @ kv.v
+    else:
+        out = product_of_kept(weighted, left_out, kv.v)
+    out = out.view(batch, heads, rows, -1)
     out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1) + kv.v_mean.repeat_interleave(groups, 1)
     masked_out = row_sum == 0
     out = torch.where(masked_out, 0.0, out)

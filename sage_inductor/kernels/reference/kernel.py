@@ -23,6 +23,7 @@ class ReferenceKernel(Kernel):
     takes_segments = True
     prequantizes = True
     smoothings = tuple(SMOOTHINGS)
+    skips = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         return []
@@ -48,6 +49,7 @@ class ReferenceKernel(Kernel):
             precision=params.precision,
             smoothing=params.smoothing,
             segments=segments,
+            skip_threshold=params.skip_threshold,
         )
         out.copy_(result)
         if lse is not None:
@@ -78,7 +80,6 @@ class ReferenceKernel(Kernel):
             result, result_lse = reference.attention_prequantized(
                 query,
                 key_value.unpack(packed, form, kv_len),
-                kv_len,
                 bounds=params.bounds(query.shape[2], kv_len),
                 scale=params.scale,
                 precision=params.precision,

@@ -60,5 +60,5 @@ def unpack(packed: Tensor, form: KeyValueForm, kv_len: int) -> QuantizedKV:
     scales = (parts[name][:, :, :blocks] for name in ("key_scale", "value_scale"))
     key_scale, value_scale = scales
     return QuantizedKV(
-        key, key_scale, smoothing, value, value_scale, parts["value_channel"], parts["value_mean"]
+        key, key_scale, kv_len, smoothing, value, value_scale, parts["value_channel"], parts["value_mean"]
     )

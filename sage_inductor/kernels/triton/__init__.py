@@ -26,6 +26,7 @@ from ..base import (
 from ..cache import Cache
 from ..device import capability, capability_reasons, has_gpu, interpreted
 from ..key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
+from ..skipping import threshold_problem, unmeasured_skipping
 from ..smoothing import SMOOTHINGS
 from .crossover import slower_than_sdpa
 
@@ -54,6 +55,7 @@ class TritonKernel(Kernel):
     takes_segments: ClassVar[bool] = True
     prequantizes: ClassVar[bool] = True
     smoothings: ClassVar[Collection[str]] = tuple(SMOOTHINGS)
+    skips: ClassVar[bool] = True
 
     def unavailable_reasons(self, device: torch.device | None = None) -> list[str]:
         if find_spec("triton") is None:
@@ -101,7 +103,7 @@ class TritonKernel(Kernel):
         reasons = []
         if problem.query_segments is not None:
             reasons.append('segments (not measured yet: by tune="measure", or kernel="triton")')
-        return reasons
+        return reasons + unmeasured_skipping(problem, self.name)
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
         if unmeasured := self.unmeasured_reasons(problem):
@@ -183,6 +185,7 @@ def attention_varlen(
     smoothing: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
+    skip_threshold: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of several sequences of different lengths, packed one after another.
 
@@ -190,8 +193,8 @@ def attention_varlen(
     value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
     and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
     `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K and V are smoothed and quantised
-    per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right` and `window` (left, right; negative: no bound) as in
-    `AttentionParams`.
+    per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right`, `window` (left, right; negative: no bound) and
+    `skip_threshold` as in `AttentionParams`.
 
     Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with
     `return_lse` the natural-log LSE, fp32 `[heads, total_q]`. Rows that belong to no sequence are left as
@@ -203,12 +206,13 @@ def attention_varlen(
         value.shape, value.stride(), value.dtype, value.device,
         cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.shape, cu_seqlens_k.dtype,
         max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, smoothing, return_lse,
+        skip_threshold,
         None if out is None else (out.shape, out.stride(), out.dtype),
     )  # fmt: skip
     call = _varlen_calls.get(kind)
     shape = (*query.shape[:2], value.shape[-1])
     if call is None:
-        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing)
+        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing, skip_threshold)
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
     given = out is not None
@@ -221,7 +225,9 @@ def attention_varlen(
         if call is None:
             from .launch import TritonAttention
 
-            params = AttentionParams(is_causal, bottom_right, *window, scale, precision, smoothing)
+            params = AttentionParams(
+                is_causal, bottom_right, *window, scale, precision, smoothing, skip_threshold
+            )
             varlen = cu_seqlens_k.shape[0] - 1, max_seqlen_q, max_seqlen_k
             call = _varlen_calls.keep(
                 kind, TritonAttention(query, key, value, None, params, out, lse, varlen=varlen)
@@ -243,6 +249,7 @@ def _check_varlen(
     cu_seqlens_k: Tensor,
     precision: str,
     smoothing: str,
+    skip_threshold: float,
 ) -> None:
     problems = []
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
@@ -259,6 +266,8 @@ def _check_varlen(
         problems.append(reason("cu_seqlens dtype", (cu_seqlens_q.dtype, cu_seqlens_k.dtype), torch.int32))
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         problems.append("cu_seqlens_q and cu_seqlens_k must be [batch + 1]")
+    if problem := threshold_problem(skip_threshold):
+        problems.append(problem)
     if smoothing not in SMOOTHINGS:
         problems.append(reason("smoothing", smoothing, SMOOTHINGS))
     if precision not in MIN_CAPABILITY:

@@ -130,6 +130,90 @@ def _add_mask(
 
 
 @triton.jit
+def _add_block(
+    acc0,
+    acc1,
+    total,
+    row_max,
+    reference,
+    unit,
+    x,
+    scale,
+    block_max,
+    new_unit,
+    v0,
+    v1,
+    v_tile0,
+    v_tile1,
+    key,
+    value_row,
+    value,
+    value_pitch,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY_V: tl.constexpr,
+    TMA: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The softmax of one block of keys and its product with V: `_attend_blocks` has computed its scores, `x` times `scale`, and
+    their maxima. V is read here unless it was (EARLY_V)."""
+    new_max = tl.maximum(row_max, block_max)
+    if PRECISION == "balanced":
+        new_reference = tl.maximum(block_max, new_max - _REFERENCE_RANGE)
+        # Rounded up by an ulp, so that P never exceeds 127, which would wrap around.
+        shift = new_reference - _LOG2_127 + tl.minimum(tl.abs(new_reference), 1.0e6) * 1.2e-7
+    elif PRECISION == "fast":
+        new_reference = new_max
+        shift = new_max - _LOG2_448
+    else:
+        new_reference = new_max
+        shift = new_max
+    row_max = new_max
+    x = x.to(tl.float32)
+    p = exp2(x * scale[:, None] - shift[:, None], PTX)
+    drop = reference - new_reference
+    reference = new_reference
+    rescale = exp2(drop, PTX)
+    total = total * rescale + tl.sum(p, 1)
+    if not EARLY_V:
+        v0, v1 = _load_v(
+            v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
+        )
+    if PRECISION == "accurate":
+        p16 = to_float(p, v0.dtype, PTX)
+        acc0 = dot_float(p16, v0, acc0 * rescale[:, None], PTX)
+        if DV1 > 0:
+            acc1 = dot_float(p16, v1, acc1 * rescale[:, None], PTX)
+    else:
+        rescale = exp2(drop + (unit - new_unit), PTX)
+        unit = new_unit
+        p = _permute_keys(p, BLOCK_M, BLOCK_N)
+        # Each block's product is computed by itself, and then added: tensor cores add products of 8-bit floats with few
+        # bits, and over a long sequence in one accumulator that shows.
+        if PRECISION == "fast":
+            p8 = to_float8(p, PTX)
+            acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0)
+            if DV1 > 0:
+                acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1)
+        else:
+            p8 = pack_to_int8(p, PTX)
+            acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0, out_dtype=tl.int32).to(tl.float32)
+            if DV1 > 0:
+                acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1, out_dtype=tl.int32).to(tl.float32)
+    return acc0, acc1, total, row_max, reference, unit
+
+
+@triton.jit
+def _counts(block_max, row_max, skip_below):
+    """Whether a block of keys counts for some row: its maximum does not lie below the row's by `skip_below` (negative). So does
+    one that is NaN."""
+    return tl.max(tl.where(block_max - row_max < skip_below, 0, 1), 0) > 0
+
+
+@triton.jit
 def _attend_blocks(
     acc0,
     acc1,
@@ -165,6 +249,8 @@ def _attend_blocks(
     mask_block0,
     own_ids,
     k_ids,
+    skip_below,
+    kept_from,
     D0: tl.constexpr,
     D1: tl.constexpr,
     DV0: tl.constexpr,
@@ -179,10 +265,14 @@ def _attend_blocks(
     KEY_MASK: tl.constexpr,
     MASK_BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SKIP: tl.constexpr,
     TMA: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Attend to key blocks begin..end.
+
+    With SKIP, a block before `kept_from` whose maximum lies further than `skip_below` (negative, log2) below the running one in
+    every row is left out, as if its keys were masked.
 
     The accumulators are in the unit 2**(unit - reference), `total`, the softmax denominator, in 2**-reference. In "fast" and
     "accurate" `reference` is the running maximum, `row_max`, itself.
@@ -190,6 +280,7 @@ def _attend_blocks(
     for block in tl.range(begin, end):
         slot = block * BLOCK_N // _KEY_BLOCK
         scale = q_scale * load_uniform(k_scale + slot, PTX)
+        new_unit = None
         if PRECISION != "accurate":
             new_unit = load_uniform(v_scale + slot, PTX)
         key = key_row + block * BLOCK_N
@@ -201,8 +292,11 @@ def _attend_blocks(
             )
         # V is read here, before it is used. Waiting for a tile is a barrier: it costs least here, where the warps stand together
         # anyway, and ptxas orders the softmax better without a barrier after it. Without TMA the tile would take registers
-        # from here on; two tiles, or more than 128 channels, leave too few registers.
-        EARLY_V: tl.constexpr = TMA and DV1 == 0 and DV0 <= 128
+        # from here on; two tiles, or more than 128 channels, leave too few registers. With SKIP it is not known yet whether V is
+        # read.
+        EARLY_V: tl.constexpr = TMA and DV1 == 0 and DV0 <= 128 and not SKIP
+        v0 = None
+        v1 = None
         if EARLY_V:
             v0, v1 = _load_v(
                 v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
@@ -247,50 +341,18 @@ def _attend_blocks(
         else:
             # The maximum is taken of the integers, which is cheaper; the whole row has one scale.
             block_max = tl.max(s, 1).to(tl.float32) * scale
-        new_max = tl.maximum(row_max, block_max)
-        if PRECISION == "balanced":
-            new_reference = tl.maximum(block_max, new_max - _REFERENCE_RANGE)
-            # Rounded up by an ulp, so that P never exceeds 127, which would wrap around.
-            shift = new_reference - _LOG2_127 + tl.minimum(tl.abs(new_reference), 1.0e6) * 1.2e-7
-        elif PRECISION == "fast":
-            new_reference = new_max
-            shift = new_max - _LOG2_448
+            x = s
+        if SKIP:
+            if (block >= kept_from) | _counts(block_max, row_max, skip_below):
+                acc0, acc1, total, row_max, reference, unit = _add_block(
+                    acc0, acc1, total, row_max, reference, unit, x, scale, block_max, new_unit, v0, v1, v_tile0, v_tile1,
+                    key, value_row, value, value_pitch, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, EARLY_V, TMA, PTX,
+                )  # fmt: skip
         else:
-            new_reference = new_max
-            shift = new_max
-        row_max = new_max
-        if not MASKED:
-            x = s.to(tl.float32)
-        p = exp2(x * scale[:, None] - shift[:, None], PTX)
-        drop = reference - new_reference
-        reference = new_reference
-        rescale = exp2(drop, PTX)
-        total = total * rescale + tl.sum(p, 1)
-        if not EARLY_V:
-            v0, v1 = _load_v(
-                v_tile0, v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_N, PRECISION, TMA
-            )
-        if PRECISION == "accurate":
-            p16 = to_float(p, v0.dtype, PTX)
-            acc0 = dot_float(p16, v0, acc0 * rescale[:, None], PTX)
-            if DV1 > 0:
-                acc1 = dot_float(p16, v1, acc1 * rescale[:, None], PTX)
-        else:
-            rescale = exp2(drop + (unit - new_unit), PTX)
-            unit = new_unit
-            p = _permute_keys(p, BLOCK_M, BLOCK_N)
-            # Each block's product is computed by itself, and then added: tensor cores add products of 8-bit floats with few
-            # bits, and over a long sequence in one accumulator that shows.
-            if PRECISION == "fast":
-                p8 = to_float8(p, PTX)
-                acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0)
-                if DV1 > 0:
-                    acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1)
-            else:
-                p8 = pack_to_int8(p, PTX)
-                acc0 = acc0 * rescale[:, None] + tl.dot(p8, v0, out_dtype=tl.int32).to(tl.float32)
-                if DV1 > 0:
-                    acc1 = acc1 * rescale[:, None] + tl.dot(p8, v1, out_dtype=tl.int32).to(tl.float32)
+            acc0, acc1, total, row_max, reference, unit = _add_block(
+                acc0, acc1, total, row_max, reference, unit, x, scale, block_max, new_unit, v0, v1, v_tile0, v_tile1,
+                key, value_row, value, value_pitch, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, EARLY_V, TMA, PTX,
+            )  # fmt: skip
     return acc0, acc1, total, row_max, reference, unit
 
 
@@ -359,6 +421,7 @@ def attention_kernel(
     stride_mn,
     mask_batch,
     mask_heads,
+    skip_bound,
     OUT_ALIGN: tl.constexpr,
     MASK_ALIGN: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -371,6 +434,7 @@ def attention_kernel(
     SEGMENTS: tl.constexpr,
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    SKIP: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -388,7 +452,8 @@ def attention_kernel(
     Query i attends to keys i + low .. i + high. MASK is 0 for none, 1 for bool, 2 for additive. With MASK_BLOCKS,
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
     head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, and their ranges (segments.py); it goes
-    with neither MASK_BLOCKS nor VARLEN.
+    with neither MASK_BLOCKS nor VARLEN. With SKIP, `skip_bound` is the logarithm (base 2) of the threshold below which blocks of
+    keys are left out.
 
     Strides of out but the last come in units of OUT_ALIGN elements. Strides of mask but the last come in units of
     MASK_ALIGN, which divides kv_len, too. In a varlen call q_len and kv_len are the longest lengths.
@@ -489,6 +554,15 @@ def attention_kernel(
             k_range, batch * k_blocks, full_begin, full_end, least_id, largest_id
         )
 
+    skip_below = rows
+    kept_from = 0
+    if SKIP:
+        # Rows beyond the last query have no say. Of the band's diagonal every block is kept.
+        skip_below = tl.where(rows < q_len, skip_bound, float("inf"))
+        kept_from = end
+        if HAS_HIGH:
+            kept_from = tl.maximum(first_row + high + 1, 0) // BLOCK_N
+
     mask_end = kv_len // MASK_ALIGN * MASK_ALIGN
     if MASK != 0:
         stride_mm = stride_mm.to(tl.int64) * MASK_ALIGN
@@ -512,27 +586,27 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
         )  # fmt: skip
     if MASK == 0 or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
         )  # fmt: skip
 
     seen = tl.where(total == 0, 0.0, 1.0)  # a row that attends to nothing is 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
+from ..skipping import log2_threshold
 from ..smoothing import SMOOTHINGS, smoothing_of_kernel
 from .attention import attention_kernel
 from .configs import LaunchConfig
@@ -331,11 +332,13 @@ class TritonAttention:
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
                 *out_strides, *lse_strides, *mask.units, mask.batch, mask.heads,
+                log2_threshold(params.skip_threshold),
             ),
             specialized=(out_strides[3], mask.units[3]),
             variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
                 mask.over_keys, mask.skip_blocks, mask.by_blocks, self.has_segments, varlen, lse is not None,
+                params.skip_threshold > 0,
             ),
             constants=plan.attention,
             index=self.index,

@@ -252,7 +252,7 @@ def _site(index: int, name: str, site: Site, depth: int, look: Look) -> str:
         "key": site.key,
         "value": site.value,
         "mask": site.mask,
-        "precision": site.precision,
+        "precision": site.form,
     }
     listed = "".join(f"<dt>{term}</dt><dd>{escape(str(fact))}</dd>" for term, fact in facts.items())
     if site.reasons:

@@ -1,0 +1,58 @@
+"""Which tiles the oracle leaves out (kernels/skipping.py), and its product with V without them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_inductor.kernels.skipping import FULLY_MASKED, LEAST_STEP, SkipTile, log2_threshold
+
+
+def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
+    """How far each tile's largest score comes up to the running maximum, the most of its rows; inf where it is kept whatever the
+    threshold, -inf where no row sees a key of it.
+
+    x: float32 `[batch, heads, queries, blocks, 128]`, the scores (log2) of queries from `start` on, which begin a tile. Query i
+    sees keys up to i + high. The result is `[batch, heads, tiles of queries, steps of keys]`.
+    """
+    largest = x.flatten(3).unflatten(3, (-1, tile.keys)).amax(-1)
+    so_far = largest.clamp(min=FULLY_MASKED).cummax(-1).values
+    so_far = F.pad(so_far[..., :-1], (1, 0), value=FULLY_MASKED)
+    found = torch.nan_to_num(largest - so_far, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    found = F.pad(found, (0, 0, 0, -x.shape[2] % tile.rows), value=-math.inf)
+    found = found.unflatten(2, (-1, tile.rows)).amax(3)
+    if high is not None:
+        first = start + torch.arange(found.shape[2], device=x.device)[:, None] * tile.rows
+        kept_from = (first + high + 1).clamp(min=0) // tile.keys
+        kept = torch.arange(found.shape[3], device=x.device) >= kept_from
+        found = torch.where(kept & (found > -math.inf), math.inf, found)
+    return found
+
+
+def skipped_share(margins: Tensor, skip_threshold: float) -> float:
+    """The share of tiles that a threshold leaves out, of those with a key that some row sees."""
+    seen = margins > -math.inf
+    left_out = seen & (margins < log2_threshold(skip_threshold))
+    return int(left_out.sum()) / max(int(seen.sum()), 1)
+
+
+def by_element(tiles: Tensor, tile: SkipTile, x: Tensor) -> Tensor:
+    """What holds for tiles `[batch, heads, tiles of queries, steps of keys]`, for each of the scores `x` (as in `margins`)."""
+    rows = tiles.repeat_interleave(tile.rows, 2)[:, :, : x.shape[2]]
+    return rows.repeat_interleave(tile.keys, 3).view(x.shape)
+
+
+def product_of_kept(weighted: Tensor, left_out: Tensor, v: Tensor) -> Tensor:
+    """The weights `[batch, heads, rows, blocks, 128]` times V `[batch, kv_heads, blocks * 128, dim]`, as
+    `[batch, kv_heads, rows of all heads of a group, dim]`. What is not finite in V shows only in rows that do not leave it out."""
+    batch, kv_heads, padded_len, dim = v.shape
+    steps = batch, kv_heads, -1, padded_len // LEAST_STEP, LEAST_STEP
+    parts, kept = weighted.masked_fill(left_out, 0.0).reshape(steps), ~left_out.reshape(steps)[..., :1]
+    out = weighted.new_zeros(*parts.shape[:3], dim)
+    for step in range(padded_len // LEAST_STEP):
+        product = parts[..., step, :] @ v[:, :, step * LEAST_STEP : (step + 1) * LEAST_STEP]
+        out += torch.where(kept[..., step, :], product, 0.0)
+    return out

@@ -1,0 +1,69 @@
+"""What softmax makes nothing of, and kernels leave out: `skip_threshold`.
+
+A kernel computes attention tile by tile: some rows of queries, a block of keys. When it has the scores of a tile it knows each
+row's largest there, and the largest that the row has met so far (the running maximum of the online softmax). Where
+
+    exp(largest here - largest so far) < skip_threshold        for every row of the tile
+
+no weight of the tile can reach skip_threshold of the largest one, and the tile is left out: no exponential, no row sum, no
+product with V, and V is not read where the kernel can help it. Source: BLASST (arXiv:2512.12087), which TensorRT-LLM has as
+skip-softmax attention.
+
+- Key blocks come in the order in which the kernel visits them, which is ascending, so that the running maximum is that of the
+  keys in front.
+- The first block that a row sees is kept, because nothing is in front of it. Blocks that the upper edge of a band cuts (the
+  diagonal of a causal mask) are kept always.
+- A row that sees no key of the tile, by a mask, a window or segments, has no say; nor have rows behind the last query.
+- The log-sum-exp is that of the weights that were summed.
+- NaN in Q or K keeps a tile. NaN or infinity in V of a tile that is left out shows nowhere.
+
+What it costs in accuracy depends on how many tiles are left out, so on the length too: for the same share, published thresholds
+fall with the number of keys. `calibrate(skip=True)` measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from sage_inductor.kernels.base import AttentionProblem
+
+FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
+LEAST_STEP = 64  # the fewest keys that a kernel takes at a time
+MOST = 1.0  # a threshold is below it: at 1 a tile whose maximum equals the running one would be left out
+
+
+class SkipTile(NamedTuple):
+    """The rows that decide together, and the keys that they decide about."""
+
+    rows: int = 64
+    keys: int = 128  # a multiple of LEAST_STEP that divides 128
+
+
+SKIP_TILE = SkipTile()
+
+LADDER = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+"""The thresholds that calibration tries, the largest first."""
+
+
+def threshold_problem(value: object) -> str | None:
+    """Why `value` is no skip_threshold; None where it is one."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < MOST
+    return (
+        None
+        if number
+        else f"skip_threshold={value!r} (valid: a number from 0, which leaves nothing out, to below 1)"
+    )
+
+
+def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
+    """Why the measurements shipped with a kernel say nothing about `problem`: nothing is left out in them."""
+    threshold = problem.params.skip_threshold
+    if not threshold:
+        return []
+    return [f'skip_threshold={threshold:g} (not measured yet: by tune="measure", or kernel="{kernel}")']
+
+
+def log2_threshold(skip_threshold: float) -> float:
+    """The distance below the running maximum, in units of log2, from which on nothing counts; -inf where nothing is left out."""
+    return math.log2(skip_threshold) if skip_threshold > 0 else -math.inf

@@ -1,0 +1,129 @@
+"""skip_threshold on its way from the caller to a kernel: sage_attention, the operators, Config, the rewritten graph."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sage_inductor
+from sage_inductor import Config, NotEligibleError, explain, sage_attention
+from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.testing import RewritingBackend
+
+THRESHOLD = 0.05
+
+
+def planted(heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Two blocks of keys of which each query is about one."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 256, 16) for _ in range(3))
+    topic = F.one_hot(torch.arange(256) // 128, 16)
+    return 0.5 * q + 5 * topic, 0.5 * k + 5 * topic, v
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
+    return reference.attention(q, k, v, precision="fast", skip_threshold=threshold)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    found = planted()
+    assert not torch.equal(expected(*found)[0], expected(*found, 0.0)[0])
+    return found
+
+
+@torch.no_grad()
+def test_sage_attention_hands_it_to_the_kernel(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    options: dict[str, Any] = {"kernel": "reference", "precision": "fast", "skip_threshold": THRESHOLD}
+    out, lse = sage_attention(*inputs, **options, return_lse=True)
+    for got, wanted in zip((out, lse), expected(*inputs), strict=True):
+        assert torch.equal(got, wanted)
+    buffer = torch.empty_like(out)
+    assert sage_attention(*inputs, **options, out=buffer) is buffer and torch.equal(buffer, out)
+    # A call of the same kind but for the threshold is another one.
+    assert not torch.equal(sage_attention(*inputs, **{**options, "skip_threshold": 0.0}), out)
+    compiled = torch.compile(
+        lambda q, k, v: sage_attention(q, k, v, **options), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*inputs), out)
+
+
+@torch.no_grad()
+def test_operators_take_it_last_and_without_it_are_what_they_were(
+    inputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    for op in (
+        torch.ops.sage_inductor.attention.default,
+        torch.ops.sage_inductor.attention.out,
+        torch.ops.sage_inductor.attention_lse.default,
+    ):
+        last = op._schema.arguments[-1]
+        assert (last.name, last.default_value) == ("skip_threshold", 0.0)
+    assert "skip_threshold" not in str(torch.ops.sage_inductor.attention_training.default._schema)
+    kernel = {"kernel_name": "reference", "precision": "fast"}
+    old = torch.ops.sage_inductor.attention(*inputs, **kernel)
+    assert torch.equal(old, expected(*inputs, 0.0)[0])
+    arguments = (*inputs, None, False), {**kernel, "skip_threshold": THRESHOLD}
+    torch.library.opcheck(torch.ops.sage_inductor.attention.default, *arguments)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5, math.nan])
+def test_values_that_are_no_threshold(inputs: tuple[Tensor, Tensor, Tensor], value: float) -> None:
+    message = r"skip_threshold=\S+ \(valid: a number from 0"
+    with pytest.raises(ValueError, match=message):
+        sage_attention(*inputs, kernel="reference", skip_threshold=value)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        torch.ops.sage_inductor.attention(*inputs, kernel_name="reference", skip_threshold=value)
+    with pytest.raises(ValueError, match=message):
+        Config(skip_threshold=value)
+    with pytest.raises(ValueError, match=message):
+        sage_inductor.backends.SageAttentionBackend.get_impl_cls()(2, 64, False, None, skip_threshold=value)
+
+
+def test_values_of_other_types() -> None:
+    with pytest.raises(TypeError, match="skip_threshold='0.1'"):
+        Config(skip_threshold="0.1")  # type: ignore[arg-type]
+    assert repr(Config(skip_threshold=0)) == repr(Config())
+
+
+def test_kernels_that_leave_out_nothing(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    with pytest.raises(NotEligibleError, match=r"skip_threshold=0.05 \(supported: 0\)"):
+        sage_attention(*inputs, kernel="sageattention", skip_threshold=THRESHOLD)
+    with pytest.raises(NotEligibleError, match=r"skip_threshold=0.05 \(supported: 0\)"):
+        sage_inductor.backends.SageAttentionBackend.get_impl_cls()(
+            2, 64, False, None, kernel="hopper", skip_threshold=THRESHOLD
+        )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.no_grad()
+def test_a_rewritten_graph_has_it(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    config = Config(kernel="reference", precision="fast", skip_threshold=THRESHOLD)
+    backend = RewritingBackend(config)
+    assert torch.equal(torch.compile(attend, backend=backend)(*inputs), expected(*inputs)[0])
+    report = explain(attend, *inputs, config=config)
+    assert report.sites[0].skip_threshold == THRESHOLD
+    assert "reference fast, skip_threshold=0.05" in " ".join(str(report).split())
+    assert "fast, skip_threshold=0.05" in report.to_html()
+
+
+def test_training_refuses_it(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    config = Config(kernel="reference", precision="fast", training=True, skip_threshold=THRESHOLD)
+    q, k, v = inputs
+    (site,) = explain(attend, q.requires_grad_(), k, v, config=config).sites
+    assert site.reasons == ("skip_threshold=0.05 (supported: 0 where gradients are wanted)",)
+
+
+def test_inputs_that_need_gradients_get_exact_attention(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v = inputs
+    out = sage_attention(q.requires_grad_(), k, v, skip_threshold=THRESHOLD)
+    torch.testing.assert_close(out, attend(q, k, v))
+    assert isinstance(out, Tensor) and out.requires_grad

@@ -26,6 +26,7 @@ KERNELS = (
     "attention",
     "combine",
     "quantize",
+    "evened",
     "statistics",
     "mask_blocks",
     "segments",

@@ -15,7 +15,6 @@ from sage_inductor.kernels.smoothing import (
     SAMPLES,
     SMOOTHINGS,
     rotation,
-    smoothing_of_kernel,
 )
 
 
@@ -36,7 +35,6 @@ class Smoother:
         the keys. Raises ValueError for an unknown `name`."""
         if name not in SMOOTHINGS:
             raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
-        name = smoothing_of_kernel(name, SMOOTHINGS)
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:

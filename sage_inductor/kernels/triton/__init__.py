@@ -182,7 +182,7 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     precision: str = "fast",
-    smoothing: str = "auto",
+    smoothing: str = "mean",
     return_lse: bool = False,
     out: Tensor | None = None,
     skip_threshold: float = 0.0,

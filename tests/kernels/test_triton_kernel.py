@@ -792,25 +792,25 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
     before += ["segments_kernel"] if mask.startswith("segments") else []
-    assert names == [*before, "statistics_kernel", "quantize_kernel", "attention_kernel"]
+    # V keeps 16 bits and is copied beside the statistics, or is rounded by itself.
+    evened = [] if smoothing == "mean" else ["evened_kernel"]
+    quantize = ["quantize_kernel"] if smoothing == "mean" or "accurate" not in precision else []
+    assert names == [*before, "statistics_kernel", *evened, *quantize, "attention_kernel"]
     # Of some 2,000 instructions. Triton 3.8 allocates registers worse than the versions before and after it.
     spills = {("3.8", "fast", 64, "keys"): 3, ("3.8", "fast", 128, "queries"): 12}.get(
         (version, precision, head_dim, mask), 0
     )
     assert len(kernels[-1].get("spills_in_loop", [])) <= spills
     assert capability == 80 or "spills_in_loop" in kernels[-1]
-    allowed = {"attention_kernel": 8 * spills}
-    if "skip" in precision:
-        allowed["attention_kernel"] = 8  # outside the loop
+    allowed = {"attention_kernel": max(8, 8 * spills), "statistics_kernel": 8}  # outside the loop
     if version == "3.6":
         # Held to 80 registers, for three programs on an SM.
         allowed |= {"statistics_kernel": 24, "quantize_kernel": 24}
-    if smoothing == "both":
-        allowed |= {"quantize_kernel": 24}  # held to 96, for two
+    allowed["evened_kernel"] = 56  # held to 128, for 16 warps, and outside the loop
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
     waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]
-    assert waits == [False, capability >= 90, capability >= 90]
+    assert waits == [False, *[capability >= 90] * (len(waits) - 1)]
 
 
 # --------------------------------------------------------------------------------------------------- random

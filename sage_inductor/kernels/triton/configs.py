@@ -133,10 +133,14 @@ def _masked_config(
     return LaunchConfig(block_n=128 if wide else 64, num_warps=8)
 
 
-def quantize_config(head_dim: int) -> LaunchConfig:
+def quantize_config(capability: tuple[int, int], head_dim: int) -> LaunchConfig:
     """The quantise kernel's configuration for a head dim rounded up to a power of two."""
-    registers = {64: 80, 128: 168}.get(head_dim)  # six and three programs on an SM
-    return LaunchConfig(num_warps=16 if head_dim == 256 else 4, max_registers=registers)
+    if capability[0] == 9:
+        registers = {64: 80, 128: 168}.get(head_dim)  # six and three programs on an SM
+        return LaunchConfig(num_warps=16 if head_dim == 256 else 4, max_registers=registers)
+    if head_dim == 128:
+        return LaunchConfig(num_warps=8, max_registers=80)  # three programs on an SM
+    return LaunchConfig(num_warps=16 if head_dim == 256 else 4)
 
 
 def evened_config(capability: tuple[int, int], head_dim: int, itemsize: int) -> LaunchConfig:

@@ -93,7 +93,7 @@ def make_variant(
     evened_launch = evened_config(arch, padded["D_POW2"], dtype.itemsize)
     evened_options = evened_launch.options()
     ahead = evened_options.pop("num_stages") > 1
-    quantize_options = quantize_config(max(padded["D_POW2"], padded["DV_POW2"])).options()
+    quantize_options = quantize_config(arch, max(padded["D_POW2"], padded["DV_POW2"])).options()
     quantize_options.pop("num_stages")
     ptx = not INTERPRETED
     v_transposed = v_transposed or precision != "accurate"

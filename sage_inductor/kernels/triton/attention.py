@@ -435,6 +435,7 @@ def attention_kernel(
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     SKIP: tl.constexpr,
+    STORED: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -453,7 +454,7 @@ def attention_kernel(
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
     head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, and their ranges (segments.py); it goes
     with neither MASK_BLOCKS nor VARLEN. With SKIP, `skip_bound` is the logarithm (base 2) of the threshold below which blocks of
-    keys are left out.
+    keys are left out. With STORED, K and V were quantised before, and kv_len may be the first keys of them only.
 
     Strides of out but the last come in units of OUT_ALIGN elements. Strides of mask but the last come in units of
     MASK_ALIGN, which divides kv_len, too. In a varlen call q_len and kv_len are the longest lengths.
@@ -477,7 +478,7 @@ def attention_kernel(
     kv_h = h // group
     q_start, q_len, q_block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
     _k_start, kv_len, block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
-    if not VARLEN:
+    if STORED:
         block0 = b * (kv_blocks // batch)  # of K that was quantised before, kv_len may be the first keys only
     first_row = tile * BLOCK_M
     if first_row >= q_len:

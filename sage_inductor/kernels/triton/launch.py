@@ -335,7 +335,7 @@ class TritonAttention:
             variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
                 mask.over_keys, mask.skip_blocks, mask.by_blocks, self.has_segments, varlen, lse is not None,
-                params.skip_threshold > 0,
+                params.skip_threshold > 0, not self.QUANTIZES_KEYS,
             ),
             constants=plan.attention,
             index=self.index,

@@ -40,7 +40,7 @@ from sage_inductor.operators.inputs import (
     make_problem,
     wanting_gradients,
 )
-from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE
+from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, WIRES
 from sage_inductor.operators.unquantised import exact_lse, sdpa
 from sage_inductor.operators.validation import misfit, validate
 
@@ -139,6 +139,8 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE). The LSE is None unless `return_lse` asks for it; the output is `out` where that is given. `wires` says
     something of DTensors only."""
+    if wires not in WIRES:
+        raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
     if left_is_bound and window_left < 0:  # no key is seen
         validate(query, key, value, attn_mask, enable_gqa, out, query_segments, key_segments)
         out = empty_output(query, value, memory_order) if out is None else out

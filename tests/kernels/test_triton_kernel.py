@@ -802,11 +802,15 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     )
     assert len(kernels[-1].get("spills_in_loop", [])) <= spills
     assert capability == 80 or "spills_in_loop" in kernels[-1]
-    allowed = {"attention_kernel": max(8, 8 * spills), "statistics_kernel": 8}  # outside the loop
+    allowed = {"attention_kernel": 8 * spills}
+    if "skip" in precision:
+        allowed["attention_kernel"] = 8  # outside the loop
     if version == "3.6":
         # Held to 80 registers, for three programs on an SM.
         allowed |= {"statistics_kernel": 24, "quantize_kernel": 24}
-    allowed["evened_kernel"] = 56  # held to 128, for 16 warps, and outside the loop
+    if (capability, mask) == (80, "segments+keys"):
+        allowed.setdefault("statistics_kernel", 8)  # two of 80, for three programs on an SM
+    allowed["evened_kernel"] = 56  # held to 128, for 16 warps; three of its loads lie in the loop
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
     waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]

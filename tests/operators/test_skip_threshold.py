@@ -13,6 +13,7 @@ from torch import Tensor
 import sage_inductor
 from sage_inductor import Config, NotEligibleError, explain, sage_attention
 from sage_inductor.kernels.reference import algorithm as reference
+from sage_inductor.operators.distributed.wires import kernel_of_wires
 from sage_inductor.testing import RewritingBackend
 
 THRESHOLD = 0.05
@@ -127,3 +128,16 @@ def test_inputs_that_need_gradients_get_exact_attention(inputs: tuple[Tensor, Te
     out = sage_attention(q.requires_grad_(), k, v, skip_threshold=THRESHOLD)
     torch.testing.assert_close(out, attend(q, k, v))
     assert isinstance(out, Tensor) and out.requires_grad
+
+
+def test_wires_of_8_bits_leave_nothing_out(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """They say so: the halves of a call take no threshold."""
+    options = {"kernel_name": "reference", "precision": "fast"}
+    assert kernel_of_wires(*inputs, options) == ("reference", "fast")
+    with pytest.raises(NotEligibleError, match=r"wires=\"8-bit\": skip_threshold=0.05 \(supported: 0\)"):
+        kernel_of_wires(*inputs, {**options, "skip_threshold": THRESHOLD})
+
+
+def test_wires_that_there_are_not(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=r"wires='4-bit' \(valid: inputs, 8-bit\)"):
+        torch.ops.sage_inductor.attention(*inputs, kernel_name="reference", wires="4-bit")

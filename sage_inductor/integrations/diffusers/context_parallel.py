@@ -104,6 +104,7 @@ def _in_8_bits(
         "kernel_name": options["kernel"],
         "precision": options["precision"],
         "smoothing": options["smoothing"],
+        "skip_threshold": options["skip_threshold"],
     }
     chosen = wires.kernel_of_wires(q, k, v, how)
     if chosen is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from torch import Tensor
 from ...graph.sizes import known
 from ..base import AttentionParams, AttentionProblem, Prepared, Segments, reason
 from ..device import capability, has_gpu, interpreted
-from ..key_value import Attend, KeyValueForm, Quantize
 from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
 from .crossover import MIN_KV_LEN
+
+if TYPE_CHECKING:
+    from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 
 CAPABILITY = (9, 0)
 
@@ -99,25 +101,10 @@ class HopperKernel(TritonKernel):
 
         return prepare(query, key, value, attn_mask, params, out, lse, HopperAttention)
 
-    def prepare_key_value(
-        self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
-    ) -> Quantize:
-        from .launch import HopperKeyValueQuantization
+    def _halves(self) -> tuple[type[KeyValueQuantization], type[PrequantizedAttention]]:
+        from .launch import HopperKeyValueQuantization, PrequantizedHopperAttention
 
-        return HopperKeyValueQuantization(key, value, query, form).run
-
-    def prepare_prequantized(
-        self,
-        query: Tensor,
-        form: KeyValueForm,
-        kv_len: int,
-        params: AttentionParams,
-        out: Tensor,
-        lse: Tensor,
-    ) -> Attend:
-        from .launch import PrequantizedHopperAttention
-
-        return PrequantizedHopperAttention(query, form, kv_len, params, out, lse).run
+        return HopperKeyValueQuantization, PrequantizedHopperAttention
 
 
 @cache

@@ -32,6 +32,7 @@ from .crossover import slower_than_sdpa
 
 if TYPE_CHECKING:
     from .launch import TritonAttention
+    from .prequantized import KeyValueQuantization, PrequantizedAttention
 
 # The least compute capability of each precision: INT8 tensor cores came with Ampere, FP8 ones with Ada.
 MIN_CAPABILITY: dict[str, tuple[int, int]] = {"fast": (8, 9), "balanced": (8, 0), "accurate": (8, 0)}
@@ -150,9 +151,7 @@ class TritonKernel(Kernel):
     def prepare_key_value(
         self, key: Tensor, value: Tensor, query: Tensor | None, form: KeyValueForm
     ) -> Quantize:
-        from .prequantized import KeyValueQuantization
-
-        return KeyValueQuantization(key, value, query, form).run
+        return self._halves()[0](key, value, query, form).run
 
     def prepare_prequantized(
         self,
@@ -163,9 +162,13 @@ class TritonKernel(Kernel):
         out: Tensor,
         lse: Tensor,
     ) -> Attend:
-        from .prequantized import PrequantizedAttention
+        return self._halves()[1](query, form, kv_len, params, out, lse).run
 
-        return PrequantizedAttention(query, form, kv_len, params, out, lse).run
+    def _halves(self) -> tuple[type[KeyValueQuantization], type[PrequantizedAttention]]:
+        """What quantises K and V apart, and what attends to them."""
+        from .prequantized import KeyValueQuantization, PrequantizedAttention
+
+        return KeyValueQuantization, PrequantizedAttention
 
 
 def attention_varlen(

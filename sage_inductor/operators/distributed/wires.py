@@ -19,6 +19,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
@@ -36,8 +37,12 @@ def kernel_of_wires(
 ) -> tuple[str, str] | None:
     """(kernel, precision) with which this rank's shards go around in 8 bits; None where attention is exact: for kernel "auto"
     where there is no faster one, for lengths below `min_q_len` or `min_kv_len`. Ranks whose shards and GPUs are alike find the
-    same. Raises NotEligibleError for a kernel asked for by name that cannot do it."""
+    same. Raises NotEligibleError for a kernel asked for by name that cannot do it, and for a skip_threshold."""
     name = options.get("kernel_name", "auto")
+    if threshold := options.get("skip_threshold"):
+        raise NotEligibleError(
+            f'kernel={name} with wires="8-bit"', [reason("skip_threshold", threshold, "0")]
+        )
     least = options.get("min_q_len", 0), options.get("min_kv_len", 0)
     if name == EXACT or query.shape[SEQ] < least[0] or key.shape[SEQ] < least[1]:
         return None

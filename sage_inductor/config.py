@@ -19,7 +19,7 @@ OPTION_PREFIX = "sage."
 # The values that fields take. Editors complete a `Literal`; a Config checks values when it is made.
 KernelName: TypeAlias = Literal["auto", "hopper", "triton", "sageattention", "reference"]
 Precision: TypeAlias = Literal["auto", "fast", "balanced", "accurate"]
-Smoothing: TypeAlias = Literal["mean", "equalise", "rotate", "both"]
+Smoothing: TypeAlias = Literal["auto", "mean", "equalise", "rotate", "both"]
 Wires: TypeAlias = Literal["inputs", "8-bit"]
 Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
 Tune: TypeAlias = Literal["measure", "table", "off"]
@@ -43,12 +43,12 @@ class Config:
     fastest of them that the GPU has, which is "fast", and "balanced" where it cannot compute in FP8 (before Ada). One that is
     named is kept to: where the GPU cannot run it, sites stay SDPA."""
 
-    smoothing: Smoothing = "mean"
+    smoothing: Smoothing = "auto"
     """What is done to Q and K before they are rounded to 8 bits. It changes no score but by a number per query, which softmax
     does not see, and makes their channels even: one that stands out takes the steps of all others. "mean" subtracts a mean from
     K. "equalise" also scales the channels of Q and K to even sizes, "rotate" also rotates both by a signed Hadamard matrix,
     "both" does one after the other: trained models, whose keys have outliers, then keep the error of normal inputs. The kernels
-    "hopper", "triton" and "reference" have all four."""
+    "hopper", "triton" and "reference" have all four. "auto" is "both" with them, and "mean" with "sageattention"."""
 
     wires: Wires = "inputs"
     """How keys and values travel in a ring of ranks: in the dtype of the inputs, each shard quantised by every rank that receives

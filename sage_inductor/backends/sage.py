@@ -47,7 +47,7 @@ class SageAttentionImpl(AttentionImpl):
     kernel: "auto", the default, takes the fastest kernel that can run the call, and exact SDPA where none can (on a CPU,
         or while gradients are needed). The name of a kernel runs that one or raises.
     precision: "fast", "balanced" or "accurate". "auto", the default, is the fastest of them that the GPU has.
-    smoothing: "mean", the default, "equalise", "rotate" or "both", as `Config.smoothing`.
+    smoothing: "auto", the default, "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
     skip_threshold: 0, the default, to below 1, as `Config.skip_threshold`.
     dropout_p, dropout_rate: only 0 can be served.
     """
@@ -75,7 +75,7 @@ class SageAttentionImpl(AttentionImpl):
         )
         self.kernel: str = extra_impl_args.get("kernel", "auto")
         self.precision: str = extra_impl_args.get("precision", "auto")
-        self.smoothing: str = extra_impl_args.get("smoothing", "mean")
+        self.smoothing: str = extra_impl_args.get("smoothing", "auto")
         self.skip_threshold: float = extra_impl_args.get("skip_threshold", 0.0)
         if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")

@@ -118,7 +118,7 @@ def calibrate(
         chosen.exclude,
         effect,
         [phase.steps for phase in phases],
-        *([wanted] if wanted != ("mean",) else []),
+        *([wanted] if wanted != ("auto",) else []),
         *([LADDER] if skip else []),
         torch.__version__,
     )

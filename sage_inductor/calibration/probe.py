@@ -42,7 +42,7 @@ class Prober:
     one site with the measurements of all of them, and gets one decision.
     """
 
-    def __init__(self, config: Config, progress: Progress, smoothings: Sequence[str] = ("mean",)) -> None:
+    def __init__(self, config: Config, progress: Progress, smoothings: Sequence[str] = ("auto",)) -> None:
         self.kernel = config.kernel
         self.forms = forms_of(smoothings)
         """What is measured: precisions, with the smoothing behind them, as in `Measured`."""

@@ -134,7 +134,7 @@ class Kernel(ABC):
     device_types: ClassVar[Collection[str]]
     head_dims: ClassVar[Collection[int]]
     takes_segments: ClassVar[bool] = False
-    smoothings: ClassVar[Collection[str]] = ("mean",)
+    smoothings: ClassVar[Collection[str]] = ("mean", "auto")
     prequantizes: ClassVar[bool] = False  # whether K and V can be quantised apart from attention to them
     skips: ClassVar[bool] = False  # whether it leaves out tiles (skipping.py)
     oracle_distance: ClassVar[float] = 1.0

@@ -1,5 +1,5 @@
 """How an attention is computed, as one text: a precision alone, or with a smoothing and a skip_threshold behind a plus: "fast",
-"fast+both", "fast+skip=0.01", "fast+both+skip=0.01"."""
+"fast+mean", "fast+skip=0.01", "fast+mean+skip=0.01"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Form(NamedTuple):
     """The parts of the text."""
 
     precision: str
-    smoothing: str = "mean"
+    smoothing: str = "auto"
     skip_threshold: float = 0.0
 
     def __str__(self) -> str:
@@ -32,8 +32,8 @@ class Form(NamedTuple):
         }
 
 
-def form_of(precision: str, smoothing: str = "mean", skip_threshold: float = 0.0) -> str:
-    rounded = precision if smoothing == "mean" else f"{precision}+{smoothing}"
+def form_of(precision: str, smoothing: str = "auto", skip_threshold: float = 0.0) -> str:
+    rounded = precision if smoothing == "auto" else f"{precision}+{smoothing}"
     return f"{rounded}{_SKIP}{skip_threshold!r}" if skip_threshold else rounded
 
 
@@ -41,7 +41,7 @@ def parts_of(form: str) -> Form:
     """The parts of a form. Raises ValueError for a skip_threshold that is no number."""
     rounded, _, threshold = form.partition(_SKIP)
     precision, _, smoothing = rounded.partition("+")
-    return Form(precision, smoothing or "mean", float(threshold or 0))
+    return Form(precision, smoothing or "auto", float(threshold or 0))
 
 
 def is_form(text: str) -> bool:

@@ -17,18 +17,20 @@ rotated in two blocks: 192 is 96 + 96.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# What each is, the least first.
+# What each is, the least first, and what stands for one of them.
 SMOOTHINGS: dict[str, str] = {
     "mean": "K minus a mean",
     "equalise": "mean, and Q and K scaled channel by channel to sizes that are even",
     "rotate": "mean, and Q and K rotated by a signed Hadamard matrix",
     "both": "equalise, then rotate",
+    "auto": "both, or mean with a kernel that has no other",
 }
 EQUALISING = ("equalise", "both")
 ROTATING = ("rotate", "both")
@@ -44,6 +46,13 @@ CHANNEL_FLOOR = 1 / 64  # of the largest channel: no channel of K or Q counts as
 HALF_OCTAVE = 181 / 128
 LARGEST_BLOCK = 128  # channels that are rotated together
 _PRIMES = (11, 19, 23, 43, 47, 59, 67, 71, 79, 83, 103, 107)
+
+
+def smoothing_of_kernel(smoothing: str, has: Collection[str]) -> str:
+    """What `smoothing` stands for with a kernel that `has` some."""
+    if smoothing != "auto":
+        return smoothing
+    return "both" if "both" in has else "mean"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def sage_attention(
     *,
     kernel: str = "auto",
     precision: str = "auto",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     wires: str = "inputs",
     return_lse: bool = False,
     out: Tensor | None = None,
@@ -64,7 +64,7 @@ def sage_attention(
         kernel: "auto" takes the first kernel that can run and is expected to win, and is exact SDPA where
             there is none; a name ("hopper", "triton", "sageattention", "reference") runs that kernel.
         precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
-        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
+        smoothing: "auto", "mean", "equalise", "rotate" or "both", as `Config.smoothing`: what keeps outliers in the channels of Q and K
             from taking the steps of all others.
         wires: "inputs" or "8-bit", as `Config.wires`: how keys and values travel in a ring of ranks (torch's `context_parallel`,
             DTensors). It means nothing elsewhere.

@@ -73,7 +73,7 @@ def quantize_key_value(
     *,
     kernel: str = "auto",
     precision: str = "auto",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
 ) -> QuantizedKeyValue:
     """Smooth and quantise keys and values, once for several calls of `attention_prequantized`, or to be sent in 8 bits.
 
@@ -85,13 +85,15 @@ def quantize_key_value(
             and whichever query attends is multiplied by them.
         kernel: "auto" is the first of "hopper" and "triton" that can run; or one of them, or "reference".
         precision: "fast", "balanced" or "accurate"; "auto" is the fastest of them that the GPU has.
-        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
+        smoothing: "mean", "equalise", "rotate" or "both", as `Config.smoothing`; "auto" is "both" with a query, "rotate" without.
 
     Raises:
         NotEligibleError: the kernel cannot run, or cannot quantise apart from attention; gradients are wanted.
         RuntimeError: the inputs do not fit together.
         ValueError: an unknown kernel, precision or smoothing.
     """
+    if smoothing == "auto":
+        smoothing = "rotate" if query is None else "both"
     check_names(kernel, precision, smoothing)
     check_inputs(key, value, query, smoothing)
     dims = key.shape[-1], value.shape[-1]

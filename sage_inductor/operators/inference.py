@@ -130,7 +130,7 @@ def _run(
     min_q_len: int = 0,
     min_kv_len: int = 0,
     or_exact: bool = False,
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     wires: str = "inputs",
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,

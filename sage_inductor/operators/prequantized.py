@@ -216,8 +216,11 @@ def check_names(kernel: str, precision: str, smoothing: str) -> None:
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
     if precision not in kernels.PRECISION_CHOICES:
         raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-    if smoothing not in kernels.SMOOTHINGS:
-        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
+    named = [
+        name for name in kernels.SMOOTHINGS if name != "auto"
+    ]  # what it stands for is part of the buffer's form
+    if smoothing not in named:
+        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(named)})")
 
 
 def check_inputs(key: Tensor, value: Tensor, query: Tensor | None, smoothing: str) -> None:

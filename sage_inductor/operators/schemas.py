@@ -16,7 +16,7 @@ INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool i
 PARAMS = (
     "float? scale=None, bool enable_gqa=False, bool bottom_right=False, SymInt window_left=-1, "
     "SymInt window_right=-1, str kernel_name='auto', str precision='fast', int min_q_len=0, int min_kv_len=0, "
-    "bool or_exact=False, str smoothing='mean', str wires='inputs'"
+    "bool or_exact=False, str smoothing='auto', str wires='inputs'"
 )
 WIRES = ("inputs", "8-bit")
 EXACT = "sdpa"  # the kernel_name of attention that is not quantised, which calibration compares with

@@ -64,7 +64,7 @@ class Site:
     """Relative L2 error of the kernel's output against SDPA's on sample inputs, from a plan."""
     module: str = ""
     """The module path alone, which several calls may share."""
-    smoothing: str = "mean"
+    smoothing: str = "auto"
     """What is done to Q and K before they are rounded (`Config.smoothing`)."""
     skip_threshold: float = 0.0
     """The weight, as a part of the largest one, below which whole tiles are left out (`Config.skip_threshold`)."""
@@ -97,8 +97,8 @@ class Site:
 
     @property
     def form(self) -> str:
-        """How it is rounded, and what is left out: "fast", or "fast, smoothing=both, skip_threshold=0.01 (24% of tiles)"."""
-        form = self.precision if self.smoothing == "mean" else f"{self.precision}, smoothing={self.smoothing}"
+        """How it is rounded, and what is left out: "fast", or "fast, smoothing=mean, skip_threshold=0.01 (24% of tiles)"."""
+        form = self.precision if self.smoothing == "auto" else f"{self.precision}, smoothing={self.smoothing}"
         if self.skip_threshold:
             form += f", skip_threshold={self.skip_threshold:g}"
             form += "" if self.skipped is None else f" ({self.skipped:.0%} of tiles)"

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "bottom_right": False,
     "window_left": -1,
     "window_right": -1,
-    "smoothing": "mean",
+    "smoothing": "auto",
     "wires": "inputs",
     "memory_order": None,
     "min_q_len": 0,

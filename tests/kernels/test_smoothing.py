@@ -101,16 +101,39 @@ def test_each_half_helps_by_itself() -> None:
         assert equalise < 0.35 * mean and rotate < 0.35 * mean
 
 
-def test_statistics_are_those_of_the_keys_that_count() -> None:
+@pytest.mark.parametrize("smoothing", EVENED)
+def test_statistics_are_those_of_the_tokens_that_count(smoothing: str) -> None:
+    """Padding may hold anything, in Q too where queries and keys are the same tokens."""
+    inputs = planted(30, 0.1, 4, 300)
+    for used in (slice(0, 200), slice(50, 300)):
+        padding = torch.ones(300, 1, dtype=torch.bool, device=DEVICE)
+        padding[used] = False
+        mask = (~padding.T).expand(1, 2, 300, 300)
+        zeros, nans = (
+            reference.attention(*(x.masked_fill(padding, content) for x in inputs), mask, smoothing=smoothing)
+            for content in (0.0, math.nan)
+        )
+        for got, expected in zip(nans, zeros, strict=True):
+            assert torch.equal(got[:, :, used], expected[:, :, used])
+    # The blocks of keys are the same where padding is behind them.
+    used = slice(0, 200)
+    mask = (torch.arange(300, device=DEVICE) < 200).expand(1, 2, 300, 300)
+    got = reference.attention(*inputs, mask, smoothing=smoothing)
+    expected = reference.attention(*(x[:, :, used] for x in inputs), smoothing=smoothing)
+    assert relative_l2(got[0][:, :, used], expected[0]) < 1e-6
+    assert (got[1][:, :, used] - expected[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("smoothing", EVENED)
+def test_queries_that_are_other_tokens_all_count(smoothing: str) -> None:
     q, k, v = planted(30, 0.1, 4, 300)
-    mask = torch.arange(300, device=DEVICE) < 200
-    padded, values = k.clone(), v.clone()
-    padded[:, :, 200:], values[:, :, 200:] = math.nan, math.nan
-    for smoothing in EVENED:
-        expected = reference.attention(q, k[:, :, :200], v[:, :, :200], smoothing=smoothing)
-        got = reference.attention(q, padded, values, mask.expand(1, 2, 300, 300), smoothing=smoothing)
-        assert relative_l2(got[0], expected[0]) < 1e-6
-        assert (got[1] - expected[1]).abs().max() < 1e-5
+    q, mask = q[:, :, :280], torch.arange(300, device=DEVICE) < 200
+    padding = ~mask[:, None]
+    expected = reference.attention(q, k[:, :, :200], v[:, :, :200], smoothing=smoothing)
+    padded = (x.masked_fill(padding, math.nan) for x in (k, v))
+    got = reference.attention(q, *padded, mask.expand(1, 2, 280, 300), smoothing=smoothing)
+    assert relative_l2(got[0], expected[0]) < 1e-6
+    assert (got[1] - expected[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("smoothing", EVENED)
@@ -227,6 +250,19 @@ def _is_over_keys(case: agreement.Case) -> bool:
     return case.variant.mask != "none" and not any(case.variant.mask_dims[1:])
 
 
+@triton_kernel
+@pytest.mark.parametrize("q_len", [140, 133])
+def test_triton_samples_the_queries_of_tokens_that_count(q_len: int) -> None:
+    """The first 30 and the last 10 keys are padding, and key 77; so are those queries where there are as many."""
+    q, k, v = (torch.randn(2, heads, n, 32, device=DEVICE) for heads, n in ((4, q_len), (2, 140), (2, 140)))
+    mask = torch.ones(2, 1, 1, 140, dtype=torch.bool, device=DEVICE)
+    mask[1, ..., :30], mask[1, ..., 77], mask[1, ..., 130:] = False, False, False
+    if q_len == 140:
+        q[1].masked_fill_(~mask[1, 0, 0, :, None], 1e4)
+    params = AttentionParams(precision="accurate", smoothing="both")
+    agreement.check(kernels.get("triton"), q, k, v, mask, params)
+
+
 # ------------------------------------------------------------------------------------------------ the way down
 
 
@@ -255,9 +291,9 @@ def test_config_reaches_the_kernel_at_any_length() -> None:
 
 def test_values_that_are_not_valid() -> None:
     q, k, v = planted(1, 1, 0, 64)
-    with pytest.raises(ValueError, match=r"smoothing='all' \(valid: mean, equalise, rotate, both\)"):
+    with pytest.raises(ValueError, match=r"smoothing='all' \(valid: auto, mean, equalise, rotate, both\)"):
         sage_inductor.Config(smoothing="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"smoothing='all' \(valid: mean, equalise, rotate, both\)"):
+    with pytest.raises(ValueError, match=r"smoothing='all' \(valid: mean, equalise, rotate, both, auto\)"):
         sage_inductor.sage_attention(q, k, v, smoothing="all")
     with pytest.raises(ValueError, match="smoothing='all'"):
         reference.attention(q, k, v, smoothing="all")
@@ -266,7 +302,9 @@ def test_values_that_are_not_valid() -> None:
 
         packed = [t[0].transpose(0, 1) for t in (q, k, v)]
         lengths = torch.tensor([0, 64], dtype=torch.int32, device=DEVICE)
-        with pytest.raises(ValueError, match=r"smoothing=all \(supported: mean, equalise, rotate, both\)"):
+        with pytest.raises(
+            ValueError, match=r"smoothing=all \(supported: mean, equalise, rotate, both, auto\)"
+        ):
             attention_varlen(packed[0], packed[1], packed[2], lengths, lengths, 64, 64, smoothing="all")
     with pytest.raises(ValueError, match="smoothing='all'"):
         torch.ops.sage_inductor.attention(q, k, v, smoothing="all")
@@ -274,7 +312,7 @@ def test_values_that_are_not_valid() -> None:
 
 def test_kernels_that_have_the_mean_alone_say_so() -> None:
     q, k, v = planted(1, 1, 0, 64)
-    with pytest.raises(sage_inductor.NotEligibleError, match=r"smoothing=both \(supported: mean\)"):
+    with pytest.raises(sage_inductor.NotEligibleError, match=r"smoothing=both \(supported: mean, auto\)"):
         sage_inductor.sage_attention(q, k, v, kernel="sageattention", smoothing="both")
 
 
@@ -313,11 +351,13 @@ def test_calibration_smooths_where_it_has_to(tmp_path: Path) -> None:
         smoothings=("both", "mean"),
         config=sage_inductor.Config(kernel="reference"),
     )
-    assert plan.decisions() == {"even": "fast", "outliers": "fast+both"}
+    assert plan.decisions() == {"even": "fast+mean", "outliers": "fast+both"}
     measured = {site.name: {m.precision: m.rel_l2.worst for m in site.measured} for site in plan.sites}
     for errors in measured.values():
-        assert list(errors) == ["fast", "fast+both", "balanced", "balanced+both", "accurate", "accurate+both"]
-    assert measured["outliers"]["accurate"] > 0.1 > 0.02 > measured["outliers"]["accurate+both"]
+        assert list(errors) == [
+            f"{p}+{s}" for p in ("fast", "balanced", "accurate") for s in ("mean", "both")
+        ]
+    assert measured["outliers"]["accurate+mean"] > 0.1 > 0.02 > measured["outliers"]["accurate+both"]
     assert "fast+both" in str(plan)
     outliers = {site.name: site.key_outlier for site in plan.sites}
     assert outliers["even"] is not None and outliers["even"] < 1.5
@@ -330,7 +370,7 @@ def test_calibration_smooths_where_it_has_to(tmp_path: Path) -> None:
     result = torch.compile(model, backend=backend)(*inputs)
     (graph,) = backend.graphs
     smoothed = [
-        node.kwargs.get("smoothing", "mean") for node in graph.graph.nodes if "sage_site" in node.meta
+        node.kwargs.get("smoothing", "auto") for node in graph.graph.nodes if "sage_site" in node.meta
     ]
     assert smoothed == ["mean", "both"]
     exact = model.double()(*(t.double() for t in inputs))
@@ -339,5 +379,5 @@ def test_calibration_smooths_where_it_has_to(tmp_path: Path) -> None:
 
 def test_smoothings_that_are_not_valid() -> None:
     for given in ((), "both", ("all",)):
-        with pytest.raises(ValueError, match="valid: one or more of mean, equalise, rotate, both"):
+        with pytest.raises(ValueError, match="valid: one or more of mean, equalise, rotate, both, auto"):
             sage_inductor.calibrate(Attention(), planted(1, 1, 0, 64), smoothings=given)

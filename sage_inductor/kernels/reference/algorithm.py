@@ -266,7 +266,27 @@ def quantize_kv(
 def smoothing_of(key: Tensor, name: str, query: Tensor | None, used: Tensor | None) -> Smoother:
     """What is done to Q and K of one call."""
     rows, weight = _sample(SAMPLES, key.shape[0], key.shape[2], used, key.device)
-    return Smoother.of(name, _sampled(key, rows), weight, query)
+    queries = None if query is None else _sampled_queries(query, key.shape[1], used)
+    return Smoother.of(name, _sampled(key, rows), weight, queries)
+
+
+def _sampled_queries(query: Tensor, kv_heads: int, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_sample` and `_sampled`, of the queries of each key head: evenly spaced over its heads one after the other. Where there
+    are as many queries as keys they are taken for the same tokens: those of padding do not count."""
+    batch, heads, q_len, head_dim = query.shape
+    groups = heads // kv_heads
+    if used is None or used.shape[-1] != q_len:
+        used = torch.ones(batch, q_len, dtype=torch.bool, device=query.device)
+    first, length = _used_range(used)
+    total = groups * length
+    count = total.clamp(max=SAMPLES)
+    i = torch.arange(min(groups * q_len, SAMPLES), device=query.device)
+    places = torch.where(i < count, i * total // count.clamp(min=1), 0)
+    head = places // length.clamp(min=1)
+    rows = torch.where(i < count, first + places - head * length, 0)
+    counted = used.expand(batch, -1).gather(1, rows) & (i < count)
+    queries = query.reshape(batch, kv_heads, groups * q_len, head_dim)
+    return _sampled(queries, head * q_len + rows), _weight(counted)
 
 
 def _sample(
@@ -277,16 +297,29 @@ def _sample(
     is used."""
     if used is None:
         used = torch.ones(batch, kv_len, dtype=torch.bool, device=device)
-    keys = torch.arange(kv_len, device=device)
-    first = torch.where(used, keys, kv_len).amin(-1, keepdim=True)
-    end = torch.where(used, keys + 1, 0).amax(-1, keepdim=True)
-    length = (end - first).clamp(min=0)
+    first, length = _used_range(used)
     count = length.clamp(max=most)
     i = torch.arange(min(kv_len, most), device=device)
     rows = torch.where(i < count, first + i * length // count.clamp(min=1), 0)
-    counted = used.gather(1, rows) & (i < count)
+    return rows, _weight(used.gather(1, rows) & (i < count))
+
+
+def _used_range(used: Tensor) -> tuple[Tensor, Tensor]:
+    """The first key that is used, and how many there are from it to the last one that is: `[batch, 1]`."""
+    if used.shape[-1] == 0:
+        return used.new_zeros(len(used), 1, dtype=torch.int64), used.new_zeros(
+            len(used), 1, dtype=torch.int64
+        )
+    keys = torch.arange(used.shape[-1], device=used.device)
+    first = torch.where(used, keys, used.shape[-1]).amin(-1, keepdim=True)
+    end = torch.where(used, keys + 1, 0).amax(-1, keepdim=True)
+    return first, (end - first).clamp(min=0)
+
+
+def _weight(counted: Tensor) -> Tensor:
+    """What each of those counts for, `[batch, 1, samples, 1]`: it adds up to 1, or to 0 where there is none."""
     weight = counted.float() / counted.sum(-1, keepdim=True).clamp(min=1)
-    return rows, weight[:, None, :, None]
+    return weight[:, None, :, None]
 
 
 def _sampled(x: Tensor, rows: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from sage_inductor.kernels.smoothing import (
     EQUALISING,
     HALF_OCTAVE,
     ROTATING,
-    SAMPLES,
     SMOOTHINGS,
     rotation,
+    smoothing_of_kernel,
 )
 
 
@@ -29,19 +29,19 @@ class Smoother:
     rotates: bool
 
     @classmethod
-    def of(cls, name: str, keys: Tensor, weight: Tensor, query: Tensor | None) -> Smoother:
+    def of(cls, name: str, keys: Tensor, weight: Tensor, queries: tuple[Tensor, Tensor] | None) -> Smoother:
         """`keys` `[batch, kv_heads, samples, head_dim]`: those that the statistics are estimated from, finite, with what
-        each counts for (`weight`, which adds up to 1, or to 0 where there is none). `query`: all, where they are evened with
-        the keys. Raises ValueError for an unknown `name`."""
+        each counts for (`weight`, which adds up to 1, or to 0 where there is none). `queries`: the same of queries, where they
+        are evened with the keys. Raises ValueError for an unknown `name`."""
         if name not in SMOOTHINGS:
             raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
+        name = smoothing_of_kernel(name, SMOOTHINGS)
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:
-            assert query is not None
-            queries, each = _sampled_queries(query, keys.shape[1])
+            assert queries is not None
             key_size = _relative_size((keys - mean).where(weight > 0, 0.0), weight)
-            half_octaves = (key_size / _relative_size(queries, each)).log2()
+            half_octaves = (key_size / _relative_size(*queries)).log2()
         return cls(mean, half_octaves, name in ROTATING)
 
     @property
@@ -75,17 +75,7 @@ class Smoother:
         return rows @ rotation(x.shape[-1], x.device) if self.rotates else rows
 
 
-def _sampled_queries(query: Tensor, kv_heads: int) -> tuple[Tensor, float]:
-    """Up to SAMPLES queries of each key head, evenly spaced over its heads one after the other, 0 where they are not
-    finite; and one over their number."""
-    queries = query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
-    total = queries.shape[2]
-    count = min(total, SAMPLES)
-    rows = torch.arange(count, device=query.device) * total // max(count, 1)
-    return torch.nan_to_num(queries[:, :, rows].float(), nan=0.0, posinf=0.0, neginf=0.0), 1 / max(count, 1)
-
-
-def _relative_size(x: Tensor, weight: Tensor | float) -> Tensor:
+def _relative_size(x: Tensor, weight: Tensor) -> Tensor:
     """The root of the mean square of each channel of `[batch, heads, rows, head_dim]`, in units of the largest, and at least
     CHANNEL_FLOOR; 1 for all where all are 0."""
     if x.shape[2] == 0:

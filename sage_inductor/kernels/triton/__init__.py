@@ -185,7 +185,7 @@ def attention_varlen(
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     precision: str = "fast",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     return_lse: bool = False,
     out: Tensor | None = None,
     skip_threshold: float = 0.0,

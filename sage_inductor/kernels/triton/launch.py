@@ -9,6 +9,7 @@ A `TritonAttention` holds what attention calls of one kind have in common, worke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
 from ..skipping import log2_threshold
+from ..smoothing import SMOOTHINGS, smoothing_of_kernel
 from .attention import attention_kernel
 from .configs import LaunchConfig
 from .evened import evened_kernel
@@ -159,6 +161,7 @@ class TritonAttention:
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
+        params = replace(params, smoothing=smoothing_of_kernel(params.smoothing, SMOOTHINGS))
         self.plan = make_variant(
             arch,
             params.precision,

@@ -178,7 +178,8 @@ def statistics_kernel(
         elif EQUALISE and group >= K_GROUPS + V_GROUPS:
             _query_sizes(
                 q, channel_sizes + (2 * bh + 1) * D, b, h, (group - K_GROUPS - V_GROUPS) * GROUP, cu_seqlens_q, q_len,
-                heads // kv_heads, stride_qb, stride_qh, stride_qn, stride_qd, Q_ALIGN, VARLEN, HEAD_DIM, GROUP,
+                kv_len, start, length, heads // kv_heads, stride_qb, stride_qh, stride_qn, stride_qd, mask, stride_mn,
+                Q_ALIGN, VARLEN, HEAD_DIM, GROUP, MASK,
             )  # fmt: skip
         else:
             stride_n = stride_vn.to(tl.int64) * V_ALIGN
@@ -259,23 +260,35 @@ def _value_statistics(
 
 @triton.jit
 def _query_sizes(
-    q, target, b, kv_h, first_d, cu_seqlens_q, q_len, groups, stride_qb, stride_qh, stride_qn, stride_qd,
-    ALIGN: tl.constexpr, VARLEN: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    q, target, b, kv_h, first_d, cu_seqlens_q, q_len, kv_len, used_start, used_length, groups,
+    stride_qb, stride_qh, stride_qn, stride_qd, mask, stride_mn,
+    ALIGN: tl.constexpr, VARLEN: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write the sizes of some of Q's channels, from queries evenly spaced over the heads of a key head, one after the other."""
+    """Write the sizes of some of Q's channels, from queries evenly spaced over the heads of a key head, one after the other. Where
+    there are as many queries as keys they are taken for the same tokens: `mask`, from `used_start` on, rules out those of padding."""
     start, length, _block0 = sequence(b, q_len, cu_seqlens_q, VARLEN)
+    if MASK != 0:
+        start = tl.where(q_len == kv_len, used_start, start)
+        length = tl.where(q_len == kv_len, used_length, length)
     total = length.to(tl.int64) * groups
     i = tl.arange(0, _SAMPLES)
     rows = tl.where(total < _SAMPLES, i, i * total // _SAMPLES)
     head = rows // tl.maximum(length, 1)
-    row = start + rows - head * length
+    rows -= head * length
     exists = i < total
+    count = tl.minimum(total, _SAMPLES).to(tl.int32)
+    if MASK != 0:
+        exists = counts(rows, exists & (q_len == kv_len), mask, stride_mn, MASK) | (
+            exists & (q_len != kv_len)
+        )
+        count = tl.sum(exists.to(tl.int32), 0)
     d = first_d + tl.arange(0, GROUP)
-    offset = (b.to(tl.int64) * stride_qb + (kv_h * groups + head) * stride_qh + row * stride_qn) * ALIGN
+    offset = (
+        b.to(tl.int64) * stride_qb + (kv_h * groups + head) * stride_qh + (start + rows) * stride_qn
+    ) * ALIGN
     tile = tl.load(
         q + offset[:, None] + d[None, :] * stride_qd,
         mask=exists[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    count = tl.minimum(tl.maximum(total, 1), _SAMPLES).to(tl.int32)
-    tl.store(target + d, sampled_size(finite_or_zero(tile), 1.0 / count))
+    tl.store(target + d, sampled_size(finite_or_zero(tile), 1.0 / tl.maximum(count, 1)))

@@ -78,7 +78,7 @@ def attend(
         else:
             output, lse = attend_in_8_bits(
                 group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, key, value,
-                kernel=found[0], precision=found[1], smoothing=options.get("smoothing", "mean"),
+                kernel=found[0], precision=found[1], smoothing=options.get("smoothing", "auto"),
                 scale=options.get("scale"), is_causal=is_causal, is_balanced=context_parallel_is_balanced(),
             )  # fmt: skip
     # Merging leaves other strides.

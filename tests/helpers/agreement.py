@@ -88,13 +88,19 @@ def skip_tile_of(
     segments: Segments | None = None,
     varlen: tuple[int, int, int] | None = None,
 ) -> SkipTile:
-    """The rows that decide together in `kernel`, and the keys that it takes at a time."""
+    """The tiles that `kernel` leaves out of this call."""
+    params = replace(params, skip_threshold=params.skip_threshold or 0.5)  # which one makes no difference
+    if kernel.name == "hopper":
+        from sage_inductor.kernels.hopper.launch import HopperAttention
+
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        return HopperAttention(q, k, v, mask, params, out, None).skip_tile
     if kernel.name != "triton":
         return SKIP_TILE
     from sage_inductor.kernels.triton.launch import TritonAttention
 
     call = TritonAttention(q, k, v, mask, params, torch.empty_like(v), None, varlen=varlen, segments=segments)
-    return SkipTile(call.plan.config.block_m, call.plan.config.block_n)
+    return call.skip_tile
 
 
 def margins_of(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections import deque
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,16 @@ class Code:
         ends = [i for i, line in enumerate(self.lines) if _PRODUCT.search(line) and "gsb0" in line]
         return min(filter(None, map(self._shortest_cycle, ends)), key=len)
 
-    def _shortest_cycle(self, start: int) -> list[str]:
+    def loop_without_product(self) -> list[str]:
+        """The shortest way from the end of the scores' product back to itself without a PV product: the iteration in which a
+        block is left out."""
+        products = {i for i, line in enumerate(self.lines) if _PRODUCT.search(line)}
+        ends = [
+            i for i, line in enumerate(self.lines) if "GMMA" in line and "gsb0" in line and i not in products
+        ]
+        return min(filter(None, (self._shortest_cycle(end, products) for end in ends)), key=len)
+
+    def _shortest_cycle(self, start: int, avoiding: Collection[int] = ()) -> list[str]:
         before: dict[int, int] = {}
         queue = deque([start])
         while queue:
@@ -51,7 +61,7 @@ class Code:
                     while path[-1] != start:
                         path.append(before[path[-1]])
                     return [self.lines[k] for k in reversed(path)]
-                if j not in before:
+                if j not in before and j not in avoiding:
                     before[j] = i
                     queue.append(j)
         return []

@@ -19,7 +19,7 @@ from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.hopper import HopperKernel, compiler_reasons, kept
 from sage_inductor.kernels.hopper import compile as compilation
 from sage_inductor.kernels.hopper.compile import SHARED_LIMIT, Compiled, HopperVariant, choose_variant
-from sage_inductor.kernels.hopper.share import share
+from sage_inductor.kernels.hopper.share import part_starts, share
 
 KERNEL = HopperKernel()
 on_hopper = [
@@ -47,9 +47,32 @@ VARIANTS = list(
     )
 )
 
+# Those that leave out blocks: with four, three and two tiles in flight, with V in one piece and in two.
+SKIPPING = [
+    dataclasses.replace(
+        choose_variant(
+            precision, "bf16", dim, dim, has_high=causal, return_lse=causal, skip=True, q_len=8192
+        ),
+        split=not causal,
+    )
+    for precision, dim, causal in (
+        ("fast", 128, False),
+        ("accurate", 128, True),
+        ("balanced", 64, False),
+        ("balanced", 128, True),
+        ("fast", 64, True),
+        ("fast", 256, False),
+        ("balanced", 96, True),
+        ("accurate", 256, False),
+    )
+]
+VARIANTS += SKIPPING
+
 
 def sampled(variant: HopperVariant) -> bool:
     """Half of them: each precision and number of warpgroups at each head dim, plain or causal in turns."""
+    if variant.skip:
+        return variant in SKIPPING[:3]
     dims = PADDED.index(variant.head_dim) + PADDED.index(variant.v_head_dim * variant.pieces)
     precision = ("fp8", "int8", "fp16", "bf16").index(variant.pv)
     return variant.split == ((dims // 2 + precision) % 2 == 0) or dims % 2 == 1
@@ -94,6 +117,12 @@ def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> N
         loads = [line for line in loop if re.search(r"\bLDL\b", line)]
         assert len(loads) <= (2 if variant.consumers == 3 and variant.v_head_dim == 128 else 0), variant
         assert code.early_writes() == set(), variant
+        if variant.skip:
+            left_out = code.loop_without_product()
+            # It ends where the scores of the next block are complete, and takes no exponential.
+            assert sum("GMMA" in line for line in left_out) == variant.head_dim // 32, variant
+            assert sum("BAR.RED" in line for line in left_out) == 1, variant
+            assert [line for line in left_out if re.search(r"\b(MUFU.EX2|STL|LDL)\b", line)] == [], variant
 
 
 @of_compiled
@@ -130,6 +159,7 @@ def test_number_of_warpgroups() -> None:
     assert [consumers("balanced", 64, 64, q_len) for q_len in (64, 128, 192, 1024, 1152)] == [2, 2, 3, 3, 3]
     tile = choose_variant("balanced", "bf16", 64, 64, q_len=192)
     assert tile.block_m == 192 and tile.fits
+    assert {variant.consumers for variant in SKIPPING} == {2}
 
 
 def test_early_writes_are_seen() -> None:
@@ -276,6 +306,20 @@ def test_what_does_not_divide_is_split() -> None:
     assert share(16, 8, 132) == (16, 16, 0)  # too short
     assert share(264, 128, 132) == (132, 264, 0)
     assert share(263, 128, 132) == (132, 263, 0)  # one program idles
+
+
+@pytest.mark.parametrize(("tiles", "blocks", "processors"), [(3, 64, 132), (263, 16, 132), (140, 100, 132)])
+def test_parts_begin_where_programs_do(tiles: int, blocks: int, processors: int) -> None:
+    """As `Schedule` in attention.cu deals out the blocks of the tiles that are split."""
+    work = share(tiles, blocks, processors)
+    expected = []
+    for program in range(work.grid):
+        unit, last = (work.units * number // work.grid for number in (program, program + 1))
+        while unit < last:
+            tile, first = divmod(unit, blocks)
+            expected += [(work.whole + tile, first)] if first else []
+            unit += min(blocks - first, last - unit)
+    assert part_starts(work, blocks) == expected and bool(expected) == (work.units > 0)
 
 
 # -------------------------------------------------------------------------------------------------- on the GPU

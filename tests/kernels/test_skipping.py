@@ -1,4 +1,4 @@
-"""skip_threshold: what is left out, by the oracle against its definition and by the Triton kernel against the oracle."""
+"""skip_threshold: what is left out, by the oracle against its definition and by the other kernels against the oracle."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from agreement import DEVICE, check, margins_of, oracle, run, skip_tile_of, unti
 from torch import Tensor
 
 from sage_inductor import kernels
-from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Segments, TensorSpec
+from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
-from sage_inductor.kernels.reference.tiles import skipped_share
+from sage_inductor.kernels.reference.tiles import margins, skipped_share
 from sage_inductor.kernels.skipping import SkipTile, log2_threshold, threshold_problem
 from sage_inductor.measurement.ground_truth import DOCUMENTED, float64_attention
 from sage_inductor.measurement.metrics import relative_l2
 
-TRITON = kernels.get("triton")
+HOPPER = kernels.get("hopper")
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(HOPPER.unavailable_reasons()), reason="needs a Hopper GPU"),
+]
+AGAINST_THE_ORACLE = [kernels.get("triton"), pytest.param(HOPPER, marks=on_hopper)]
+of_kernel = pytest.mark.parametrize("kernel", AGAINST_THE_ORACLE, ids=lambda kernel: kernel.name)
+of_all = pytest.mark.parametrize(
+    "kernel", [kernels.get("reference"), *AGAINST_THE_ORACLE], ids=lambda kernel: kernel.name
+)
 
 
 def planted(
@@ -105,26 +114,46 @@ def test_nothing_is_left_out_below_every_margin(precision: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_parts_of_the_keys_stand_by_themselves() -> None:
+    torch.manual_seed(0)
+    x = 20 * torch.randn(2, 3, 300, 6, 128)
+    x[..., 2, :] = -math.inf
+    tile = SkipTile(64, 64)
+    starts = torch.zeros(2, 3, 5, 12, dtype=torch.bool)
+    starts[:, :, 1:, 4] = True
+    starts[1, 2, 3:, 10] = True
+    for high in (None, 500):
+        # Of queries from the second tile on, as the oracle takes them: some after others.
+        found = margins(x[:, :, 64:], tile._replace(starts=starts), 64, high)
+        at_once, first, second, third = (
+            margins(x[:, :, 64:, part], tile, 64, None if high is None else high - 128 * part.start)
+            for part in (slice(0, 6), slice(0, 2), slice(2, 6), slice(5, 6))
+        )
+        expected = torch.cat([first, second], -1)
+        expected[1, 2, 2:, 10:] = third[1, 2, 2:]
+        assert torch.equal(found, expected) and not torch.equal(found, at_once)
+
+
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)
-def test_values_that_are_not_finite_show_only_where_they_are_kept(precision: str) -> None:
+@of_all
+def test_values_that_are_not_finite_show_only_where_they_are_kept(kernel: Kernel, precision: str) -> None:
     q, k, v = planted(64, 384, heads=1)
     v[:, :, 130] = math.nan
     params = AttentionParams(precision=precision, skip_threshold=0.1)
     assert margins_of(q, k, None, params)[0, 0, 0, 1] < log2_threshold(0.1)
-    for kernel in (kernels.get("reference"), TRITON):
-        assert run(kernel, q, k, v, None, params)[0].isfinite().all()
+    assert run(kernel, q, k, v, None, params)[0].isfinite().all()
     assert run(kernels.get("reference"), q, k, v, None, replace(params, skip_threshold=0.0))[0].isnan().any()
 
 
-def test_nan_in_a_query_keeps_its_tiles() -> None:
+@of_all
+def test_nan_in_a_query_keeps_its_tiles(kernel: Kernel) -> None:
     q, k, v = planted(64, 512, heads=1)
     params = AttentionParams(precision="accurate", skip_threshold=0.5)
     assert skipped_share(margins_of(q, k, None, params), 0.5) > 0
     q[0, 0, 5, 3] = math.nan
     assert (margins_of(q, k, None, params) == math.inf).all()
-    for kernel in (kernels.get("reference"), TRITON):
-        out = kernel_output(kernel, q, k, v, params)
-        assert out[0, 0, 5].isnan().all() and out[0, 0, 6:].isfinite().all()
+    out = kernel_output(kernel, q, k, v, params)
+    assert out[0, 0, 5].isnan().all() and out[0, 0, 6:].isfinite().all()
 
 
 def kernel_output(kernel: Any, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
@@ -133,7 +162,10 @@ def kernel_output(kernel: Any, q: Tensor, k: Tensor, v: Tensor, params: Attentio
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- Triton
+# --------------------------------------------------------------------------------------------- Triton, Hopper
+
+
+FOR_TRITON = ("queries", "additive")  # masks that Hopper leaves to it
 
 
 def masked(name: str, q_len: int, kv_len: int) -> tuple[Tensor | None, AttentionParams, Segments | None]:
@@ -158,19 +190,25 @@ def masked(name: str, q_len: int, kv_len: int) -> tuple[Tensor | None, Attention
 
 
 @pytest.mark.parametrize("name", ["none", "causal", "window", "keys", "queries", "additive", "segments"])
-def test_triton_leaves_out_the_tiles_that_the_oracle_does(name: str) -> None:
+@of_kernel
+def test_a_kernel_leaves_out_the_tiles_that_the_oracle_does(kernel: Kernel, name: str) -> None:
+    check_tiles(kernel, name, 100, 450)
+
+
+def check_tiles(kernel: Kernel, name: str, q_len: int, kv_len: int, heads: int = 2) -> None:
     """Tile by tile: V says which step of keys a weight belongs to, so that a step that is left out is exactly 0."""
-    q_len, kv_len = 100, 450
-    q, k, _ = planted(q_len, kv_len)
+    q, k, _ = planted(q_len, kv_len, heads)
     mask, params, segments = masked(name, q_len, kv_len)
-    v = torch.zeros(1, 1, kv_len, 16, device=DEVICE)
-    tile = skip_tile_of(TRITON, q, k, v, mask, params, segments)
+    if (segments is not None and not kernel.takes_segments) or (name in FOR_TRITON and kernel is HOPPER):
+        pytest.skip(f"{kernel.name} does not take them")
+    v = torch.zeros(1, 1, kv_len, max(16, kv_len // 128), device=DEVICE)
+    tile = skip_tile_of(kernel, q, k, v, mask, params, segments)
     step = torch.arange(kv_len, device=DEVICE) // tile.keys
     v[0, 0, torch.arange(kv_len), step] = 1.0
     margins = margins_of(q, k, mask, params, segments, tile)
     threshold = untied_threshold(margins, random.Random(0))
     params = replace(params, skip_threshold=threshold)
-    weights, _ = run(TRITON, q, k, v, mask, params, None, segments)
+    weights, _ = run(kernel, q, k, v, mask, params, None, segments)
     rows = torch.nn.functional.pad(weights, (0, 0, 0, -q_len % tile.rows)).unflatten(2, (-1, tile.rows))
     steps = -(-kv_len // tile.keys)
     assert torch.equal(rows.amax(3)[..., :steps] > 0, margins[..., :steps] >= log2_threshold(threshold))
@@ -178,25 +216,73 @@ def test_triton_leaves_out_the_tiles_that_the_oracle_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)
-def test_triton_agrees_with_the_oracle(precision: str) -> None:
+@of_kernel
+def test_a_kernel_agrees_with_the_oracle(kernel: Kernel, precision: str) -> None:
     q, k, v = planted()
     mask, params, _ = masked("causal", 100, 450)
-    params = replace(params, precision=precision)
-    threshold = untied_threshold(margins_of(q, k, mask, params), random.Random(0))
+    check_agreement(kernel, q, k, v, mask, replace(params, precision=precision))
+
+
+def check_agreement(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams
+) -> None:
+    tile = skip_tile_of(kernel, q, k, v, mask, params)
+    threshold = untied_threshold(margins_of(q, k, mask, params, None, tile), random.Random(0))
     assert threshold > 0
-    check(TRITON, q, k, v, mask, replace(params, skip_threshold=threshold))
+    params = replace(params, skip_threshold=threshold)
+    check(kernel, q, k, v, mask, params, steps_of_64=kernel.oracle_distance > 1)
+
+
+class TestOnHopper:
+    """What only this kernel does: several tiles and rounds of K and V, tiles in parts, V on demand and always."""
+
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize("name", ["none", "causal", "window", "keys"])
+    def test_many_blocks(self, name: str) -> None:
+        check_tiles(HOPPER, name, 700, 8000, 30)
+
+    @pytest.mark.parametrize("heads", [2, 140])
+    def test_tiles_in_parts(self, heads: int) -> None:
+        q, k, v = planted(128, 8192, heads)
+        assert skip_tile_of(HOPPER, q, k, v, None, AttentionParams()).starts is not None
+        check_tiles(HOPPER, "none", 128, 8192, heads)
+
+    @pytest.mark.parametrize("precision", kernels.PRECISIONS)
+    @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+    @pytest.mark.parametrize("name", ["none", "causal", "window", "keys"])
+    def test_agrees_with_the_oracle(self, precision: str, dim: int, name: str) -> None:
+        q, k, v = (torch.nn.functional.pad(x, (0, dim - 16)).bfloat16() for x in planted(700, 3000, 6, 2))
+        v[..., 16:] = torch.randn_like(v[..., 16:])
+        mask, params, _ = masked(name, 700, 3000)
+        check_agreement(HOPPER, q, k, v, mask, replace(params, precision=precision, scale=0.25))
+
+    @pytest.mark.parametrize("precision", kernels.PRECISIONS)
+    @pytest.mark.parametrize("dim", [64, 128, 256])
+    def test_the_same_bits_every_time(self, precision: str, dim: int) -> None:
+        """Which warpgroup asks for V differs from run to run, and nothing else."""
+        q, k, v = (torch.nn.functional.pad(x, (0, dim - 16)).half() for x in planted(4000, 8192, 40, 40))
+        v[..., 16:] = torch.randn_like(v[..., 16:])
+        params = AttentionParams(precision=precision, scale=0.25, skip_threshold=0.05)
+        first, *others = (run(HOPPER, q, k, v, None, params) for _ in range(5))
+        for other in others:
+            assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
 
 
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("name", ["hopper", "sageattention"])
-def test_kernels_that_cannot_leave_out_tiles_say_so(name: str) -> None:
+@pytest.mark.parametrize("name", ["hopper", "triton", "sageattention"])
+def test_kernels_say_what_they_cannot_do_and_what_was_not_measured(name: str) -> None:
     spec = TensorSpec((1, 2, 256, 64), (32768, 16384, 64, 1), torch.bfloat16, torch.device("cuda", 0))
-    for threshold, expected in ((0.0, []), (0.01, ["skip_threshold=0.01 (supported: 0)"])):
+    refused = ["skip_threshold=0.01 (supported: 0)"] if name == "sageattention" else []
+    unmeasured = [f'skip_threshold=0.01 (not measured yet: by tune="measure", or kernel="{name}")']
+    for threshold, expected in ((0.0, []), (0.01, refused)):
         problem = AttentionProblem(spec, spec, spec, None, AttentionParams(skip_threshold=threshold))
         reasons = kernels.get(name).not_supported_reasons(problem)
         assert [text for text in reasons if text.startswith("skip_threshold")] == expected
+        if not refused:
+            assert kernels.get(name).unmeasured_reasons(problem) == (unmeasured if threshold else [])
 
 
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, math.nan, math.inf, "0.1", True, None])

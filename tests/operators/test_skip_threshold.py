@@ -97,7 +97,7 @@ def test_kernels_that_leave_out_nothing(inputs: tuple[Tensor, Tensor, Tensor]) -
         sage_attention(*inputs, kernel="sageattention", skip_threshold=THRESHOLD)
     with pytest.raises(NotEligibleError, match=r"skip_threshold=0.05 \(supported: 0\)"):
         sage_inductor.backends.SageAttentionBackend.get_impl_cls()(
-            2, 64, False, None, kernel="hopper", skip_threshold=THRESHOLD
+            2, 64, False, None, kernel="sageattention", skip_threshold=THRESHOLD
         )
 
 

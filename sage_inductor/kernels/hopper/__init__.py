@@ -40,7 +40,6 @@ class HopperKernel(TritonKernel):
     name: ClassVar[str] = "hopper"
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
     takes_segments: ClassVar[bool] = False
-    skips: ClassVar[bool] = False
     # P is rounded against a maximum that lags behind, so its rounding errors are independent of the oracle's: their difference
     # has the norm of two.
     oracle_distance: ClassVar[float] = 2**0.5

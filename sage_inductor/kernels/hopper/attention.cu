@@ -15,6 +15,7 @@
 //   KEY_MASK               a mask over keys, the same for every query
 //   RETURN_LSE
 //   SPLIT                  some tiles are computed in parts, which `combine` joins: COMBINE_THREADS for COMBINE_ROWS
+//   SKIP                   a warpgroup leaves out blocks of keys that count for none of its rows (../skipping.py)
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -37,6 +38,15 @@ constexpr bool IN_TURN = CONSUMERS == 3;
 constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
+static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the loop");
+// V of a block that both warpgroups may leave out is not brought before one of them asks for it: L2 has not the bandwidth to
+// bring V at the pace of blocks that are left out. K then comes when the V tile of its block is free, too, which with two
+// tiles in flight would be too late: a warpgroup waits for the K of two blocks on before it lets go of V.
+constexpr bool ON_DEMAND = SKIP && STAGES > 2;
+// The state of a V tile: how many warpgroups have left it out, and whether it is there or on its way.
+constexpr u32 LEFT_OUT = 1, BROUGHT = 256;
+// What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
+constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
 constexpr int Q_SPAN_BYTES = 64 * SPAN_BYTES, Q_BYTES = SPANS * Q_SPAN_BYTES;  // of a warpgroup
 constexpr int K_SPAN_BYTES = BLOCK_N * SPAN_BYTES, K_BYTES = SPANS * K_SPAN_BYTES;
@@ -81,6 +91,9 @@ struct Params {
     int wide;                // rows of the output start at multiples of 16 bytes
     int zero;                // but the compiler does not know
     int kv_pitch;            // blocks of K of one sequence; they hold kv_len keys, or more where kv_len is the first of them
+#if SKIP
+    float skip_bound;        // log2 of the threshold: how far below a row's maximum the scores of a block count for nothing
+#endif
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -93,6 +106,11 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// The threads for which it does not hold stay on the same way: behind a branch, what is uniform would no longer be.
+__device__ __forceinline__ void barrier_arrive_if(bool holds, u32 barrier) {
+    asm volatile("{ .reg .pred holds; setp.ne.u32 holds, %1, 0;\n@holds mbarrier.arrive.shared::cta.b64 _, [%0]; }"
+                 ::"r"(barrier), "r"((u32)holds) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile("{ .reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(barrier), "r"(phase) : "memory");
@@ -104,6 +122,32 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
 }
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// The same, for the 128 threads of a warpgroup: whether `found` in some of them.
+__device__ __forceinline__ bool named_barrier_any(int barrier, bool found) {
+    u32 any;
+    asm volatile("{ .reg .pred one, some;\nsetp.ne.u32 one, %1, 0;\nbar.red.or.pred some, %2, 128, one;\n"
+                 "selp.u32 %0, 1, 0, some; }" : "=r"(any) : "r"((u32)found), "r"(barrier) : "memory");
+    return __any_sync(~0u, any);  // the same, but the compiler knows that a warp goes one way: its registers are uniform ones
+}
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 x;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared(u32 address, u32 x) {
+    asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+// These give what was there before.
+__device__ __forceinline__ u32 add_shared(u32 address, u32 x) {
+    u32 before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
+    return before;
+}
+__device__ __forceinline__ u32 or_shared(u32 address, u32 x) {
+    u32 before;
+    asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
+    return before;
 }
 __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -219,6 +263,7 @@ struct Rows {
     float scale0, scale1;          // of Q
     float maximum0, maximum1;      // the reference
     float sum0, sum1;              // PV == 1 only: else a column of the product
+    float largest0, largest1;      // SKIP only: the running maximum, which the reference lags behind
 };
 
 // A tile of queries, or some of its blocks of keys, as the producer hands it to the consumers.
@@ -302,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES];
+    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + 2 * SKIP * STAGES];  // and, last, the states of the V tiles
     __shared__ Item items[2];
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
@@ -316,6 +361,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto k_empty = [&](int s) { return bars + 32 + 8 * (STAGES + s); };
     auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
     auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
+    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };  // then the column and row that it comes from
+
+    auto load_v = [&](int s, int column, int block, int row) {
+        barrier_expect(v_full(s), V_SPANS * V_HEAD_DIM * 128);
+        for (int w = 0; w < V_SPANS; w++)
+            load_tile(v_tiles + s * V_BYTES + w * V_SPAN_BYTES, &v_map, v_full(s), column + block * BLOCK_N + w * 64, row);
+    };
 
     const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);  // uniform, which the compiler then knows
     if (threadIdx.x == 0) {
@@ -328,6 +380,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             barrier_init(v_full(s), 1);
             barrier_init(k_empty(s), CONSUMERS);
             barrier_init(v_empty(s), CONSUMERS);
+            if (ON_DEMAND) store_shared(v_state(s), BROUGHT);
         }
         asm volatile("griddepcontrol.wait;" ::: "memory");  // until all is quantised: this kernel starts before
     }
@@ -353,6 +406,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 items[q_stage] = item;
                 if (item.tile < 0) {
                     barrier_arrive(q_full(q_stage));
+                    // Nothing may be on its way when the shared memory is somebody else's, also what nobody waits for.
+                    for (int s = 0; ON_DEMAND && s < STAGES; s++) {
+                        barrier_wait(v_full(stage), phase);
+                        if (++stage == STAGES) { stage = 0; phase ^= 1; }
+                    }
                     break;
                 }
                 const Tile t(p, item);
@@ -366,15 +424,25 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
                 for (int i = t.begin; i < t.end; i++) {
                     barrier_wait(k_empty(stage), phase);
+                    bool bring = true;
+                    if (ON_DEMAND) {
+                        // The V tile's last use is over for both warpgroups. It may still be on its way: who left it out did
+                        // not wait for it. Who looks at its state waits for K first, which comes behind this.
+                        barrier_wait(v_empty(stage), phase);
+                        barrier_wait(v_full(stage), phase);
+                        // V comes along where it is likely to be needed: of the first block and of those that are cut always,
+                        // else if the block in this tile before was.
+                        bring = i == t.begin || i >= t.full_end || (load_shared(v_state(stage)) & (BROUGHT - 1)) < CONSUMERS * LEFT_OUT;
+                        store_shared(v_state(stage), bring ? BROUGHT : 0);
+                        store_shared(v_state(stage) + 4, v_column + i * BLOCK_N);
+                        store_shared(v_state(stage) + 8, v_row);
+                    }
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
                         load_tile(k_tiles + stage * K_BYTES + s * K_SPAN_BYTES, &k_map, k_full(stage), s * SPAN_BYTES,
                                   t.key_row + i * BLOCK_N);
-                    barrier_wait(v_empty(stage), phase);
-                    barrier_expect(v_full(stage), V_SPANS * V_HEAD_DIM * 128);
-                    for (int w = 0; w < V_SPANS; w++)
-                        load_tile(v_tiles + stage * V_BYTES + w * V_SPAN_BYTES, &v_map, v_full(stage),
-                                  v_column + i * BLOCK_N + w * 64, v_row);
+                    if (!ON_DEMAND) barrier_wait(v_empty(stage), phase);
+                    if (bring) load_v(stage, v_column, i, v_row);
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
             }
@@ -493,7 +561,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             x0 = max(max(x0, scores[j]), scores[j + 1]);
             x1 = max(max(x1, scores[j + 2]), scores[j + 3]);
         }
-        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
+        if (PV == 1 && !SKIP) { row_maximum(x0); row_maximum(x1); }
     };
     // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
     auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked) {
@@ -543,7 +611,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
     // The product in flight, of the block whose V tile is in `v_stage`, is complete; `unit` is that of the next block.
     auto complete = [&](int v_stage, float unit) {
-        if (leader) barrier_arrive(v_empty(v_stage));
+        if (SKIP) barrier_arrive_if(leader && v_stage >= 0, v_empty(v_stage));
+        else if (leader) barrier_arrive(v_empty(v_stage));
         summed++;
         if (PV == 1 || (TWO_LEVELS && (summed == PROMOTE || unit != v_unit))) {
             const float f = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
@@ -618,7 +687,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     wgmma_wait<0>();
     if (leader) barrier_arrive(k_empty(0));
     advance(k_stage, k_phase);
-    int previous = -1;  // the stage of the V tile that the product in flight reads
+    int previous = NOTHING;  // the stage of the V tile that the product in flight reads
 
     // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean.
     auto write = [&](float2 channel) {
@@ -637,8 +706,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         } else {
             const float one = summed > 0 ? 1.f : 0.f, unit = TWO_LEVELS ? one * exp2_approx(v_unit) : 1.f;
 #pragma unroll
-            for (int j = 0; j < NT; j++)
-                sums[j] = TWO_LEVELS ? fmaf((float)product[j], j >= NO ? one : unit, output[j % NOUT]) : (float)product[j];
+            for (int j = 0; j < NT; j++) {
+                const float last = SKIP && summed == 0 ? 0.f : (float)product[j];  // of another tile where all was left out
+                sums[j] = TWO_LEVELS ? fmaf(last, j >= NO ? one : unit, output[j % NOUT]) : last;
+            }
             rows.sum0 = __shfl_sync(~0u, sums[NT - 4], lane & ~3);
             rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
         }
@@ -734,24 +805,85 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int j = 0; j < NOUT; j++) asm volatile("" : "+f"(output[j]) :: "memory");
         if (p.zero) barrier_wait(q_empty(0), 0);  // never: but it is a branch
     };
-    // From the scores of block i to P; the product of the block before is complete afterwards.
+#if SKIP
+    // Whether block i counts for some row of this warpgroup. A product is of a whole warpgroup, so its warps agree. x0 and x1 are
+    // the largest scores of this thread: a row lies below the bound where its four threads do, and needs no maximum for it. NaN
+    // counts. A row that sees no key of the block has no say, nor has one behind the last query: its `largest` is infinite.
+    auto counts = [&](int i, bool masked, int x0, int x1, float scale0, float scale1) {
+        bool found0 = !((float)x0 * scale0 - rows.largest0 < p.skip_bound);
+        bool found1 = !((float)x1 * scale1 - rows.largest1 < p.skip_bound);
+        if (masked) {
+            const bool on_diagonal = HAS_HIGH && i >= max(t.m0 + consumer * 64 + p.high + 1, 0) / BLOCK_N;
+            found0 = x0 != MASKED_SCORE && (found0 || on_diagonal);
+            found1 = x1 != MASKED_SCORE && (found1 || on_diagonal);
+        }
+        return named_barrier_any(1 + consumer, found0 || found1);
+    };
+    // V's barriers when blocks may be left out. Of each use of a V tile
+    //   v_empty  gets one arrival of each warpgroup, as ever: behind its product, or as soon as it leaves the block out;
+    //   v_full   ends one phase: with the tile, which is brought once, by who sets BROUGHT in its state first: the producer,
+    //            before it lets anybody look, or a warpgroup (`ask_for_v`); or without, by the last warpgroup to leave the block
+    //            out when nobody has set it (`leave_out`). Each warpgroup does one of the two, so one of these happens, once.
+    // Only who multiplies waits for v_full. The producer does before the next use, so no use of a tile meets another's bytes; and
+    // a warpgroup is no use ahead of the producer's waiting for v_empty, because K only comes behind that.
+    // Without ON_DEMAND V always comes, behind K. Who leaves the block out waits for it, so as not to get ahead there: the leading
+    // thread alone, because nothing holds it back until the other warps have looked, as a product does.
+    auto leave_out = [&]() {
+        if (leader) {
+            if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
+            if (ON_DEMAND && add_shared(v_state(stage), LEFT_OUT) == (CONSUMERS - 1) * LEFT_OUT) barrier_arrive(v_full(stage));
+            barrier_arrive(v_empty(stage));
+        }
+        __syncwarp();
+    };
+    // The V tile of the block at hand is needed; `state` is what its state was.
+    auto ask_for_v = [&](u32 state) {
+        if (ON_DEMAND && __any_sync(~0u, !(state & BROUGHT))) {
+            // The tile is free: the producer saw that before it let K come, and this warpgroup has seen K.
+            if (leader && !(or_shared(v_state(stage), BROUGHT) & BROUGHT))
+                load_v(stage, load_shared(v_state(stage) + 4), 0, load_shared(v_state(stage) + 8));
+            __syncwarp();
+        }
+    };
+#endif
+    // From the scores of block i to P; the product of the block before is complete afterwards. With SKIP, false where the block
+    // is left out: then nothing has been done, and that product goes on.
     auto attend = [&](int i, bool masked) {
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
+#if SKIP
+        const u32 state = ON_DEMAND ? load_shared(v_state(stage)) : BROUGHT;  // here, because it takes a while
+#endif
         if (masked && (i < t.full_begin || i >= t.full_end)) hide(i);
         int x0, x1;
         thread_maximum(x0, x1);
+#if SKIP
+        if (!counts(i, masked, x0, x1, scale0, scale1)) return false;
+        ask_for_v(state);
+        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
+        // The running maximum grows, which is seldom; only then may the reference have to. It never lies more than HEADROOM below.
+        bool slow = (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1;
+        slow = __any_sync(~0u, slow);
+        if (slow) {
+            if (PV != 1) { row_maximum(x0); row_maximum(x1); }
+            if (x0 != MASKED_SCORE) rows.largest0 = fmaxf(rows.largest0, (float)x0 * scale0);
+            if (x1 != MASKED_SCORE) rows.largest1 = fmaxf(rows.largest1, (float)x1 * scale1);
+            slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
+            slow = __any_sync(~0u, slow);
+        }
+#else
         bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
         slow = __any_sync(~0u, slow);
+#endif
         if (slow) {  // the reference maximum follows the block's, what was summed is rescaled
             if (!IN_TURN) {
                 wgmma_wait<0>();
-                if (previous >= 0) complete(previous, unit);
-                previous = -1;
+                if (SKIP ? previous != NOTHING : previous >= 0) complete(previous, unit);
+                previous = NOTHING;
             }
-            if (PV != 1) { row_maximum(x0); row_maximum(x1); }
+            if (PV != 1 && !SKIP) { row_maximum(x0); row_maximum(x1); }
             float n0 = rows.maximum0, n1 = rows.maximum1;
             if (x0 != MASKED_SCORE) n0 = fmaxf(n0, (float)x0 * scale0);
             if (x1 != MASKED_SCORE) n1 = fmaxf(n1, (float)x1 * scale1);
@@ -763,15 +895,23 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         weigh(x0, x1, scale0, scale1, unit, masked);
         if (IN_TURN) {
             take_weights();
-            return;
+            return true;
         }
         // Keeps the arithmetic above before the wait, beside the product in flight.
 #pragma unroll
         for (int j = 0; j < RAW; j++) asm volatile("" : "+r"(w0[j]), "+r"(w1[j]) :: "memory");
         if (p.zero) barrier_wait(q_empty(0), 0);  // never: but the branch keeps ptxas from moving the wait up
         wgmma_wait<0>();
-        if (previous >= 0) complete(previous, unit);
+        if (SKIP ? previous != NOTHING : previous >= 0) complete(previous, unit);
         take_weights();
+#if SKIP
+        // Keeps ptxas from moving the operands behind the next scores, which lie in the registers that they come from.
+        if (p.zero) {  // never: but they would have to be there
+#pragma unroll
+            for (int j = 0; j < NW; j++) store_shared(bars, weights[j]);
+        }
+#endif
+        return true;
     };
 
     while (true) {
@@ -781,10 +921,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int j = 0; j < NOUT; j++) output[j] = 0.f;
         summed = 0;
         v_unit = v_next;
-        previous = -1;
+        previous = NOTHING;
+        if (SKIP) {
+            const float infinite = __int_as_float(0x7f800000);
+            rows.largest0 = t.m0 + row_in_tile < p.q_len ? LOWEST : infinite;
+            rows.largest1 = t.m0 + row_in_tile + 8 < p.q_len ? LOWEST : infinite;
+        }
         int i = t.begin;
         if (!IN_TURN) {
-            barrier_wait(v_full(stage), phase);
+            if (!SKIP) barrier_wait(v_full(stage), phase);
             if (i + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
         }
         // This block's product, then the next scores.
@@ -815,6 +960,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             }
             wgmma_fence();
             multiply_qk();
+            if (SKIP) {
+                barrier_wait(v_full(stage), phase);  // not before: it may have been asked for just now
+                wgmma_fence();
+            }
             multiply_pv(PV != 1 && summed > 0);
             // Meanwhile, what the next round needs.
             previous = stage;
@@ -822,16 +971,41 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             advance(stage, phase);
             advance(k_stage, k_phase);
             load_block_scales(i + 1);
-            barrier_wait(v_full(stage), phase);
+            if (!SKIP) barrier_wait(v_full(stage), phase);
             if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
             wgmma_wait<1>();
-            if (leader) barrier_arrive(k_empty(done));
+            if (SKIP) barrier_arrive_if(leader, k_empty(done));
+            else if (leader) barrier_arrive(k_empty(done));
         };
+#if SKIP
+        // The next scores only. They come behind the product in flight, which is then complete, too. Its V tile is let go before
+        // this warpgroup waits for a K that may have to wait for that. The product is added by the next block that counts,
+        // because that knows in which unit.
+        auto go_on_without = [&]() {
+            wgmma_fence();
+            multiply_qk();
+            load_block_scales(i + 1);
+            leave_out();
+            advance(stage, phase);
+            wgmma_wait<0>();
+            barrier_arrive_if(leader && previous >= 0, v_empty(previous));
+            previous = previous >= 0 ? HELD : previous;
+            barrier_arrive_if(leader, k_empty(k_stage));
+            advance(k_stage, k_phase);
+            if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
+        };
+        auto step = [&](bool masked) {
+            if (attend(i, masked)) go_on();
+            else go_on_without();
+        };
+#else
+        auto step = [&](bool masked) { attend(i, masked); go_on(); };
+#endif
         if (HAS_LOW || KEY_MASK)
-            for (; i < t.full_begin && i + 1 < t.end; i++) { attend(i, true); go_on(); }
-        for (; i < t.full_end && i + 1 < t.end; i++) { attend(i, false); go_on(); }
-        for (; i + 1 < t.end; i++) { attend(i, true); go_on(); }
-        attend(i, true);
+            for (; i < t.full_begin && i + 1 < t.end; i++) step(true);
+        for (; i < t.full_end && i + 1 < t.end; i++) step(false);
+        for (; i + 1 < t.end; i++) step(true);
+        const bool last_counts = attend(i, true);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
 
         // The last product, and the first scores of the next tile; if there is none, scores of old tiles, which do no harm.
@@ -844,7 +1018,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (more) barrier_wait(k_full(k_stage), k_phase);
         wgmma_fence();
         if (!IN_TURN) multiply_qk();
-        multiply_pv(PV != 1 && summed > 0);
+        if (last_counts) {
+            if (SKIP) {
+                barrier_wait(v_full(stage), phase);
+                wgmma_fence();
+            }
+            multiply_pv(PV != 1 && summed > 0);
+        }
+#if SKIP
+        else leave_out();
+#endif
         // What the end of this tile and the start of the next need is on its way meanwhile.
         float2 channel = make_float2(1.f, 0.f);
         if (PV < 2 && thread < V_HEAD_DIM) {
@@ -858,7 +1041,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         prefetch(p.k_scale + next.key_row / 128 + next.begin);
         prefetch(p.v_scale + next.key_row / 128 + next.begin);
         wgmma_wait<0>();
-        complete(stage, v_unit);
+        const int of_product = last_counts ? stage : previous;
+        if (!SKIP || of_product != NOTHING) complete(of_product, v_unit);
         if (IN_TURN) {
             hold_output();
             wgmma_fence();

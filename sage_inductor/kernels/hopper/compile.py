@@ -45,6 +45,7 @@ class HopperVariant:
     split: bool = False
     pieces: int = 1
     out_passes: int = 1
+    skip: bool = False
 
     @cached_property
     def span_bytes(self) -> int:
@@ -85,6 +86,8 @@ class HopperVariant:
         static = 8 * (4 + 4 * self.stages) + 16 * 2  # barriers, items
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
+        if self.skip:
+            static += 16 * self.stages  # states of V's tiles
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
 
     def macros(self) -> dict[str, int]:
@@ -112,13 +115,14 @@ def choose_variant(
     has_high: bool = False,
     key_mask: bool = False,
     return_lse: bool = False,
+    skip: bool = False,
     *,
     q_len: int,
 ) -> HopperVariant:
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
     Registers and shared memory limit the numbers of warpgroups, tiles in flight and channels. The choices up to head_dim 128
-    were measured (benchmarks/notes.md).
+    were measured (benchmarks/notes.md), those with `skip` (for a skip_threshold) were not.
     """
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
     # So many channels fit the registers: FP8 and INT8 products have sums of their own beside the output's.
@@ -137,7 +141,7 @@ def choose_variant(
             pv,
             out,
             stages,
-            _consumers(pv, d, dv // pieces, q_len),
+            2 if skip else _consumers(pv, d, dv // pieces, q_len),  # with three ptxas spills in the loop
             has_low,
             has_high,
             key_mask,
@@ -145,6 +149,7 @@ def choose_variant(
             False,
             pieces,
             passes,
+            skip,
         )
         for pieces in (1, 2)
         if dv // pieces <= channels

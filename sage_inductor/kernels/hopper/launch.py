@@ -14,12 +14,13 @@ from torch import Tensor
 from ..base import AttentionParams
 from ..cache_folder import default_folder
 from ..device import multiprocessors
+from ..skipping import SkipTile, log2_threshold
 from ..triton.launch import TritonAttention
 from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 from ..triton.workspace import KEY_BLOCK
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
-from .share import share
+from .share import part_starts, share
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -46,6 +47,7 @@ class _Params(ctypes.Structure):
                 "tiles_per_head", "together", "whole", "grid", "units", "wide", "zero", "kv_pitch",
             )
         ]
+        + [("skip_bound", ctypes.c_float)]
     )  # fmt: skip
 
 
@@ -89,6 +91,7 @@ class HopperAttention(TritonAttention):
             high is not None,
             mask.skip_blocks,
             lse is not None,
+            params.skip_threshold > 0,
             q_len=sizes.q_len,
         )
         tiles_per_head = -(-sizes.q_len // variant.block_m)
@@ -96,8 +99,10 @@ class HopperAttention(TritonAttention):
         # Tiles of one length can be split so that all programs have as much to do. Tiles of different lengths are not split:
         # they come longest first, so no program waits long at the end.
         one_length = low is None and high is None and not mask.skip_blocks
+        # Pieces of a tile that were split in different places would leave out other blocks.
+        one_length = one_length and not (variant.skip and variant.pieces > 1)
         blocks = -(-sizes.kv_len // KEY_BLOCK) if one_length else 0
-        work = share(tiles, blocks, multiprocessors(self.index))
+        self.work = work = share(tiles, blocks, multiprocessors(self.index))
         self.grid = work.grid
         self.split_tiles = tiles - work.whole if work.units else 0
         self.variant = dataclasses.replace(variant, split=work.units > 0)
@@ -129,7 +134,24 @@ class HopperAttention(TritonAttention):
             grid=work.grid,
             units=work.units,
             kv_pitch=sizes.kv_blocks // sizes.batch,
+            skip_bound=log2_threshold(params.skip_threshold),
         )
+
+    @property
+    def skip_tile(self) -> SkipTile:
+        """The rows of a warpgroup. A part of a tile's keys knows nothing of those in front of it."""
+        sizes, consumers = self.sizes, self.variant.consumers
+        blocks, tiles = -(-sizes.kv_len // KEY_BLOCK), self.numbers.tiles_per_head
+        places = part_starts(self.work, blocks)
+        if not places:
+            return SkipTile(TILE, KEY_BLOCK)
+        starts = torch.zeros(sizes.batch * sizes.heads, tiles * consumers, blocks, dtype=torch.bool)
+        for tile, block in places:
+            head, rank = divmod(tile, tiles)  # as in attention.cu, where all tiles are of one length
+            first = (tiles - 1 - rank) * consumers
+            starts[head, first : first + consumers, block] = True
+        starts = starts.view(sizes.batch, sizes.heads, -1, blocks)[:, :, : -(-sizes.q_len // TILE)]
+        return SkipTile(TILE, KEY_BLOCK, starts.to(self.device))
 
     def attend(
         self,

@@ -27,6 +27,16 @@ class Share(NamedTuple):
     units: int
 
 
+def part_starts(work: Share, blocks: int) -> list[tuple[int, int]]:
+    """Where the parts begin that do not begin with their tile: (tile, block), for tiles of `blocks` key blocks each."""
+    places = (
+        [divmod(work.units * program // work.grid, blocks) for program in range(work.grid)]
+        if work.units
+        else []
+    )
+    return [(work.whole + tile, block) for tile, block in places if block]
+
+
 @lru_cache(maxsize=4096)
 def share(tiles: int, blocks: int, processors: int) -> Share:
     """The share of each program, for `tiles` of `blocks` key blocks each. `blocks` is 0 where tiles differ in length, as

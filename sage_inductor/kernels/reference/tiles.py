@@ -19,8 +19,7 @@ def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
     sees keys up to i + high. The result is `[batch, heads, tiles of queries, steps of keys]`.
     """
     largest = x.flatten(3).unflatten(3, (-1, tile.keys)).amax(-1)
-    so_far = largest.clamp(min=FULLY_MASKED).cummax(-1).values
-    so_far = F.pad(so_far[..., :-1], (1, 0), value=FULLY_MASKED)
+    so_far = _so_far(largest.clamp(min=FULLY_MASKED), tile, start)
     found = torch.nan_to_num(largest - so_far, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     found = F.pad(found, (0, 0, 0, -x.shape[2] % tile.rows), value=-math.inf)
     found = found.unflatten(2, (-1, tile.rows)).amax(3)
@@ -29,6 +28,19 @@ def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
         kept_from = (first + high + 1).clamp(min=0) // tile.keys
         kept = torch.arange(found.shape[3], device=x.device) >= kept_from
         found = torch.where(kept & (found > -math.inf), math.inf, found)
+    return found
+
+
+def _so_far(largest: Tensor, tile: SkipTile, start: int) -> Tensor:
+    """The running maximum in front of each step, of each step's maximum `[batch, heads, queries, steps]`."""
+    if tile.starts is None:
+        return F.pad(largest.cummax(-1).values[..., :-1], (1, 0), value=FULLY_MASKED)
+    starts = tile.starts[:, :, start // tile.rows :].repeat_interleave(tile.rows, 2)[:, :, : largest.shape[2]]
+    running, found = largest.new_full(largest.shape[:-1], FULLY_MASKED), torch.empty_like(largest)
+    for step in range(largest.shape[-1]):
+        running = running.masked_fill(starts[..., step], FULLY_MASKED)
+        found[..., step] = running
+        running = torch.maximum(running, largest[..., step])
     return found
 
 

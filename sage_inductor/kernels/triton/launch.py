@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
-from ..skipping import log2_threshold
+from ..skipping import SkipTile, log2_threshold
 from ..smoothing import SMOOTHINGS, smoothing_of_kernel
 from .attention import attention_kernel
 from .configs import LaunchConfig
@@ -199,6 +199,11 @@ class TritonAttention:
         batch, heads, kv_heads, _, kv_len, *_ = self.sizes
         kv_bytes = kv_len * (self.plan.d + self.plan.dv * self.plan.v_dtype.itemsize)
         return min(heads // kv_heads * max(TOGETHER_BYTES // max(kv_bytes, 1), 1), max(batch * heads, 1))
+
+    @property
+    def skip_tile(self) -> SkipTile:
+        """The tiles that are left out, where there is a skip_threshold."""
+        return SkipTile(self.plan.config.block_m, self.plan.config.block_n)
 
     def _make_parts(self) -> None:
         plan, sizes = self.plan, self.sizes

@@ -1,0 +1,297 @@
+"""The barriers of K's and V's tiles in hopper/attention.cu where blocks are left out (SKIP): a model of its producer and its two
+warpgroups, step by step as the code has them, in random order. What it is for is shown by protocols that lack one of the waits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+
+Block = tuple[int, int]  # tile of queries, block of keys
+Wait = Callable[[], bool] | None
+Program = Generator[Wait, None, None]
+
+LEFT_OUT, BROUGHT = 1, 256
+NOTHING, HELD = -1, -2
+
+
+class Fault(Exception):
+    """What must not happen."""
+
+
+class Barrier:
+    """An mbarrier: a phase ends when `count` have arrived and all bytes have come."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.loads = self.phase = 0
+
+    def arrive(self, loads: int = 0) -> None:
+        if self.pending == 0:
+            raise Fault("arrival beyond the count")
+        self.loads += loads
+        self.pending -= 1
+        self._end()
+
+    def come(self) -> None:
+        self.loads -= 1
+        self._end()
+
+    def _end(self) -> None:
+        if self.pending == 0 and self.loads == 0:
+            self.phase ^= 1
+            self.pending = self.count
+
+    def is_over(self, parity: int) -> bool:
+        return self.phase != parity
+
+
+@dataclass
+class Tiles:
+    """Those of K or of V: what each holds, who reads it, and what is on its way."""
+
+    stages: int
+    full: list[Barrier] = field(init=False)
+    empty: list[Barrier] = field(init=False)
+    held: list[Block | None] = field(init=False)
+    readers: list[int] = field(init=False)
+    coming: list[tuple[int, Block]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.full = [Barrier(1) for _ in range(self.stages)]
+        self.empty = [Barrier(2) for _ in range(self.stages)]
+        self.held, self.readers = [None] * self.stages, [0] * self.stages
+
+    def load(self, stage: int, block: Block) -> None:
+        self.full[stage].arrive(loads=1)
+        self.coming.append((stage, block))
+
+    def come(self, number: int) -> None:
+        stage, block = self.coming.pop(number)
+        if self.readers[stage]:
+            raise Fault("a tile is overwritten while it is read")
+        self.held[stage] = block
+        self.full[stage].come()
+
+    def read(self, stage: int, block: Block, readers: int) -> None:
+        if self.held[stage] != block:
+            raise Fault("another block's tile is read")
+        self.readers[stage] += readers
+
+
+class Model:
+    """Of one program. `lacking` is a rule that it does not keep."""
+
+    def __init__(self, seed: int, stages: int, lacking: str = "") -> None:
+        self.random = choose = random.Random(seed)
+        self.stages, self.lacking = stages, lacking
+        self.on_demand = stages > 2 or lacking == "V always, with two tiles"
+        self.lengths = [choose.choice([1, 1, 2, 3, 5, 9]) for _ in range(choose.choice([1, 2, 4]))]
+        self.blocks = [(tile, i) for tile, length in enumerate(self.lengths) for i in range(length)]
+        share = choose.choice([0.0, 0.3, 0.7, 0.95, 1.0])
+        self.left_out = [
+            {block for block in self.blocks if block[1] and choose.random() < share} for _ in range(2)
+        ]
+        self.full_end = [max(1, length - choose.randint(0, 2)) for length in self.lengths]
+        self.k, self.v = Tiles(stages), Tiles(stages)
+        self.state = [BROUGHT] * stages
+        self.comes_from: list[Block] = [(0, 0)] * stages
+        self.multiplied: list[set[Block]] = [set(), set()]
+
+    def advanced(self, stage: int, phase: int) -> tuple[int, int]:
+        return (stage + 1, phase) if stage + 1 < self.stages else (0, phase ^ 1)
+
+    def producer(self) -> Program:
+        k, v = self.k, self.v
+        stage, phase = 0, 1
+        for block in self.blocks:
+            yield partial(k.empty[stage].is_over, phase)
+            bring = True
+            if self.on_demand:
+                if self.lacking != "K behind v_empty":
+                    yield partial(v.empty[stage].is_over, phase)
+                if self.lacking != "the producer's wait for an old tile":
+                    yield partial(v.full[stage].is_over, phase)
+                tile, i = block
+                counted = self.state[stage] % BROUGHT < 2 * LEFT_OUT
+                bring = i == 0 or i >= self.full_end[tile] or counted
+                self.state[stage], self.comes_from[stage] = BROUGHT if bring else 0, block
+            k.load(stage, block)
+            yield None
+            if not self.on_demand:
+                yield partial(v.empty[stage].is_over, phase)
+            if bring:
+                v.load(stage, block)
+            yield None
+            stage, phase = self.advanced(stage, phase)
+        for _ in range(self.stages if self.on_demand and self.lacking != "the last waits" else 0):
+            yield partial(v.full[stage].is_over, phase)
+            stage, phase = self.advanced(stage, phase)
+
+    def leave_out(self, stage: int, phase: int) -> Program:
+        if not self.on_demand and self.lacking != "the wait for V, with two tiles":
+            yield partial(self.v.full[stage].is_over, phase)
+        if self.on_demand:
+            before, self.state[stage] = self.state[stage], self.state[stage] + LEFT_OUT
+            if before == LEFT_OUT:
+                self.v.full[stage].arrive()
+        self.v.empty[stage].arrive()
+
+    def warpgroup(self, number: int) -> Program:
+        k, v = self.k, self.v
+        flight: list[tuple[Tiles, int, Block]] = []  # products
+
+        def multiply(tiles: Tiles, stage: int, block: Block) -> None:
+            tiles.read(stage, block, 1)
+            flight.append((tiles, stage, block))
+
+        def wait_for_all_but(pending: int) -> None:
+            while len(flight) > pending:
+                tiles, stage, block = flight.pop(0)
+                tiles.read(stage, block, -1)
+                if tiles is v:
+                    self.multiplied[number].add(block)
+
+        stage = k_stage = phase = k_phase = 0
+        yield partial(k.full[0].is_over, 0)
+        multiply(k, 0, self.blocks[0])
+        yield None
+        wait_for_all_but(0)
+        k.empty[0].arrive()
+        k_stage, k_phase = self.advanced(k_stage, k_phase)
+        following = iter([*self.blocks[1:], None])
+        for tile, length in enumerate(self.lengths):
+            previous = NOTHING
+            if length > 1:
+                yield partial(k.full[k_stage].is_over, k_phase)
+            for i in range(length):
+                block, after = (tile, i), next(following)
+                state = self.state[stage]
+                yield None
+                counts = block not in self.left_out[number]
+                if counts:  # attend
+                    if self.on_demand and not state & BROUGHT:
+                        before, self.state[stage] = self.state[stage], self.state[stage] | BROUGHT
+                        if not before & BROUGHT:
+                            v.load(stage, self.comes_from[stage])
+                    yield None
+                    wait_for_all_but(0)
+                    if previous >= 0:
+                        v.empty[previous].arrive()
+                    previous = NOTHING
+                    yield None
+                if i + 1 == length:
+                    break
+                assert after is not None
+                multiply(k, k_stage, after)
+                yield None
+                if counts:  # go_on
+                    yield partial(v.full[stage].is_over, phase)
+                    multiply(v, stage, block)
+                    previous, done = stage, k_stage
+                    stage, phase = self.advanced(stage, phase)
+                    k_stage, k_phase = self.advanced(k_stage, k_phase)
+                    yield None
+                    if i + 2 < length:
+                        yield partial(k.full[k_stage].is_over, k_phase)
+                    wait_for_all_but(1)
+                    k.empty[done].arrive()
+                    yield None
+                else:  # go_on_without
+                    yield from self.leave_out(stage, phase)
+                    stage, phase = self.advanced(stage, phase)
+                    done = k_stage
+                    k_stage, k_phase = self.advanced(k_stage, k_phase)
+                    yield None
+                    if self.lacking == "V let go before K is awaited" and i + 2 < length:
+                        yield partial(k.full[k_stage].is_over, k_phase)
+                    wait_for_all_but(0)
+                    if previous >= 0:
+                        v.empty[previous].arrive()
+                        previous = HELD
+                    k.empty[done].arrive()
+                    yield None
+                    if i + 2 < length:
+                        yield partial(k.full[k_stage].is_over, k_phase)
+            # The last block of the tile, and the first scores of the next.
+            if after is not None:
+                yield partial(k.full[k_stage].is_over, k_phase)
+                multiply(k, k_stage, after)
+            yield None
+            if counts:
+                yield partial(v.full[stage].is_over, phase)
+                multiply(v, stage, block)
+            else:
+                yield from self.leave_out(stage, phase)
+            yield None
+            wait_for_all_but(0)
+            of_product = stage if counts else previous
+            if of_product >= 0:
+                v.empty[of_product].arrive()
+            if after is not None:
+                k.empty[k_stage].arrive()
+            stage, phase = self.advanced(stage, phase)
+            k_stage, k_phase = self.advanced(k_stage, k_phase)
+            yield None
+
+    def run(self) -> None:
+        """Raises Fault."""
+        choose = self.random
+        programs = [self.producer(), self.warpgroup(0), self.warpgroup(1)]
+        # One of them, or what is on its way, may be much faster or slower than the others.
+        speeds = [choose.choice([1.0, 1.0, 10.0, 0.1]) for _ in range(5)]
+        waits: dict[int, Wait] = dict.fromkeys(range(3))
+        while waits:
+            able = [number for number, wait in waits.items() if wait is None or wait()]
+            able += [3 + which for which, tiles in enumerate((self.k, self.v)) if tiles.coming]
+            if not able:
+                raise Fault("all wait")
+            number = choose.choices(able, [speeds[number] for number in able])[0]
+            if number >= 3:
+                tiles = (self.k, self.v)[number - 3]
+                tiles.come(choose.randrange(len(tiles.coming)))
+                continue
+            try:
+                waits[number] = next(programs[number])
+            except StopIteration:
+                del waits[number]
+        if self.k.coming or self.v.coming:
+            raise Fault("a tile is on its way when the program has ended")
+        for multiplied, left_out in zip(self.multiplied, self.left_out, strict=True):
+            assert multiplied == set(self.blocks) - left_out
+
+
+def faults(seeds: range, stages: Sequence[int], lacking: str = "") -> set[str]:
+    found = set()
+    for seed in seeds:
+        try:
+            Model(seed, stages[seed % len(stages)], lacking).run()
+        except Fault as fault:
+            found.add(str(fault))
+    return found
+
+
+def test_no_order_of_events_is_a_fault() -> None:
+    assert faults(range(1500), (2, 3, 4)) == set()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "stages", "expected"),
+    [
+        (
+            "K behind v_empty",
+            (3, 4),
+            {"another block's tile is read", "a tile is overwritten while it is read"},
+        ),
+        ("the producer's wait for an old tile", (3, 4), {"arrival beyond the count"}),
+        ("the last waits", (3, 4), {"a tile is on its way when the program has ended"}),
+        ("V let go before K is awaited", (3,), {"all wait"}),
+        ("V always, with two tiles", (2,), {"all wait"}),
+        ("the wait for V, with two tiles", (2,), {"all wait", "a tile is overwritten while it is read"}),
+    ],
+)
+def test_each_rule_is_needed(lacking: str, stages: tuple[int, ...], expected: set[str]) -> None:
+    assert expected & faults(range(1500), stages, lacking)

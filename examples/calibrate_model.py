@@ -4,8 +4,8 @@
     python examples/calibrate_model.py --steps               # decisions per range of diffusion steps
     python examples/calibrate_model.py --metric output_rel_l2 --tolerance 0.002
 
-The model is a small transformer; one of its layers has a channel of K that is 200 times as large as the others and
-one of Q that is as much smaller, as trained models do. The plan finds that layer and keeps only it exact.
+The model is a small transformer; the queries and keys of one of its layers are 20 times as large as those of the others, so that
+its scores lie far apart and their rounding decides which keys draw the weight. The plan finds that layer and keeps only it exact.
 """
 
 from __future__ import annotations
@@ -51,11 +51,10 @@ class Model(nn.Module):
         return x
 
 
-def plant_outlier_channel(layer: Any, factor: float = 200.0) -> None:
+def sharpen(layer: Any, factor: float = 20.0) -> None:
     with torch.no_grad():
-        layer.to_k.weight[5] *= factor
-        layer.to_q.weight[5] /= factor
-        layer.to_q.bias[5] /= factor
+        for parameter in (*layer.to_k.parameters(), *layer.to_q.parameters()):
+            parameter *= factor
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model(args.layers, dim=128, heads=2).to(args.device, torch.bfloat16 if on_gpu else torch.float32)
     model.eval()
-    plant_outlier_channel(model.layers[args.layers // 2])
+    sharpen(model.layers[args.layers // 2])
     dtype = next(model.parameters()).dtype
     samples = [(torch.randn(1, tokens, 128, device=args.device, dtype=dtype),) for _ in range(2)]
     (x,) = samples[0]

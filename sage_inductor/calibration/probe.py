@@ -102,7 +102,7 @@ class Prober:
     def measure(self) -> Iterator[dict[Key, dict[str, Measured]]]:
         """The probes measure inside the context. After it, the dict holds what they have measured, by site and precision."""
         measured: dict[Key, dict[str, Measured]] = {}
-        self._errors = {}
+        self._errors, self._key_outliers = {}, {}
         self.measuring = True
         try:
             yield measured

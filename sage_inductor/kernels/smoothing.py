@@ -48,7 +48,7 @@ LARGEST_BLOCK = 128  # channels that are rotated together
 _PRIMES = (11, 19, 23, 43, 47, 59, 67, 71, 79, 83, 103, 107)
 
 
-def smoothing_of_kernel(smoothing: str, has: Collection[str]) -> str:
+def resolved_smoothing(smoothing: str, has: Collection[str]) -> str:
     """What `smoothing` stands for with a kernel that `has` some."""
     if smoothing != "auto":
         return smoothing

@@ -18,7 +18,7 @@ from torch import Tensor
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
 from sage_inductor.kernels.skipping import SKIP_TILE, SkipTile, log2_threshold
-from sage_inductor.kernels.smoothing import EQUALISING, SMOOTHINGS
+from sage_inductor.kernels.smoothing import EQUALISING, SMOOTHINGS, resolved_smoothing
 from sage_inductor.measurement.ground_truth import (
     DOCUMENTED,
     EPS,
@@ -146,6 +146,7 @@ def disagreements(
     query to query. P is then rounded against other maxima than the oracle's. Two roundings that know nothing of
     each other, each within the documented error, differ by sqrt(2) of it.
     """
+    params = replace(params, smoothing=resolved_smoothing(params.smoothing, SMOOTHINGS))
     expected, expected_lse = oracle(q, k, v, mask, params, segments, skip_tile)
     left_out = None
     if params.skip_threshold:

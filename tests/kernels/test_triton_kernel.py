@@ -569,7 +569,7 @@ def test_varlen_is_each_sequence_by_itself(precision: str, is_causal: bool) -> N
     k[5:] += 30  # a mean over all sequences would be far off for some
     result = attention_varlen(
         q, k, v, cu_q, cu_k, max(q_lens), max(kv_lens),
-        is_causal=is_causal, bottom_right=True, precision=precision, return_lse=True,
+        is_causal=is_causal, bottom_right=True, precision=precision, smoothing="mean", return_lse=True,
     )  # fmt: skip
     assert isinstance(result, tuple)
     out, lse = result

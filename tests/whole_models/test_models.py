@@ -37,7 +37,9 @@ from sage_inductor.testing import relative_l2
 for package in ("transformers", "diffusers"):
     pytest.importorskip(package)
 
-REFERENCE = Config(kernel="reference")
+# With K's mean alone: the factors that even channels are those of all queries that share a key head, which the models' own calls,
+# whose key heads are repeated, do not say. Other factors round other numbers, and two roundings lie .01 apart.
+REFERENCE = Config(kernel="reference", smoothing="mean")
 # Error of the model's output as a share of what its attention contributes: ||output - exact|| over
 # ||exact - the output with attention zeroed||, so that a large exact residual hides nothing. "fast" is within
 # .04 (relative L2) at each attention, and errors of several attentions are independent and average out like
@@ -95,7 +97,7 @@ def quantised(
                 break
     output: Tensor = ops.attention(
         query, key, value, attn_mask, is_causal,
-        scale=scale, enable_gqa=enable_gqa, kernel_name="reference",
+        scale=scale, enable_gqa=enable_gqa, kernel_name="reference", smoothing="mean",
     )  # fmt: skip
     return output
 
@@ -305,7 +307,7 @@ def told_of_rows(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> 
     """The oracle, which takes what a mask over keys hides out of the statistics of K, told of masks that are one row."""
     if attn_mask is not None and bool((attn_mask == attn_mask[..., :1, :]).all()):
         attn_mask = attn_mask[..., :1, :]
-    out = sage_attention(*args, attn_mask=attn_mask, kernel="reference", **kwargs)
+    out = sage_attention(*args, attn_mask=attn_mask, kernel="reference", smoothing="mean", **kwargs)
     assert isinstance(out, Tensor)
     return out
 

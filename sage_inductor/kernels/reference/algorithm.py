@@ -70,7 +70,7 @@ def attention(
     bounds: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
     precision: str = "fast",
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     segments: Segments | None = None,
     skip_threshold: float = 0.0,
     skip_tile: SkipTile = SKIP_TILE,
@@ -129,7 +129,7 @@ def tile_margins(
     *,
     bounds: tuple[int | None, int | None] = (None, None),
     scale: float | None = None,
-    smoothing: str = "mean",
+    smoothing: str = "auto",
     segments: Segments | None = None,
     skip_tile: SkipTile = SKIP_TILE,
 ) -> Tensor:

@@ -13,8 +13,8 @@ from sage_inductor.kernels.smoothing import (
     HALF_OCTAVE,
     ROTATING,
     SMOOTHINGS,
+    resolved_smoothing,
     rotation,
-    smoothing_of_kernel,
 )
 
 
@@ -35,7 +35,7 @@ class Smoother:
         are evened with the keys. Raises ValueError for an unknown `name`."""
         if name not in SMOOTHINGS:
             raise ValueError(f"smoothing={name!r} (valid: {', '.join(SMOOTHINGS)})")
-        name = smoothing_of_kernel(name, SMOOTHINGS)
+        name = resolved_smoothing(name, SMOOTHINGS)
         mean = (keys * weight).sum(2, keepdim=True)
         half_octaves = None
         if name in EQUALISING:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
 from ..skipping import SkipTile, log2_threshold
-from ..smoothing import SMOOTHINGS, smoothing_of_kernel
+from ..smoothing import SMOOTHINGS, resolved_smoothing
 from .attention import attention_kernel
 from .configs import LaunchConfig
 from .evened import evened_kernel
@@ -161,7 +161,7 @@ class TritonAttention:
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
-        params = replace(params, smoothing=smoothing_of_kernel(params.smoothing, SMOOTHINGS))
+        params = replace(params, smoothing=resolved_smoothing(params.smoothing, SMOOTHINGS))
         self.plan = make_variant(
             arch,
             params.precision,

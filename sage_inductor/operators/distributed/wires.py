@@ -20,7 +20,7 @@ from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
-from sage_inductor.kernels.smoothing import EQUALISING, smoothing_of_kernel
+from sage_inductor.kernels.smoothing import EQUALISING, resolved_smoothing
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
     can_prequantize,
@@ -108,7 +108,7 @@ def attend(
     it is number `rank` of `ranks`. With `is_balanced` each rank's shard is a chunk from the head of the sequence and one from its
     tail, as torch's `context_parallel` balances causal attention. The output is dense, float32 inside and rounded at the end.
     """
-    smoothing = smoothing_of_kernel(smoothing, kernels.get(kernel).smoothings)
+    smoothing = resolved_smoothing(smoothing, kernels.get(kernel).smoothings)
     how = {"kernel_name": kernel, "precision": precision, "smoothing": smoothing}
     evened = query if smoothing in EQUALISING else None
     packed = quantize_key_value_op(key, value, evened, **how)

@@ -536,13 +536,16 @@ def test_measurements_have_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert "speed-up" not in capsys.readouterr().out
 
 
+def test_without_a_command(run: Any) -> None:
+    done = run()
+    assert done.code == 2 and "usage: python -m sage_inductor" in done.err
+
+
 def test_as_a_module(folder: Path) -> None:
     command = [sys.executable, "-m", "sage_inductor", "explain", "net.py:make_model", "--kernel", "reference"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "reference fast" in done.stdout and done.stderr == ""
-    done = subprocess.run(command[:3], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "usage: python -m sage_inductor" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- logging

@@ -103,13 +103,11 @@ def _unified(mesh: Any, build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -
 
 
 @on_every_rank
-def ulysses_within_a_ring_of_wan(mesh: Any) -> None:
-    _unified(mesh, wan)
-
-
-@on_every_rank
-def ulysses_within_a_ring_of_flux(mesh: Any) -> None:
-    _unified(mesh, flux)
+def ulysses_within_a_ring(mesh: Any) -> None:
+    """On four ranks Flux: of Wan tests/integrations/test_diffusers_ranks.py has a ring, and Ulysses, on two."""
+    for build in (flux,) if mesh.size() == 4 else (wan, flux):
+        torch.compiler.reset()
+        _unified(mesh, build)
 
 
 def buffers_of(kv_heads: int, tokens: int) -> tuple[list[Tensor], dict[str, Any]]:
@@ -176,13 +174,13 @@ def two_dims_of_a_mesh(mesh: Any) -> None:
         assert relative_l2(out.full_tensor(), exact) <= MARGIN * relative_l2(one, exact), placements
 
 
+def before_forking() -> None:
+    with suppress(ImportError):
+        from diffusers import ContextParallelConfig, FluxTransformer2DModel, WanTransformer3DModel  # noqa: F401
+
+
 test_on_four_ranks = on_ranks(__file__, 4)
 test_on_eight_ranks = pytest.mark.slow(on_ranks(__file__, 8))
 
 if __name__ == "__main__":
-    import torch._inductor.compile_fx
-    import torch.distributed.tensor.experimental
-
-    with suppress(ImportError):  # what follows is imported once, before this process becomes the ranks
-        from diffusers import ContextParallelConfig, FluxTransformer2DModel, WanTransformer3DModel  # noqa: F401
     main(globals())

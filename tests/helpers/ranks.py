@@ -8,14 +8,16 @@
     if __name__ == "__main__":
         main(globals())
 
-One start of all ranks runs all cases of a file. A case passes where it raises on no rank; it is skipped where it raises
-`unittest.SkipTest` on every rank. By hand: python FILE RANKS FOLDER [-k NAME].
+The files that are tested on so many ranks share one process that has imported what they need; of it the ranks of each file
+are copies, which run all its cases. A case passes where it raises on no rank; it is skipped where it raises `unittest.SkipTest` on every rank.
+By hand: python FILE RANKS FOLDER [-k NAME].
 """
 
 from __future__ import annotations
 
 import datetime
 import faulthandler
+import importlib
 import json
 import os
 import re
@@ -43,27 +45,31 @@ def on_every_rank(case: Callable[[Any], None]) -> Callable[[Any], None]:
     return case
 
 
-def on_ranks(file: str, ranks: int) -> Callable[[str], None]:
+def on_ranks(file: str, ranks: int) -> Callable[..., None]:
     """A test for each case of `file`, on so many ranks."""
     names = re.findall(r"^@on_every_rank\ndef (\w+)", Path(file).read_text(), re.MULTILINE)
 
-    @pytest.mark.xdist_group(f"{Path(file).stem} {ranks}")
+    @pytest.mark.xdist_group(f"{ranks} ranks")
     @pytest.mark.parametrize("case", names)
-    def test(case: str) -> None:
-        results = _results(file, ranks)
-        found = {rank: result.get(case, f"did not run: {result}") for rank, result in enumerate(results)}
+    def test(case: str, request: pytest.FixtureRequest) -> None:
+        items = (getattr(item, "function", None) for item in request.session.items)
+        files = dict.fromkeys(item.file for item in items if getattr(item, "ranks", None) == ranks)
+        name = f"{Path(file).stem}.{case}"
+        results = _results(tuple(files), ranks)
+        found = {rank: result.get(name, f"did not run: {result}") for rank, result in enumerate(results)}
         skipped = [text for text in found.values() if text.startswith(_SKIPPED)]
         if len(skipped) == ranks:
             pytest.skip(skipped[0].removeprefix(_SKIPPED))
         for rank, text in found.items():
             assert text == "", f"rank {rank}: {text}"
 
+    test.file, test.ranks = file, ranks  # type: ignore[attr-defined]
     return test
 
 
 @cache
-def _results(file: str, ranks: int) -> list[dict[str, str]]:
-    """What each rank's cases raised, by name."""
+def _results(files: tuple[str, ...], ranks: int) -> list[dict[str, str]]:
+    """What each rank's cases raised, by file and name."""
     environment = {
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
@@ -73,13 +79,15 @@ def _results(file: str, ranks: int) -> list[dict[str, str]]:
     }
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, file, str(ranks), folder],
+            [sys.executable, __file__, str(ranks), folder, *files],
             capture_output=True, text=True, env=environment, check=False,
         )  # fmt: skip
-        return [
-            json.loads(result.read_text()) if result.exists() else {"all": done.stderr[-3000:]}
-            for result in (Path(folder, f"results_{rank}.json") for rank in range(ranks))
-        ]
+        results: list[dict[str, str]] = [{} for _ in range(ranks)]
+        for file in files:
+            for rank, result in enumerate(results):
+                path = Path(folder, f"{Path(file).stem}_{rank}.json")
+                result |= json.loads(path.read_text()) if path.exists() else {file: done.stderr[-3000:]}
+        return results
 
 
 def teach_dtensors_sdpa_of_cpus() -> None:
@@ -98,6 +106,23 @@ def teach_dtensors_sdpa_of_cpus() -> None:
     )
 
 
+def import_before_forking() -> None:
+    """What most cases need, and what torch imports while it traces for the first time: they take longer than most cases."""
+    import torch
+    import torch._inductor.compile_fx
+    import torch.distributed.tensor.experimental
+
+    from sage_inductor import Config
+    from sage_inductor.testing import RewritingBackend
+
+    query = torch.ones(1, 1, 4, 16)
+    attend = torch.compile(
+        torch.nn.functional.scaled_dot_product_attention, backend=RewritingBackend(Config(kernel="reference"))
+    )
+    attend(query, query, query)
+    torch.compiler.reset()
+
+
 def forked(ranks: int) -> int | None:
     """The rank of this process: one of `ranks` copies of the one that calls, which gets None when all of them have ended. They
     begin after the imports, which take longer than most cases."""
@@ -114,11 +139,18 @@ def forked(ranks: int) -> int | None:
 
 def main(namespace: dict[str, Any]) -> None:
     """Run the cases of a file on as many ranks as the command line says."""
+    import_before_forking()
+    _run(namespace, named=sys.argv[4] if len(sys.argv) > 4 else "")
+
+
+def _run(namespace: dict[str, Any], named: str = "") -> None:
+    """The cases of a file, on ranks that end with it. Its `before_forking`, if it has one, runs once for all of them."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    ranks, folder, named = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[4:5]
+    namespace.get("before_forking", lambda: None)()
+    ranks, folder, file = int(sys.argv[1]), Path(sys.argv[2]), Path(namespace["__file__"]).stem
     rank = forked(ranks)
     if rank is None:
         return
@@ -126,7 +158,7 @@ def main(namespace: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(str(folder / "store"), ranks),
+        store=dist.FileStore(str(folder / f"{file}_store"), ranks),
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=60),
@@ -134,7 +166,7 @@ def main(namespace: dict[str, Any]) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     results = {}
     for name, case in list(namespace.items()):
-        if not getattr(case, _MARK, False) or (named and named[0] not in name):
+        if not getattr(case, _MARK, False) or named not in name:
             continue
         torch.manual_seed(0)
         torch.compiler.reset()
@@ -142,13 +174,21 @@ def main(namespace: dict[str, Any]) -> None:
         try:
             dist.barrier()
             case(mesh)
-            results[name] = ""
+            result = ""
         except SkipTest as skip:
-            results[name] = f"{_SKIPPED}{skip}"
+            result = f"{_SKIPPED}{skip}"
         except Exception:
-            results[name] = traceback.format_exc()[-2500:]
-        said = f"{name}, rank {rank}: {time.perf_counter() - start:.1f} s {results[name][-1500:]}"
+            result = traceback.format_exc()[-2500:]
+        results[f"{file}.{name}"] = result
+        said = f"{file}.{name}, rank {rank}: {time.perf_counter() - start:.1f} s {result[-1500:]}"
         print(said, file=sys.stderr, flush=True)
-    (folder / f"results_{rank}.json").write_text(json.dumps(results))
+    (folder / f"{file}_{rank}.json").write_text(json.dumps(results))
     # Not by way of what is left in the interpreter: a rank that failed may have left others waiting.
     os._exit(0)
+
+
+if __name__ == "__main__":
+    import_before_forking()
+    for path in map(Path, sys.argv[3:]):
+        sys.path.insert(0, str(path.parent))
+        _run(vars(importlib.import_module(path.stem)))

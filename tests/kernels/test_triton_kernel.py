@@ -291,10 +291,18 @@ def test_bool_masks_are_packed_into_bits(
     assert torch.equal(words % 2 ** (n // 4), (bits << torch.arange(n // 4, device=DEVICE)).sum(-1))
 
 
-# What an additive mask leaves of each block is found for all of them above.
-BLOCKS = [(name, False) for name in BLOCKY]
-BLOCKS += [(name, True) for name in ("causal, padded on the left", "two runs", "nothing", "everything")]
-SLOW_BLOCKS = [(name, True) for name in BLOCKY if (name, True) not in BLOCKS]
+# What a mask leaves of each block is found for all of them above. What a kernel does with it: blocks that are left out in front,
+# behind, between others and altogether, blocks that are read and blocks that are not.
+BLOCKS = [
+    *(
+        (name, False)
+        for name in ("causal, padded on the left", "a window", "two runs", "nothing", "all but one")
+    ),
+    *((name, True) for name in ("causal, padded on the left", "everything")),
+]
+SLOW_BLOCKS = [
+    (name, additive) for name in BLOCKY for additive in (False, True) if (name, additive) not in BLOCKS
+]
 
 
 @pytest.mark.parametrize(
@@ -308,14 +316,21 @@ def test_masks_of_blocks(name: str, additive: bool) -> None:
     check(randn(2, heads, Q_LEN, 64), k, v, given, params_of("fast"))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"is_causal": True}, {"is_causal": True, "bottom_right": True}, {"window_left": 200, "window_right": 90},
-        {"window_left": 30, "bottom_right": True},
-    ],
+WINDOWS: tuple[dict[str, Any], ...] = (
+    {"is_causal": True}, {"is_causal": True, "bottom_right": True}, {"window_left": 200, "window_right": 90},
+    {"window_left": 30, "bottom_right": True},
 )  # fmt: skip
+
+
+# Each window, and each precision; all of both are slow.
+@pytest.mark.parametrize(
+    ("kwargs", "precision"),
+    [
+        pytest.param(kwargs, precision, marks=[] if place % 3 == number else [pytest.mark.slow])
+        for place, kwargs in enumerate(WINDOWS)
+        for number, precision in enumerate(PRECISIONS)
+    ],
+)
 def test_masks_of_blocks_within_a_window(precision: str, kwargs: dict[str, Any]) -> None:
     sizes = (2, Q_LEN, KV_LEN)
     mask = _blocky("a prefix", *sizes) & _blocky("causal, padded on the left", *sizes)
@@ -557,9 +572,15 @@ def test_what_is_not_finite_shows_where_it_belongs(precision: str, bad: float) -
 # --------------------------------------------------------------------------------------------------- varlen
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_varlen_is_each_sequence_by_itself(precision: str, is_causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("is_causal", "precision"),
+    [(False, "balanced"), (True, "fast"), (True, "accurate")]
+    + [
+        pytest.param(*way, marks=pytest.mark.slow)
+        for way in ((False, "fast"), (False, "accurate"), (True, "balanced"))
+    ],
+)
+def test_varlen_is_each_sequence_by_itself(is_causal: bool, precision: str) -> None:
     q_lens, kv_lens = [0, 1, 130, 70], [5, 1, 70, 260]
     cu_q, cu_k = (
         torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE) for lens in (q_lens, kv_lens)
@@ -762,33 +783,53 @@ COMPILED = (
     (80, "balanced", 64, "none", "equalise"),
     (90, "fast+skip=0.01", 128, "none", "mean"),
 )
+# Whose precision, head dim, mask and smoothing the others have, in other company.
+SELDOM_COMPILED = (
+    (80, "balanced", 64, "none", "mean"),
+    (80, "accurate", 64, "keys", "mean"),
+    (90, "accurate", 128, "queries", "mean"),
+    (90, "fast", 128, "segments", "mean"),
+)
 
 
 @pytest.fixture(scope="module")
-def compiled_offline(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """The kernels of each of `COMPILED`, by one process."""
+def compiled_offline(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The kernels of each of `COMPILED` that is asked for, by one process."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {found.params["variant"] for found in asked if found is not None and "variant" in found.params}
+    variants = [variant for variant in COMPILED if variant in wanted]
     script = Path(__file__).parents[1] / "helpers" / "compile_offline.py"
     done = subprocess.run(
-        [sys.executable, script, *(str(item) for items in COMPILED for item in ("--", *items))],
+        [sys.executable, script, *(str(item) for items in variants for item in ("--", *items))],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [[json.loads(line) for line in part.splitlines()] for part in done.stdout.split("\n\n")]
+    parts = [[json.loads(line) for line in part.splitlines()] for part in done.stdout.split("\n\n")]
+    return dict(zip(variants, parts, strict=True))
 
 
 @pytest.mark.xdist_group("triton, compiled")
-@pytest.mark.parametrize(("capability", "precision", "head_dim", "mask", "smoothing"), COMPILED)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(
+            variant,
+            id="-".join(map(str, variant)),
+            marks=[pytest.mark.slow] if variant in SELDOM_COMPILED else [],
+        )
+        for variant in COMPILED
+    ],
+)
 def test_compiles_without_spills_where_there_is_no_gpu(
-    capability: int,
-    precision: str,
-    head_dim: int,
-    mask: str,
-    smoothing: str,
-    compiled_offline: list[list[dict[str, Any]]],
+    variant: tuple[int, str, int, str, str],
+    compiled_offline: dict[tuple[Any, ...], list[dict[str, Any]]],
 ) -> None:
+    capability, precision, head_dim, mask, smoothing = variant
     version = importlib.metadata.version("triton").rpartition(".")[0]
-    kernels = compiled_offline[COMPILED.index((capability, precision, head_dim, mask, smoothing))]
+    kernels = compiled_offline[variant]
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
     before += ["segments_kernel"] if mask.startswith("segments") else []
@@ -820,10 +861,20 @@ def test_compiles_without_spills_where_there_is_no_gpu(
 # --------------------------------------------------------------------------------------------------- random
 
 
-@pytest.mark.parametrize("seed", range(0, 16 * agreement.SEEDS_PER_VARIANT, agreement.SEEDS_PER_VARIANT))
-def test_random_problems(seed: int) -> None:
-    """One of each of 16 variants; sweep.py runs any number."""
-    assert agreement.case_faults(KERNEL, agreement.draw_case(seed, KERNEL)) == []
+# Of the 16 variants; what these have of precisions, dtypes, head dims, masks, bands, layouts and smoothings, the others have.
+REPEATING = (5, 7, 13, 14, 15)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(number, marks=[pytest.mark.slow] * (number in REPEATING)) for number in range(16)],
+)
+def test_random_problems(variant: int) -> None:
+    """One of each variant; sweep.py runs any number."""
+    assert (
+        agreement.case_faults(KERNEL, agreement.draw_case(variant * agreement.SEEDS_PER_VARIANT, KERNEL))
+        == []
+    )
 
 
 # ------------------------------------------------------------------------------------------------- GPU only

@@ -1,24 +1,29 @@
 """What the README shows works as it stands there: each command and each block of Python, in a clone, from its root.
 
-Once after `pip install .` and once after `pip install -e .`, where all commands but one are slow: what differs is which
-files Python finds, and the blocks of Python are run there too. Every block is run or named here with the reason why not, so that a new
-one is covered as soon as it is written. What a block takes for granted (a model, its inputs) is supplied here, small.
+Once after `pip install .` and once after `pip install -e .`, where the commands are slow: what differs is which files Python
+finds, and the blocks of Python are run there too. Every block is run or named here with the reason why not, so that a new one is
+covered as soon as it is written. What a block takes for granted (a model, its inputs) is supplied here, small.
+
+Commands of Python are run by copies of one process that has imported torch, which takes longer than most of them; what
+they see of the package, their path and their arguments are those of a process of their own. `doctor` gets one, in a shell.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from environments import ROOT, Environment, clone, environment_of_a_user, required, run
+from environments import ROOT, Environment, clone, environment_of_a_user, required
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,8 +96,8 @@ class MyPass(torch._inductor.custom_graph_pass.CustomGraphPass):
 
 my_pass = MyPass()
 """
-SESSION = """\
-import sys, traceback, warnings
+BLOCKS_OF_PYTHON = """
+import sys, warnings
 sys.path.insert(0, "")  # as in a session, or `python -m`
 import sage_inductor
 import torch
@@ -109,6 +114,49 @@ for number, block in enumerate(blocks):
         names["compiled"](*names["inputs"])
     print("ran block", number)
 """
+# Reads commands (`python -m module ...`, `python script ...`, `python -c code`) as JSON, a list of arguments a line, and answers
+# each with what a copy of itself, which ran it, returned and printed. The package is imported by the copies, each by its own path.
+SERVER = """
+import json, os, runpy, sys, tempfile, traceback
+import torch, torch._inductor.compile_fx
+answers = os.fdopen(os.dup(1), "w")
+
+def run(how, *rest):
+    if how == "-m":
+        sys.argv, sys.path[0] = list(rest), os.getcwd()
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = [how, *rest], os.path.dirname(how)
+        runpy.run_path(how, run_name="__main__")
+
+for line in sys.stdin:
+    printed, complained = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(printed.fileno(), 1)
+        os.dup2(complained.fileno(), 2)
+        code = 0
+        try:
+            run(*json.loads(line)[1:])
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = []
+    for file in (printed, complained):
+        file.seek(0)
+        texts.append(file.read().decode())
+    print(json.dumps([code, *texts]), file=answers, flush=True)
+"""
 
 # As tests/examples runs it, so that Inductor's cache has what one of the two compiled.
 SMALL = ("--tokens", "96", "--heads", "2", "--repeat", "2")
@@ -116,12 +164,13 @@ SMALL = ("--tokens", "96", "--heads", "2", "--repeat", "2")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="environments are laid out for POSIX")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Installed:
     """A clone with the package installed from it, as the README says."""
 
     root: Path
     python: Path
+    server: subprocess.Popen[str] | None = None
 
     def shell(self, command: str) -> subprocess.CompletedProcess[str]:
         """In the root, the environment activated."""
@@ -132,20 +181,51 @@ class Installed:
             cwd=self.root, env=environment_of_a_user(), capture_output=True, text=True, check=False,
         )  # fmt: skip
 
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """`python ...` in the root, by a copy of the server."""
+        assert command[0] == "python", command
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [self.python, "-c", SERVER],
+                cwd=self.root, env=environment_of_a_user(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps(command), file=self.server.stdin, flush=True)
+        code, *printed = json.loads(self.server.stdout.readline())
+        return subprocess.CompletedProcess(command, code, *printed)
+
+    def end(self) -> None:
+        if self.server is not None:
+            self.server.communicate()  # it ends with its input
+
 
 FORMS = [pytest.param(form, marks=pytest.mark.xdist_group(form), id=form) for form in ("plain", "editable")]
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def installed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Installed]:
-    folder = tmp_path_factory.mktemp(request.param)
-    root = clone(folder / "repository")
-    environment = Environment(folder / "environment")
-    environment.install(*(["-e"] if request.param == "editable" else []), ".", cwd=root)
-    (root / "model.py").write_text(MODEL)
-    yield Installed(root, environment.python)
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Installed]]:
+    """Each form of installation, made when it is first asked for. (pytest makes a fixture of this scope anew for each set of
+    parameters that a form stands in.)"""
+    made: dict[str, Installed] = {}
+
+    def get(form: str) -> Installed:
+        if form not in made:
+            folder = tmp_path_factory.mktemp(form)
+            root = clone(folder / "repository")
+            environment = Environment(folder / "environment")
+            environment.install(*(["-e"] if form == "editable" else []), ".", cwd=root)
+            (root / "model.py").write_text(MODEL)
+            made[form] = Installed(root, environment.python)
+        return made[form]
+
+    yield get
+    for installed in made.values():
+        installed.end()
+
+
+@pytest.fixture(params=FORMS)
+def installed(request: pytest.FixtureRequest, forms: Callable[[str], Installed]) -> Installed:
+    return forms(request.param)
 
 
 def replaced(command: str) -> str | None:
@@ -168,30 +248,32 @@ def commands() -> Iterator[Any]:
     """Each command for each form of installation."""
     for form in FORMS:
         for command in dict.fromkeys(filter(None, map(replaced, COMMANDS))):
-            again = form.id == "editable" and " doctor" not in command
+            again = form.id == "editable"
             marks = [*form.marks, *([pytest.mark.slow] if again else [])]
             yield pytest.param(*form.values, command, marks=marks, id=f"{form.id}-{command}")
 
 
 @pytest.mark.parametrize(("installed", "command"), list(commands()), indirect=["installed"])
 def test_commands(installed: Installed, command: str) -> None:
-    done = installed.shell(command)
+    words = shlex.split(command, comments=True)
+    by_itself = "doctor" in words or words[0] != "python"
+    done = installed.shell(command) if by_itself else installed.run(*words)
     # 3: no kernel can run here, but for the oracle.
-    expected = 3 if " doctor" in command and not torch.cuda.is_available() else 0
+    expected = 3 if "doctor" in words and not torch.cuda.is_available() else 0
     assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 def test_explain_takes_the_example_that_the_readme_names(installed: Installed) -> None:
     (spec,) = set(re.findall(r"`(examples/\S+\.py:\w+)`", README))
-    done = installed.shell(f"python -m sage_inductor explain {spec} --kernel reference")
+    done = installed.run("python", "-m", "sage_inductor", "explain", spec, "--kernel", "reference")
     assert done.returncode == 0, done.stderr
     assert "3 attention(s): 2 rewritten, 1 left" in done.stdout
 
 
 def test_blocks_of_python(installed: Installed) -> None:
-    session = SESSION.format(texts=[PREAMBLE, *PYTHON])
-    printed = run(installed.python, "-c", session, cwd=installed.root)
-    assert printed.count("ran block") == len(PYTHON)
+    done = installed.run("python", "-c", BLOCKS_OF_PYTHON.format(texts=[PREAMBLE, *PYTHON]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ran block") == len(PYTHON)
 
 
 def test_the_quickstart_has_nothing_to_complain_about(tmp_path: Path) -> None:

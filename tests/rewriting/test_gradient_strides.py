@@ -66,8 +66,18 @@ def strides_of(function: Callable[..., Tensor], backend: Any, inputs: list[Tenso
     return [out.stride(), *(grad.stride() for grad in grads)], grads
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        *((layout, torch.float32) for layout in LAYOUTS),
+        ("dense", torch.bfloat16),
+        *(
+            pytest.param(layout, torch.bfloat16, marks=pytest.mark.slow)
+            for layout in LAYOUTS
+            if layout != "dense"
+        ),
+    ],
+)
 def test_strides_outside_of_branches(layout: str, dtype: torch.dtype) -> None:
     inputs = [LAYOUTS[layout]().to(dtype).requires_grad_() for _ in range(3)]
     for name in ("sdpa", "inputs computed"):
@@ -79,14 +89,21 @@ def test_strides_outside_of_branches(layout: str, dtype: torch.dtype) -> None:
             assert relative_l2(one, other) < 0.05
 
 
-@pytest.mark.parametrize("layout", ["expanded heads", "dense", "3-D"])
+PAIRS = (
+    ("sdpa", "inputs computed"),
+    ("inputs computed", "causal"),
+    ("sdpa", "not rewritten"),
+    ("copied", "inputs computed"),
+)
+
+
+# The first pair in each layout, the others in one; all of both are slow.
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "layout"),
     [
-        ("sdpa", "inputs computed"),
-        ("inputs computed", "causal"),
-        ("sdpa", "not rewritten"),
-        ("copied", "inputs computed"),
+        pytest.param(*pair, layout, marks=[] if number in (0, place + 1) else [pytest.mark.slow])
+        for number, pair in enumerate(PAIRS)
+        for place, layout in enumerate(("expanded heads", "dense", "3-D"))
     ],
 )
 def test_branches_that_plain_torch_compile_takes(first: str, second: str, layout: str) -> None:

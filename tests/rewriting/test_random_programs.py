@@ -11,9 +11,9 @@ from program_check import check
 
 from sage_inductor.rewriting import substitution
 
-# A fifth to a third of a second each, most of it for the tracing of symbolic sizes: always a third of a minute of one core,
+# A fifth to a third of a second each, most of it for the tracing of symbolic sizes: always a quarter of a minute of one core,
 # and ten minutes where the slow ones are asked for.
-ALWAYS, SLOW, AT_ONCE = 75, 2000, 25
+ALWAYS, SLOW, AT_ONCE = 50, 2000, 25
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,9 @@ def test_bodies_are_searched(name: str) -> None:
     assert relative_l2(out, function(values)) < BOUND
 
 
-@pytest.mark.parametrize("name", ["cond", "while_loop", "scan", "nested_compile_region"])
+@pytest.mark.parametrize(
+    "name", ["cond", pytest.param("while_loop", marks=pytest.mark.slow), "scan", "nested_compile_region"]
+)
 def test_bodies_through_inductor(name: str, fresh_compile: None) -> None:
     function, _ = REGIONS[name]
     values = x()

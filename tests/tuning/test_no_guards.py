@@ -66,10 +66,17 @@ def graphs(function: Any, backend: Any, device: str, marked: bool) -> int:
     return len(backend.graphs)
 
 
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("function", [by_hand, crossed, biased])
-@pytest.mark.parametrize("tune", ["table", "off", "measure"])
-def test_auto_on_a_gpu(ada: None, function: Any, marked: bool, tune: Any) -> None:
+# Each function with each way of choosing, and each of both with lengths that are marked and with such as are not.
+@pytest.mark.parametrize(
+    ("tune", "function", "marked"),
+    [
+        pytest.param(tune, function, marked, marks=[pytest.mark.slow] * ((row + column + marked) % 2))
+        for row, tune in enumerate(("table", "off", "measure"))
+        for column, function in enumerate((by_hand, crossed, biased))
+        for marked in (False, True)
+    ],
+)
+def test_auto_on_a_gpu(ada: None, tune: Any, function: Any, marked: bool) -> None:
     with FakeTensorMode():
         plain = graphs(function, CompileCounterWithBackend("eager"), "cuda", marked)
         backend = RewritingBackend(Config(tune=tune))
@@ -77,10 +84,14 @@ def test_auto_on_a_gpu(ada: None, function: Any, marked: bool, tune: Any) -> Non
     assert len(backend.sites) == 1
 
 
-@pytest.mark.parametrize("marked", [False, True])
+# Slow: lengths that are marked, where no kernel is asked about them.
+@pytest.mark.parametrize(
+    ("kernel", "marked"),
+    [("auto", False), ("reference", False), ("reference", True)]
+    + [pytest.param("auto", True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("function", [by_hand, crossed, biased, sdpa, causal])
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
-def test_on_a_cpu(function: Any, marked: bool, kernel: Any) -> None:
+def test_on_a_cpu(function: Any, kernel: Any, marked: bool) -> None:
     plain = graphs(function, CompileCounterWithBackend("eager"), "cpu", marked)
     backend = RewritingBackend(Config(kernel=kernel))
     assert graphs(function, backend, "cpu", marked) == plain == 1

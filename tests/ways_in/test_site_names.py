@@ -211,12 +211,13 @@ def named(**kinds: str) -> dict[str, str]:
     return {f"blocks.{index}.{name}": kind for index in range(BLOCKS) for name, kind in kinds.items()}
 
 
+# Slow: either of the two that the last has together.
 @pytest.mark.parametrize(
     "options",
     [
-        {"exclude": ("*.attn2",)},
+        pytest.param({"exclude": ("*.attn2",)}, marks=pytest.mark.slow),
         {"exclude": ("Block.attn2",)},
-        {"include": ("blocks.*.attn1",)},
+        pytest.param({"include": ("blocks.*.attn1",)}, marks=pytest.mark.slow),
         {"include": ("blocks.*",), "exclude": ("blocks.?.attn2",)},
     ],
     ids=str,

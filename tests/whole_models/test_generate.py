@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,9 +27,17 @@ def llama(implementation: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("padded", [0, 7])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+# Slow: a dynamic cache with padding by one implementation and without by the other, and "eager" with a static one and padding.
+SELDOM = (("dynamic", 0, "eager"), ("dynamic", 7, "sdpa"), ("static", 7, "eager"))
+
+
+@pytest.mark.parametrize(
+    ("cache", "padded", "implementation"),
+    [
+        pytest.param(*way, marks=[pytest.mark.slow] if way in SELDOM else [])
+        for way in itertools.product(("dynamic", "static"), (0, 7), ("sdpa", "eager"))
+    ],
+)
 def test_generate(cache: str, padded: int, implementation: str) -> None:
     model = llama(implementation)
     prompt = torch.randint(3, 100, (2, 30))

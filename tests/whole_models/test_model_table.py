@@ -48,13 +48,18 @@ def documented(family: str) -> dict[tuple[str, str], dict[str, str]]:
 ELSEWHERE = ("llama", "bert", "vit", "ltx")  # of which test_models.py has the kind, with more checks
 
 
+def is_elsewhere(entry: Entry, implementation: str) -> bool:
+    """Also calls of SDPA by what is measured written out: test_models.py is about such calls."""
+    return entry.name in ELSEWHERE or (implementation == "sdpa" and "eager" in entry.implementations)
+
+
 def sampled() -> list[Any]:
     return [
         pytest.param(
             family,
             entry,
             implementation,
-            marks=[pytest.mark.slow] if entry.name in ELSEWHERE else [],
+            marks=[pytest.mark.slow] if is_elsewhere(entry, implementation) else [],
             id=f"{family}-{entry.name}-{implementation}",
         )
         for family, names in SAMPLE.items()

@@ -26,9 +26,12 @@ OPTIONS = {"sage.kernel": "reference"}
 pytestmark = [pytest.mark.usefixtures("fresh_compile"), pytest.mark.xdist_group("compiled models")]
 
 CASES = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in ("wan", "unet") else [])
+    pytest.param(case, id=case.name, marks=[] if case.name == "bert padded" else [pytest.mark.slow])
     for case in (
-        *(BY_NAME[name] for name in ("llama", "bert padded")),
+        BY_NAME["bert padded"],
+        BY_NAME[
+            "llama"
+        ],  # slow: tests/integrations/test_transformers_models.py compiles Mistral, which has its layers
         BY_NAME["wan"],  # slow: examples/wan_video.py is always compiled so, by tests/examples
         # slow: 24 s, nearly all in Inductor for its convolutions; test_models.py rewrites and runs it eagerly
         replace(BY_NAME["unet"], build=partial(unet, attention="")),

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import agreement
 import pytest
@@ -404,6 +405,21 @@ class TestOnHopper:
         if gaps:
             mask &= keys % 7 != 3
         params = AttentionParams(precision=precision)
+        agreement.check(KERNEL, q, k, v, mask[:, None, None], params, steps_of_64=True)
+
+    @pytest.mark.parametrize("precision", agreement.PRECISIONS)
+    @pytest.mark.parametrize(
+        "band", [{}, {"is_causal": True}, {"window_left": 300, "window_right": 200}], ids=str
+    )
+    def test_one_gap_in_a_mask_over_keys(self, precision: str, band: dict[str, Any]) -> None:
+        """Text that is padded in front of an image: blocks on both sides of the gap are read as they are."""
+        q, k, v = (torch.randn(5, 2, 1400, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        keys = torch.arange(1400, device="cuda")
+        gaps = [(300, 512), (700, 1300), (256, 384), (1, 2), (100, 130)]
+        mask = torch.stack([(keys < first) | (keys >= end) for first, end in gaps])
+        mask[3] &= (keys >= 130) & (keys < 1100)
+        mask[4] &= keys != 900
+        params = AttentionParams(precision=precision, **band)
         agreement.check(KERNEL, q, k, v, mask[:, None, None], params, steps_of_64=True)
 
     @pytest.mark.parametrize("dim", [128, 256])

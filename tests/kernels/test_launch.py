@@ -497,7 +497,7 @@ def test_hopper_gets_the_addresses_of_each_call(hopper: list[Numbers]) -> None:
         rows, slots, means, channels = 2 * 4 * 2 * 128, 4 * 2, 4 * 64, 4 * 3 * 64
         offsets = {"k_scale": rows, "v_scale": rows + slots, "v_channel": rows + 2 * slots + means}
         offsets |= {"q_shift": rows // 2, "used_keys": offsets["v_channel"] + channels}
-        offsets["ticket"] = offsets["used_keys"] + 3
+        offsets["ticket"] = offsets["used_keys"] + 5
         assert {name: (params[name] - params["q_scale"]) // 4 for name in offsets} == offsets
         assert 4 * (offsets["ticket"] + 1) == 4 * call.scales.elements
         assert [params[f"out_{dim}"] for dim in "bhm"] == list(out.stride()[:3]) and params["wide"] == 1

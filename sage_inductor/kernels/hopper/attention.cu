@@ -76,7 +76,8 @@ struct Params {
     const float* k_scale;    // [kv_heads, kv_blocks]
     const float* v_scale;    // [kv_heads, kv_blocks], log2
     const float* v_channel;  // [batch, kv_heads, 3, PIECES * V_HEAD_DIM] scale, sampled size, what was subtracted
-    const int* used_keys;    // [batch, 3] first and last + 1 key that the mask leaves, whether all between are left
+    const int* used_keys;    // [batch, 5] first and last + 1 key that the mask leaves, whether all between are left, and the first
+                             // and last + 1 of those between that are not
     u32* ticket;             // zero; the next tile that nobody has taken
     float* parts;            // [grid, 2, BLOCK_M, V_HEAD_DIM], normalised
     float* part_lse;         // [grid, 2, BLOCK_M], log2
@@ -276,6 +277,7 @@ struct Item {
 // Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked.
 struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
+    int whole_begin, whole_end;  // KEY_MASK: other blocks that every query attends to, on the other side of what the mask leaves out
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
         // The tiles of `together` pieces follow each other, so that those that run at a time share K and V in L2, and so do
@@ -290,19 +292,37 @@ struct Tile {
         row = (h * p.q_blocks + b * ((p.q_len + 127) / 128)) * 128 + m0;
         key_row = (h / p.group * p.kv_blocks + b * p.kv_pitch) * 128;
         int first = 0, last = p.kv_len;  // keys that anybody may attend to
-        bool gaps = false;
+        int full_first = 0, full_last = p.kv_len;  // keys that every query of the tile attends to
+        int whole_first = 0, whole_last = 0;
         if (KEY_MASK) {
-            first = min(p.used_keys[3 * b], p.kv_len);
-            last = p.used_keys[3 * b + 1];
-            gaps = p.used_keys[3 * b + 2] == 0;
+            const int* used = p.used_keys + 5 * b;
+            full_first = first = min(used[0], p.kv_len);
+            full_last = last = used[1];
+            if (used[2] == 0) {  // between are keys that nobody attends to: the longer side is the one that is not masked at all
+                whole_first = first;
+                whole_last = used[3];
+                full_first = used[4];
+                if (full_last - full_first < whole_last - whole_first) {
+                    whole_first = full_first;
+                    full_first = first;
+                    whole_last = last;
+                    full_last = used[3];
+                }
+            }
         }
-        int full_first = first, full_last = gaps ? first : last;  // keys that every query of the tile attends to
         const int last_row = min(m0 + BLOCK_M, p.q_len) - 1;
         if (HAS_HIGH) {
             last = min(last, max(last_row + p.high + 1, 0));
             full_last = min(full_last, max(m0 + p.high + 1, 0));
+            whole_last = min(whole_last, max(m0 + p.high + 1, 0));
         }
-        if (HAS_LOW) { first = max(first, m0 + p.low); full_first = max(full_first, last_row + p.low); }
+        if (HAS_LOW) {
+            first = max(first, m0 + p.low);
+            full_first = max(full_first, last_row + p.low);
+            whole_first = max(whole_first, last_row + p.low);
+        }
+        whole_begin = (whole_first + BLOCK_N - 1) / BLOCK_N;
+        whole_end = whole_last / BLOCK_N;
         begin = min(first, p.kv_len - 1) / BLOCK_N;
         end = max((last + BLOCK_N - 1) / BLOCK_N, begin + 1);
         full_begin = min(max((full_first + BLOCK_N - 1) / BLOCK_N, begin), end);
@@ -856,7 +876,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if SKIP
         const u32 state = ON_DEMAND ? load_shared(v_state(stage)) : BROUGHT;  // here, because it takes a while
 #endif
-        if (masked && (i < t.full_begin || i >= t.full_end)) hide(i);
+        if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP

@@ -17,7 +17,7 @@ from ..device import multiprocessors
 from ..skipping import SkipTile, log2_threshold
 from ..triton.launch import TritonAttention
 from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
-from ..triton.workspace import KEY_BLOCK
+from ..triton.workspace import KEY_BLOCK, USED_KEYS
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import part_starts, share
@@ -252,7 +252,7 @@ def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
     v_channel = v_scale + 4 * (sizes.kv_heads * sizes.kv_blocks + sizes.batch * sizes.kv_heads * plan.d)
     numbers.v_channel = v_channel
     numbers.used_keys = used_keys = v_channel + 12 * sizes.batch * sizes.kv_heads * plan.dv
-    numbers.ticket = used_keys + 12 * sizes.batch
+    numbers.ticket = used_keys + 4 * USED_KEYS * sizes.batch
     numbers.parts = address + call.parts.offset
     numbers.part_lse = address + call.part_lse.offset
     return _Placed(numbers, [each.getPtr() for each in maps], maps)

@@ -31,7 +31,7 @@ from .numerics import (
     to_float8,
 )
 from .segments import blocks_of_one, meeting_blocks, segment_sections, within_segment
-from .workspace import _KEY_BLOCK, sections, sequence
+from .workspace import _KEY_BLOCK, _USED_KEYS, sections, sequence
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -517,7 +517,7 @@ def attention_kernel(
         begin = tl.maximum(first_row + low, 0) // BLOCK_N
         full_begin = tl.cdiv(tl.maximum(last_row + low, 0), BLOCK_N)
     if SKIP_BLOCKS:
-        used_keys = (used_keys + 3 * b).to(tl.pointer_type(tl.int32))
+        used_keys = (used_keys + _USED_KEYS * b).to(tl.pointer_type(tl.int32))
         begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)
         end = tl.minimum(end, tl.cdiv(tl.load(used_keys + 1), BLOCK_N))
     own_ids = rows

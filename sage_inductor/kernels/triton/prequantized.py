@@ -24,7 +24,7 @@ from .launch import Sizes, TritonAttention
 from .launcher import Part
 from .smoothing import rotation_tiles
 from .variant import INTERPRETED
-from .workspace import scales_size
+from .workspace import USED_KEYS, scales_size
 
 
 def layout(form: KeyValueForm) -> KeyValueLayout:
@@ -36,7 +36,7 @@ def layout(form: KeyValueForm) -> KeyValueLayout:
         ("value_log2_scale", blocks, f32),
         ("key_mean", (*heads, d), f32),
         ("value_channels", (*heads, 3, dv), f32),  # scale, what the sample says, what was subtracted
-        ("used_keys", (form.batch, 3), torch.int32),
+        ("used_keys", (form.batch, USED_KEYS), torch.int32),
         ("ticket", (1,), torch.int32),
     ]
     rotation = rotation_tiles(form.smoothing, form.head_dim)

@@ -24,7 +24,7 @@ from .numerics import finite_or_zero
 from .quantize import copy_v_block
 from .queries import quantize_q_block
 from .smoothing import ROTATION_ROWS, sampled_size, tile_width, tiles_of, write_rotation
-from .workspace import UNSPECIALIZED, counts, sections, sequence, used_range
+from .workspace import _USED_KEYS, UNSPECIALIZED, counts, gap_range, sections, sequence, used_range
 
 _SAMPLES = tl.constexpr(SAMPLES)
 _VALUE_SAMPLES = tl.constexpr(VALUE_SAMPLES)
@@ -129,7 +129,7 @@ def statistics_kernel(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
     if pid == 0:
-        tl.store((used_keys + 3 * batch).to(tl.pointer_type(tl.int32)), 0)
+        tl.store((used_keys + _USED_KEYS * batch).to(tl.pointer_type(tl.int32)), 0)
     K_GROUPS: tl.constexpr = D // GROUP
     V_GROUPS: tl.constexpr = DV // V_GROUP if V_STATISTICS else 0
     Q_GROUPS: tl.constexpr = K_GROUPS if EQUALISE else 0
@@ -195,10 +195,17 @@ def statistics_kernel(
                 first, end, count = used_range(
                     key_mask + pid.to(tl.int64) * stride_mb, kv_len, stride_mn, MASK
                 )
-                target = (used_keys + 3 * pid).to(tl.pointer_type(tl.int32))
+                gap, gap_end = end, end
+                if count < end - first:
+                    gap, gap_end = gap_range(
+                        key_mask + pid.to(tl.int64) * stride_mb, first, end, stride_mn, MASK
+                    )
+                target = (used_keys + _USED_KEYS * pid).to(tl.pointer_type(tl.int32))
                 tl.store(target, first)
                 tl.store(target + 1, end)
                 tl.store(target + 2, (count == end - first).to(tl.int32))
+                tl.store(target + 3, gap)
+                tl.store(target + 4, gap_end)
             pid -= batch
         if ROTATION is not None and pid >= 0:
             C: tl.constexpr = tile_width(ROTATION, D_POW2)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+USED_KEYS = 5  # numbers about a mask over keys, for each sequence
 KEY_BLOCK = 128  # keys per K scale, V scale and P scale; rows per program, of Q too
 
 # Numbers that both quantise kernels take and are not compiled for: they change with the sequence length.
@@ -51,6 +52,7 @@ UNSPECIALIZED = [
 ]
 
 _KEY_BLOCK = tl.constexpr(KEY_BLOCK)
+_USED_KEYS = tl.constexpr(USED_KEYS)
 _MASK_STEP = tl.constexpr(4096)  # keys whose mask is looked at at once
 
 
@@ -78,8 +80,9 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
     kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, what the sample says they
     should be and the vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys,
-    int32 [batch, 3]: the first useful key, the last + 1, and whether every key between them is useful; last an
-    int32 zero, for a kernel that counts what it has done."""
+    int32 [batch, USED_KEYS]: the first useful key, the last + 1, whether every key between them is useful, and the
+    first and the last + 1 of those between that are not; last an int32 zero, for a kernel that counts what it has
+    done."""
     k_scale = scales + q_size
     v_scale = k_scale + kv_heads * kv_blocks
     k_mean = v_scale + kv_heads * kv_blocks
@@ -90,7 +93,7 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
 
 def scales_size(q_size: int, batch: int, kv_heads: int, kv_blocks: int, d: int, dv: int) -> int:
     """Elements of the fp32 workspace."""
-    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + 3) + 1
+    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + USED_KEYS) + 1
 
 
 @triton.jit
@@ -135,3 +138,16 @@ def used_range(mask, kv_len, stride_mn, MASK: tl.constexpr):
         last = tl.maximum(last, tl.where(used, n, -1))
         count += used.to(tl.int32)
     return tl.min(first, 0), tl.max(last, 0) + 1, tl.sum(count, 0)
+
+
+@triton.jit
+def gap_range(mask, start, end, stride_mn, MASK: tl.constexpr):
+    """First and last + 1 of the keys from `start` to `end` that a mask rules out (the largest integer and 0 where there are none)."""
+    first = tl.full([_MASK_STEP], 0x7FFFFFFF, tl.int32)
+    last = tl.full([_MASK_STEP], -1, tl.int32)
+    for step in range(start, end, _MASK_STEP):
+        n = step + tl.arange(0, _MASK_STEP)
+        unused = (n < end) & (counts(n, n < end, mask, stride_mn, MASK) == 0)
+        first = tl.minimum(first, tl.where(unused, n, 0x7FFFFFFF))
+        last = tl.maximum(last, tl.where(unused, n, -1))
+    return tl.min(first, 0), tl.max(last, 0) + 1

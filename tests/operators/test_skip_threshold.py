@@ -133,7 +133,7 @@ def test_inputs_that_need_gradients_get_exact_attention(inputs: tuple[Tensor, Te
 def test_wires_of_8_bits_leave_nothing_out(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     """They say so: the halves of a call take no threshold."""
     options = {"kernel_name": "reference", "precision": "fast"}
-    assert kernel_of_wires(*inputs, options) == ("reference", "fast")
+    assert kernel_of_wires(*inputs, options) == ("reference", "fast", "both")
     with pytest.raises(NotEligibleError, match=r"wires=\"8-bit\": skip_threshold=0.05 \(supported: 0\)"):
         kernel_of_wires(*inputs, {**options, "skip_threshold": THRESHOLD})
 

@@ -1,8 +1,9 @@
 """8-bit attention inside diffusers' context parallelism: the ring, Ulysses, and both together.
 
-diffusers moves the parts of the sequence between ranks, and merges the partial results of a ring by their log-sum-exp. Here
-stands what it calls on each part, and what it leaves out: in a ring it would apply the mask of a rank's own keys to the keys
-of every other rank. The masks of all ranks are gathered first, and each part gets its own columns.
+Ulysses is that of diffusers, which calls what stands here on the heads of a rank. Its ring gathers the keys and values of all ranks
+before anything is attended to, and would apply the mask of a rank's own keys to the keys of every other rank. So a ring is that of
+operators/distributed/wires.py, where a part is on its way while another is attended to. Masks of all ranks are gathered first, and each
+part gets its own columns. Parts of different lengths (`ring_anything`) go through diffusers' ring.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ def attention_of_ranks(
     return_lse: bool,
     parallel_config: Any,
     templated: Callable[..., Any],
+    ulysses_attention: Any,
     options: dict[str, Any],
 ) -> Any:
     """Attention of this rank's queries to the keys of all ranks.
 
     query, key, value: this rank's part, `[batch, seq / ranks, heads, head_dim]`. attn_mask: four dims, over this rank's keys or
-    over those of all. templated: diffusers' own ring and Ulysses. options: those of `sage_attention`; with wires="8-bit" a ring is
-    that of operators/distributed/wires.py, and not diffusers'.
+    over those of all. templated: diffusers' own ring and Ulysses. ulysses_attention: the latter alone. options: those of `sage_attention`.
 
     Raises:
-        NotEligibleError: gradients or dropout; a mask, or a ring around Ulysses, where wires="8-bit".
+        NotEligibleError: gradients or dropout; a mask, or parts of different lengths, where wires="8-bit".
         ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
     """
     reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
@@ -57,64 +58,90 @@ def attention_of_ranks(
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
     ring, ulysses, place = internals.parallel_degrees(parallel_config)
-    if ring > 1 and options["wires"] == "8-bit" and not (is_causal or enable_gqa):
-        found = _in_8_bits(
-            query, key, value, attn_mask, scale, return_lse, ring, ulysses, place, parallel_config, options
-        )
-        if found is not None:
-            return found
     masks: list[Tensor] = []
     if ring > 1 and attn_mask is not None:
-        parts = _of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config).chunk(ring, -1)
-        # The ring begins with a rank's own part, and goes on to that of the next rank.
-        masks = [parts[(place + turn) % ring] for turn in range(ring)]
+        masks = list(_of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config).chunk(ring, -1))
         attn_mask = None
+    # diffusers refuses causality and grouped heads, and gathers parts of different lengths.
+    is_ours = ring > 1 and not (is_causal or enable_gqa or internals.parts_differ(parallel_config))
+    if ring > 1 and options["wires"] == "8-bit" and not (is_causal or enable_gqa):
+        _refuse_in_8_bits(bool(masks), is_ours)
+    if is_ours:
+        attend = _in_our_ring(masks, options, internals.ring_group(parallel_config), place, ring)
+        if ulysses == 1:
+            return attend(None, query, key, value, None, 0.0, False, scale, False, return_lse)
+        return ulysses_attention.apply(
+            query,
+            key,
+            value,
+            None,
+            0.0,
+            False,
+            scale,
+            False,
+            return_lse,
+            attend,
+            _no_backward,
+            parallel_config,
+        )
+    # The ring of diffusers begins with a rank's own part, and goes on to that of the next rank.
+    in_turn = [masks[(place + turn) % ring] for turn in range(ring)] if masks else []
     return templated(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse,
-        forward_op=_on_one_part(masks, options), backward_op=_no_backward, _parallel_config=parallel_config,
+        forward_op=_on_one_part(in_turn, options), backward_op=_no_backward, _parallel_config=parallel_config,
     )  # fmt: skip
 
 
-def _in_8_bits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    return_lse: bool,
-    ring: int,
-    ulysses: int,
-    place: int,
-    parallel_config: Any,
-    options: dict[str, Any],
-) -> Any:
-    """A ring whose keys and values travel in 8 bits; None where no kernel is faster than exact attention. Raises
-    NotEligibleError for what it does not do."""
+def _refuse_in_8_bits(has_mask: bool, parts_are_alike: bool) -> None:
+    """Raises NotEligibleError for what a ring whose keys and values travel in 8 bits does not do."""
     reasons = []
-    if attn_mask is not None:
+    if has_mask:
         reasons.append(reason("attn_mask", "given", 'none with wires="8-bit"'))
-    if ulysses > 1:
-        reasons.append(reason("ulysses_degree", ulysses, '1 in a ring with wires="8-bit"'))
-    if internals.parts_differ(parallel_config):
+    if not parts_are_alike:
         reasons.append(reason("ring_anything", True, 'False with wires="8-bit"'))
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    how = {
-        "kernel_name": options["kernel"],
-        "precision": options["precision"],
-        "smoothing": options["smoothing"],
-        "skip_threshold": options["skip_threshold"],
-    }
-    chosen = wires.kernel_of_wires(q, k, v, how)
-    if chosen is None:
-        return None
-    out, lse = wires.attend(
-        internals.ring_group(parallel_config), place, ring, q, k, v,
-        kernel=chosen[0], precision=chosen[1], smoothing=options["smoothing"], scale=scale,
-    )  # fmt: skip
-    out = out.transpose(1, 2)
-    return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def _in_our_ring(
+    masks: list[Tensor], options: dict[str, Any], group: Any, place: int, ring: int
+) -> Callable[..., Any]:
+    """What is called on this rank's part, or, in a ring around Ulysses, on that of the ranks that exchange heads. `masks`: over the
+    keys of each rank of the ring; empty without one."""
+
+    def forward_op(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool,
+        _save_ctx: bool = True,
+        _parallel_config: Any = None,
+    ) -> Any:
+        q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, owner: int, is_causal: bool) -> Any:
+            mask = masks[owner] if masks else None
+            return sage_attention(q, k, v, mask, is_causal=is_causal, scale=scale, return_lse=True, **options)
+
+        choice = None
+        if options["wires"] == "8-bit":
+            how = {"kernel_name": options["kernel"], **options}
+            choice = wires.kernel_of_wires(q, k, v, how)
+        if choice is None:
+            shard, part = wires.as_inputs(k, v, attention)
+        else:
+            shard, part = wires.in_8_bits(q, k, v, choice, scale)
+        out, lse = wires.around(group, place, ring, q, shard, part, keys=k.shape[2])
+        out = out.transpose(1, 2)
+        return (out, lse.transpose(1, 2)) if return_lse else out
+
+    return forward_op
 
 
 def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:

@@ -79,7 +79,7 @@ def registered() -> tuple[str, ...]:
 
 
 def _attention(config: Config) -> Callable[..., Any]:
-    templated = internals.context_parallel_attention()
+    templated, ulysses_attention = internals.context_parallel_attention(), internals.ulysses_attention()
 
     def attention(
         query: Tensor,
@@ -110,6 +110,7 @@ def _attention(config: Config) -> Callable[..., Any]:
                 return_lse,
                 _parallel_config,
                 templated,
+                ulysses_attention,
                 options,
             )
         given = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)

@@ -34,7 +34,11 @@ def dispatcher() -> Any:
             for holder, names in (
                 (
                     attention_dispatch,
-                    ("AttentionBackendName", "_templated_context_parallel_attention"),
+                    (
+                        "AttentionBackendName",
+                        "_templated_context_parallel_attention",
+                        "TemplatedUlyssesAttention",
+                    ),
                 ),
                 (
                     registry,
@@ -114,6 +118,11 @@ def context_parallel_attention() -> Callable[..., Any]:
     """diffusers' ring and Ulysses, around an attention of one rank."""
     attention: Callable[..., Any] = dispatcher()._templated_context_parallel_attention
     return attention
+
+
+def ulysses_attention() -> Any:
+    """diffusers' Ulysses around an attention of one rank, or one that rings: an autograd function."""
+    return dispatcher().TemplatedUlyssesAttention
 
 
 def parallel_degrees(parallel_config: Any) -> tuple[int, int, int]:

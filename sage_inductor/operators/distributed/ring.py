@@ -1,8 +1,8 @@
 """Attention whose sequence is sharded over the ranks of a ring, as torch's `context_parallel` shards it.
 
 Forward, torch's own ring sends keys and values around; each part is attended to by our operator, and parts are merged by
-their LSE. (Ring Attention, Liu et al. 2023.) With wires="8-bit" the ring is that of wires.py. Backward, every rank gathers keys and values, takes the exact gradient of its
-queries, and sends back what belongs to others: the sums need no LSE.
+their LSE. (Ring Attention, Liu et al. 2023.) With wires="8-bit" the ring is that of wires.py. Backward, every rank gathers keys and
+values, takes the exact gradient of its queries, and sends back what belongs to others: the sums need no LSE.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.distributed.layouts import Layout
-from sage_inductor.operators.distributed.wires import attend as attend_in_8_bits
-from sage_inductor.operators.distributed.wires import kernel_of_wires
+from sage_inductor.operators.distributed.wires import around, in_8_bits, kernel_of_wires
 from sage_inductor.operators.inputs import empty_output
 from sage_inductor.operators.schemas import WIRES
 from sage_inductor.operators.training import empty_gradients
@@ -76,10 +75,10 @@ def attend(
         if found is None:
             output, lse = ring_attention(group, part, query, key, value, is_causal)
         else:
-            output, lse = attend_in_8_bits(
-                group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, key, value,
-                kernel=found[0], precision=found[1], smoothing=options.get("smoothing", "auto"),
-                scale=options.get("scale"), is_causal=is_causal, is_balanced=context_parallel_is_balanced(),
+            shard, of_shard = in_8_bits(query, key, value, found, options.get("scale"))
+            output, lse = around(
+                group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, shard, of_shard,
+                keys=key.shape[SEQ], is_causal=is_causal, is_balanced=context_parallel_is_balanced(),
             )  # fmt: skip
     # Merging leaves other strides.
     expected = empty_output(query, value, options.get("memory_order"))

@@ -74,7 +74,8 @@ def chosen(
     if number == _REFUSED:
         leave_graph()  # what runs uncompiled raises, with its reasons
         return _chosen(query, key, value, kernel, precision, smoothing, or_exact)
-    return _NAMED[number]
+    found: Choice | None = _NAMED[number]
+    return found
 
 
 def _chosen(
@@ -92,8 +93,8 @@ def _chosen(
             name = _for_any_lengths(key, value, precision, smoothing)
         return Choice(name, precision, smoothing)
     params = AttentionParams(precision=precision, smoothing=smoothing)
-    specs = [TensorSpec.of(tensor) for tensor in (query, key, value)]
-    kernel, reasons = kernels.select(AttentionProblem(*specs, None, params, True), name)
+    of_query, of_key, of_value = (TensorSpec.of(tensor) for tensor in (query, key, value))
+    kernel, reasons = kernels.select(AttentionProblem(of_query, of_key, of_value, None, params, True), name)
     if kernel is not None or name != "auto":
         reasons = can_prequantize(kernels.get(name) if kernel is None else kernel) or reasons
     if not reasons:

@@ -250,15 +250,15 @@ def _check_query(query: Tensor, packed: Tensor, form: KeyValueForm, kv_len: int,
         )
 
 
-def _autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises where gradients are wanted: none are computed."""
+def inference_only(
+    op: Callable[..., Any], implementation: Callable[..., Any], what: str
+) -> Callable[..., Any]:
+    """The rule at autograd's key that raises where gradients of `what` are wanted: none are computed."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise NotEligibleError(
-                "attention to quantised keys", [reason("requires_grad", True, "none; use torch.no_grad()")]
-            )
+            raise NotEligibleError(what, [reason("requires_grad", True, "none; use torch.no_grad()")])
         if runs_eagerly((*args, *kwargs.values())):
             return implementation(*args, **kwargs)
         with below_autograd():
@@ -275,7 +275,9 @@ def _register() -> None:
         op = getattr(torch.ops.sage_inductor, name).default
         for backend in ("CPU", "CUDA"):
             LIBRARY.impl(name, implementation, backend)
-            LIBRARY.impl(name, _autograd_rule(op, implementation), f"Autograd{backend}")
+            LIBRARY.impl(
+                name, inference_only(op, implementation, "attention to quantised keys"), f"Autograd{backend}"
+            )
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 

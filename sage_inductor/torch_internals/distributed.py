@@ -118,16 +118,13 @@ def _other_torch(what: str) -> RuntimeError:
     )
 
 
-def sent_to_next(tensor: torch.Tensor, group: Any, rank: int, ranks: int) -> torch.Tensor:
+def sent_to_next(tensor: torch.Tensor, group_name: str, rank: int, ranks: int) -> torch.Tensor:
     """What the rank before this one sends of `tensor`, which has one dim, as long on every rank: this rank, number `rank` of `ranks`
-    in `group`, sends its own to the next. It is under way until `arrived` has been asked for it. Can be traced: where torch's
-    function would wait at once, this leaves what is computed meanwhile in between."""
+    in the group, sends its own to the next. It is under way until `arrived` has been asked for it."""
     size = tensor.shape[0]
     received, sent = [0] * ranks, [0] * ranks
     received[(rank - 1) % ranks] = sent[(rank + 1) % ranks] = size
-    coming: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(
-        tensor, received, sent, group.group_name
-    )
+    coming: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(tensor, received, sent, group_name)
     return coming
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sage_inductor import Config, NotEligibleError, sage_attention
 from sage_inductor.operators.distributed import wires
+from sage_inductor.operators.schemas import WIRES
 from sage_inductor.testing import RewritingBackend, relative_l2
 
 B, H, N, D = 2, 4, 384, 32  # with two ranks, chunks of 96 keys share a block of 128
@@ -195,6 +196,59 @@ def what_is_not_in_8_bits(mesh: Any) -> None:
             assert "wires='4-bit' (valid: inputs, 8-bit)" in str(error)
         else:
             raise AssertionError("4-bit")
+
+
+@on_every_rank
+def the_operator_keeps_its_contract(mesh: Any) -> None:
+    operator = torch.ops.sage_inductor.attention_of_ring.default
+    q, k, v = inputs(2, 64)
+    where = {
+        "group_name": mesh.get_group().group_name,
+        "rank": mesh.get_local_rank(),
+        "ranks": mesh.size(),
+        "kernel_name": "reference",
+        "enable_gqa": True,
+    }
+    mask = torch.rand(B, 1, 1, 64 * mesh.size()) > 0.3
+    for kind in WIRES:
+        for is_causal, balanced in WAYS:
+            how = {**where, "wires": kind, "is_causal": is_causal, "is_balanced": balanced}
+            torch.library.opcheck(operator, (q, k, v), how)
+    torch.library.opcheck(operator, (q, k, v, mask), where)
+    refused = [
+        ((q, k, v, mask), {"wires": "8-bit"}, NotEligibleError, "attn_mask=given (supported: none)"),
+        ((q, k, v), {"wires": "4-bit"}, ValueError, "wires='4-bit' (valid: inputs, 8-bit)"),
+        ((q.clone().requires_grad_(), k, v), {}, NotEligibleError, "requires_grad=True"),
+    ]
+    for given, options, error, words in refused:
+        try:
+            operator(*given, **where, **options)
+        except error as raised:
+            assert words in str(raised), raised
+        else:
+            raise AssertionError(words)
+
+
+@on_every_rank
+def as_inputs_it_is_attention_to_all(mesh: Any) -> None:
+    """Causal, balanced and masked, in the ring of this package; outputs of each rank against exact attention."""
+    buffers = inputs()
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    tail = torch.rand(B, 1, 1, N) > 0.3
+    tail[0, ..., N // ranks :] = False  # nothing to attend to on the ranks behind the first
+    for is_causal, balanced, mask in (*((*way, None) for way in WAYS), (False, False, tail)):
+        chunks = [2 * rank, 2 * rank + 1] if not balanced else [rank, 2 * ranks - 1 - rank]
+        exact = F.scaled_dot_product_attention(*buffers, mask, is_causal=is_causal)
+        one = sage_attention(*buffers, mask, is_causal=is_causal, kernel="reference")
+        mine, alone, *shards = (
+            torch.cat([tensor.chunk(2 * ranks, 2)[chunk] for chunk in chunks], 2)
+            for tensor in (exact, one, *buffers)
+        )
+        out, _ = wires.around(
+            mesh.get_group(), rank, ranks, *shards, mask, is_causal=is_causal, is_balanced=balanced,
+            kernel_name="reference",
+        )  # fmt: skip
+        assert 0 < relative_l2(out, mine) <= MARGIN * relative_l2(alone, mine), (is_causal, balanced, mask)
 
 
 test_on_two_ranks = on_ranks(__file__, 2)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from ranks import main, on_every_rank, on_ranks
 from torch import Tensor
 
 from sage_inductor import Config, sage_attention
+from sage_inductor.operators import inference
+from sage_inductor.operators.distributed import wires as ring
 from sage_inductor.testing import relative_l2
 
 pytest.importorskip("diffusers")
@@ -22,7 +25,6 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a 
 
 MARGIN = 1.1  # times the error of a single process
 WIRES = ("inputs", "8-bit")
-ATTENTION = {"inputs": "sage_inductor.attention_lse", "8-bit": "sage_inductor.attention_prequantized"}
 FRAMES = (
     2,
     3,
@@ -115,23 +117,34 @@ class Graphs:
         return aot_autograd(fw_compiler=keep)(graph_module, example_inputs)
 
 
-def called(graph_module: torch.fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in graph_module.graph.nodes]
-
-
-def assert_overlapped(calls: Iterable[str], wires: str, ranks: int) -> None:
-    """What goes to the next rank is sent before the part at hand is attended to, and what comes is waited for behind it. `calls`
-    are the operators of a graph, in turn."""
-    events = {
-        "_c10d_functional.all_to_all_single": "send",
-        "_c10d_functional.wait_tensor": "wait",
-        ATTENTION[wires]: "attend",
+@contextmanager
+def overlapping(wires: str, ranks: int, calls: int) -> Iterator[None]:
+    """Raises unless, in each of `calls` rings inside, what goes to the next rank is sent before the part at hand is attended to, and
+    what comes is waited for behind it."""
+    watched = {
+        "send": (ring, "sent_to_next"),
+        "wait": (ring, "arrived"),
+        "attend": (inference, "attention_lse") if wires == "inputs" else (ring, "attention_prequantized_op"),
     }
-    found = [events.get(call.removesuffix(".default")) for call in calls]
+    events: list[str] = []
+    with ExitStack() as stack:
+        for event, (holder, name) in watched.items():
+
+            def watch(
+                *args: Any, event: str = event, then: Any = getattr(holder, name), **kwargs: Any
+            ) -> Any:
+                events.append(event)
+                return then(*args, **kwargs)
+
+            stack.enter_context(patch.object(holder, name, watch))
+        yield
     buffers = 2 if wires == "inputs" else 1  # keys and values
     turn = ["send"] * buffers + ["attend"] + ["wait"] * buffers
-    expected = turn * (ranks - 1) + ["attend"]
-    assert [event for event in found if event] == expected, [event for event in found if event]
+    assert events == (turn * (ranks - 1) + ["attend"]) * calls, events
+
+
+def rings(graph_module: torch.fx.GraphModule) -> int:
+    return sum("attention_of_ring" in str(node.target) for node in graph_module.graph.nodes)
 
 
 def compiled_blocks(mesh: Any, wires: str) -> None:
@@ -144,12 +157,12 @@ def compiled_blocks(mesh: Any, wires: str) -> None:
         for index, frames in enumerate(FRAMES):
             given = inputs(frames * mesh.size() // 2)
             exact, alone = exact_model(**given)[0], alone_model(**given)[0]
-            out = model(**given)[0]
+            with overlapping(wires, mesh.size(), 1):
+                out = model(**given)[0]
             error, of_one = relative_l2(out, exact), relative_l2(alone, exact)
             assert 0 < error <= MARGIN * of_one < 0.01, (wires, frames, error, of_one)
             assert len(graphs.graphs) == min(index + 1, 2), (wires, frames, len(graphs.graphs))
-    for graph_module in graphs.graphs:
-        assert_overlapped(called(graph_module), wires, mesh.size())
+    assert [rings(graph_module) for graph_module in graphs.graphs] == [1, 1]
 
 
 @on_every_rank
@@ -181,17 +194,18 @@ def attention_of_symbolic_sizes(mesh: Any) -> None:
                 if marked:
                     for tensor in mine:
                         torch._dynamo.mark_dynamic(tensor, 1)
-                with torch.no_grad(), without_warnings():
+                with torch.no_grad(), without_warnings(), overlapping(wires, mesh.size(), 1):
                     out = fast(*mine)
                 assert 0 < relative_l2(out, exact) <= MARGIN * relative_l2(alone, exact), (wires, tokens)
                 assert out.stride() == mine[0].stride()
                 assert len(graphs.graphs) == 1, (wires, marked, tokens)
-            assert_overlapped(called(graphs.graphs[0]), wires, mesh.size())
+            assert rings(graphs.graphs[0]) == 1
 
 
 @on_every_rank
 def in_the_code_of_inductor(mesh: Any) -> None:
-    """Inductor, which may reorder what a graph says, calls it in that order, for a second length too."""
+    """Inductor, which reorders nodes of a graph to save memory, leaves the turns in their order, and merges two parts in one kernel;
+    also for a second length."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
     from torch._inductor.utils import run_and_get_code
 
@@ -207,12 +221,15 @@ def in_the_code_of_inductor(mesh: Any) -> None:
         fast = torch.compile(attend, fullgraph=True, dynamic=True)
         mine, _, _ = shards(mesh, 64)
         with torch.no_grad():
-            out, (code,) = run_and_get_code(fast, *mine)
-            assert relative_l2(out, attend(*mine)) < 1e-5
+            expected = attend(*mine)
+            with overlapping(wires, mesh.size(), 1):
+                out, (code,) = run_and_get_code(fast, *mine)
+            assert relative_l2(out, expected) < 1e-5
             again, _, _ = shards(mesh, 80)
             assert relative_l2(fast(*again), attend(*again)) < 1e-5
-        calls = re.findall(r"^ +(?:\w+ = )?torch\.ops\.(\w+\.\w+)\.default\(", code, re.MULTILINE)
-        assert_overlapped(calls, wires, mesh.size())
+        # One kernel in front, which has no other reader, and one behind, which merges.
+        kernels = re.findall(r"^ +cpp_fused_\w+\(", code, re.MULTILINE)
+        assert len(kernels) == 2 and "addcmul" in kernels[1], kernels
 
 
 test_on_two_ranks = on_ranks(__file__, 2)

@@ -17,7 +17,8 @@ from torch import Tensor
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
-from sage_inductor.operators.distributed import wires
+from sage_inductor.operators.dispatch_rules import cast_as_sdpa
+from sage_inductor.operators.distributed.wires import around
 from sage_inductor.operators.functional import sage_attention
 from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.torch_internals.distributed import waited_for
@@ -58,16 +59,14 @@ def attention_of_ranks(
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
     ring, ulysses, place = internals.parallel_degrees(parallel_config)
-    masks: list[Tensor] = []
     if ring > 1 and attn_mask is not None:
-        masks = list(_of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config).chunk(ring, -1))
-        attn_mask = None
+        attn_mask = _of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config)
     # diffusers refuses causality and grouped heads, and gathers parts of different lengths.
     is_ours = ring > 1 and not (is_causal or enable_gqa or internals.parts_differ(parallel_config))
     if ring > 1 and options["wires"] == "8-bit" and not (is_causal or enable_gqa):
-        _refuse_in_8_bits(bool(masks), is_ours)
+        _refuse_in_8_bits(attn_mask is not None, is_ours)
     if is_ours:
-        attend = _in_our_ring(masks, options, internals.ring_group(parallel_config), place, ring)
+        attend = _in_our_ring(attn_mask, options, internals.ring_group(parallel_config), place, ring)
         if ulysses == 1:
             return attend(None, query, key, value, None, 0.0, False, scale, False, return_lse)
         return ulysses_attention.apply(
@@ -84,8 +83,11 @@ def attention_of_ranks(
             _no_backward,
             parallel_config,
         )
-    # The ring of diffusers begins with a rank's own part, and goes on to that of the next rank.
-    in_turn = [masks[(place + turn) % ring] for turn in range(ring)] if masks else []
+    in_turn: list[Tensor] = []
+    if ring > 1 and attn_mask is not None:
+        # The ring of diffusers begins with a rank's own part, and goes on to that of the next rank.
+        masks = attn_mask.chunk(ring, -1)
+        in_turn, attn_mask = [masks[(place + turn) % ring] for turn in range(ring)], None
     return templated(
         query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse,
         forward_op=_on_one_part(in_turn, options), backward_op=_no_backward, _parallel_config=parallel_config,
@@ -104,10 +106,11 @@ def _refuse_in_8_bits(has_mask: bool, parts_are_alike: bool) -> None:
 
 
 def _in_our_ring(
-    masks: list[Tensor], options: dict[str, Any], group: Any, place: int, ring: int
+    of_all_keys: Tensor | None, options: dict[str, Any], group: Any, place: int, ring: int
 ) -> Callable[..., Any]:
-    """What is called on this rank's part, or, in a ring around Ulysses, on that of the ranks that exchange heads. `masks`: over the
-    keys of each rank of the ring; empty without one."""
+    """What is called on this rank's part, or, in a ring around Ulysses, on that of the ranks that exchange heads. `of_all_keys`: the
+    mask."""
+    how = {name: option for name, option in options.items() if name != "kernel"}
 
     def forward_op(
         ctx: Any,
@@ -124,20 +127,10 @@ def _in_our_ring(
         _parallel_config: Any = None,
     ) -> Any:
         q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, owner: int, is_causal: bool) -> Any:
-            mask = masks[owner] if masks else None
-            return sage_attention(q, k, v, mask, is_causal=is_causal, scale=scale, return_lse=True, **options)
-
-        choice = None
-        if options["wires"] == "8-bit":
-            how = {"kernel_name": options["kernel"], **options}
-            choice = wires.kernel_of_wires(q, k, v, how)
-        if choice is None:
-            shard, part = wires.as_inputs(k, v, attention)
-        else:
-            shard, part = wires.in_8_bits(q, k, v, choice, scale)
-        out, lse = wires.around(group, place, ring, q, shard, part, keys=k.shape[2])
+        mask = cast_as_sdpa(of_all_keys)
+        out, lse = around(
+            group, place, ring, q, k, v, mask, scale=scale, kernel_name=options["kernel"], **how
+        )
         out = out.transpose(1, 2)
         return (out, lse.transpose(1, 2)) if return_lse else out
 

@@ -18,7 +18,7 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.distributed.layouts import Layout
-from sage_inductor.operators.distributed.wires import around, in_8_bits, kernel_of_wires
+from sage_inductor.operators.distributed.wires import around, kernel_of_wires
 from sage_inductor.operators.inputs import empty_output
 from sage_inductor.operators.schemas import WIRES
 from sage_inductor.operators.training import empty_gradients
@@ -75,10 +75,10 @@ def attend(
         if found is None:
             output, lse = ring_attention(group, part, query, key, value, is_causal)
         else:
-            shard, of_shard = in_8_bits(query, key, value, found, options.get("scale"))
             output, lse = around(
-                group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, shard, of_shard,
-                keys=key.shape[SEQ], is_causal=is_causal, is_balanced=context_parallel_is_balanced(),
+                group, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), query, key, value, is_causal=is_causal,
+                is_balanced=context_parallel_is_balanced(), scale=options.get("scale"), kernel_name=found.kernel,
+                precision=found.precision, smoothing=found.smoothing, wires=wires,
             )  # fmt: skip
     # Merging leaves other strides.
     expected = empty_output(query, value, options.get("memory_order"))

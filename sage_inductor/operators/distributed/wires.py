@@ -1,8 +1,10 @@
 """A ring in which the next shard travels while this one is attended to, and what travels.
 
 Each rank sends its shard of keys and values to the next, attends to it, and goes on with what has come from the one before; parts are
-merged by their LSE (Ring Attention, Liu et al. 2023). `around` is that loop, also in a compiled graph: what is sent is waited for where
-it is attended to.
+merged by their LSE (Ring Attention, Liu et al. 2023). All turns are one operator, `sage_inductor::attention_of_ring`: as nodes of a
+graph Inductor would put them in another order, to save memory, and wait for a shard before the attention that should hide it. It
+returns the parts, so that merging them is left to the graph, where it is one kernel. The kernel is chosen when it runs, by the
+lengths of that call.
 
 As inputs: keys and values travel in their own dtype, K and V each in a message of its own, without a copy where they are dense.
 
@@ -16,8 +18,8 @@ a collective that they wait for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,23 +28,55 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.smoothing import EQUALISING
+from sage_inductor.operators import inference
 from sage_inductor.operators.choice import Choice, chosen
-from sage_inductor.operators.prequantized import attention_prequantized_op, quantize_key_value_op
-from sage_inductor.operators.schemas import EXACT
+from sage_inductor.operators.dispatch_rules import autocast_rule
+from sage_inductor.operators.inputs import empty_lse, empty_output
+from sage_inductor.operators.prequantized import (
+    attention_prequantized_op,
+    inference_only,
+    quantize_key_value_op,
+)
+from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, TAGS, WIRES
 from sage_inductor.torch_internals.distributed import arrived, sent_to_next
 
 SEQ = 2  # of `[batch, heads, seq, head_dim]`
+LIBRARY.define(
+    "attention_of_ring(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, str group_name, int rank, int ranks, "
+    "bool is_causal=False, bool is_balanced=False, float? scale=None, bool enable_gqa=False, str kernel_name='auto', "
+    "str precision='fast', str smoothing='auto', float skip_threshold=0.0, str wires='inputs') -> Tensor[]",
+    tags=TAGS,
+)
 Shard: TypeAlias = tuple[Tensor, ...]
 """What travels of a rank's keys and values: dense tensors of one dim."""
 
 
-class Part(Protocol):
-    """(output, LSE) of queries to a shard."""
+Part: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]
+"""(output, LSE) of a query to a shard: of which rank it is, how many of its keys are attended to (the first ones; None for all),
+whether that is causal."""
 
-    def __call__(
-        self, query: Tensor, shard: Shard, owner: int, kv_len: int | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`owner`: the rank that the shard is of. `kv_len`: keys that are attended to, the first ones; None for all."""
+
+class Turn(NamedTuple):
+    """What a rank attends to in one turn."""
+
+    late: bool  # the second half of its queries alone
+    half: bool  # the first half of the keys alone
+    is_causal: bool
+
+
+def turns(rank: int, ranks: int, is_causal: bool, is_balanced: bool) -> list[Turn | None]:
+    """Of rank `rank` of `ranks`, in turn: its own shard, that of the rank before it, and so on; None for a shard of which it sees
+    nothing. With `is_balanced` each rank's shard is a chunk from the head of the sequence and one from its tail, as torch's
+    `context_parallel` balances causal attention."""
+    found: list[Turn | None] = [Turn(False, False, is_causal)]
+    for turn in range(1, ranks):
+        if not is_causal:
+            found.append(Turn(False, False, False))
+        elif turn <= rank:  # of a rank before this one: all of it, or its chunk from the head
+            found.append(Turn(False, is_balanced, False))
+        else:  # of a rank behind: the queries from the tail see all of it
+            found.append(Turn(True, False, False) if is_balanced else None)
+    return found
 
 
 def kernel_of_wires(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Choice | None:
@@ -65,17 +99,15 @@ def kernel_of_wires(query: Tensor, key: Tensor, value: Tensor, options: Mapping[
     )  # fmt: skip
 
 
-def in_8_bits(
-    query: Tensor, key: Tensor, value: Tensor, choice: Choice, scale: float | None = None
+def _in_8_bits(
+    query: Tensor, key: Tensor, value: Tensor, choice: Choice, scale: float | None
 ) -> tuple[Shard, Part]:
     """The shard of this rank's keys and values, quantised, and attention to such shards."""
     how = {"kernel_name": choice.kernel, "precision": choice.precision, "smoothing": choice.smoothing}
     packed = quantize_key_value_op(key, value, query if choice.smoothing in EQUALISING else None, **how)
     keys = key.shape[SEQ]
 
-    def part(
-        query: Tensor, shard: Shard, owner: int, kv_len: int | None = None, is_causal: bool = False
-    ) -> Any:
+    def part(query: Tensor, shard: Shard, owner: int, kv_len: int | None, is_causal: bool) -> Any:
         return attention_prequantized_op(
             query, shard[0], kv_heads=key.shape[1], kv_len=keys if kv_len is None else kv_len, stored_len=keys,
             value_head_dim=value.shape[-1], is_causal=is_causal, scale=scale, **how,
@@ -84,21 +116,88 @@ def in_8_bits(
     return (packed,), part
 
 
-def as_inputs(key: Tensor, value: Tensor, attention: Callable[..., Any]) -> tuple[Shard, Part]:
-    """The shard of this rank's keys and values as they are, and attention to such shards: `attention(query, key, value, owner,
-    is_causal)` gives (output, LSE). They travel as `[batch, seq, heads, head_dim]` lie in memory."""
+def _as_inputs(
+    key: Tensor, value: Tensor, masks: Sequence[Tensor], options: dict[str, Any]
+) -> tuple[Shard, Part]:
+    """The shard of this rank's keys and values as they are, and attention to such shards, with the mask of those of its owner. They
+    travel as `[batch, seq, heads, head_dim]` lie in memory."""
     dense = [tensor.transpose(1, SEQ).contiguous() for tensor in (key, value)]
-    shapes = [tensor.shape for tensor in dense]
 
-    def part(
-        query: Tensor, shard: Shard, owner: int, kv_len: int | None = None, is_causal: bool = False
-    ) -> Any:
-        tensors = [flat.view(shape).transpose(1, SEQ) for flat, shape in zip(shard, shapes, strict=True)]
-        if kv_len is not None:
-            tensors = [tensor[:, :, :kv_len] for tensor in tensors]
-        return attention(query, *tensors, owner, is_causal)
+    def part(query: Tensor, shard: Shard, owner: int, kv_len: int | None, is_causal: bool) -> Any:
+        k, v = (flat.view(tensor.shape).transpose(1, SEQ) for flat, tensor in zip(shard, dense, strict=True))
+        mask = masks[owner] if masks else None
+        return inference.attention_lse(query, k[:, :, :kv_len], v[:, :, :kv_len], mask, is_causal, **options)
 
     return tuple([tensor.view(-1) for tensor in dense]), part
+
+
+def _attention_of_ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    group_name: str,
+    rank: int,
+    ranks: int,
+    is_causal: bool = False,
+    is_balanced: bool = False,
+    wires: str = "inputs",
+    **options: Any,
+) -> list[Tensor]:
+    """Output and LSE of each part that `turns` has, one behind the other: of this rank's queries `[batch, heads, seq / ranks,
+    head_dim]` to the keys of all ranks of the group, of which it is number `rank` of `ranks`. attn_mask has a column for each key
+    of all ranks."""
+    if wires not in WIRES:
+        raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
+    choice = kernel_of_wires(query, key, value, options) if wires == "8-bit" else None
+    if choice is None:
+        masks = () if attn_mask is None else attn_mask.chunk(ranks, -1)
+        shard, part = _as_inputs(key, value, masks, options)
+    else:
+        if attn_mask is not None:
+            raise NotEligibleError(
+                f'kernel={choice.kernel} with wires="8-bit"', [reason("attn_mask", "given", "none")]
+            )
+        shard, part = _in_8_bits(query, key, value, choice, options.get("scale"))
+    half = key.shape[SEQ] // 2
+    coming: Shard = ()
+    found: list[Tensor] = []
+    for number, turn in enumerate(turns(rank, ranks, is_causal, is_balanced)):
+        if number > 0:
+            shard = tuple([arrived(tensor) for tensor in coming])
+        if number < ranks - 1:  # on its way while this one is attended to
+            coming = tuple([sent_to_next(tensor, group_name, rank, ranks) for tensor in shard])
+        if turn is not None:
+            rows = _late(query) if turn.late else query
+            kv_len = half if turn.half else None
+            found += part(rows, shard, (rank - number) % ranks, kv_len, turn.is_causal)
+    return found
+
+
+def _fake_attention_of_ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    rank: int,
+    ranks: int,
+    is_causal: bool = False,
+    is_balanced: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    found: list[Tensor] = []
+    for turn in turns(rank, ranks, is_causal, is_balanced):
+        if turn is not None:
+            rows = _late(query) if turn.late else query
+            found += [empty_output(rows, value, None), empty_lse(rows)]
+    return found
+
+
+def _late(tensor: Tensor) -> Tensor:
+    """The rows of the chunk from the tail."""
+    return tensor[:, :, tensor.shape[SEQ] // 2 :]
 
 
 def around(
@@ -106,41 +205,35 @@ def around(
     rank: int,
     ranks: int,
     query: Tensor,
-    shard: Shard,
-    part: Part,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
     *,
-    keys: int,
     is_causal: bool = False,
     is_balanced: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(output, LSE) of this rank's queries `[batch, heads, seq / ranks, head_dim]` to the keys of all ranks of `group`, of which
-    it is number `rank` of `ranks` and has the `keys` of `shard`. With `is_balanced` each rank's shard is a chunk from the head of
-    the sequence and one from its tail, as torch's `context_parallel` balances causal attention. Parts are merged in float32, and
-    the output is rounded at the end.
-    """
-    half, late = keys // 2, slice(query.shape[SEQ] // 2, None)
-    output = lse = None
-    coming: Shard = ()
-    for turn in range(ranks):
-        if turn > 0:
-            shard = tuple(
-                [arrived(tensor) for tensor in coming]
-            )  # of the rank that is `turn` before this one
-        if turn < ranks - 1:  # on its way while this one is attended to
-            coming = tuple([sent_to_next(tensor, group, rank, ranks) for tensor in shard])
-        owner = (rank - turn) % ranks
-        if output is None or lse is None:
-            output, lse = part(query, shard, owner, is_causal=is_causal)
-        elif not is_causal:
-            output, lse = _merged(output, lse, *part(query, shard, owner))
-        elif turn <= rank:  # of a rank before this one: all of it, or its chunk from the head
-            output, lse = _merged(output, lse, *part(query, shard, owner, half if is_balanced else None))
-        elif is_balanced:  # of a rank behind: the queries from the tail see all of it
+    """(output, LSE) of this rank's queries to the keys of all ranks. Arguments as those of the operator; `group` has its name. Parts
+    are merged in float32, and the output is rounded at the end."""
+    parts = attention_of_ring(
+        query, key, value, attn_mask, group_name=group.group_name, rank=rank, ranks=ranks, is_causal=is_causal,
+        is_balanced=is_balanced, **options,
+    )  # fmt: skip
+    output, lse = parts[:2]
+    dtype, at = output.dtype, 2
+    for turn in turns(rank, ranks, is_causal, is_balanced)[1:]:
+        if turn is None:
+            continue
+        part, part_lse = parts[at : at + 2]
+        at += 2
+        if turn.late:
             output = output.float()
-            seen = part(query[:, :, late], shard, owner)
-            output[:, :, late], lse[:, :, late] = _merged(output[:, :, late], lse[:, :, late], *seen)
-    assert output is not None and lse is not None
-    return output.to(query.dtype), lse
+            late, late_lse = _merged(_late(output), _late(lse), part, part_lse)
+            _late(output).copy_(late)
+            _late(lse).copy_(late_lse)
+        else:
+            output, lse = _merged(output, lse, part, part_lse)
+    return output.to(dtype), lse
 
 
 def _merged(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,3 +243,18 @@ def _merged(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tupl
     gap = torch.where(part_lse == lse, 0.0, part_lse - lse)
     weights = [torch.sigmoid(sign).unsqueeze(-1) for sign in (-gap, gap)]
     return torch.addcmul(output * weights[0], part, weights[1]), torch.logaddexp(lse, part_lse)
+
+
+def _register() -> None:
+    name = "attention_of_ring"
+    op = torch.ops.sage_inductor.attention_of_ring.default
+    for backend, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
+        LIBRARY.impl(name, _attention_of_ring, backend)
+        rule = inference_only(op, _attention_of_ring, "attention in a ring")
+        LIBRARY.impl(name, rule, f"Autograd{backend}")
+        LIBRARY.impl(name, autocast_rule(op, device_type), f"Autocast{backend}")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_attention_of_ring, lib=LIBRARY)
+
+
+_register()
+attention_of_ring = torch.ops.sage_inductor.attention_of_ring.default

@@ -102,10 +102,9 @@ def _unified(mesh: Any, build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -
             assert 0 < compiled <= MARGIN * alone, (compiled, alone)
             names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
             assert names.count("sage_inductor.attention_of_ring.default") >= 1, set(names)
-            if build is wan:  # keys and values travel in 8 bits
-                model.set_attention_backend("in_8_bits")
-                again = relative_l2(model(**inputs)[0], exact)
-                assert 0 < again <= MARGIN * alone and again != eager, (again, alone)
+            model.set_attention_backend("in_8_bits")
+            again = relative_l2(model(**inputs)[0], exact)
+            assert 0 < again <= MARGIN * alone and again != eager, (again, alone)
 
 
 @on_every_rank

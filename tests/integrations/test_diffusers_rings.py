@@ -232,12 +232,13 @@ def in_the_code_of_inductor(mesh: Any) -> None:
         assert len(kernels) == 2 and "addcmul" in kernels[1], kernels
 
 
+def before_forking() -> None:
+    with suppress(ImportError):
+        from diffusers import ContextParallelConfig, WanTransformer3DModel  # noqa: F401
+
+
 test_on_two_ranks = on_ranks(__file__, 2)
 test_on_four_ranks = pytest.mark.slow(on_ranks(__file__, 4))
 
 if __name__ == "__main__":
-    import torch._inductor.compile_fx
-
-    with suppress(ImportError):  # imported once, before this process becomes the ranks
-        from diffusers import ContextParallelConfig, WanTransformer3DModel  # noqa: F401
     main(globals())

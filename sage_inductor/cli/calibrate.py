@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=tuple(SMOOTHINGS),
         metavar="NAME",
-        help="what to do to Q and K before they are rounded: the least that holds is taken (default: mean; valid: "
+        help="what to do to Q and K before they are rounded: the least that holds is taken (default: auto; valid: "
         f"{', '.join(SMOOTHINGS)})",
     )
     parser.add_argument(

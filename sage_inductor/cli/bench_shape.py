@@ -106,7 +106,9 @@ def _with_copies(row: Row, asked: AttentionProblem) -> Row:
     if kernels.get(row.name).not_supported_reasons(asked):
         return row
     query, key, value = (spec.shape for spec in (asked.query, asked.key, asked.value))
-    return replace(row, memory=copies_bytes(query, key, value[-1], row.precision))
+    return replace(
+        row, memory=copies_bytes(query, key, value[-1], row.precision, smoothing=asked.params.smoothing)
+    )
 
 
 def _sdpa(problem: Problem, backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

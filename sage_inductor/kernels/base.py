@@ -37,7 +37,7 @@ class AttentionParams:
     window_right: int = -1
     scale: float | None = None  # None: head_dim ** -0.5
     precision: str = "fast"
-    smoothing: str = "mean"  # one of kernels.smoothing.SMOOTHINGS
+    smoothing: str = "auto"  # one of kernels.smoothing.SMOOTHINGS
     skip_threshold: float = 0.0  # kernels/skipping.py, from 0 (nothing is left out) to below 1
 
     def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:

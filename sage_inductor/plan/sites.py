@@ -157,7 +157,8 @@ class PlannedSite:
         query, key, value = (tuple(map(int, shape)) for shape in shapes)
         if not all(2 <= len(shape) <= 4 for shape in (query, key, value)):
             return None
-        return copies_bytes(query, key, value[-1], parts_of(self.decision).precision)
+        form = parts_of(self.decision)
+        return copies_bytes(query, key, value[-1], form.precision, smoothing=form.smoothing)
 
     def covers(self, step: int) -> bool:
         if self.steps is None:

@@ -93,7 +93,7 @@ class Site:
         query, key, value = shapes
         if query is None or key is None or value is None:
             return None
-        return copies_bytes(query, key, value[-1], self.precision)
+        return copies_bytes(query, key, value[-1], self.precision, smoothing=self.smoothing)
 
     @property
     def form(self) -> str:

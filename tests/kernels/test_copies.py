@@ -34,19 +34,29 @@ def test_head_dims_are_padded_as_the_kernels_pad_them() -> None:
         ((1, 2, 257, 256), (1, 2, 513, 256), 256),
     ],
 )
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(
+    ("return_lse", "smoothing"), [(False, "mean"), (True, "both"), (False, "rotate"), (True, "equalise")]
+)
 def test_it_is_what_the_kernels_ask_for(
-    query: tuple[int, ...], key: tuple[int, ...], value_dim: int, precision: str, return_lse: bool
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value_dim: int,
+    precision: str,
+    return_lse: bool,
+    smoothing: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sage_inductor.kernels.triton.launch import TritonAttention
+    from sage_inductor.kernels.triton import launch
 
+    monkeypatch.setattr(launch, "multiprocessors", lambda index: 132)
     q, k = torch.empty(query, dtype=torch.float16), torch.empty(key, dtype=torch.float16)
     v = torch.empty(*key[:-1], value_dim, dtype=torch.float16)
     out = torch.empty(*query[:-1], value_dim, dtype=torch.float16)
     lse = torch.empty(query[:-1]) if return_lse else None
-    asked = TritonAttention(q, k, v, None, AttentionParams(precision=precision), out, lse).workspace_bytes
-    worked_out = copies_bytes(query, key, value_dim, precision, return_lse)
-    assert worked_out <= asked < worked_out + 4 * 512  # each part begins at a multiple of 512
+    params = AttentionParams(precision=precision, smoothing=smoothing)
+    asked = launch.TritonAttention(q, k, v, None, params, out, lse).workspace_bytes
+    worked_out = copies_bytes(query, key, value_dim, precision, return_lse, smoothing)
+    assert worked_out <= asked < worked_out + 6 * 512  # each part begins at a multiple of 512
 
 
 def test_fewer_dims() -> None:

@@ -32,6 +32,9 @@ launcher = pytest.importorskip("sage_inductor.kernels.triton.launcher")
 NAMES = ("statistics_kernel", "quantize_kernel", "attention_kernel")
 STREAM = 77
 
+# By two launches that quantise, as the stand-ins expect.
+Params = partial(AttentionParams, smoothing="mean")
+
 
 def nhd(tokens: int = 200, heads: int = 2, dim: int = 64, shift: int = 0) -> Tensor:
     """`[1, heads, tokens, dim]` in NHD memory that begins `shift` elements after a multiple of 16 bytes."""
@@ -195,9 +198,7 @@ def test_later_launches_have_the_arguments_of_the_first(
     q, k, v = (nhd(dim=dim) for _ in range(3))
     mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
     out, lse = torch.empty_like(q), torch.empty(1, 2, 200)
-    call = launch.TritonAttention(
-        q, k, v, mask, AttentionParams(is_causal=True, precision="balanced"), out, lse
-    )
+    call = launch.TritonAttention(q, k, v, mask, Params(is_causal=True, precision="balanced"), out, lse)
     workspaces = []
     for _ in range(3):  # each elsewhere: all are kept
         workspaces.append(call.quantize(q, k, v, mask))
@@ -212,7 +213,7 @@ def test_parts_of_the_workspace_do_not_overlap(stand_ins: Any) -> None:
     stand_ins()
     for tokens in (1, 127, 128, 1000):
         q, k, v = nhd(tokens), nhd(tokens + 3), nhd(tokens + 3)
-        call = launch.TritonAttention(q, k, v, None, AttentionParams(), q, None)
+        call = launch.TritonAttention(q, k, v, None, Params(), q, None)
         end = 0
         for part in (call.q8, call.k8, call.v8, call.scales):
             assert part.offset % launch.PART_BYTES == 0 and part.offset >= end
@@ -224,7 +225,7 @@ def test_addresses_that_are_not_aligned_get_a_form_of_their_own(stand_ins: Any) 
     stands = stand_ins()
     aligned, shifted, out = nhd(), nhd(shift=1), nhd()
     assert aligned.data_ptr() % 16 == out.data_ptr() % 16 == 0 and shifted.data_ptr() % 16 == 2
-    call = launch.TritonAttention(aligned, aligned, aligned, None, AttentionParams(), out, None)
+    call = launch.TritonAttention(aligned, aligned, aligned, None, Params(), out, None)
     call(aligned, aligned, aligned, None, out, None)
     for _ in range(2):
         call(shifted, aligned, aligned, None, out, None)  # attention_kernel does not read it
@@ -240,13 +241,13 @@ def test_other_lengths_find_what_is_compiled(stand_ins: Any) -> None:
     stands = stand_ins()
     for number, tokens in enumerate((200, 201, 1000)):
         q, k, v = nhd(tokens), nhd(tokens + 56), nhd(tokens + 56)
-        call = launch.TritonAttention(q, k, v, None, AttentionParams(), q, None)
+        call = launch.TritonAttention(q, k, v, None, Params(), q, None)
         call(q, k, v, None, q, None)
         assert counts(stands) == [(1, number)] * 3
     # The last stride is specialised on: 1, 2 or a multiple of 16.
     for number, step in enumerate((2, 16, 32, 3), 2):
         q = torch.randn(1, 200, 2, 64 * step).bfloat16().transpose(1, 2)[..., ::step]
-        call = launch.TritonAttention(q, k, v, None, AttentionParams(), nhd(), None)
+        call = launch.TritonAttention(q, k, v, None, Params(), nhd(), None)
         call(q, k, v, None, nhd(), None)
         assert len(stands[1].slow) == min(number, 3), step
     assert counts(stands) == [(3, 4), (3, 4), (1, 6)]
@@ -256,7 +257,7 @@ def test_devices_and_variants_have_binaries_of_their_own(stand_ins: Any) -> None
     stands = stand_ins()
     q = nhd()
     plain, causal = (
-        launch.TritonAttention(q, q, q, None, AttentionParams(is_causal=is_causal), q, None)
+        launch.TritonAttention(q, q, q, None, Params(is_causal=is_causal), q, None)
         for is_causal in (False, True)
     )
     for call in (plain, causal, plain, causal):
@@ -273,7 +274,7 @@ def test_numbers_beyond_32_bits_are_left_to_triton(stand_ins: Any) -> None:
     stands = stand_ins()
     q = torch.zeros(2, 1, 1, 64).bfloat16()
     far = torch.empty_strided(q.shape, (2**31, 64, 64, 1), dtype=q.dtype, device="meta")
-    call = launch.TritonAttention(far, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(far, q, q, None, Params(), q, None)
     for _ in range(2):
         call(q, q, q, None, q, None)
     assert counts(stands) == [(2, 0)] * 3
@@ -283,7 +284,7 @@ def test_numbers_beyond_32_bits_are_left_to_triton(stand_ins: Any) -> None:
 def test_profilers_hear_of_every_launch(stand_ins: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stands = stand_ins()
     q = nhd()
-    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, Params(), q, None)
     for _ in range(2):
         call(q, q, q, None, q, None)
     hook = getattr(triton.knobs.runtime, name)
@@ -306,7 +307,7 @@ def test_a_launch_that_a_hook_prevents_leaves_nothing(
 ) -> None:
     stands = stand_ins()
     q = nhd()
-    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, Params(), q, None)
     with monkeypatch.context() as patch:
         patch.setattr(Stand, "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
         call(q, q, q, None, q, None)
@@ -317,7 +318,7 @@ def test_a_launch_that_a_hook_prevents_leaves_nothing(
 def test_no_tensor_is_kept(stand_ins: Any) -> None:
     stands = stand_ins()
     tensors = [nhd() for _ in range(4)]
-    call = launch.TritonAttention(*tensors[:3], None, AttentionParams(), tensors[3], None)
+    call = launch.TritonAttention(*tensors[:3], None, Params(), tensors[3], None)
     for _ in range(2):
         call(*tensors[:3], None, tensors[3], None)
     seen = [weakref.ref(tensor) for tensor in tensors]
@@ -332,7 +333,7 @@ def test_threads_share_a_call(stand_ins: Any) -> None:
     """Each launch has the addresses of one thread's tensors, and the tiles and scales of one workspace."""
     stands = stand_ins()
     q = nhd()
-    call = launch.TritonAttention(q, q, q, None, AttentionParams(), q, None)
+    call = launch.TritonAttention(q, q, q, None, Params(), q, None)
     call(q, q, q, None, q, None)
     sets = [[nhd() for _ in range(4)] for _ in range(8)]
 
@@ -361,7 +362,7 @@ def test_threads_share_a_call(stand_ins: Any) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU test of its own is below")
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
 def test_prepared_calls_give_what_single_ones_give(precision: str) -> None:
-    check_prepared("triton", AttentionParams(is_causal=True, precision=precision))
+    check_prepared("triton", Params(is_causal=True, precision=precision))
 
 
 def check_prepared(name: str, params: AttentionParams) -> None:
@@ -476,7 +477,7 @@ def test_hopper_gets_the_addresses_of_each_call(hopper: list[Numbers]) -> None:
 
     q, k, v = (nhd(heads=4) for _ in range(3))
     mask, lse = torch.ones(1, 1, 1, 200, dtype=torch.bool), torch.empty(1, 4, 200)
-    call = HopperAttention(q, k, v, mask, AttentionParams(), q, lse)
+    call = HopperAttention(q, k, v, mask, Params(), q, lse)
     kept = []
     for _ in range(3):
         out, mask, lse = nhd(heads=4), mask.clone(), lse.clone()
@@ -508,7 +509,7 @@ def test_hopper_copies_what_it_cannot_write_in_place(hopper: list[Numbers]) -> N
     from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q = nhd()
-    call = HopperAttention(q, q, q, None, AttentionParams(), q, None)
+    call = HopperAttention(q, q, q, None, Params(), q, None)
     for shift, in_place, wide in ((0, True, 1), (2, True, 0), (1, False, 1), (0, True, 1)):
         out = nhd(shift=shift)
         call(q, q, q, None, out, None)
@@ -518,7 +519,7 @@ def test_hopper_copies_what_it_cannot_write_in_place(hopper: list[Numbers]) -> N
         strides = out.stride() if in_place else torch.empty(out.shape).stride()
         assert [params[f"out_{dim}"] for dim in "bhm"] == list(strides[:3]), shift
     padded = torch.empty(1, 2, 200, 73).bfloat16()[..., :64]
-    call = HopperAttention(q, q, q, None, AttentionParams(), padded, None)
+    call = HopperAttention(q, q, q, None, Params(), padded, None)
     call(q, q, q, None, padded, None)
     assert hopper[-1].params["out"] != padded.data_ptr() and hopper[-1].params["out_m"] == 64
 
@@ -527,7 +528,7 @@ def test_hopper_parts_lie_in_the_workspace(hopper: list[Numbers]) -> None:
     from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q, k = nhd(64), nhd(8192)
-    call = HopperAttention(q, k, k, None, AttentionParams(), q, None)
+    call = HopperAttention(q, k, k, None, Params(), q, None)
     call(q, k, k, None, q, None)
     attention, combine = hopper
     assert (combine.function, combine.params) == ("combine", attention.params)
@@ -558,7 +559,7 @@ def test_hopper_cuts_wide_heads(
     q, k = (torch.randn(1, heads, 8192, dims[0]).bfloat16() for heads in (2, 1))
     v, out = (torch.randn(1, heads, 8192, dims[1]).bfloat16() for heads in (1, 2))
     q, out = q[:, :, :64], out[:, :, :64]
-    call = HopperAttention(q, k, v, None, AttentionParams(precision=precision), out, None)
+    call = HopperAttention(q, k, v, None, Params(precision=precision), out, None)
     call(q, k, v, None, out, None)
     attention, combine = hopper
     d, dv, bytes_each = call.plan.d, call.plan.dv, 2 if precision == "accurate" else 1
@@ -577,7 +578,7 @@ def test_hopper_threads_have_numbers_of_their_own(hopper: list[Numbers]) -> None
     from sage_inductor.kernels.hopper.launch import HopperAttention
 
     q = nhd()
-    call = HopperAttention(q, q, q, None, AttentionParams(), q, None)
+    call = HopperAttention(q, q, q, None, Params(), q, None)
     call(q, q, q, None, q, None)
     outs = [nhd() for _ in range(8)]
     shared = call.quantize(q, q, q, None)
@@ -608,13 +609,13 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("precision", ["fast", "balanced", "accurate"])
     def test_prepared_calls_give_what_single_ones_give(self, name: str, precision: str) -> None:
-        check_prepared(name, AttentionParams(precision=precision))
-        check_prepared(name, AttentionParams(is_causal=True, precision=precision))
+        check_prepared(name, Params(precision=precision))
+        check_prepared(name, Params(is_causal=True, precision=precision))
 
     def test_profilers_hear_of_every_launch(self, name: str) -> None:
         q, k, v = (nhd() for _ in range(3))
         out, hooked = torch.empty_like(q), torch.empty_like(q)
-        prepared = kernels.get(name).prepare(q, k, v, None, AttentionParams(), out, None)
+        prepared = kernels.get(name).prepare(q, k, v, None, Params(), out, None)
         for _ in range(2):
             prepared(q, k, v, None, out, None)
         heard: list[str] = []
@@ -631,7 +632,7 @@ class TestOnAGpu:
         assert heard == list(NAMES[: 3 if name == "triton" else 2]) and torch.equal(out, hooked)
 
     def test_threads_on_streams_of_their_own(self, name: str) -> None:
-        params = AttentionParams()
+        params = Params()
         sets = [[nhd(1000, heads=4) for _ in range(3)] for _ in range(4)]
         kernel = kernels.get(name)
         expected = [torch.empty_like(q) for q, _, _ in sets]
@@ -656,7 +657,7 @@ class TestOnAGpu:
         """Its nodes keep copies of the arguments: calls after it, elsewhere, leave them as they are."""
         q, k, v = (nhd(500) for _ in range(3))
         out = torch.empty_like(q)
-        prepared = kernels.get(name).prepare(q, k, v, None, AttentionParams(), out, None)
+        prepared = kernels.get(name).prepare(q, k, v, None, Params(), out, None)
         prepared(q, k, v, None, out, None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

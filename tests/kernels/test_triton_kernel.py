@@ -41,7 +41,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def params_of(precision: str, **kwargs: Any) -> AttentionParams:
-    return AttentionParams(precision=precision, **kwargs)
+    """With K's mean alone, which takes Triton's interpreter half of the time; test_smoothing.py has the rest."""
+    return AttentionParams(**{"precision": precision, "smoothing": "mean", **kwargs})
 
 
 # ------------------------------------------------------------------------------------------------ agreement

@@ -295,3 +295,88 @@ def test_no_order_of_events_is_a_fault() -> None:
 )
 def test_each_rule_is_needed(lacking: str, stages: tuple[int, ...], expected: set[str]) -> None:
     assert expected & faults(range(1500), stages, lacking)
+
+
+class Vote:
+    """The four warps of a warpgroup, which agree on each block: a named barrier that only those wait at for which the block does
+    not count, one word, and the products between the votes."""
+
+    def __init__(self, seed: int, lacking: str = "") -> None:
+        self.random = choose = random.Random(seed)
+        self.lacking = lacking
+        share = choose.choice([0.0, 0.1, 0.5, 1.0])
+        self.counts = [[choose.random() < share for _ in range(4)] for _ in range(12)]
+        self.word = self.opened = 0
+        self.waiting: set[int] = set()  # at the barrier that has not opened
+        self.issued = [0] * 4
+
+    def arrive(self, warp: int) -> None:
+        if warp in self.waiting:
+            raise Fault("a warp arrives twice at a barrier")
+        self.waiting.add(warp)
+        if len(self.waiting) == 4:
+            self.waiting.clear()
+            self.opened += 1
+
+    def warp(self, number: int) -> Program:
+        for block, counts in enumerate(self.counts):
+            ballot = block + 1
+            kept = counts[number]
+            if kept:
+                self.word = ballot
+                yield None
+                self.arrive(number)
+            else:
+                opened = self.opened
+                self.arrive(number)
+                if self.lacking != "the wait of those who found nothing":
+                    yield lambda opened=opened: self.opened > opened  # type: ignore[misc]
+                yield None
+                kept = self.word == ballot
+            if kept != any(counts):
+                raise Fault("the warps do not agree")
+            yield None
+            self.issued[number] += 1
+            if self.lacking != "a product of the whole warpgroup":
+                yield lambda ballot=ballot: min(self.issued) >= ballot  # type: ignore[misc]
+            yield None
+
+    def run(self) -> None:
+        """Raises Fault."""
+        programs = [self.warp(number) for number in range(4)]
+        speeds = [self.random.choice([1.0, 1.0, 10.0, 0.1]) for _ in range(4)]
+        waits: dict[int, Wait] = dict.fromkeys(range(4))
+        while waits:
+            able = [number for number, wait in waits.items() if wait is None or wait()]
+            if not able:
+                raise Fault("all wait")
+            number = self.random.choices(able, [speeds[number] for number in able])[0]
+            try:
+                waits[number] = next(programs[number])
+            except StopIteration:
+                del waits[number]
+
+
+def faults_of_votes(lacking: str = "") -> set[str]:
+    found = set()
+    for seed in range(400):
+        try:
+            Vote(seed, lacking).run()
+        except Fault as fault:
+            found.add(str(fault))
+    return found
+
+
+def test_warps_agree_in_every_order() -> None:
+    assert faults_of_votes() == set()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        ("the wait of those who found nothing", {"the warps do not agree"}),
+        ("a product of the whole warpgroup", {"a warp arrives twice at a barrier", "the warps do not agree"}),
+    ],
+)
+def test_each_rule_of_the_vote_is_needed(lacking: str, expected: set[str]) -> None:
+    assert expected <= faults_of_votes(lacking)

@@ -123,12 +123,10 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// The same, for the 128 threads of a warpgroup: whether `found` in some of them.
-__device__ __forceinline__ bool named_barrier_any(int barrier, bool found) {
-    u32 any;
-    asm volatile("{ .reg .pred one, some;\nsetp.ne.u32 one, %1, 0;\nbar.red.or.pred some, %2, 128, one;\n"
-                 "selp.u32 %0, 1, 0, some; }" : "=r"(any) : "r"((u32)found), "r"(barrier) : "memory");
-    return __any_sync(~0u, any);  // the same, but the compiler knows that a warp goes one way: its registers are uniform ones
+// Where it holds, after `x` is stored. Not a branch: it is on the way that is mostly taken.
+__device__ __forceinline__ void named_barrier_arrive_if(bool holds, int barrier, int threads, u32 address, u32 x) {
+    asm volatile("{ .reg .pred holds;\nsetp.ne.u32 holds, %0, 0;\n@holds st.volatile.shared.u32 [%3], %4;\n@holds bar.arrive %1, %2; }"
+                 ::"r"((u32)holds), "r"(barrier), "r"(threads), "r"(address), "r"(x) : "memory");
 }
 __device__ __forceinline__ u32 load_shared(u32 address) {
     u32 x;
@@ -347,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + 2 * SKIP * STAGES];  // and, last, the states of the V tiles
+    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP * (2 * STAGES + 1)];  // last, V tiles' states and votes
     __shared__ Item items[2];
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
@@ -362,6 +360,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
     auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
     auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };  // then the column and row that it comes from
+    auto vote = [&](int w) { return bars + 32 + 8 * 6 * STAGES + 4 * w; };  // the last block that a warp of a warpgroup kept
 
     auto load_v = [&](int s, int column, int block, int row) {
         barrier_expect(v_full(s), V_SPANS * V_HEAD_DIM * 128);
@@ -688,6 +687,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     if (leader) barrier_arrive(k_empty(0));
     advance(k_stage, k_phase);
     int previous = NOTHING;  // the stage of the V tile that the product in flight reads
+    u32 ballot = 0;          // SKIP: the number of the block that is voted on
+    if (SKIP) {
+        store_shared(vote(consumer), ballot);
+        named_barrier(1 + consumer, 128);
+    }
 
     // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean.
     auto write = [&](float2 channel) {
@@ -806,9 +810,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (p.zero) barrier_wait(q_empty(0), 0);  // never: but it is a branch
     };
 #if SKIP
-    // Whether block i counts for some row of this warpgroup. A product is of a whole warpgroup, so its warps agree. x0 and x1 are
-    // the largest scores of this thread: a row lies below the bound where its four threads do, and needs no maximum for it. NaN
-    // counts. A row that sees no key of the block has no say, nor has one behind the last query: its `largest` is infinite.
+    // Whether this thread's part of block i counts. x0 and x1 are its largest scores: a row lies below the bound where its four
+    // threads do, and needs no maximum for it. NaN counts. A row that sees no key of the block has no say, nor has one behind the
+    // last query: its `largest` is infinite.
     auto counts = [&](int i, bool masked, int x0, int x1, float scale0, float scale1) {
         bool found0 = !((float)x0 * scale0 - rows.largest0 < p.skip_bound);
         bool found1 = !((float)x1 * scale1 - rows.largest1 < p.skip_bound);
@@ -817,7 +821,19 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             found0 = x0 != MASKED_SCORE && (found0 || on_diagonal);
             found1 = x1 != MASKED_SCORE && (found1 || on_diagonal);
         }
-        return named_barrier_any(1 + consumer, found0 || found1);
+        return found0 || found1;
+    };
+    // A product is of a whole warpgroup, so its warps agree: the block is kept if it counts for one of them. A warp that finds so
+    // says it and goes on; only one for which the block does not count waits for the others and looks. One barrier and one word
+    // are enough, because no warp is a vote ahead: before the next it has waited for a product of the whole warpgroup, which
+    // every warp issues after it has looked. (K's tiles are let go by one thread of a warpgroup on the same ground.)
+    auto say = [&](bool found) {
+        ballot++;
+        named_barrier_arrive_if(found, 1 + consumer, 128, vote(consumer), ballot);
+    };
+    auto others_found = [&]() {
+        named_barrier(1 + consumer, 128);
+        return (bool)__any_sync(~0u, load_shared(vote(consumer)) == ballot);  // the same in all, which the compiler then knows
     };
     // V's barriers when blocks may be left out. Of each use of a V tile
     //   v_empty  gets one arrival of each warpgroup, as ever: behind its product, or as soon as it leaves the block out;
@@ -836,9 +852,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         __syncwarp();
     };
-    // The V tile of the block at hand is needed; `state` is what its state was.
-    auto ask_for_v = [&](u32 state) {
-        if (ON_DEMAND && __any_sync(~0u, !(state & BROUGHT))) {
+    // The V tile of the block at hand is needed; `there` or on its way by what its state was.
+    auto ask_for_v = [&](bool there) {
+        if (ON_DEMAND && !there) {
             // The tile is free: the producer saw that before it let K come, and this warpgroup has seen K.
             if (leader && !(or_shared(v_state(stage), BROUGHT) & BROUGHT))
                 load_v(stage, load_shared(v_state(stage) + 4), 0, load_shared(v_state(stage) + 8));
@@ -860,19 +876,26 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
-        if (!counts(i, masked, x0, x1, scale0, scale1)) return false;
-        ask_for_v(state);
-        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
-        // The running maximum grows, which is seldom; only then may the reference have to. It never lies more than HEADROOM below.
-        bool slow = (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1;
-        slow = __any_sync(~0u, slow);
-        if (slow) {
-            if (PV != 1) { row_maximum(x0); row_maximum(x1); }
-            if (x0 != MASKED_SCORE) rows.largest0 = fmaxf(rows.largest0, (float)x0 * scale0);
-            if (x1 != MASKED_SCORE) rows.largest1 = fmaxf(rows.largest1, (float)x1 * scale1);
-            slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
-            slow = __any_sync(~0u, slow);
+        // Asked all together, so that one answer is not waited for before the next question; mostly there is only one branch. The
+        // running maximum grows seldom; only then may the reference have to. It never lies more than HEADROOM below.
+        const bool found = __any_sync(~0u, counts(i, masked, x0, x1, scale0, scale1));
+        const bool there = __all_sync(~0u, state & BROUGHT);
+        const bool grows = __any_sync(~0u, (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1);
+        bool slow = false;
+        say(found);
+        if (!found || !there || grows) {
+            if (!found && !others_found()) return false;
+            ask_for_v(there);
+            if (grows) {
+                row_maximum(x0);
+                row_maximum(x1);
+                if (x0 != MASKED_SCORE) rows.largest0 = fmaxf(rows.largest0, (float)x0 * scale0);
+                if (x1 != MASKED_SCORE) rows.largest1 = fmaxf(rows.largest1, (float)x1 * scale1);
+                slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
+                slow = __any_sync(~0u, slow);
+            }
         }
+        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
 #else
         bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
         slow = __any_sync(~0u, slow);

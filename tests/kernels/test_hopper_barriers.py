@@ -97,6 +97,7 @@ class Model:
         ]
         self.full_end = [max(1, length - choose.randint(0, 2)) for length in self.lengths]
         self.k, self.v = Tiles(stages), Tiles(stages)
+        self.by_stage = choose.random() < 0.5
         self.state = [BROUGHT] * stages
         self.comes_from: list[Block] = [(0, 0)] * stages
         self.multiplied: list[set[Block]] = [set(), set()]
@@ -117,7 +118,7 @@ class Model:
                     yield partial(v.full[stage].is_over, phase)
                 tile, i = block
                 counted = self.state[stage] % BROUGHT < 2 * LEFT_OUT
-                bring = i == 0 or i >= self.full_end[tile] or counted
+                bring = i == 0 or i >= self.full_end[tile] or self.foreseen(block, counted)
                 self.state[stage], self.comes_from[stage] = BROUGHT if bring else 0, block
             k.load(stage, block)
             yield None
@@ -130,6 +131,10 @@ class Model:
         for _ in range(self.stages if self.on_demand and self.lacking != "the last waits" else 0):
             yield partial(v.full[stage].is_over, phase)
             stage, phase = self.advanced(stage, phase)
+
+    def foreseen(self, block: Block, counted: bool) -> bool:
+        """Whether V of `block` is brought. It may be by anything: here four blocks before decide, or chance."""
+        return counted if self.by_stage else self.random.random() < 0.5
 
     def leave_out(self, stage: int, phase: int) -> Program:
         if not self.on_demand and self.lacking != "the wait for V, with two tiles":

@@ -45,6 +45,12 @@ static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the 
 constexpr bool ON_DEMAND = SKIP && STAGES > 2;
 // The state of a V tile: how many warpgroups have left it out, and whether it is there or on its way.
 constexpr u32 LEFT_OUT = 1, BROUGHT = 256;
+// The producer foresees in two ways whether V of a block is needed: as in the program's last tile, where attention keeps to
+// columns, or as four blocks before in this one, where it keeps to bands. It goes by the one that was right of late when they
+// differed. A program remembers so many blocks, and this much of who was right. Simulated for the patterns of
+// benchmarks/skip.py: of 100 blocks V is missing for at most 1, and brought for nothing for 1, except where the blocks are random.
+constexpr int REMEMBERED = 2048, MOST_TRUST = 8;
+constexpr u32 BY_TILE = 0x10000, BY_STAGE = 0x20000;
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -347,6 +353,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP * (2 * STAGES + 1)];  // last, V tiles' states and votes
     __shared__ Item items[2];
+    __shared__ u32 needed[ON_DEMAND ? REMEMBERED / 32 + 1 : 1];  // the producer's: of which blocks of keys V was, bit by bit
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
@@ -359,7 +366,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto k_empty = [&](int s) { return bars + 32 + 8 * (STAGES + s); };
     auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
     auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
-    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };  // then the column and row that it comes from
+    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };
+    // It comes from this column and row; and `needed` is told at this place, what was foreseen in the bits above.
+    auto v_column_at = [&](int s) { return v_state(s) + 4; };
+    auto v_row_at = [&](int s) { return v_state(s) + 8; };
+    auto v_foreseen = [&](int s) { return v_state(s) + 12; };
     auto vote = [&](int w) { return bars + 32 + 8 * 6 * STAGES + 4 * w; };  // the last block that a warp of a warpgroup kept
 
     auto load_v = [&](int s, int column, int block, int row) {
@@ -379,7 +390,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             barrier_init(v_full(s), 1);
             barrier_init(k_empty(s), CONSUMERS);
             barrier_init(v_empty(s), CONSUMERS);
-            if (ON_DEMAND) store_shared(v_state(s), BROUGHT);
+            if (ON_DEMAND) {
+                store_shared(v_state(s), BROUGHT);
+                store_shared(v_foreseen(s), REMEMBERED);  // nobody's place
+            }
         }
         asm volatile("griddepcontrol.wait;" ::: "memory");  // until all is quantised: this kernel starts before
     }
@@ -390,6 +404,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             *(u32*)(shared + V_START + span * V_SPAN_BYTES + V_HEAD_DIM * 128 + 4 * word) =
                 word < 32 ? one : 0u;
         }
+    if (ON_DEMAND)
+        for (int i = threadIdx.x; i < REMEMBERED / 32; i += blockDim.x) needed[i] = ~0u;
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
 
@@ -397,7 +413,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all no more than the launch has
         if (threadIdx.x == 0) {
             Schedule schedule(p);
-            int stage = 0, q_stage = 0;
+            int stage = 0, q_stage = 0, trust = 0;  // in what was needed in the last tile, at least 0, or four blocks before
             u32 phase = 1, q_phase = 1;
             while (true) {
                 const Item item = schedule.take(p);
@@ -422,19 +438,23 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
                 for (int i = t.begin; i < t.end; i++) {
+                    const bool by_tile = ON_DEMAND && needed[i % REMEMBERED / 32] >> i % 32 & 1;
                     barrier_wait(k_empty(stage), phase);
-                    bool bring = true;
+                    bool bring = true, by_stage = true;
+                    u32 foreseen = 0;
                     if (ON_DEMAND) {
                         // The V tile's last use is over for both warpgroups. It may still be on its way: who left it out did
                         // not wait for it. Who looks at its state waits for K first, which comes behind this.
                         barrier_wait(v_empty(stage), phase);
                         barrier_wait(v_full(stage), phase);
-                        // V comes along where it is likely to be needed: of the first block and of those that are cut always,
-                        // else if the block in this tile before was.
-                        bring = i == t.begin || i >= t.full_end || (load_shared(v_state(stage)) & (BROUGHT - 1)) < CONSUMERS * LEFT_OUT;
+                        // V comes along where it is likely to be needed: of the first block and of those that are cut always.
+                        by_stage = (load_shared(v_state(stage)) & (BROUGHT - 1)) < CONSUMERS * LEFT_OUT;
+                        foreseen = load_shared(v_foreseen(stage));
+                        bring = i == t.begin || i >= t.full_end || (trust >= 0 ? by_tile : by_stage);
                         store_shared(v_state(stage), bring ? BROUGHT : 0);
-                        store_shared(v_state(stage) + 4, v_column + i * BLOCK_N);
-                        store_shared(v_state(stage) + 8, v_row);
+                        store_shared(v_column_at(stage), v_column + i * BLOCK_N);
+                        store_shared(v_row_at(stage), v_row);
+                        store_shared(v_foreseen(stage), i % REMEMBERED | (by_tile ? BY_TILE : 0) | (by_stage ? BY_STAGE : 0));
                     }
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -442,6 +462,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                                   t.key_row + i * BLOCK_N);
                     if (!ON_DEMAND) barrier_wait(v_empty(stage), phase);
                     if (bring) load_v(stage, v_column, i, v_row);
+                    if (ON_DEMAND) {  // what has become of the block that was here
+                        const u32 place = foreseen & (BY_TILE - 1), bit = 1u << place % 32;
+                        needed[place / 32] = needed[place / 32] & ~bit | (by_stage ? bit : 0);
+                        const bool by_tile = foreseen & BY_TILE;
+                        if (by_tile != (bool)(foreseen & BY_STAGE))
+                            trust = by_tile == by_stage ? min(trust + 1, MOST_TRUST) : max(trust - 1, -MOST_TRUST);
+                    }
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
             }
@@ -857,7 +884,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (ON_DEMAND && !there) {
             // The tile is free: the producer saw that before it let K come, and this warpgroup has seen K.
             if (leader && !(or_shared(v_state(stage), BROUGHT) & BROUGHT))
-                load_v(stage, load_shared(v_state(stage) + 4), 0, load_shared(v_state(stage) + 8));
+                load_v(stage, load_shared(v_column_at(stage)), 0, load_shared(v_row_at(stage)));
             __syncwarp();
         }
     };

@@ -191,6 +191,8 @@ class Model:
                 if i + 1 == length:
                     break
                 assert after is not None
+                if previous < 0:
+                    yield partial(k.full[k_stage].is_over, k_phase)
                 multiply(k, k_stage, after)
                 yield None
                 if counts:  # go_on
@@ -219,8 +221,6 @@ class Model:
                         previous = HELD
                     k.empty[done].arrive()
                     yield None
-                    if i + 2 < length:
-                        yield partial(k.full[k_stage].is_over, k_phase)
             # The last block of the tile, and the first scores of the next.
             if after is not None:
                 yield partial(k.full[k_stage].is_over, k_phase)

@@ -1008,6 +1008,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 go_on_in_turn();
                 return;
             }
+            if (SKIP && previous < 0) barrier_wait(k_full(k_stage), k_phase);  // `go_on_without` has not waited for it
             wgmma_fence();
             multiply_qk();
             if (SKIP) {
@@ -1030,8 +1031,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if SKIP
         // The next scores only. They come behind the product in flight, which is then complete, too. Its V tile is let go before
         // this warpgroup waits for a K that may have to wait for that. The product is added by the next block that counts,
-        // because that knows in which unit.
+        // because that knows in which unit. The K after is waited for when it is known what becomes of the next block: tiles are
+        // not far ahead where blocks are left out.
         auto go_on_without = [&]() {
+            if (previous < 0) barrier_wait(k_full(k_stage), k_phase);
             wgmma_fence();
             multiply_qk();
             load_block_scales(i + 1);
@@ -1042,7 +1045,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             previous = previous >= 0 ? HELD : previous;
             barrier_arrive_if(leader, k_empty(k_stage));
             advance(k_stage, k_phase);
-            if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
         };
         auto step = [&](bool masked) {
             if (attend(i, masked)) go_on();

@@ -14,7 +14,7 @@ Block = tuple[int, int]  # tile of queries, block of keys
 Wait = Callable[[], bool] | None
 Program = Generator[Wait, None, None]
 
-LEFT_OUT, BROUGHT = 1, 256
+BY_FIRST, BY_ALL, BROUGHT = 1, 3, 256
 NOTHING, HELD = -1, -2
 
 
@@ -117,7 +117,7 @@ class Model:
                 if self.lacking != "the producer's wait for an old tile":
                     yield partial(v.full[stage].is_over, phase)
                 tile, i = block
-                counted = self.state[stage] % BROUGHT < 2 * LEFT_OUT
+                counted = self.state[stage] & BY_ALL != BY_ALL
                 bring = i == 0 or i >= self.full_end[tile] or self.foreseen(block, counted)
                 self.state[stage], self.comes_from[stage] = BROUGHT if bring else 0, block
             k.load(stage, block)
@@ -136,12 +136,13 @@ class Model:
         """Whether V of `block` is brought. It may be by anything: here four blocks before decide, or chance."""
         return counted if self.by_stage else self.random.random() < 0.5
 
-    def leave_out(self, stage: int, phase: int) -> Program:
+    def leave_out(self, number: int, stage: int, phase: int) -> Program:
         if not self.on_demand and self.lacking != "the wait for V, with two tiles":
             yield partial(self.v.full[stage].is_over, phase)
         if self.on_demand:
-            before, self.state[stage] = self.state[stage], self.state[stage] + LEFT_OUT
-            if before == LEFT_OUT:
+            own = BY_FIRST << number
+            before, self.state[stage] = self.state[stage], self.state[stage] | own
+            if before == BY_ALL ^ own:
                 self.v.full[stage].arrive()
         self.v.empty[stage].arrive()
 
@@ -208,7 +209,7 @@ class Model:
                     k.empty[done].arrive()
                     yield None
                 else:  # go_on_without
-                    yield from self.leave_out(stage, phase)
+                    yield from self.leave_out(number, stage, phase)
                     stage, phase = self.advanced(stage, phase)
                     done = k_stage
                     k_stage, k_phase = self.advanced(k_stage, k_phase)
@@ -230,7 +231,7 @@ class Model:
                 yield partial(v.full[stage].is_over, phase)
                 multiply(v, stage, block)
             else:
-                yield from self.leave_out(stage, phase)
+                yield from self.leave_out(number, stage, phase)
             yield None
             wait_for_all_but(0)
             of_product = stage if counts else previous

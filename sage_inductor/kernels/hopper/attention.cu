@@ -43,8 +43,8 @@ static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the 
 // bring V at the pace of blocks that are left out. K then comes when the V tile of its block is free, too, which with two
 // tiles in flight would be too late: a warpgroup waits for the K of two blocks on before it lets go of V.
 constexpr bool ON_DEMAND = SKIP && STAGES > 2;
-// The state of a V tile: how many warpgroups have left it out, and whether it is there or on its way.
-constexpr u32 LEFT_OUT = 1, BROUGHT = 256;
+// The state of a V tile: a bit of each warpgroup that has left it out, and whether it is there or on its way.
+constexpr u32 BY_FIRST = 1, BY_ALL = (1 << CONSUMERS) - 1, BROUGHT = 256;
 // The producer foresees in two ways whether V of a block is needed: as in the program's last tile, where attention keeps to
 // columns, or as four blocks before in this one, where it keeps to bands. It goes by the one that was right of late when they
 // differed. A program remembers so many blocks, and this much of who was right. Simulated for the patterns of
@@ -142,12 +142,7 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 __device__ __forceinline__ void store_shared(u32 address, u32 x) {
     asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-// These give what was there before.
-__device__ __forceinline__ u32 add_shared(u32 address, u32 x) {
-    u32 before;
-    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
-    return before;
-}
+// Gives what was there before. (For a sum ptxas would add up over the warp first.)
 __device__ __forceinline__ u32 or_shared(u32 address, u32 x) {
     u32 before;
     asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
@@ -448,7 +443,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                         barrier_wait(v_empty(stage), phase);
                         barrier_wait(v_full(stage), phase);
                         // V comes along where it is likely to be needed: of the first block and of those that are cut always.
-                        by_stage = (load_shared(v_state(stage)) & (BROUGHT - 1)) < CONSUMERS * LEFT_OUT;
+                        by_stage = (load_shared(v_state(stage)) & BY_ALL) != BY_ALL;
                         foreseen = load_shared(v_foreseen(stage));
                         bring = i == t.begin || i >= t.full_end || (trust >= 0 ? by_tile : by_stage);
                         store_shared(v_state(stage), bring ? BROUGHT : 0);
@@ -874,7 +869,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto leave_out = [&]() {
         if (leader) {
             if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
-            if (ON_DEMAND && add_shared(v_state(stage), LEFT_OUT) == (CONSUMERS - 1) * LEFT_OUT) barrier_arrive(v_full(stage));
+            const u32 own = BY_FIRST << consumer;
+            if (ON_DEMAND && or_shared(v_state(stage), own) == (BY_ALL ^ own)) barrier_arrive(v_full(stage));
             barrier_arrive(v_empty(stage));
         }
         __syncwarp();

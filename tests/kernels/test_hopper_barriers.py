@@ -14,7 +14,7 @@ Block = tuple[int, int]  # tile of queries, block of keys
 Wait = Callable[[], bool] | None
 Program = Generator[Wait, None, None]
 
-LEFT_OUT, BROUGHT = 1, 256
+BY_FIRST, BY_ALL, BROUGHT = 1, 3, 256
 NOTHING, HELD = -1, -2
 
 
@@ -97,6 +97,7 @@ class Model:
         ]
         self.full_end = [max(1, length - choose.randint(0, 2)) for length in self.lengths]
         self.k, self.v = Tiles(stages), Tiles(stages)
+        self.by_stage = choose.random() < 0.5
         self.state = [BROUGHT] * stages
         self.comes_from: list[Block] = [(0, 0)] * stages
         self.multiplied: list[set[Block]] = [set(), set()]
@@ -116,8 +117,8 @@ class Model:
                 if self.lacking != "the producer's wait for an old tile":
                     yield partial(v.full[stage].is_over, phase)
                 tile, i = block
-                counted = self.state[stage] % BROUGHT < 2 * LEFT_OUT
-                bring = i == 0 or i >= self.full_end[tile] or counted
+                counted = self.state[stage] & BY_ALL != BY_ALL
+                bring = i == 0 or i >= self.full_end[tile] or self.foreseen(block, counted)
                 self.state[stage], self.comes_from[stage] = BROUGHT if bring else 0, block
             k.load(stage, block)
             yield None
@@ -131,12 +132,17 @@ class Model:
             yield partial(v.full[stage].is_over, phase)
             stage, phase = self.advanced(stage, phase)
 
-    def leave_out(self, stage: int, phase: int) -> Program:
+    def foreseen(self, block: Block, counted: bool) -> bool:
+        """Whether V of `block` is brought. It may be by anything: here four blocks before decide, or chance."""
+        return counted if self.by_stage else self.random.random() < 0.5
+
+    def leave_out(self, number: int, stage: int, phase: int) -> Program:
         if not self.on_demand and self.lacking != "the wait for V, with two tiles":
             yield partial(self.v.full[stage].is_over, phase)
         if self.on_demand:
-            before, self.state[stage] = self.state[stage], self.state[stage] + LEFT_OUT
-            if before == LEFT_OUT:
+            own = BY_FIRST << number
+            before, self.state[stage] = self.state[stage], self.state[stage] | own
+            if before == BY_ALL ^ own:
                 self.v.full[stage].arrive()
         self.v.empty[stage].arrive()
 
@@ -186,6 +192,8 @@ class Model:
                 if i + 1 == length:
                     break
                 assert after is not None
+                if previous < 0:
+                    yield partial(k.full[k_stage].is_over, k_phase)
                 multiply(k, k_stage, after)
                 yield None
                 if counts:  # go_on
@@ -201,7 +209,7 @@ class Model:
                     k.empty[done].arrive()
                     yield None
                 else:  # go_on_without
-                    yield from self.leave_out(stage, phase)
+                    yield from self.leave_out(number, stage, phase)
                     stage, phase = self.advanced(stage, phase)
                     done = k_stage
                     k_stage, k_phase = self.advanced(k_stage, k_phase)
@@ -214,8 +222,6 @@ class Model:
                         previous = HELD
                     k.empty[done].arrive()
                     yield None
-                    if i + 2 < length:
-                        yield partial(k.full[k_stage].is_over, k_phase)
             # The last block of the tile, and the first scores of the next.
             if after is not None:
                 yield partial(k.full[k_stage].is_over, k_phase)
@@ -225,7 +231,7 @@ class Model:
                 yield partial(v.full[stage].is_over, phase)
                 multiply(v, stage, block)
             else:
-                yield from self.leave_out(stage, phase)
+                yield from self.leave_out(number, stage, phase)
             yield None
             wait_for_all_but(0)
             of_product = stage if counts else previous
@@ -295,3 +301,88 @@ def test_no_order_of_events_is_a_fault() -> None:
 )
 def test_each_rule_is_needed(lacking: str, stages: tuple[int, ...], expected: set[str]) -> None:
     assert expected & faults(range(1500), stages, lacking)
+
+
+class Vote:
+    """The four warps of a warpgroup, which agree on each block: a named barrier that only those wait at for which the block does
+    not count, one word, and the products between the votes."""
+
+    def __init__(self, seed: int, lacking: str = "") -> None:
+        self.random = choose = random.Random(seed)
+        self.lacking = lacking
+        share = choose.choice([0.0, 0.1, 0.5, 1.0])
+        self.counts = [[choose.random() < share for _ in range(4)] for _ in range(12)]
+        self.word = self.opened = 0
+        self.waiting: set[int] = set()  # at the barrier that has not opened
+        self.issued = [0] * 4
+
+    def arrive(self, warp: int) -> None:
+        if warp in self.waiting:
+            raise Fault("a warp arrives twice at a barrier")
+        self.waiting.add(warp)
+        if len(self.waiting) == 4:
+            self.waiting.clear()
+            self.opened += 1
+
+    def warp(self, number: int) -> Program:
+        for block, counts in enumerate(self.counts):
+            ballot = block + 1
+            kept = counts[number]
+            if kept:
+                self.word = ballot
+                yield None
+                self.arrive(number)
+            else:
+                opened = self.opened
+                self.arrive(number)
+                if self.lacking != "the wait of those who found nothing":
+                    yield lambda opened=opened: self.opened > opened  # type: ignore[misc]
+                yield None
+                kept = self.word == ballot
+            if kept != any(counts):
+                raise Fault("the warps do not agree")
+            yield None
+            self.issued[number] += 1
+            if self.lacking != "a product of the whole warpgroup":
+                yield lambda ballot=ballot: min(self.issued) >= ballot  # type: ignore[misc]
+            yield None
+
+    def run(self) -> None:
+        """Raises Fault."""
+        programs = [self.warp(number) for number in range(4)]
+        speeds = [self.random.choice([1.0, 1.0, 10.0, 0.1]) for _ in range(4)]
+        waits: dict[int, Wait] = dict.fromkeys(range(4))
+        while waits:
+            able = [number for number, wait in waits.items() if wait is None or wait()]
+            if not able:
+                raise Fault("all wait")
+            number = self.random.choices(able, [speeds[number] for number in able])[0]
+            try:
+                waits[number] = next(programs[number])
+            except StopIteration:
+                del waits[number]
+
+
+def faults_of_votes(lacking: str = "") -> set[str]:
+    found = set()
+    for seed in range(400):
+        try:
+            Vote(seed, lacking).run()
+        except Fault as fault:
+            found.add(str(fault))
+    return found
+
+
+def test_warps_agree_in_every_order() -> None:
+    assert faults_of_votes() == set()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        ("the wait of those who found nothing", {"the warps do not agree"}),
+        ("a product of the whole warpgroup", {"a warp arrives twice at a barrier", "the warps do not agree"}),
+    ],
+)
+def test_each_rule_of_the_vote_is_needed(lacking: str, expected: set[str]) -> None:
+    assert expected <= faults_of_votes(lacking)

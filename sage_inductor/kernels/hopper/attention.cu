@@ -43,8 +43,14 @@ static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the 
 // bring V at the pace of blocks that are left out. K then comes when the V tile of its block is free, too, which with two
 // tiles in flight would be too late: a warpgroup waits for the K of two blocks on before it lets go of V.
 constexpr bool ON_DEMAND = SKIP && STAGES > 2;
-// The state of a V tile: how many warpgroups have left it out, and whether it is there or on its way.
-constexpr u32 LEFT_OUT = 1, BROUGHT = 256;
+// The state of a V tile: a bit of each warpgroup that has left it out, and whether it is there or on its way.
+constexpr u32 BY_FIRST = 1, BY_ALL = (1 << CONSUMERS) - 1, BROUGHT = 256;
+// The producer foresees in two ways whether V of a block is needed: as in the program's last tile, where attention keeps to
+// columns, or as four blocks before in this one, where it keeps to bands. It goes by the one that was right of late when they
+// differed. A program remembers so many blocks, and this much of who was right. Simulated for the patterns of
+// benchmarks/skip.py: of 100 blocks V is missing for at most 1, and brought for nothing for 1, except where the blocks are random.
+constexpr int REMEMBERED = 2048, MOST_TRUST = 8;
+constexpr u32 BY_TILE = 0x10000, BY_STAGE = 0x20000;
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -124,12 +130,10 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// The same, for the 128 threads of a warpgroup: whether `found` in some of them.
-__device__ __forceinline__ bool named_barrier_any(int barrier, bool found) {
-    u32 any;
-    asm volatile("{ .reg .pred one, some;\nsetp.ne.u32 one, %1, 0;\nbar.red.or.pred some, %2, 128, one;\n"
-                 "selp.u32 %0, 1, 0, some; }" : "=r"(any) : "r"((u32)found), "r"(barrier) : "memory");
-    return __any_sync(~0u, any);  // the same, but the compiler knows that a warp goes one way: its registers are uniform ones
+// Where it holds, after `x` is stored. Not a branch: it is on the way that is mostly taken.
+__device__ __forceinline__ void named_barrier_arrive_if(bool holds, int barrier, int threads, u32 address, u32 x) {
+    asm volatile("{ .reg .pred holds;\nsetp.ne.u32 holds, %0, 0;\n@holds st.volatile.shared.u32 [%3], %4;\n@holds bar.arrive %1, %2; }"
+                 ::"r"((u32)holds), "r"(barrier), "r"(threads), "r"(address), "r"(x) : "memory");
 }
 __device__ __forceinline__ u32 load_shared(u32 address) {
     u32 x;
@@ -139,12 +143,7 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 __device__ __forceinline__ void store_shared(u32 address, u32 x) {
     asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-// These give what was there before.
-__device__ __forceinline__ u32 add_shared(u32 address, u32 x) {
-    u32 before;
-    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
-    return before;
-}
+// Gives what was there before. (For a sum ptxas would add up over the warp first.)
 __device__ __forceinline__ u32 or_shared(u32 address, u32 x) {
     u32 before;
     asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
@@ -367,8 +366,9 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + 2 * SKIP * STAGES];  // and, last, the states of the V tiles
+    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP * (2 * STAGES + 1)];  // last, V tiles' states and votes
     __shared__ Item items[2];
+    __shared__ u32 needed[ON_DEMAND ? REMEMBERED / 32 + 1 : 1];  // the producer's: of which blocks of keys V was, bit by bit
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
@@ -381,7 +381,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto k_empty = [&](int s) { return bars + 32 + 8 * (STAGES + s); };
     auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
     auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
-    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };  // then the column and row that it comes from
+    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };
+    // It comes from this column and row; and `needed` is told at this place, what was foreseen in the bits above.
+    auto v_column_at = [&](int s) { return v_state(s) + 4; };
+    auto v_row_at = [&](int s) { return v_state(s) + 8; };
+    auto v_foreseen = [&](int s) { return v_state(s) + 12; };
+    auto vote = [&](int w) { return bars + 32 + 8 * 6 * STAGES + 4 * w; };  // the last block that a warp of a warpgroup kept
 
     auto load_v = [&](int s, int column, int block, int row) {
         barrier_expect(v_full(s), V_SPANS * V_HEAD_DIM * 128);
@@ -400,7 +405,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             barrier_init(v_full(s), 1);
             barrier_init(k_empty(s), CONSUMERS);
             barrier_init(v_empty(s), CONSUMERS);
-            if (ON_DEMAND) store_shared(v_state(s), BROUGHT);
+            if (ON_DEMAND) {
+                store_shared(v_state(s), BROUGHT);
+                store_shared(v_foreseen(s), REMEMBERED);  // nobody's place
+            }
         }
         asm volatile("griddepcontrol.wait;" ::: "memory");  // until all is quantised: this kernel starts before
     }
@@ -411,6 +419,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             *(u32*)(shared + V_START + span * V_SPAN_BYTES + V_HEAD_DIM * 128 + 4 * word) =
                 word < 32 ? one : 0u;
         }
+    if (ON_DEMAND)
+        for (int i = threadIdx.x; i < REMEMBERED / 32; i += blockDim.x) needed[i] = ~0u;
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
 
@@ -418,7 +428,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all no more than the launch has
         if (threadIdx.x == 0) {
             Schedule schedule(p);
-            int stage = 0, q_stage = 0;
+            int stage = 0, q_stage = 0, trust = 0;  // in what was needed in the last tile, at least 0, or four blocks before
             u32 phase = 1, q_phase = 1;
             while (true) {
                 const Item item = schedule.take(p);
@@ -443,19 +453,23 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
                 for (int i = t.begin; i < t.end; i++) {
+                    const bool by_tile = ON_DEMAND && needed[i % REMEMBERED / 32] >> i % 32 & 1;
                     barrier_wait(k_empty(stage), phase);
-                    bool bring = true;
+                    bool bring = true, by_stage = true;
+                    u32 foreseen = 0;
                     if (ON_DEMAND) {
                         // The V tile's last use is over for both warpgroups. It may still be on its way: who left it out did
                         // not wait for it. Who looks at its state waits for K first, which comes behind this.
                         barrier_wait(v_empty(stage), phase);
                         barrier_wait(v_full(stage), phase);
-                        // V comes along where it is likely to be needed: of the first block and of those that are cut always,
-                        // else if the block in this tile before was.
-                        bring = i == t.begin || i >= t.full_end || (load_shared(v_state(stage)) & (BROUGHT - 1)) < CONSUMERS * LEFT_OUT;
+                        // V comes along where it is likely to be needed: of the first block and of those that are cut always.
+                        by_stage = (load_shared(v_state(stage)) & BY_ALL) != BY_ALL;
+                        foreseen = load_shared(v_foreseen(stage));
+                        bring = i == t.begin || i >= t.full_end || (trust >= 0 ? by_tile : by_stage);
                         store_shared(v_state(stage), bring ? BROUGHT : 0);
-                        store_shared(v_state(stage) + 4, v_column + i * BLOCK_N);
-                        store_shared(v_state(stage) + 8, v_row);
+                        store_shared(v_column_at(stage), v_column + i * BLOCK_N);
+                        store_shared(v_row_at(stage), v_row);
+                        store_shared(v_foreseen(stage), i % REMEMBERED | (by_tile ? BY_TILE : 0) | (by_stage ? BY_STAGE : 0));
                     }
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -463,6 +477,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                                   t.key_row + i * BLOCK_N);
                     if (!ON_DEMAND) barrier_wait(v_empty(stage), phase);
                     if (bring) load_v(stage, v_column, i, v_row);
+                    if (ON_DEMAND) {  // what has become of the block that was here
+                        const u32 place = foreseen & (BY_TILE - 1), bit = 1u << place % 32;
+                        needed[place / 32] = needed[place / 32] & ~bit | (by_stage ? bit : 0);
+                        const bool by_tile = foreseen & BY_TILE;
+                        if (by_tile != (bool)(foreseen & BY_STAGE))
+                            trust = by_tile == by_stage ? min(trust + 1, MOST_TRUST) : max(trust - 1, -MOST_TRUST);
+                    }
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
             }
@@ -708,6 +729,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     if (leader) barrier_arrive(k_empty(0));
     advance(k_stage, k_phase);
     int previous = NOTHING;  // the stage of the V tile that the product in flight reads
+    u32 ballot = 0;          // SKIP: the number of the block that is voted on
+    if (SKIP) {
+        store_shared(vote(consumer), ballot);
+        named_barrier(1 + consumer, 128);
+    }
 
     // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean.
     auto write = [&](float2 channel) {
@@ -826,9 +852,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (p.zero) barrier_wait(q_empty(0), 0);  // never: but it is a branch
     };
 #if SKIP
-    // Whether block i counts for some row of this warpgroup. A product is of a whole warpgroup, so its warps agree. x0 and x1 are
-    // the largest scores of this thread: a row lies below the bound where its four threads do, and needs no maximum for it. NaN
-    // counts. A row that sees no key of the block has no say, nor has one behind the last query: its `largest` is infinite.
+    // Whether this thread's part of block i counts. x0 and x1 are its largest scores: a row lies below the bound where its four
+    // threads do, and needs no maximum for it. NaN counts. A row that sees no key of the block has no say, nor has one behind the
+    // last query: its `largest` is infinite.
     auto counts = [&](int i, bool masked, int x0, int x1, float scale0, float scale1) {
         bool found0 = !((float)x0 * scale0 - rows.largest0 < p.skip_bound);
         bool found1 = !((float)x1 * scale1 - rows.largest1 < p.skip_bound);
@@ -837,7 +863,19 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             found0 = x0 != MASKED_SCORE && (found0 || on_diagonal);
             found1 = x1 != MASKED_SCORE && (found1 || on_diagonal);
         }
-        return named_barrier_any(1 + consumer, found0 || found1);
+        return found0 || found1;
+    };
+    // A product is of a whole warpgroup, so its warps agree: the block is kept if it counts for one of them. A warp that finds so
+    // says it and goes on; only one for which the block does not count waits for the others and looks. One barrier and one word
+    // are enough, because no warp is a vote ahead: before the next it has waited for a product of the whole warpgroup, which
+    // every warp issues after it has looked. (K's tiles are let go by one thread of a warpgroup on the same ground.)
+    auto say = [&](bool found) {
+        ballot++;
+        named_barrier_arrive_if(found, 1 + consumer, 128, vote(consumer), ballot);
+    };
+    auto others_found = [&]() {
+        named_barrier(1 + consumer, 128);
+        return (bool)__any_sync(~0u, load_shared(vote(consumer)) == ballot);  // the same in all, which the compiler then knows
     };
     // V's barriers when blocks may be left out. Of each use of a V tile
     //   v_empty  gets one arrival of each warpgroup, as ever: behind its product, or as soon as it leaves the block out;
@@ -851,17 +889,18 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto leave_out = [&]() {
         if (leader) {
             if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
-            if (ON_DEMAND && add_shared(v_state(stage), LEFT_OUT) == (CONSUMERS - 1) * LEFT_OUT) barrier_arrive(v_full(stage));
+            const u32 own = BY_FIRST << consumer;
+            if (ON_DEMAND && or_shared(v_state(stage), own) == (BY_ALL ^ own)) barrier_arrive(v_full(stage));
             barrier_arrive(v_empty(stage));
         }
         __syncwarp();
     };
-    // The V tile of the block at hand is needed; `state` is what its state was.
-    auto ask_for_v = [&](u32 state) {
-        if (ON_DEMAND && __any_sync(~0u, !(state & BROUGHT))) {
+    // The V tile of the block at hand is needed; `there` or on its way by what its state was.
+    auto ask_for_v = [&](bool there) {
+        if (ON_DEMAND && !there) {
             // The tile is free: the producer saw that before it let K come, and this warpgroup has seen K.
             if (leader && !(or_shared(v_state(stage), BROUGHT) & BROUGHT))
-                load_v(stage, load_shared(v_state(stage) + 4), 0, load_shared(v_state(stage) + 8));
+                load_v(stage, load_shared(v_column_at(stage)), 0, load_shared(v_row_at(stage)));
             __syncwarp();
         }
     };
@@ -880,19 +919,26 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
-        if (!counts(i, masked, x0, x1, scale0, scale1)) return false;
-        ask_for_v(state);
-        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
-        // The running maximum grows, which is seldom; only then may the reference have to. It never lies more than HEADROOM below.
-        bool slow = (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1;
-        slow = __any_sync(~0u, slow);
-        if (slow) {
-            if (PV != 1) { row_maximum(x0); row_maximum(x1); }
-            if (x0 != MASKED_SCORE) rows.largest0 = fmaxf(rows.largest0, (float)x0 * scale0);
-            if (x1 != MASKED_SCORE) rows.largest1 = fmaxf(rows.largest1, (float)x1 * scale1);
-            slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
-            slow = __any_sync(~0u, slow);
+        // Asked all together, so that one answer is not waited for before the next question; mostly there is only one branch. The
+        // running maximum grows seldom; only then may the reference have to. It never lies more than HEADROOM below.
+        const bool found = __any_sync(~0u, counts(i, masked, x0, x1, scale0, scale1));
+        const bool there = __all_sync(~0u, state & BROUGHT);
+        const bool grows = __any_sync(~0u, (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1);
+        bool slow = false;
+        say(found);
+        if (!found || !there || grows) {
+            if (!found && !others_found()) return false;
+            ask_for_v(there);
+            if (grows) {
+                row_maximum(x0);
+                row_maximum(x1);
+                if (x0 != MASKED_SCORE) rows.largest0 = fmaxf(rows.largest0, (float)x0 * scale0);
+                if (x1 != MASKED_SCORE) rows.largest1 = fmaxf(rows.largest1, (float)x1 * scale1);
+                slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
+                slow = __any_sync(~0u, slow);
+            }
         }
+        if (PV == 1) { row_maximum(x0); row_maximum(x1); }
 #else
         bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
         slow = __any_sync(~0u, slow);
@@ -978,6 +1024,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 go_on_in_turn();
                 return;
             }
+            if (SKIP && previous < 0) barrier_wait(k_full(k_stage), k_phase);  // `go_on_without` has not waited for it
             wgmma_fence();
             multiply_qk();
             if (SKIP) {
@@ -1000,8 +1047,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if SKIP
         // The next scores only. They come behind the product in flight, which is then complete, too. Its V tile is let go before
         // this warpgroup waits for a K that may have to wait for that. The product is added by the next block that counts,
-        // because that knows in which unit.
+        // because that knows in which unit. The K after is waited for when it is known what becomes of the next block: tiles are
+        // not far ahead where blocks are left out.
         auto go_on_without = [&]() {
+            if (previous < 0) barrier_wait(k_full(k_stage), k_phase);
             wgmma_fence();
             multiply_qk();
             load_block_scales(i + 1);
@@ -1012,7 +1061,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             previous = previous >= 0 ? HELD : previous;
             barrier_arrive_if(leader, k_empty(k_stage));
             advance(k_stage, k_phase);
-            if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
         };
         auto step = [&](bool masked) {
             if (attend(i, masked)) go_on();

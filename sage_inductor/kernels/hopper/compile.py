@@ -87,7 +87,8 @@ class HopperVariant:
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
         if self.skip:
-            static += 16 * self.stages  # states of V's tiles
+            static += 16 * self.stages + 8  # states of V's tiles, votes
+            static += 264 if self.stages > 2 else 0  # what V was needed in the last tile
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
 
     def macros(self) -> dict[str, int]:

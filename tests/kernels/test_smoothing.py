@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import agreement
 import pytest
@@ -227,6 +228,27 @@ def test_triton_writes_the_oracles_rotation() -> None:
             assert tile[size:].count_nonzero() == 0 == tile[:, size:].count_nonzero()
             first += size
         assert first == head_dim
+
+
+@triton_kernel
+@pytest.mark.parametrize("head_dim", [40, 136, 200, 216])
+def test_nothing_is_read_that_was_not_written(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that torch.empty gives holds numbers that would show, as it does where it was used before."""
+    from sage_inductor.kernels.triton import launch
+
+    given: list[Tensor] = []
+
+    def used_before(*size: int, **options: Any) -> Tensor:
+        given.append(torch.zeros(*size, **options).fill_(90))
+        return given[-1]
+
+    q, k, v = (torch.randn(1, 1, 140, head_dim, device=DEVICE) for _ in range(3))
+    monkeypatch.setattr(launch.torch, "empty", used_before)
+    got = agreement.run(kernels.get("triton"), q, k, v, None, AttentionParams(precision="accurate"))
+    monkeypatch.undo()
+    assert any(tensor.dtype == torch.uint8 for tensor in given)
+    params = AttentionParams(precision="accurate", smoothing="both")
+    assert agreement.disagreements(*got, q, k, v, None, params) == []
 
 
 @triton_kernel

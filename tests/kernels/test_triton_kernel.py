@@ -923,7 +923,7 @@ def test_work_goes_to_the_current_stream() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         q2.copy_(q)  # done only when the sleep is: a kernel on another stream would read garbage
-        KERNEL.run(q2, k, v, None, AttentionParams(), out, None)
+        KERNEL.run(q2, k, v, None, AttentionParams(smoothing="mean"), out, None)
     stream.synchronize()
     assert torch.equal(out, expected)
 

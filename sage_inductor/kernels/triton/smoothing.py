@@ -277,3 +277,8 @@ def store_rows(target, y, D: tl.constexpr, D_POW2: tl.constexpr, TILE: tl.conste
     end: tl.constexpr = D if tiles_of(ROTATION) == TILE + 1 else tile_first(ROTATION, TILE + 1)
     d = first + tl.arange(0, tile_width(ROTATION, D_POW2))
     tl.store(target[:, None] + d[None, :], round_to_int8(y), mask=(d < end)[None, :])
+    behind: tl.constexpr = first + tile_width(ROTATION, D_POW2)
+    if behind < end:  # padding that the tile does not reach: 200 channels are 96 and 104, of 256
+        rest = behind + tl.arange(0, 32)
+        nothing = tl.zeros([y.shape[0], 32], tl.int8)
+        tl.store(target[:, None] + rest[None, :], nothing, mask=(rest < end)[None, :])

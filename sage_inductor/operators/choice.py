@@ -26,7 +26,7 @@ from sage_inductor.operators.schemas import LIBRARY, NAMESPACE
 from sage_inductor.torch_internals.dynamo import leave_graph
 
 
-class Choice(NamedTuple):
+class QuantizationChoice(NamedTuple):
     """How keys and values are quantised."""
 
     kernel: str
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 _NAMED = (
     None,
     *(
-        Choice(*names)
+        QuantizationChoice(*names)
         for names in product(
             kernels.KERNELS, kernels.PRECISIONS, [name for name in kernels.SMOOTHINGS if name != "auto"]
         )
@@ -62,7 +62,7 @@ def chosen(
     precision: str,
     smoothing: str,
     or_exact: bool = False,
-) -> Choice | None:
+) -> QuantizationChoice | None:
     """What quantises `key` and `value` apart from attention of `query` to them; None where that attention is exact: for kernel
     "auto" where there is no faster one, and with `or_exact` where the kernel cannot do it. Without a query it is never exact.
     Symbolic sizes count as they were traced, and leave no guards. Raises NotEligibleError for what cannot be done."""
@@ -74,7 +74,7 @@ def chosen(
     if number == _REFUSED:
         leave_graph()  # what runs uncompiled raises, with its reasons
         return _chosen(query, key, value, kernel, precision, smoothing, or_exact)
-    found: Choice | None = _NAMED[number]
+    found: QuantizationChoice | None = _NAMED[number]
     return found
 
 
@@ -86,12 +86,12 @@ def _chosen(
     precision: str,
     smoothing: str,
     or_exact: bool,
-) -> Choice | None:
+) -> QuantizationChoice | None:
     precision = kernels.precision_on(key.device, precision, name)
     if query is None:
         if name == "auto":
             name = _for_any_lengths(key, value, precision, smoothing)
-        return Choice(name, precision, smoothing)
+        return QuantizationChoice(name, precision, smoothing)
     params = AttentionParams(precision=precision, smoothing=smoothing)
     of_query, of_key, of_value = (TensorSpec.of(tensor) for tensor in (query, key, value))
     kernel, reasons = kernels.select(AttentionProblem(of_query, of_key, of_value, None, params, True), name)
@@ -99,7 +99,7 @@ def _chosen(
         reasons = can_prequantize(kernels.get(name) if kernel is None else kernel) or reasons
     if not reasons:
         assert kernel is not None
-        return Choice(kernel.name, precision, resolved_smoothing(smoothing, kernel.smoothings))
+        return QuantizationChoice(kernel.name, precision, resolved_smoothing(smoothing, kernel.smoothings))
     if name == "auto" or (kernel is None and or_exact):
         return None
     raise NotEligibleError(f'kernel={name} with wires="8-bit"', reasons)

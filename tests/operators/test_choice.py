@@ -17,7 +17,7 @@ from sage_inductor import (
     sage_attention,
 )
 from sage_inductor.kernels.base import Kernel
-from sage_inductor.operators.choice import Choice, chosen
+from sage_inductor.operators.choice import QuantizationChoice, chosen
 
 pytestmark = pytest.mark.usefixtures("inference")
 OPTIONS = {"kernel": "reference", "precision": "accurate", "smoothing": "auto"}
@@ -62,7 +62,7 @@ def test_it_is_that_of_eager_mode(kernel: str) -> None:
             torch.compile(ask, backend="eager")(*given, precision, smoothing)
             ask(*given, precision, smoothing)
             assert found[-2] == found[-1], found
-            named = Choice("reference", precision, "both" if smoothing == "auto" else smoothing)
+            named = QuantizationChoice("reference", precision, "both" if smoothing == "auto" else smoothing)
             assert found[-1] == (named if kernel == "reference" else None)  # "auto" has none on a CPU
 
 

@@ -29,7 +29,7 @@ from sage_inductor.graph.sizes import size_hint
 from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators import inference
-from sage_inductor.operators.choice import Choice, chosen
+from sage_inductor.operators.choice import QuantizationChoice, chosen
 from sage_inductor.operators.dispatch_rules import autocast_rule
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.prequantized import (
@@ -79,7 +79,9 @@ def turns(rank: int, ranks: int, is_causal: bool, is_balanced: bool) -> list[Tur
     return found
 
 
-def kernel_of_wires(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Choice | None:
+def kernel_of_wires(
+    query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]
+) -> QuantizationChoice | None:
     """How this rank's shards are quantised to go around in 8 bits; None where attention is exact: for kernel "auto" where there is
     no faster one, for lengths below `min_q_len` or `min_kv_len`. Ranks whose shards and GPUs are alike find the same. Lengths
     count as they are traced. Raises NotEligibleError for a kernel asked for by name that cannot do it, and for a skip_threshold."""
@@ -100,7 +102,7 @@ def kernel_of_wires(query: Tensor, key: Tensor, value: Tensor, options: Mapping[
 
 
 def _in_8_bits(
-    query: Tensor, key: Tensor, value: Tensor, choice: Choice, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, choice: QuantizationChoice, scale: float | None
 ) -> tuple[Shard, Part]:
     """The shard of this rank's keys and values, quantised, and attention to such shards."""
     how = {"kernel_name": choice.kernel, "precision": choice.precision, "smoothing": choice.smoothing}

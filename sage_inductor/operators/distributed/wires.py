@@ -51,7 +51,7 @@ Shard: TypeAlias = tuple[Tensor, ...]
 """What travels of a rank's keys and values: dense tensors of one dim."""
 
 
-Part: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]
+PartOfRing: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]
 """(output, LSE) of a query to a shard: of which rank it is, how many of its keys are attended to (the first ones; None for all),
 whether that is causal."""
 
@@ -103,7 +103,7 @@ def kernel_of_wires(
 
 def _in_8_bits(
     query: Tensor, key: Tensor, value: Tensor, choice: QuantizationChoice, scale: float | None
-) -> tuple[Shard, Part]:
+) -> tuple[Shard, PartOfRing]:
     """The shard of this rank's keys and values, quantised, and attention to such shards."""
     how = {"kernel_name": choice.kernel, "precision": choice.precision, "smoothing": choice.smoothing}
     packed = quantize_key_value_op(key, value, query if choice.smoothing in EQUALISING else None, **how)
@@ -120,7 +120,7 @@ def _in_8_bits(
 
 def _as_inputs(
     key: Tensor, value: Tensor, masks: Sequence[Tensor], options: dict[str, Any]
-) -> tuple[Shard, Part]:
+) -> tuple[Shard, PartOfRing]:
     """The shard of this rank's keys and values as they are, and attention to such shards, with the mask of those of its owner. They
     travel as `[batch, seq, heads, head_dim]` lie in memory."""
     dense = [tensor.transpose(1, SEQ).contiguous() for tensor in (key, value)]

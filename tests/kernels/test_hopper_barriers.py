@@ -14,7 +14,6 @@ Block = tuple[int, int]  # tile of queries, block of keys
 Wait = Callable[[], bool] | None
 Program = Generator[Wait, None, None]
 
-BY_FIRST, BY_ALL, BROUGHT = 1, 3, 256
 NOTHING, HELD = -1, -2
 
 
@@ -88,18 +87,13 @@ class Model:
     def __init__(self, seed: int, stages: int, lacking: str = "") -> None:
         self.random = choose = random.Random(seed)
         self.stages, self.lacking = stages, lacking
-        self.on_demand = stages > 2 or lacking == "V always, with two tiles"
         self.lengths = [choose.choice([1, 1, 2, 3, 5, 9]) for _ in range(choose.choice([1, 2, 4]))]
         self.blocks = [(tile, i) for tile, length in enumerate(self.lengths) for i in range(length)]
         share = choose.choice([0.0, 0.3, 0.7, 0.95, 1.0])
         self.left_out = [
             {block for block in self.blocks if block[1] and choose.random() < share} for _ in range(2)
         ]
-        self.full_end = [max(1, length - choose.randint(0, 2)) for length in self.lengths]
         self.k, self.v = Tiles(stages), Tiles(stages)
-        self.by_stage = choose.random() < 0.5
-        self.state = [BROUGHT] * stages
-        self.comes_from: list[Block] = [(0, 0)] * stages
         self.multiplied: list[set[Block]] = [set(), set()]
 
     def advanced(self, stage: int, phase: int) -> tuple[int, int]:
@@ -110,40 +104,16 @@ class Model:
         stage, phase = 0, 1
         for block in self.blocks:
             yield partial(k.empty[stage].is_over, phase)
-            bring = True
-            if self.on_demand:
-                if self.lacking != "K behind v_empty":
-                    yield partial(v.empty[stage].is_over, phase)
-                if self.lacking != "the producer's wait for an old tile":
-                    yield partial(v.full[stage].is_over, phase)
-                tile, i = block
-                counted = self.state[stage] & BY_ALL != BY_ALL
-                bring = i == 0 or i >= self.full_end[tile] or self.foreseen(block, counted)
-                self.state[stage], self.comes_from[stage] = BROUGHT if bring else 0, block
             k.load(stage, block)
             yield None
-            if not self.on_demand:
-                yield partial(v.empty[stage].is_over, phase)
-            if bring:
-                v.load(stage, block)
+            yield partial(v.empty[stage].is_over, phase)
+            v.load(stage, block)
             yield None
             stage, phase = self.advanced(stage, phase)
-        for _ in range(self.stages if self.on_demand and self.lacking != "the last waits" else 0):
-            yield partial(v.full[stage].is_over, phase)
-            stage, phase = self.advanced(stage, phase)
-
-    def foreseen(self, block: Block, counted: bool) -> bool:
-        """Whether V of `block` is brought. It may be by anything: here four blocks before decide, or chance."""
-        return counted if self.by_stage else self.random.random() < 0.5
 
     def leave_out(self, number: int, stage: int, phase: int) -> Program:
-        if not self.on_demand and self.lacking != "the wait for V, with two tiles":
+        if self.lacking != "the wait for V":
             yield partial(self.v.full[stage].is_over, phase)
-        if self.on_demand:
-            own = BY_FIRST << number
-            before, self.state[stage] = self.state[stage], self.state[stage] | own
-            if before == BY_ALL ^ own:
-                self.v.full[stage].arrive()
         self.v.empty[stage].arrive()
 
     def warpgroup(self, number: int) -> Program:
@@ -175,14 +145,9 @@ class Model:
                 yield partial(k.full[k_stage].is_over, k_phase)
             for i in range(length):
                 block, after = (tile, i), next(following)
-                state = self.state[stage]
                 yield None
                 counts = block not in self.left_out[number]
                 if counts:  # attend
-                    if self.on_demand and not state & BROUGHT:
-                        before, self.state[stage] = self.state[stage], self.state[stage] | BROUGHT
-                        if not before & BROUGHT:
-                            v.load(stage, self.comes_from[stage])
                     yield None
                     wait_for_all_but(0)
                     if previous >= 0:
@@ -214,8 +179,6 @@ class Model:
                     done = k_stage
                     k_stage, k_phase = self.advanced(k_stage, k_phase)
                     yield None
-                    if self.lacking == "V let go before K is awaited" and i + 2 < length:
-                        yield partial(k.full[k_stage].is_over, k_phase)
                     wait_for_all_but(0)
                     if previous >= 0:
                         v.empty[previous].arrive()
@@ -287,16 +250,7 @@ def test_no_order_of_events_is_a_fault() -> None:
 @pytest.mark.parametrize(
     ("lacking", "stages", "expected"),
     [
-        (
-            "K behind v_empty",
-            (3, 4),
-            {"another block's tile is read", "a tile is overwritten while it is read"},
-        ),
-        ("the producer's wait for an old tile", (3, 4), {"arrival beyond the count"}),
-        ("the last waits", (3, 4), {"a tile is on its way when the program has ended"}),
-        ("V let go before K is awaited", (3,), {"all wait"}),
-        ("V always, with two tiles", (2,), {"all wait"}),
-        ("the wait for V, with two tiles", (2,), {"all wait", "a tile is overwritten while it is read"}),
+        ("the wait for V", (2, 3, 4), {"all wait", "a tile is overwritten while it is read"}),
     ],
 )
 def test_each_rule_is_needed(lacking: str, stages: tuple[int, ...], expected: set[str]) -> None:

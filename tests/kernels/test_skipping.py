@@ -235,7 +235,7 @@ def check_agreement(
 
 
 class TestOnHopper:
-    """What only this kernel does: several tiles and rounds of K and V, tiles in parts, V on demand and always."""
+    """What only this kernel does: several tiles and rounds of K and V, tiles in parts."""
 
     pytestmark = on_hopper
 

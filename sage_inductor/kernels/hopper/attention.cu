@@ -39,18 +39,6 @@ constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the loop");
-// V of a block that both warpgroups may leave out is not brought before one of them asks for it: L2 has not the bandwidth to
-// bring V at the pace of blocks that are left out. K then comes when the V tile of its block is free, too, which with two
-// tiles in flight would be too late: a warpgroup waits for the K of two blocks on before it lets go of V.
-constexpr bool ON_DEMAND = SKIP && STAGES > 2;
-// The state of a V tile: a bit of each warpgroup that has left it out, and whether it is there or on its way.
-constexpr u32 BY_FIRST = 1, BY_ALL = (1 << CONSUMERS) - 1, BROUGHT = 256;
-// The producer foresees in two ways whether V of a block is needed: as in the program's last tile, where attention keeps to
-// columns, or as four blocks before in this one, where it keeps to bands. It goes by the one that was right of late when they
-// differed. A program remembers so many blocks, and this much of who was right. Simulated for the patterns of
-// benchmarks/skip.py: of 100 blocks V is missing for at most 1, and brought for nothing for 1, except where the blocks are random.
-constexpr int REMEMBERED = 2048, MOST_TRUST = 8;
-constexpr u32 BY_TILE = 0x10000, BY_STAGE = 0x20000;
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -142,12 +130,6 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 }
 __device__ __forceinline__ void store_shared(u32 address, u32 x) {
     asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-// Gives what was there before. (For a sum ptxas would add up over the warp first.)
-__device__ __forceinline__ u32 or_shared(u32 address, u32 x) {
-    u32 before;
-    asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(x) : "memory");
-    return before;
 }
 __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -366,9 +348,8 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP * (2 * STAGES + 1)];  // last, V tiles' states and votes
+    __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP];  // last, votes
     __shared__ Item items[2];
-    __shared__ u32 needed[ON_DEMAND ? REMEMBERED / 32 + 1 : 1];  // the producer's: of which blocks of keys V was, bit by bit
     __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
@@ -381,18 +362,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     auto k_empty = [&](int s) { return bars + 32 + 8 * (STAGES + s); };
     auto v_full = [&](int s) { return bars + 32 + 8 * (2 * STAGES + s); };
     auto v_empty = [&](int s) { return bars + 32 + 8 * (3 * STAGES + s); };
-    auto v_state = [&](int s) { return bars + 32 + 8 * (4 * STAGES + 2 * s); };
-    // It comes from this column and row; and `needed` is told at this place, what was foreseen in the bits above.
-    auto v_column_at = [&](int s) { return v_state(s) + 4; };
-    auto v_row_at = [&](int s) { return v_state(s) + 8; };
-    auto v_foreseen = [&](int s) { return v_state(s) + 12; };
-    auto vote = [&](int w) { return bars + 32 + 8 * 6 * STAGES + 4 * w; };  // the last block that a warp of a warpgroup kept
-
-    auto load_v = [&](int s, int column, int block, int row) {
-        barrier_expect(v_full(s), V_SPANS * V_HEAD_DIM * 128);
-        for (int w = 0; w < V_SPANS; w++)
-            load_tile(v_tiles + s * V_BYTES + w * V_SPAN_BYTES, &v_map, v_full(s), column + block * BLOCK_N + w * 64, row);
-    };
+    auto vote = [&](int w) { return bars + 32 + 8 * 4 * STAGES + 4 * w; };  // the last block that a warp of a warpgroup kept
 
     const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);  // uniform, which the compiler then knows
     if (threadIdx.x == 0) {
@@ -405,10 +375,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             barrier_init(v_full(s), 1);
             barrier_init(k_empty(s), CONSUMERS);
             barrier_init(v_empty(s), CONSUMERS);
-            if (ON_DEMAND) {
-                store_shared(v_state(s), BROUGHT);
-                store_shared(v_foreseen(s), REMEMBERED);  // nobody's place
-            }
         }
         asm volatile("griddepcontrol.wait;" ::: "memory");  // until all is quantised: this kernel starts before
     }
@@ -419,8 +385,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             *(u32*)(shared + V_START + span * V_SPAN_BYTES + V_HEAD_DIM * 128 + 4 * word) =
                 word < 32 ? one : 0u;
         }
-    if (ON_DEMAND)
-        for (int i = threadIdx.x; i < REMEMBERED / 32; i += blockDim.x) needed[i] = ~0u;
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
 
@@ -428,7 +392,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // in all no more than the launch has
         if (threadIdx.x == 0) {
             Schedule schedule(p);
-            int stage = 0, q_stage = 0, trust = 0;  // in what was needed in the last tile, at least 0, or four blocks before
+            int stage = 0, q_stage = 0;
             u32 phase = 1, q_phase = 1;
             while (true) {
                 const Item item = schedule.take(p);
@@ -436,11 +400,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 items[q_stage] = item;
                 if (item.tile < 0) {
                     barrier_arrive(q_full(q_stage));
-                    // Nothing may be on its way when the shared memory is somebody else's, also what nobody waits for.
-                    for (int s = 0; ON_DEMAND && s < STAGES; s++) {
-                        barrier_wait(v_full(stage), phase);
-                        if (++stage == STAGES) { stage = 0; phase ^= 1; }
-                    }
                     break;
                 }
                 const Tile t(p, item);
@@ -453,37 +412,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
                 for (int i = t.begin; i < t.end; i++) {
-                    const bool by_tile = ON_DEMAND && needed[i % REMEMBERED / 32] >> i % 32 & 1;
                     barrier_wait(k_empty(stage), phase);
-                    bool bring = true, by_stage = true;
-                    u32 foreseen = 0;
-                    if (ON_DEMAND) {
-                        // The V tile's last use is over for both warpgroups. It may still be on its way: who left it out did
-                        // not wait for it. Who looks at its state waits for K first, which comes behind this.
-                        barrier_wait(v_empty(stage), phase);
-                        barrier_wait(v_full(stage), phase);
-                        // V comes along where it is likely to be needed: of the first block and of those that are cut always.
-                        by_stage = (load_shared(v_state(stage)) & BY_ALL) != BY_ALL;
-                        foreseen = load_shared(v_foreseen(stage));
-                        bring = i == t.begin || i >= t.full_end || (trust >= 0 ? by_tile : by_stage);
-                        store_shared(v_state(stage), bring ? BROUGHT : 0);
-                        store_shared(v_column_at(stage), v_column + i * BLOCK_N);
-                        store_shared(v_row_at(stage), v_row);
-                        store_shared(v_foreseen(stage), i % REMEMBERED | (by_tile ? BY_TILE : 0) | (by_stage ? BY_STAGE : 0));
-                    }
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
                         load_tile(k_tiles + stage * K_BYTES + s * K_SPAN_BYTES, &k_map, k_full(stage), s * SPAN_BYTES,
                                   t.key_row + i * BLOCK_N);
-                    if (!ON_DEMAND) barrier_wait(v_empty(stage), phase);
-                    if (bring) load_v(stage, v_column, i, v_row);
-                    if (ON_DEMAND) {  // what has become of the block that was here
-                        const u32 place = foreseen & (BY_TILE - 1), bit = 1u << place % 32;
-                        needed[place / 32] = needed[place / 32] & ~bit | (by_stage ? bit : 0);
-                        const bool by_tile = foreseen & BY_TILE;
-                        if (by_tile != (bool)(foreseen & BY_STAGE))
-                            trust = by_tile == by_stage ? min(trust + 1, MOST_TRUST) : max(trust - 1, -MOST_TRUST);
-                    }
+                    barrier_wait(v_empty(stage), phase);
+                    barrier_expect(v_full(stage), V_SPANS * V_HEAD_DIM * 128);
+                    for (int w = 0; w < V_SPANS; w++)
+                        load_tile(v_tiles + stage * V_BYTES + w * V_SPAN_BYTES, &v_map, v_full(stage),
+                                  v_column + i * BLOCK_N + w * 64, v_row);
                     if (++stage == STAGES) { stage = 0; phase ^= 1; }
                 }
             }
@@ -877,32 +815,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         named_barrier(1 + consumer, 128);
         return (bool)__any_sync(~0u, load_shared(vote(consumer)) == ballot);  // the same in all, which the compiler then knows
     };
-    // V's barriers when blocks may be left out. Of each use of a V tile
-    //   v_empty  gets one arrival of each warpgroup, as ever: behind its product, or as soon as it leaves the block out;
-    //   v_full   ends one phase: with the tile, which is brought once, by who sets BROUGHT in its state first: the producer,
-    //            before it lets anybody look, or a warpgroup (`ask_for_v`); or without, by the last warpgroup to leave the block
-    //            out when nobody has set it (`leave_out`). Each warpgroup does one of the two, so one of these happens, once.
-    // Only who multiplies waits for v_full. The producer does before the next use, so no use of a tile meets another's bytes; and
-    // a warpgroup is no use ahead of the producer's waiting for v_empty, because K only comes behind that.
-    // Without ON_DEMAND V always comes, behind K. Who leaves the block out waits for it, so as not to get ahead there: the leading
-    // thread alone, because nothing holds it back until the other warps have looked, as a product does.
+    // V comes behind K, also of a block that is left out: its tile is let go without a product. It is waited for before, so as not to
+    // get ahead of the phases of its barrier: by the leading thread alone, because nothing holds it back until the other warps have
+    // looked, as a product does.
     auto leave_out = [&]() {
         if (leader) {
-            if (!ON_DEMAND) barrier_wait(v_full(stage), phase);
-            const u32 own = BY_FIRST << consumer;
-            if (ON_DEMAND && or_shared(v_state(stage), own) == (BY_ALL ^ own)) barrier_arrive(v_full(stage));
+            barrier_wait(v_full(stage), phase);
             barrier_arrive(v_empty(stage));
         }
         __syncwarp();
-    };
-    // The V tile of the block at hand is needed; `there` or on its way by what its state was.
-    auto ask_for_v = [&](bool there) {
-        if (ON_DEMAND && !there) {
-            // The tile is free: the producer saw that before it let K come, and this warpgroup has seen K.
-            if (leader && !(or_shared(v_state(stage), BROUGHT) & BROUGHT))
-                load_v(stage, load_shared(v_column_at(stage)), 0, load_shared(v_row_at(stage)));
-            __syncwarp();
-        }
     };
 #endif
     // From the scores of block i to P; the product of the block before is complete afterwards. With SKIP, false where the block
@@ -912,9 +833,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
-#if SKIP
-        const u32 state = ON_DEMAND ? load_shared(v_state(stage)) : BROUGHT;  // here, because it takes a while
-#endif
         if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
         int x0, x1;
         thread_maximum(x0, x1);
@@ -922,13 +840,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         // Asked all together, so that one answer is not waited for before the next question; mostly there is only one branch. The
         // running maximum grows seldom; only then may the reference have to. It never lies more than HEADROOM below.
         const bool found = __any_sync(~0u, counts(i, masked, x0, x1, scale0, scale1));
-        const bool there = __all_sync(~0u, state & BROUGHT);
         const bool grows = __any_sync(~0u, (float)x0 * scale0 > rows.largest0 || (float)x1 * scale1 > rows.largest1);
         bool slow = false;
         say(found);
-        if (!found || !there || grows) {
+        if (!found || grows) {
             if (!found && !others_found()) return false;
-            ask_for_v(there);
             if (grows) {
                 row_maximum(x0);
                 row_maximum(x1);
@@ -1028,7 +944,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             wgmma_fence();
             multiply_qk();
             if (SKIP) {
-                barrier_wait(v_full(stage), phase);  // not before: it may have been asked for just now
+                barrier_wait(v_full(stage), phase);  // not before: a block that is left out does not wait for it here
                 wgmma_fence();
             }
             multiply_pv(PV != 1 && summed > 0);
@@ -1045,10 +961,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             else if (leader) barrier_arrive(k_empty(done));
         };
 #if SKIP
-        // The next scores only. They come behind the product in flight, which is then complete, too. Its V tile is let go before
-        // this warpgroup waits for a K that may have to wait for that. The product is added by the next block that counts,
-        // because that knows in which unit. The K after is waited for when it is known what becomes of the next block: tiles are
-        // not far ahead where blocks are left out.
+        // The next scores only. They come behind the product in flight, which is then complete, too, and is added by the next block
+        // that counts, because that knows in which unit. The K after is waited for when it is known what becomes of the next block:
+        // tiles are not far ahead where blocks are left out.
         auto go_on_without = [&]() {
             if (previous < 0) barrier_wait(k_full(k_stage), k_phase);
             wgmma_fence();

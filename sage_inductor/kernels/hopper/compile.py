@@ -87,8 +87,7 @@ class HopperVariant:
         if self.v_element == 1:
             static += 8 * self.consumers * 2 * self.v_head_dim  # channels
         if self.skip:
-            static += 16 * self.stages + 8  # states of V's tiles, votes
-            static += 264 if self.stages > 2 else 0  # what V was needed in the last tile
+            static += 8  # votes
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT
 
     def macros(self) -> dict[str, int]:
@@ -123,7 +122,7 @@ def choose_variant(
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
     Registers and shared memory limit the numbers of warpgroups, tiles in flight and channels. The choices up to head_dim 128
-    were measured (benchmarks/notes.md), those with `skip` (for a skip_threshold) were not.
+    were measured (benchmarks/notes.md); with `skip` (for a skip_threshold) there are always two.
     """
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
     # So many channels fit the registers: FP8 and INT8 products have sums of their own beside the output's.

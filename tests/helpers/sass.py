@@ -36,10 +36,11 @@ class Code:
         return [i + 1] if i + 1 < len(self.lines) else []
 
     def main_loop(self) -> list[str]:
-        """The shortest way from the end of a PV product back to itself: the iteration that nothing special
-        happens in."""
+        """The shortest way from the end of a PV product back to itself past exponentials: the iteration that nothing special
+        happens in. (Where blocks are left out ptxas may share code of both iterations; what is not past them is none.)"""
         ends = [i for i, line in enumerate(self.lines) if _PRODUCT.search(line) and "gsb0" in line]
-        return min(filter(None, map(self._shortest_cycle, ends)), key=len)
+        exponentials = {i for i, line in enumerate(self.lines) if "MUFU.EX2" in line}
+        return min(filter(None, (self._shortest_cycle(end, past=exponentials) for end in ends)), key=len)
 
     def loop_without_product(self) -> list[str]:
         """The shortest way from the end of the scores' product back to itself without a PV product: the iteration in which a
@@ -50,20 +51,26 @@ class Code:
         ]
         return min(filter(None, (self._shortest_cycle(end, products) for end in ends)), key=len)
 
-    def _shortest_cycle(self, start: int, avoiding: Collection[int] = ()) -> list[str]:
-        before: dict[int, int] = {}
-        queue = deque([start])
+    def _shortest_cycle(
+        self, start: int, avoiding: Collection[int] = (), past: Collection[int] | None = None
+    ) -> list[str]:
+        """With `past`, by one of these at least."""
+        first = (start, past is None)
+        before: dict[tuple[int, bool], tuple[int, bool]] = {}
+        queue = deque([first])
         while queue:
-            i = queue.popleft()
+            here = queue.popleft()
+            i, passed = here
             for j in self.successors(i):
-                if j == start:
-                    path = [i]
-                    while path[-1] != start:
+                if j == start and passed:
+                    path = [here]
+                    while path[-1] != first:
                         path.append(before[path[-1]])
-                    return [self.lines[k] for k in reversed(path)]
-                if j not in before and j not in avoiding:
-                    before[j] = i
-                    queue.append(j)
+                    return [self.lines[k] for k, _ in reversed(path)]
+                there = (j, passed or (past is not None and j in past))
+                if there not in before and j not in avoiding and j != start:
+                    before[there] = here
+                    queue.append(there)
         return []
 
     def early_writes(self) -> set[str]:

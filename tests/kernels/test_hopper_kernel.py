@@ -122,7 +122,7 @@ def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> N
             left_out = code.loop_without_product()
             # It ends where the scores of the next block are complete, and takes no exponential.
             assert sum("GMMA" in line for line in left_out) == variant.head_dim // 32, variant
-            assert sum("BAR.RED" in line for line in left_out) == 1, variant
+            assert sum("BAR.SYNC" in line for line in left_out) == 1, variant
             assert [line for line in left_out if re.search(r"\b(MUFU.EX2|STL|LDL)\b", line)] == [], variant
 
 

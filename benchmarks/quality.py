@@ -75,7 +75,8 @@ def layer_errors(model: Any, ids: torch.Tensor, smoothings: list[str]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
-    parser.add_argument("--smoothings", nargs="+", choices=tuple(SMOOTHINGS), default=list(SMOOTHINGS))
+    named = [name for name in SMOOTHINGS if name != "auto"]
+    parser.add_argument("--smoothings", nargs="+", choices=named, default=named)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model, tokenizer = load()

@@ -619,7 +619,7 @@ def test_varlen_says_what_is_wrong() -> None:
 
 def problem(**changes: Any) -> AttentionProblem:
     spec = TensorSpec((1, 2, 128, 64), (2 * 128 * 64, 128 * 64, 64, 1), torch.bfloat16, torch.device(DEVICE))
-    return replace(AttentionProblem(spec, spec, spec, None, AttentionParams()), **changes)
+    return replace(AttentionProblem(spec, spec, spec, None, params_of("fast")), **changes)
 
 
 def test_a_supported_problem_has_no_reasons() -> None:
@@ -646,7 +646,7 @@ def test_every_reason_is_given() -> None:
 def sized(batch: int, heads: int, seq: int, dim: int, **params: Any) -> AttentionProblem:
     shape = batch, heads, seq, dim
     spec = TensorSpec(shape, (heads * seq * dim, seq * dim, dim, 1), torch.bfloat16, torch.device("cuda", 0))
-    return AttentionProblem(spec, spec, spec, None, AttentionParams(**params))
+    return AttentionProblem(spec, spec, spec, None, AttentionParams(**{"smoothing": "mean", **params}))
 
 
 @pytest.mark.parametrize(
@@ -711,6 +711,15 @@ def test_auto_leaves_what_sdpa_does_faster(problem: AttentionProblem, reasons: l
             (16384, 16384),
             torch.bool,
             ["attn_mask=one row per query, and a window (faster than SDPA on sm_90: one of them)"],
+        ),
+        (
+            sized(8, 32, 2048, 128, smoothing="auto"),  # evened: as long again
+            (2048, 2048),
+            torch.bool,
+            [
+                "kv_len=2048 (faster than SDPA from 4096 on sm_90)",
+                "q_len=2048 (faster than SDPA from 4096 per kv head on sm_90)",
+            ],
         ),
         (
             sized(8, 32, 1024, 128),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 from torch import Tensor
 
 from sage_inductor import kernels
+from sage_inductor.kernels import AttentionParams, TensorSpec
 from sage_inductor.kernels.key_value import KeyValueForm
 from sage_inductor.kernels.smoothing import EQUALISING
-from sage_inductor.operators.choice import chosen
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
     check_inputs,
     check_names,
+    family_for,
     form_of,
+    problem_of,
     quantize_key_value_op,
 )
 from sage_inductor.operators.validation import misfit
@@ -94,9 +97,9 @@ def quantize_key_value(
         smoothing = "rotate" if query is None else "both"
     check_names(kernel, precision, smoothing)
     check_inputs(key, value, query, smoothing)
-    choice = chosen(None, key, value, kernel=kernel, precision=precision, smoothing=smoothing)
-    assert choice is not None
-    kernel, precision, _ = choice
+    # Head dims that Dynamo has made symbolic become numbers, as kernels are compiled for them.
+    dims = index(key.shape[-1]), index(value.shape[-1])
+    kernel, precision = _open_choices(key.device, key.dtype, *dims, kernel, precision, smoothing)
     packed = quantize_key_value_op(
         key, value, query if smoothing in EQUALISING else None,
         kernel_name=kernel, precision=precision, smoothing=smoothing,
@@ -145,3 +148,27 @@ def attention_prequantized(
         window_left=window_left, window_right=window_right,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _open_choices(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_head_dim: int,
+    kernel: str,
+    precision: str,
+    smoothing: str,
+) -> tuple[str, str]:
+    """`kernel` and `precision`, where they are "auto" by what can run on `device`, for any lengths. A kernel that was named is
+    judged by the operator."""
+    precision = kernels.precision_on(device, precision, kernel)
+    if kernel == "auto":
+        form = KeyValueForm(1, 1, 1, head_dim, value_head_dim, dtype, precision, smoothing)
+        query = TensorSpec((1, 1, 1, head_dim), (head_dim, head_dim, head_dim, 1), dtype, device)
+        params = AttentionParams(precision=precision, smoothing=smoothing)
+        kernel = family_for("auto", problem_of(query, form, 1, params)).name
+    return kernel, precision
+
+
+# Dynamo calls it while tracing, and takes what it returns for a constant.
+_open_choices._dynamo_marked_constant = True  # type: ignore[attr-defined]

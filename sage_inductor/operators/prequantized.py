@@ -216,9 +216,8 @@ def check_names(kernel: str, precision: str, smoothing: str) -> None:
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
     if precision not in kernels.PRECISION_CHOICES:
         raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-    named = [
-        name for name in kernels.SMOOTHINGS if name != "auto"
-    ]  # what it stands for is part of the buffer's form
+    # What "auto" stands for is part of the buffer's form.
+    named = [name for name in kernels.SMOOTHINGS if name != "auto"]
     if smoothing not in named:
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(named)})")
 

@@ -56,11 +56,6 @@ def traced_for() -> Any:
             return backend
 
 
-def leave_graph() -> None:
-    """Where Dynamo traces, the graph ends here, and the call around it runs uncompiled. With fullgraph=True that is an error."""
-    torch._dynamo.graph_break()
-
-
 def ends_its_frame(graph_module: torch.fx.GraphModule | None) -> bool:
     """Whether this graph of Dynamo's goes on to where the function returns, and is not cut off by a break."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)

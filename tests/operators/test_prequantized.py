@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from agreement import DEVICE
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sage_inductor
 from sage_inductor import (
@@ -22,6 +24,7 @@ from sage_inductor import (
 from sage_inductor.kernels.key_value import KeyValueForm
 from sage_inductor.kernels.smoothing import SMOOTHINGS as CHOICES
 from sage_inductor.operators import prequantized
+from sage_inductor.operators.distributed.wires import kernel_of_wires
 from sage_inductor.testing import max_error, relative_l2
 
 SMOOTHINGS = [name for name in CHOICES if name != "auto"]
@@ -322,3 +325,37 @@ def test_dtypes_must_be_alike() -> None:
 
 def test_public_names() -> None:
     assert {"QuantizedKeyValue", "quantize_key_value", "attention_prequantized"} <= set(sage_inductor.__all__)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_the_halves_of_a_call_at_symbolic_sizes(dynamic: bool | None) -> None:
+    """Head dims, too, which are numbers in the graph. Dynamo has nothing to warn of."""
+    options: dict[str, Any] = {"kernel": "reference", "precision": "accurate", "smoothing": "auto"}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        found = quantize_key_value(k, v, q, **options)
+        return attention_prequantized(q, found, is_causal=True)
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(attend, backend=graphs, fullgraph=True, dynamic=dynamic)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (64, 48, 200):
+            given = [torch.randn(2, 2, length, 32) for _ in range(3)]
+            assert torch.equal(fast(*given), sage_attention(*given, is_causal=True, **options)), length
+    assert graphs.frame_count == (1 if dynamic else 2)
+    assert not [str(warning.message) for warning in caught if "ynamo" in str(warning.message)]
+
+
+def test_what_quantises_shards_that_travel() -> None:
+    """A kernel that was named or raises with its reasons, or what is exact."""
+    given = [torch.randn(2, 2, 40, 32) for _ in range(3)]
+    for smoothing, meant in (("auto", "both"), ("mean", "mean"), ("rotate", "rotate")):
+        options = {"kernel_name": "reference", "precision": "balanced", "smoothing": smoothing}
+        assert kernel_of_wires(*given, options) == ("reference", "balanced", meant)
+        assert kernel_of_wires(*given, {**options, "min_kv_len": 41}) is None
+    assert kernel_of_wires(*given, {"kernel_name": "sdpa"}) is None
+    named = {"kernel_name": "sageattention", "precision": "fast"}
+    with pytest.raises(NotEligibleError, match=r"kernel=sageattention with wires=\"8-bit\": "):
+        kernel_of_wires(*given, named)
+    assert kernel_of_wires(*given, {**named, "or_exact": True}) is None

@@ -70,19 +70,8 @@ def attention_of_ranks(
         if ulysses == 1:
             return attend(None, query, key, value, None, 0.0, False, scale, False, return_lse)
         return ulysses_attention.apply(
-            query,
-            key,
-            value,
-            None,
-            0.0,
-            False,
-            scale,
-            False,
-            return_lse,
-            attend,
-            _no_backward,
-            parallel_config,
-        )
+            query, key, value, None, 0.0, False, scale, False, return_lse, attend, _no_backward, parallel_config,
+        )  # fmt: skip
     in_turn: list[Tensor] = []
     if ring > 1 and attn_mask is not None:
         # The ring of diffusers begins with a rank's own part, and goes on to that of the next rank.
@@ -112,35 +101,31 @@ def _in_our_ring(
     mask."""
     how = {name: option for name, option in options.items() if name != "kernel"}
 
-    def forward_op(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool,
-        _save_ctx: bool = True,
-        _parallel_config: Any = None,
-    ) -> Any:
-        q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
-        mask = cast_as_sdpa(of_all_keys)
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **asked: Any) -> Any:
         out, lse = around(
-            group, place, ring, q, k, v, mask, scale=scale, kernel_name=options["kernel"], **how
-        )
-        out = out.transpose(1, 2)
-        return (out, lse.transpose(1, 2)) if return_lse else out
+            group, place, ring, q, k, v, cast_as_sdpa(of_all_keys), scale=asked["scale"],
+            kernel_name=options["kernel"], **how,
+        )  # fmt: skip
+        return (out, lse) if asked["return_lse"] else out
 
-    return forward_op
+    return _as_diffusers_calls(attend)
 
 
 def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
     """What diffusers calls on each part. `masks` are those of the parts, in turn; empty where there is one mask, or none."""
     turns = iter(masks)
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **asked: Any) -> Any:
+        found = sage_attention(q, k, v, next(turns) if masks else attn_mask, **asked, **options)
+        return found if isinstance(found, Tensor) else (found[0], found[1].clamp(min=NOTHING_ATTENDED))
+
+    return _as_diffusers_calls(attend)
+
+
+def _as_diffusers_calls(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """`attend(q, k, v, attn_mask, scale=, return_lse=)` of tensors `[batch, heads, seq, head_dim]`, to be called as diffusers calls
+    attention of a part: of tensors `[batch, seq, heads, head_dim]` that may come out of a collective that is still under way."""
+
     def forward_op(
         ctx: Any,
         query: Tensor,
@@ -155,14 +140,11 @@ def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., 
         _save_ctx: bool = True,
         _parallel_config: Any = None,
     ) -> Any:
-        if masks:
-            attn_mask = next(turns)
-        # A ring's parts come out of a collective that may still be under way.
         q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
-        out = sage_attention(q, k, v, attn_mask, scale=scale, return_lse=return_lse, **options)
-        if isinstance(out, Tensor):
-            return out.transpose(1, 2)
-        return out[0].transpose(1, 2), out[1].transpose(1, 2).clamp(min=NOTHING_ATTENDED)
+        found = attend(q, k, v, attn_mask, scale=scale, return_lse=return_lse)
+        if isinstance(found, Tensor):
+            return found.transpose(1, 2)
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
 
     return forward_op
 

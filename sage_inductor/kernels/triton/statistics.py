@@ -7,7 +7,8 @@ Why a sample is enough: softmax is invariant to *any* vector subtracted from K, 
 that any vector subtracted from V is added back to the output: neither need be the exact mean. V's channel scale
 only has to be coarse because every 128-key block has an exact scale of its own.
 
-Keys that a mask over keys, the same for every head and query, rules out are not sampled: padding may hold anything.
+Keys that a mask over keys, the same for every head and query, rules out are not sampled: padding may hold anything. Nor are
+queries of the same places, where there are as many as keys.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.

@@ -24,16 +24,18 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.sizes import size_hint
+from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
-from sage_inductor.kernels.smoothing import EQUALISING
+from sage_inductor.kernels.smoothing import EQUALISING, resolved_smoothing
 from sage_inductor.operators import inference
-from sage_inductor.operators.choice import QuantizationChoice, chosen
 from sage_inductor.operators.dispatch_rules import autocast_rule
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
+    can_prequantize,
     inference_only,
     quantize_key_value_op,
 )
@@ -54,6 +56,14 @@ Shard: TypeAlias = tuple[Tensor, ...]
 PartOfRing: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]
 """(output, LSE) of a query to a shard: of which rank it is, how many of its keys are attended to (the first ones; None for all),
 whether that is causal."""
+
+
+class QuantizationChoice(NamedTuple):
+    """How keys and values are quantised."""
+
+    kernel: str
+    precision: str
+    smoothing: str
 
 
 class Turn(NamedTuple):
@@ -95,10 +105,19 @@ def kernel_of_wires(
     for tensor, least in ((query, options.get("min_q_len", 0)), (key, options.get("min_kv_len", 0))):
         if least and (size_hint(tensor.shape[SEQ]) or 0) < least:
             return None
-    return chosen(
-        query, key, value, kernel=name, precision=options.get("precision", "fast"),
-        smoothing=options.get("smoothing", "auto"), or_exact=bool(options.get("or_exact")),
-    )  # fmt: skip
+    precision = kernels.precision_on(query.device, options.get("precision", "fast"), name)
+    smoothing = options.get("smoothing", "auto")
+    params = AttentionParams(precision=precision, smoothing=smoothing)
+    of_query, of_key, of_value = (TensorSpec.of(tensor) for tensor in (query, key, value))
+    kernel, reasons = kernels.select(AttentionProblem(of_query, of_key, of_value, None, params, True), name)
+    if kernel is not None or name != "auto":
+        reasons = can_prequantize(kernels.get(name) if kernel is None else kernel) or reasons
+    if not reasons:
+        assert kernel is not None
+        return QuantizationChoice(kernel.name, precision, resolved_smoothing(smoothing, kernel.smoothings))
+    if name == "auto" or (kernel is None and options.get("or_exact")):
+        return None
+    raise NotEligibleError(f'kernel={name} with wires="8-bit"', reasons)
 
 
 def _in_8_bits(

@@ -16,6 +16,7 @@
 //   RETURN_LSE
 //   SPLIT                  some tiles are computed in parts, which `combine` joins: COMBINE_THREADS for COMBINE_ROWS
 //   SKIP                   a warpgroup leaves out blocks of keys that count for none of its rows (../skipping.py)
+//   BLOCK_LIST             a tile reads the blocks of keys that a list names (../triton/block_list.py), and no others
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -29,7 +30,7 @@ constexpr int SPANS = (HEAD_DIM + SPAN_BYTES - 1) / SPAN_BYTES;
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
-constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK;  // rows that see no key
+constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
 // time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
@@ -86,8 +87,12 @@ struct Params {
     int wide;                // rows of the output start at multiples of 16 bytes
     int zero;                // but the compiler does not know
     int kv_pitch;            // blocks of K of one sequence; they hold kv_len keys, or more where kv_len is the first of them
-#if SKIP
+#if SKIP || BLOCK_LIST
     float skip_bound;        // log2 of the threshold: how far below a row's maximum the scores of a block count for nothing
+#endif
+#if BLOCK_LIST
+    const int* block_list;   // by batch, head and tile of queries: how many blocks, then their entries
+    long long list_b, list_h;
 #endif
 };
 
@@ -255,9 +260,11 @@ struct Item {
     int part;          // where in `parts` the result goes, -1: to the output
 };
 
-// Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked.
+// Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked. `begin` and `end` are blocks,
+// or entries of the list; of a part that got none they are equal, and its one block is masked, too.
 struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
+    const int* entries;  // BLOCK_LIST: of the tile
     int whole_begin, whole_end;  // KEY_MASK: other blocks that every query attends to, on the other side of what the mask leaves out
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
@@ -308,8 +315,20 @@ struct Tile {
         end = max((last + BLOCK_N - 1) / BLOCK_N, begin + 1);
         full_begin = min(max((full_first + BLOCK_N - 1) / BLOCK_N, begin), end);
         full_end = min(max(full_last / BLOCK_N, full_begin), end);
+#if BLOCK_LIST
+        // A part has as large a share of the list as it would have of all blocks.
+        const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N;
+        entries = p.block_list + b * p.list_b + h * p.list_h + (long long)(m0 / BLOCK_M) * (1 + blocks);
+        const int listed = *entries++;
+        const bool all = !SPLIT || item.count == 0;
+        begin = all ? 0 : item.first * listed / blocks;
+        end = all ? listed : (item.first + item.count) * listed / blocks;
+#else
+        entries = nullptr;
         if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
+#endif
     }
+    __device__ __forceinline__ bool has_nothing() const { return BLOCK_LIST && begin == end; }
 };
 
 // The items of one program, in order: the whole tile of its number, then the next that nobody has taken while there are
@@ -411,7 +430,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
-                for (int i = t.begin; i < t.end; i++) {
+                for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
+                    const int i = BLOCK_LIST ? t.entries[n] >> 1 : n;
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -642,7 +662,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     int part = item.part;
     const float *k_scale, *v_scale;
     float k_next, v_next;  // scales of the block whose scores come next
+    int entry = 0;         // BLOCK_LIST: that of the block
     auto load_block_scales = [&](int i) {
+        if (BLOCK_LIST) {
+            entry = t.entries[i];
+            i = entry >> 1;
+        }
         k_next = k_scale[i];
         v_next = v_scale[i];
     };
@@ -771,15 +796,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
     // The scores of block i that their query may not see become the least integer.
     auto hide = [&](int i) {
-        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
-        int first0 = 0, first1 = 0, last0 = p.kv_len, last1 = p.kv_len;
+        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8, keys = t.has_nothing() ? 0 : p.kv_len;
+        int first0 = 0, first1 = 0, last0 = keys, last1 = keys;
         if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
-        if (HAS_HIGH) { last0 = min(p.kv_len, row0 + p.high + 1); last1 = min(p.kv_len, row1 + p.high + 1); }
+        if (HAS_HIGH) { last0 = min(keys, row0 + p.high + 1); last1 = min(keys, row1 + p.high + 1); }
 #pragma unroll
         for (int j = 0; j < NS; j++) {
             const int column = i * BLOCK_N + (j >> 2) * 8 + 2 * quad + (j & 1);
             bool hidden = column < ((j & 2) ? first1 : first0) || column >= ((j & 2) ? last1 : last0);
-            if (KEY_MASK) hidden |= column >= p.kv_len || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
+            if (KEY_MASK) hidden |= column >= keys || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
             if (hidden) scores[j] = MASKED_SCORE;
         }
     };
@@ -826,14 +851,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         __syncwarp();
     };
 #endif
-    // From the scores of block i to P; the product of the block before is complete afterwards. With SKIP, false where the block
-    // is left out: then nothing has been done, and that product goes on.
+    // Whether every query of the tile sees every key of block i, by its place alone.
+    auto is_full = [&](int i) { return i >= t.full_begin && i < t.full_end && !t.has_nothing(); };
+    // From the scores of block i, or of the block of entry i, to P; the product of the block before is complete afterwards. With
+    // SKIP, false where the block is left out: then nothing has been done, and that product goes on.
     auto attend = [&](int i, bool masked) {
+        if (BLOCK_LIST) i = entry >> 1;
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
-        if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
+        if (masked && !is_full(i) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end && !t.has_nothing())) hide(i);
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
@@ -984,10 +1012,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #else
         auto step = [&](bool masked) { attend(i, masked); go_on(); };
 #endif
+#if BLOCK_LIST
+        for (; i + 1 < t.end; i++) {
+            if (is_full(entry >> 1)) step(false);
+            else step(true);
+        }
+#else
         if (HAS_LOW || KEY_MASK)
             for (; i < t.full_begin && i + 1 < t.end; i++) step(true);
         for (; i < t.full_end && i + 1 < t.end; i++) step(false);
         for (; i + 1 < t.end; i++) step(true);
+#endif
         const bool last_counts = attend(i, true);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
 
@@ -1021,6 +1056,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
+        if (BLOCK_LIST) prefetch((const float*)(next.entries + next.begin));
         prefetch(p.k_scale + next.key_row / 128 + next.begin);
         prefetch(p.v_scale + next.key_row / 128 + next.begin);
         wgmma_wait<0>();

@@ -46,6 +46,7 @@ class HopperVariant:
     pieces: int = 1
     out_passes: int = 1
     skip: bool = False
+    block_list: bool = False
 
     @cached_property
     def span_bytes(self) -> int:
@@ -118,6 +119,7 @@ def choose_variant(
     skip: bool = False,
     *,
     q_len: int,
+    block_list: bool = False,
 ) -> HopperVariant:
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
@@ -150,6 +152,7 @@ def choose_variant(
             pieces,
             passes,
             skip,
+            block_list,
         )
         for pieces in (1, 2)
         if dv // pieces <= channels

@@ -47,7 +47,8 @@ class _Params(ctypes.Structure):
                 "tiles_per_head", "together", "whole", "grid", "units", "wide", "zero", "kv_pitch",
             )
         ]
-        + [("skip_bound", ctypes.c_float)]
+        + [("skip_bound", ctypes.c_float), ("block_list", ctypes.c_void_p)]
+        + [(name, ctypes.c_longlong) for name in ("list_b", "list_h")]
     )  # fmt: skip
 
 

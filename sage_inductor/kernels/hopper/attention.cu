@@ -17,6 +17,7 @@
 //   SPLIT                  some tiles are computed in parts, which `combine` joins: COMBINE_THREADS for COMBINE_ROWS
 //   SKIP                   a warpgroup leaves out blocks of keys that count for none of its rows (../skipping.py)
 //   BLOCK_LIST             a tile reads the blocks of keys that a list names (../triton/block_list.py), and no others
+//   MASK_BITS              of some listed blocks a mask leaves a part, which comes in bits (../triton/mask_blocks.py)
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -40,6 +41,7 @@ constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the loop");
+static_assert(BLOCK_LIST || !MASK_BITS, "entries of the list say where bits are applied");
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -53,6 +55,7 @@ constexpr int OUT_PITCH = 2 * OUT_COLUMNS + 16;  // of a row in shared memory: n
 constexpr bool HANDED_OVER = OUT != 2 && OUT_PASSES == 1;  // to warps that write it
 // Named barriers: 0 is __syncthreads', 1 + c is the c-th warpgroup's own, these it shares with the warp that writes for it.
 constexpr int STRIPE_FULL = 1 + CONSUMERS, STRIPE_EMPTY = 1 + 2 * CONSUMERS;
+constexpr int BITS_WORDS = 64 * BLOCK_N / 32;  // of 64 queries and a block
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
@@ -62,6 +65,8 @@ constexpr float LOG2_255 = 7.99435344f;
 constexpr float LN_2 = 0.69314718f;
 constexpr float LOWEST = -1.0e30f;
 constexpr int MASKED_SCORE = -2147483647 - 1;
+// No score is beyond 2^22 (HEAD_DIM * 128 * 128). From this scale on, a masked one lies 2^9 - 1 below all others, in log2.
+constexpr float LEAST_SCALE = 1.f / (1 << 22);
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
@@ -92,7 +97,8 @@ struct Params {
 #endif
 #if BLOCK_LIST
     const int* block_list;   // by batch, head and tile of queries: how many blocks, then their entries
-    long long list_b, list_h;
+    const u32* mask_bits;    // by batch, head, 64 queries and block of keys: [64, 4] words, each of which holds a thread's bits of a row
+    long long list_b, list_h, bits_b, bits_h;
 #endif
 };
 
@@ -323,12 +329,12 @@ struct Tile {
         const bool all = !SPLIT || item.count == 0;
         begin = all ? 0 : item.first * listed / blocks;
         end = all ? listed : (item.first + item.count) * listed / blocks;
+        if (begin == end) full_begin = full_end = whole_begin = whole_end = 0;
 #else
         entries = nullptr;
         if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
 #endif
     }
-    __device__ __forceinline__ bool has_nothing() const { return BLOCK_LIST && begin == end; }
 };
 
 // The items of one program, in order: the whole tile of its number, then the next that nobody has taken while there are
@@ -563,7 +569,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (PV == 1 && !SKIP) { row_maximum(x0); row_maximum(x1); }
     };
     // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
-    auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked) {
+    auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked, bool none0, bool none1) {
         float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;
         float e0 = 0.f, e1 = 0.f;
         if (PV == 1) {
@@ -573,6 +579,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             shift0 = LOG2_255 - e0 - fminf(fabsf(e0), 1.0e6f) * 1.2e-7f;
             shift1 = LOG2_255 - e1 - fminf(fabsf(e1), 1.0e6f) * 1.2e-7f;
         }
+        if (none0) shift0 = LOWEST;
+        if (none1) shift1 = LOWEST;
 #pragma unroll
         for (int g = 0; g < 8; g++) {
             float x[8];
@@ -662,14 +670,24 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     int part = item.part;
     const float *k_scale, *v_scale;
     float k_next, v_next;  // scales of the block whose scores come next
-    int entry = 0;         // BLOCK_LIST: that of the block
+#if BLOCK_LIST
+    int entry;             // that of the block
+#endif
+#if MASK_BITS
+    const u32* mask_bits;  // this thread's, in block 0
+    u32 bits0, bits1;      // those of its two rows in the block: bit 2 j + e is column 8 j + 2 quad + e
+#endif
     auto load_block_scales = [&](int i) {
-        if (BLOCK_LIST) {
-            entry = t.entries[i];
-            i = entry >> 1;
-        }
+#if BLOCK_LIST
+        entry = t.entries[i];
+        i = entry >> 1;
+#endif
         k_next = k_scale[i];
         v_next = v_scale[i];
+#if MASK_BITS
+        bits0 = mask_bits[i * BITS_WORDS];  // also where all are set: a branch would cost more
+        bits1 = mask_bits[i * BITS_WORDS + 32];
+#endif
     };
     auto load_scales = [&]() {
         const float* const q_scale = p.q_scale + t.row;
@@ -677,6 +695,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         rows.scale1 = q_scale[min(row_in_tile + 8, p.q_len - 1 - t.m0)];
         k_scale = p.k_scale + t.key_row / 128;
         v_scale = p.v_scale + t.key_row / 128;
+#if MASK_BITS
+        // A warp's 8 rows of 4 words are as many words as it has threads. Behind the last query the last stripe does as well.
+        const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N, stripe = min(t.m0 / 64 + consumer, (p.q_len - 1) / 64);
+        mask_bits = p.mask_bits + t.b * p.bits_b + t.h * p.bits_h + (long long)stripe * blocks * BITS_WORDS
+                    + (thread >> 5) * 64 + lane;
+#endif
         load_block_scales(t.begin);
     };
     take_q();
@@ -796,7 +820,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
     // The scores of block i that their query may not see become the least integer.
     auto hide = [&](int i) {
-        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8, keys = t.has_nothing() ? 0 : p.kv_len;
+        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
+        int keys = p.kv_len;
+#if BLOCK_LIST
+        if (t.begin == t.end) keys = 0;
+#endif
         int first0 = 0, first1 = 0, last0 = keys, last1 = keys;
         if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
         if (HAS_HIGH) { last0 = min(keys, row0 + p.high + 1); last1 = min(keys, row1 + p.high + 1); }
@@ -808,6 +836,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (hidden) scores[j] = MASKED_SCORE;
         }
     };
+#if MASK_BITS
+    // The same of those that the mask does not leave.
+    auto hide_by_bits = [&]() {
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+            if (!(((j & 2) ? bits1 : bits0) & (1u << (j / 4 * 2 + j % 2)))) scores[j] = MASKED_SCORE;
+    };
+#endif
     // Keeps ptxas from moving arithmetic on the output behind products that come after it.
     auto hold_output = [&]() {
 #pragma unroll
@@ -851,17 +887,20 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         __syncwarp();
     };
 #endif
-    // Whether every query of the tile sees every key of block i, by its place alone.
-    auto is_full = [&](int i) { return i >= t.full_begin && i < t.full_end && !t.has_nothing(); };
     // From the scores of block i, or of the block of entry i, to P; the product of the block before is complete afterwards. With
     // SKIP, false where the block is left out: then nothing has been done, and that product goes on.
     auto attend = [&](int i, bool masked) {
-        if (BLOCK_LIST) i = entry >> 1;
+#if BLOCK_LIST
+        i = entry >> 1;
+#endif
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
-        if (masked && !is_full(i) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end && !t.has_nothing())) hide(i);
+        if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
+#if MASK_BITS
+        if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
+#endif
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
@@ -902,7 +941,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         }
-        weigh(x0, x1, scale0, scale1, unit, masked);
+#if MASK_BITS
+        // A masked score lies so far below the others that its weight is zero by itself, except where scales are tiny. That holds
+        // beside a score that is not masked; a thread that has none of a row gives it a maximum of its own.
+        if (masked && !__any_sync(~0u, !(scale0 > LEAST_SCALE) || !(scale1 > LEAST_SCALE)))
+            weigh(x0, x1, scale0, scale1, unit, false, x0 == MASKED_SCORE, x1 == MASKED_SCORE);
+        else
+#endif
+        weigh(x0, x1, scale0, scale1, unit, masked, false, false);
         if (IN_TURN) {
             take_weights();
             return true;
@@ -1014,7 +1060,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
 #if BLOCK_LIST
         for (; i + 1 < t.end; i++) {
-            if (is_full(entry >> 1)) step(false);
+            const int block = entry >> 1;
+            const bool special = block < t.full_begin || block >= t.full_end || (MASK_BITS && (entry & 1));
+            if (!__any_sync(~0u, special)) step(false);  // the same in all, which the compiler then knows
             else step(true);
         }
 #else

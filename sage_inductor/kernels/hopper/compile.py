@@ -47,6 +47,7 @@ class HopperVariant:
     out_passes: int = 1
     skip: bool = False
     block_list: bool = False
+    mask_bits: bool = False
 
     @cached_property
     def span_bytes(self) -> int:

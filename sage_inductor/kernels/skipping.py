@@ -21,12 +21,29 @@ skip-softmax attention.
 
 What it costs in accuracy depends on how many tiles are left out, so on the length too: for the same share, published thresholds
 fall with the number of keys. `calibrate(skip=True)` measures it.
+
+All that is `skip_by="scores"`: every score decides, so that no weight above the threshold is lost, but every score has to be computed.
+With `skip_by="sample"` a sample of the queries decides before: one in SAMPLE_STEP is multiplied with all keys first, and a tile (of
+SAMPLED_TILE) is left out where
+
+    exp(largest here - largest of all keys) < skip_threshold        for every sampled row of the tile
+
+Attention then reads neither K nor V of it. Differences to the above:
+
+- It is an estimate: a query between two of the sample may lose a weight above the threshold. How often, and what that costs, is
+  measured (benchmarks/notes.md); calibration measures it as it does the other form.
+- The maximum is that of all keys that the row sees, wherever they lie, so that keys in front of a local band are left out, too.
+- Kept always are the first block that a tile sees, and every block that some query of the tile sees in part: those that the edges
+  of a band cut, and the last one where it is not full.
+- It goes with masks over keys, but not with masks that differ from query to query nor with segments, where a query says little about
+  its neighbours.
+- A row whose scores in a block are NaN keeps that block.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -48,6 +65,11 @@ class SkipTile(NamedTuple):
 
 
 SKIP_TILE = SkipTile()
+SAMPLED_TILE = SkipTile(rows=128)
+"""What a sample decides about."""
+SAMPLE_STEP = 16  # queries of which one, the middle one, is in the sample
+DECIDERS = ("scores", "sample")
+Decider = Literal["scores", "sample"]
 
 LADDER = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """The thresholds that calibration tries, the largest first."""
@@ -61,6 +83,11 @@ def threshold_problem(value: object) -> str | None:
         if number
         else f"skip_threshold={value!r} (valid: a number from 0, which leaves nothing out, to below 1)"
     )
+
+
+def decider_problem(value: object) -> str | None:
+    """Why `value` is no skip_by; None where it is one."""
+    return None if value in DECIDERS else f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
 
 
 def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:

@@ -30,6 +30,7 @@ KERNELS = (
     "statistics",
     "mask_blocks",
     "segments",
+    "sampled_list",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does
 

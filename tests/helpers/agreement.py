@@ -316,6 +316,7 @@ class Variant:
     segments: bool = False
     smoothing: str = "mean"
     skips: bool = False
+    sampled: bool = False  # and a sample of the queries decides what
 
 
 @dataclass(frozen=True)
@@ -362,9 +363,12 @@ def draw_case(seed: int, kernel: Kernel) -> Case:
     segments = kernel.takes_segments and more.random() < 0.15
     smoothing = more.choice(["mean", *SMOOTHINGS]) if len(kernel.smoothings) > 1 else "mean"
     skips = kernel.skips and more.random() < 0.25
+    sampled = skips and more.random() < 0.5
     for _ in range(10_000):
         variant = draw_variant(rng, varlen)
         variant = replace(variant, segments=segments and not variant.varlen, smoothing=smoothing, skips=skips)
+        of_keys = variant.mask == "none" or not any(variant.mask_dims[1:])
+        variant = replace(variant, sampled=sampled and of_keys and not (segments or variant.varlen))
         case = _draw_sizes(seed, variant)
         if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
             return case
@@ -386,6 +390,7 @@ def _draw_sizes(seed: int, variant: Variant) -> Case:
         scale=rng.choice([None, None, 0.1, -0.1]),
         precision=variant.precision,
         smoothing=variant.smoothing,
+        skip_by="sample" if variant.sampled else "scores",
     )
     return Case(
         seed, variant, rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3]), q_len, kv_len,

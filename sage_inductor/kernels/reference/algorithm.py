@@ -24,7 +24,14 @@ from torch import Tensor
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
 from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept, sampled_margins
-from sage_inductor.kernels.skipping import FULLY_MASKED, SAMPLED_TILE, SKIP_TILE, SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import (
+    FULLY_MASKED,
+    SAMPLE_STEP,
+    SAMPLED_TILE,
+    SKIP_TILE,
+    SkipTile,
+    log2_threshold,
+)
 from sage_inductor.kernels.smoothing import SAMPLES, VALUE_SAMPLES
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
@@ -136,9 +143,10 @@ def tile_margins(
     segments: Segments | None = None,
     skip_tile: SkipTile | None = None,
     skip_by: str = "scores",
+    sample_step: int = SAMPLE_STEP,
 ) -> Tensor:
     """How far each tile's largest score comes up to the running maximum (log2; the most of its rows), or by a sample of the rows to
-    that of all keys: `attention` leaves out the tiles below log2(skip_threshold). Arguments as there.
+    that of all keys: `attention` leaves out the tiles below log2(skip_threshold). Arguments as there; with another sample_step it shows what a larger or smaller sample would find.
 
     float32 `[batch, heads, tiles of queries, steps of keys]`: inf where a tile is kept whatever the threshold, -inf where none of
     its rows sees a key, so that kernels need not look at it.
@@ -150,7 +158,9 @@ def tile_margins(
     scale = head_dim**-0.5 if scale is None else scale
     tile = skip_tile or _tile_of(skip_by)
     scores = _scores(query, k, attn_mask, bounds, scale, segments, tile.rows)
-    return torch.cat([_margins(x, tile, start, bounds, k.kv_len, skip_by) for start, x in scores], 2)
+    return torch.cat(
+        [_margins(x, tile, start, bounds, k.kv_len, skip_by, sample_step) for start, x in scores], 2
+    )
 
 
 def _tile_of(skip_by: str) -> SkipTile:
@@ -158,10 +168,16 @@ def _tile_of(skip_by: str) -> SkipTile:
 
 
 def _margins(
-    x: Tensor, tile: SkipTile, start: int, bounds: tuple[int | None, int | None], kv_len: int, skip_by: str
+    x: Tensor,
+    tile: SkipTile,
+    start: int,
+    bounds: tuple[int | None, int | None],
+    kv_len: int,
+    skip_by: str,
+    sample_step: int = SAMPLE_STEP,
 ) -> Tensor:
     if skip_by == "sample":
-        return sampled_margins(x, tile, start, bounds, kv_len)
+        return sampled_margins(x, tile, start, bounds, kv_len, sample_step)
     return margins(x, tile, start, bounds[1])
 
 

@@ -32,18 +32,22 @@ def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
 
 
 def sampled_margins(
-    x: Tensor, tile: SkipTile, start: int, bounds: tuple[int | None, int | None], kv_len: int
+    x: Tensor,
+    tile: SkipTile,
+    start: int,
+    bounds: tuple[int | None, int | None],
+    kv_len: int,
+    step: int = SAMPLE_STEP,
 ) -> Tensor:
     """`margins` by a sample of the queries (`skip_by="sample"`): how far each tile's largest score comes up to the largest of all
     keys, the most of the sampled rows. inf where the tile is kept whatever the threshold, -inf where no row, sampled or not, sees a
-    key of it. Query i sees the keys i + low .. i + high of kv_len."""
+    key of it. Query i sees the keys i + low .. i + high of kv_len. One query in `step` is sampled; where it is 1, a tile below the
+    threshold has no weight above it."""
     low, high = bounds
     count, blocks = x.shape[2], x.shape[3]
     tiles = -(-count // tile.rows)
     # A tile that ends before its sample does gives its last query instead.
-    sampled = torch.arange(SAMPLE_STEP // 2, tiles * tile.rows, SAMPLE_STEP, device=x.device).clamp(
-        max=count - 1
-    )
+    sampled = torch.arange(step // 2, tiles * tile.rows, step, device=x.device).clamp(max=count - 1)
     largest = x[:, :, sampled].amax(-1)
     of_all = torch.nan_to_num(largest, nan=FULLY_MASKED).clamp(min=FULLY_MASKED).amax(-1, keepdim=True)
     found = torch.nan_to_num(largest - of_all, nan=math.inf, posinf=math.inf, neginf=-math.inf)

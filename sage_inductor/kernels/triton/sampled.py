@@ -20,9 +20,12 @@ import triton.language as tl
 from ..skipping import SAMPLE_STEP, SAMPLED_TILE
 from .workspace import _KEY_BLOCK, sections
 
-SAMPLES = 64  # queries of a program at a time: the rows of one wgmma
-SAMPLED_WARPS = 4
-SAMPLED_PER_PROCESSOR = 3  # programs that run at once on a multiprocessor: 3 * 4 warps, 40 KiB of tiles each
+# Queries of a program at a time. A block of K is then used for as long as the L2 cache takes to bring the next one to every
+# multiprocessor (16 KiB in 512 cycles at head_dim 128); with 64 that would be the limit.
+SAMPLES = 128
+SAMPLED_WARPS = 8
+SAMPLED_PER_PROCESSOR = 2  # programs that run at once on a multiprocessor
+SAMPLED_REGISTERS = 128  # of a thread, so that they do
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e30)  # as in attention.py

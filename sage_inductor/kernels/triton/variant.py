@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..device import interpreted
 from ..smoothing import EQUALISING, LARGEST_BLOCK
 from .configs import LaunchConfig, evened_config, launch_config, quantize_config
-from .sampled import SAMPLED_WARPS
+from .sampled import SAMPLED_REGISTERS, SAMPLED_WARPS
 from .smoothing import rotation_tiles
 from .workspace import padded_head_dim
 
@@ -171,7 +171,15 @@ def make_variant(
             **overlapped,
             **_FUSED,
         },
-        sampling={"D0": d0, "D1": d1, "DV": dv, "num_warps": SAMPLED_WARPS, "num_stages": 3, **_FUSED},
+        sampling={
+            "D0": d0,
+            "D1": d1,
+            "DV": dv,
+            "num_warps": SAMPLED_WARPS,
+            "num_stages": 3,
+            "maxnreg": SAMPLED_REGISTERS,
+            **_FUSED,
+        },
         mask_blocks={
             "BLOCK_M": config.block_m,
             "BLOCK_N": n,

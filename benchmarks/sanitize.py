@@ -29,6 +29,7 @@ KERNELS = (
     "evened",
     "statistics",
     "mask_blocks",
+    "block_list",
     "segments",
     "sampled_list",
 )  # substrings of the names of the package's kernels

@@ -1,6 +1,6 @@
 """SageAttention in CUDA C++ for Hopper (sm_90a): the fastest kernel family where it runs.
 
-The Triton kernels quantise, attention.cu attends. NVRTC, which comes with torch's CUDA wheels, compiles attention.cu when it is
+The Triton kernels quantise and look at masks, attention.cu attends. NVRTC, which comes with torch's CUDA wheels, compiles attention.cu when it is
 first needed; the result is kept on disk. This module imports torch only.
 
 Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958), as in kernels/triton/attention.py.

@@ -183,6 +183,39 @@ def check_blocks(
     return skipped_share(margins, params.skip_threshold)
 
 
+@pytest.mark.parametrize("name", ["none", "causal", "window", "keys"])
+@pytest.mark.parametrize("processors", [2, 132])
+def test_lists_lie_where_hopper_reads_them(
+    monkeypatch: pytest.MonkeyPatch, processors: int, name: str
+) -> None:
+    """Block by block, as attention.cu finds a tile's list; in parts of tiles, too, where multiprocessors are many."""
+    from sage_inductor.kernels.hopper import launch as hopper
+
+    monkeypatch.setattr(hopper, "multiprocessors", lambda index: processors)
+    batch, heads, q_len, kv_len = 2, 2, 300, 900 if processors == 2 else 2600
+    q, k, v = planted(q_len, kv_len, heads, 1, batch)
+    mask, params = key_mask(name, batch, kv_len), FORMS[name]
+    margins = margins_of(q, k, mask, params)
+    params = replace(params, skip_threshold=untied_threshold(margins, random.Random(0)))
+    call = hopper.HopperAttention(q, k, v, mask, params, torch.empty_like(q), None)
+    assert (call.variant.block_list, call.variant.skip, call.variant.block_m) == (True, False, TILE)
+    assert bool(call.numbers.units) == (name == "none" and processors == 132)
+    assert call.skip_tile == SAMPLED_TILE and call.block_list is not None
+    lists = call.block_list.of(call.quantize(q, k, v, mask)).tolist()
+    kept, blocks = margins >= log2_threshold(params.skip_threshold), -(-kv_len // BLOCK)
+    for b in range(batch):
+        for h in range(heads):
+            for tile in range(call.numbers.tiles_per_head):
+                start = b * call.numbers.list_b + h * call.numbers.list_h + tile * (1 + blocks)
+                entries = lists[start + 1 : start + 1 + lists[start]]
+                assert entries == sorted(set(entries)) and not any(entry % 2 for entry in entries)
+                named = {entry // 2 for entry in entries}
+                kept_here, seen = (
+                    x[b, h, tile].nonzero().flatten().tolist() for x in (kept, margins > -math.inf)
+                )
+                assert named & set(seen) == set(kept_here)
+
+
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)
 @pytest.mark.parametrize("name", ["causal", "keys"])
 @of_kernel

@@ -292,3 +292,52 @@ def test_what_a_sample_cannot_decide_about_is_refused(kernel: Kernel) -> None:
 def test_what_decides_is_scores_or_a_sample(value: object) -> None:
     assert decider_problem(value) == f"skip_by={value!r} (valid: scores, sample)"
     assert decider_problem("sample") is None
+
+
+class TestOnGPU:
+    """What only a GPU shows: many blocks and programs, tiles in parts, graphs."""
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", FORMS)
+    @of_kernel
+    def test_many_blocks(self, kernel: Kernel, name: str) -> None:
+        assert 0.02 < check_blocks(kernel, name, 3000, 8000, 30, 6, 2) < 0.9
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("heads", [2, 140])
+    @of_kernel
+    def test_tiles_in_parts(self, kernel: Kernel, heads: int) -> None:
+        assert check_blocks(kernel, "none", 128, 8192, heads, 1, 1) > 0.1
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("precision", kernels.PRECISIONS)
+    @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+    @pytest.mark.parametrize("name", ["none", "causal", "window", "keys"])
+    @of_kernel
+    def test_agrees_with_the_oracle(self, kernel: Kernel, precision: str, dim: int, name: str) -> None:
+        q, k, v = (torch.nn.functional.pad(x, (0, dim - x.shape[-1])) for x in planted(700, 3000, 6, 2))
+        v = torch.randn_like(v)
+        mask = key_mask(name, 1, 3000)
+        params = replace(FORMS[name], precision=precision, scale=0.25)
+        q, k, v = (x[..., :dim].bfloat16() for x in (q, k, v))
+        threshold = untied_threshold(margins_of(q, k, mask, params), random.Random(0))
+        check(kernel, q, k, v, mask, replace(params, skip_threshold=threshold), steps_of_64=True)
+
+    @pytest.mark.gpu
+    @of_kernel
+    def test_a_graph_makes_its_lists_anew(self, kernel: Kernel) -> None:
+        """Captured with inputs of which nothing is left out, replayed with others; and the same bits every time."""
+        inputs = [x.bfloat16() for x in planted(3000, 8192, 8, 8)]
+        params = replace(FORMS["causal"], skip_threshold=0.05)
+        expected, expected_lse = run(kernel, *inputs, None, params)
+        static = [torch.zeros_like(x) for x in inputs]
+        out, lse = torch.empty_like(expected), torch.empty_like(expected_lse)
+        kernel.run(*static, None, params, out, lse)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernel.run(*static, None, params, out, lse)
+        for tensor, data in zip(static, inputs, strict=True):
+            tensor.copy_(data)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(out, expected) and torch.equal(lse, expected_lse)

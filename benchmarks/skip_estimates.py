@@ -17,7 +17,8 @@ and layers of SmolLM2 (quality.py) on --tokens of its text. Estimates:
 
     every score, so far       what skip_by="scores" decides by
     every score               the same against the maximum of all keys: what there is to find
-    1 query in n              a sample against the maximum of all keys: skip_by="sample" with n = 16
+    1 query in n              a sample against the maximum of all keys
+    1 query in 16, lifted     the same, each tile taken to be SAMPLE_LIFT times as high: skip_by="sample"
     n queries' mean           the means of n queries times all keys, against the largest of those
     block means + c s         each query times each block's mean, and c standard deviations of its scores there, as the block's channels
                               vary independently; against the largest of its scores in the first block, its own, and of block means
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from skip import Problem
 from torch import Tensor
 
-from sage_inductor.kernels.skipping import log2_threshold
+from sage_inductor.kernels.skipping import SAMPLE_LIFT, SAMPLE_STEP, log2_threshold
 
 TILE = 128
 LOG2E = math.log2(math.e)
@@ -114,6 +115,7 @@ def estimates(a: Attention) -> dict[str, Callable[[], Tensor]]:
         "every score": lambda: sampled(1),
     }
     found |= {f"1 query in {step}": lambda step=step: sampled(step) for step in (8, 16, 32)}
+    found["1 query in 16, lifted"] = lambda: sampled(SAMPLE_STEP) + math.log2(SAMPLE_LIFT)
     found |= {f"{count} queries' mean": lambda count=count: pooled(count) for count in (8, 16)}
     found |= {f"block means + {c} s": lambda c=c: deviating(c) for c in (0, 2, 3, 4)}
     found["block means + radius"] = bounded

@@ -26,12 +26,13 @@ All that is `skip_by="scores"`: every score decides, so that no weight above the
 With `skip_by="sample"` a sample of the queries decides before: one in SAMPLE_STEP is multiplied with all keys first, and a tile (of
 SAMPLED_TILE) is left out where
 
-    exp(largest here - largest of all keys) < skip_threshold        for every sampled row of the tile
+    SAMPLE_LIFT * exp(largest here - largest of all keys) < skip_threshold        for every sampled row of the tile
 
 Attention then reads neither K nor V of it. Differences to the above:
 
-- It is an estimate: a query between two of the sample may lose a weight above the threshold. How often, and what that costs, is
-  measured (benchmarks/notes.md); calibration measures it as it does the other form.
+- It is an estimate. Other queries of the tile may have larger weights there; SAMPLE_LIFT is for what they mostly have, and where one has
+  more, it loses a weight above the threshold. How often, and what that costs, is measured (benchmarks/notes.md); calibration measures it
+  as it does the other form.
 - The maximum is that of all keys that the row sees, wherever they lie, so that keys in front of a local band are left out, too.
 - Kept always are the first block that a tile sees, and every block that some query of the tile sees in part: those that the edges
   of a band cut, and the last one where it is not full.
@@ -68,6 +69,9 @@ SKIP_TILE = SkipTile()
 SAMPLED_TILE = SkipTile(rows=128)
 """What a sample decides about."""
 SAMPLE_STEP = 16  # queries of which one, the middle one, is in the sample
+SAMPLE_LIFT = 10.0
+"""How many times as large as in its sample a tile's largest weight is taken to be. Measured (benchmarks/notes.md): 4 to 6 times in the middle
+tile of trained layers and smooth data, 1.3 of normal inputs; with 10 a threshold costs about as much as by all scores."""
 DECIDERS = ("scores", "sample")
 Decider = Literal["scores", "sample"]
 
@@ -112,3 +116,8 @@ def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
 def log2_threshold(skip_threshold: float) -> float:
     """The distance below the running maximum, in units of log2, from which on nothing counts; -inf where nothing is left out."""
     return math.log2(skip_threshold) if skip_threshold > 0 else -math.inf
+
+
+def log2_sample_threshold(skip_threshold: float) -> float:
+    """The same for the scores of a sample."""
+    return log2_threshold(skip_threshold) - math.log2(SAMPLE_LIFT)

@@ -15,7 +15,13 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import SAMPLE_STEP, SAMPLED_TILE, decider_problem, log2_threshold
+from sage_inductor.kernels.skipping import (
+    SAMPLE_LIFT,
+    SAMPLE_STEP,
+    SAMPLED_TILE,
+    decider_problem,
+    log2_threshold,
+)
 from sage_inductor.measurement.ground_truth import DOCUMENTED, float64_attention
 from sage_inductor.measurement.metrics import relative_l2
 
@@ -43,14 +49,14 @@ def planted(
     q_len: int, kv_len: int, heads: int = 2, kv_heads: int = 1, batch: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key, head_dim 16, and value, of which channel n is 1 for the keys of block n: an output says which blocks count. Each
-    128 queries or keys are about one of three topics in turn, and a score is higher by 5 where the two are the same."""
+    128 queries or keys are about one of three topics in turn, and a score is higher by 8 where the two are the same."""
     torch.manual_seed(0)
     q, k = (
         torch.randn(batch, *shape, 16, device=DEVICE) * 0.5 for shape in ((heads, q_len), (kv_heads, kv_len))
     )
     for tensor in (q, k):
         topic = torch.arange(tensor.shape[2], device=DEVICE) // 128 % 3
-        tensor += 20**0.5 * torch.nn.functional.one_hot(topic, 16)
+        tensor += 32**0.5 * torch.nn.functional.one_hot(topic, 16)
     k[batch - 1] = k[batch - 1].roll(200, 1)
     v = torch.zeros(batch, kv_heads, kv_len, max(16, 8 * math.ceil(kv_len / 1024)), device=DEVICE)
     v[:, :, torch.arange(kv_len), torch.arange(kv_len) // BLOCK] = 1.0
@@ -96,7 +102,7 @@ def listed_by_definition(scores: Tensor, by_bounds: Tensor, threshold: float) ->
                 for i in sample
                 if scores[i].max() > -math.inf
             ]
-            kept[t, n] = not is_whole or n == seen.index(True) or max(weights) >= threshold
+            kept[t, n] = not is_whole or n == seen.index(True) or SAMPLE_LIFT * max(weights) >= threshold
     return kept
 
 

@@ -19,6 +19,7 @@ from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.plan.plan import Plan as PlanClass
 
 CHOSEN = "fast+skip=sample:0.1"
+THRESHOLDS = [f"fast+skip={threshold}" for threshold in LADDER]
 pytestmark = pytest.mark.usefixtures("inference")
 
 
@@ -112,19 +113,19 @@ def test_a_plan_reaches_the_graph_and_the_report(plan: Plan) -> None:
     assert share in " ".join(str(report).split()) and share in report.to_html()
 
 
-def test_a_smaller_tolerance_takes_a_smaller_threshold(plan: Plan) -> None:
+def test_a_smaller_tolerance_takes_a_smaller_threshold() -> None:
     """The figures that decide are those of 8 bits and of what is left out together."""
-    errors = {error.precision: error.rel_l2.worst or 0.0 for error in plan.sites[1].measured}
-    assert errors["fast"] < errors[CHOSEN]
-    tolerance = (errors["fast"] + errors[CHOSEN]) / 2
-    config = Config(include=("high",))
-    found = calibrate(Model(), [(make_x(),)], tolerance=tolerance, skip=True, effect="none", config=config)
-    (high,) = (site for site in found.sites if site.name == "high")
-    form = parts_of(high.decision)
-    assert form.skip_threshold > 0 and errors[high.decision] <= tolerance < errors[CHOSEN]
-    for threshold in LADDER:  # and the next one does not hold
-        if threshold > form.skip_threshold:
-            assert errors[form_of("fast", skip_threshold=threshold, skip_by=form.skip_by)] > tolerance
+
+    def calibrated(tolerance: float) -> tuple[str, dict[str, float]]:
+        options = {"tolerance": tolerance, "skip": True, "effect": "none"}
+        (site,) = calibrate(Masked(5.0), [(make_x(),)], **options).sites  # type: ignore[arg-type]
+        return site.decision, {error.precision: error.rel_l2.worst or 0.0 for error in site.measured}
+
+    decision, errors = calibrated(0.03)
+    assert decision == "fast+skip=0.1" and errors["fast"] < errors[decision]
+    tolerance = errors[decision] * 0.999
+    expected = next(form for form in THRESHOLDS if errors[form] <= tolerance)
+    assert calibrated(tolerance)[0] == expected != decision
 
 
 def test_an_interrupted_calibration_goes_on(plan: Plan, tmp_path: object) -> None:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor.kernels.skipping import FULLY_MASKED, LEAST_STEP, SAMPLE_STEP, SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import (
+    FULLY_MASKED,
+    LEAST_STEP,
+    SAMPLE_LIFT,
+    SAMPLE_STEP,
+    SkipTile,
+    log2_threshold,
+)
 
 
 def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
@@ -40,9 +47,9 @@ def sampled_margins(
     step: int = SAMPLE_STEP,
 ) -> Tensor:
     """`margins` by a sample of the queries (`skip_by="sample"`): how far each tile's largest score comes up to the largest of all
-    keys, the most of the sampled rows. inf where the tile is kept whatever the threshold, -inf where no row, sampled or not, sees a
-    key of it. Query i sees the keys i + low .. i + high of kv_len. One query in `step` is sampled; where it is 1, a tile below the
-    threshold has no weight above it."""
+    keys, the most of the sampled rows, lifted by SAMPLE_LIFT. inf where the tile is kept whatever the threshold, -inf where no row, sampled or not, sees a
+    key of it. Query i sees the keys i + low .. i + high of kv_len. One query in `step` is sampled; where it is 1, nothing
+    is lifted, and a tile below a threshold has no weight above it."""
     low, high = bounds
     count, blocks = x.shape[2], x.shape[3]
     tiles = -(-count // tile.rows)
@@ -50,7 +57,8 @@ def sampled_margins(
     sampled = torch.arange(step // 2, tiles * tile.rows, step, device=x.device).clamp(max=count - 1)
     largest = x[:, :, sampled].amax(-1)
     of_all = torch.nan_to_num(largest, nan=FULLY_MASKED).clamp(min=FULLY_MASKED).amax(-1, keepdim=True)
-    found = torch.nan_to_num(largest - of_all, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    found = largest - of_all + (math.log2(SAMPLE_LIFT) if step > 1 else 0.0)
+    found = torch.nan_to_num(found, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     found = found.unflatten(2, (tiles, -1)).amax(3)
 
     first = start + torch.arange(tiles, device=x.device)[:, None] * tile.rows

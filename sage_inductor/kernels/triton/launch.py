@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
-from ..skipping import SAMPLED_TILE, SkipTile, log2_threshold
+from ..skipping import SAMPLED_TILE, SkipTile, log2_sample_threshold, log2_threshold
 from ..smoothing import SMOOTHINGS, resolved_smoothing
 from .attention import attention_kernel
 from .configs import LaunchConfig
@@ -387,7 +387,7 @@ class TritonAttention:
             own=(self.q8, self.k8, self.scales, slabs, self.block_list),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks, groups, low or 0, high or 0,
-                log2_threshold(params.skip_threshold), mask.strides[0], mask.strides[3],
+                log2_sample_threshold(params.skip_threshold), mask.strides[0], mask.strides[3],
             ),
             specialized=(mask.strides[3],),
             variant=(low is not None, high is not None, mask.kind),

@@ -76,7 +76,7 @@ def sampled_list_kernel(
     DV: tl.constexpr,
 ):
     """Write the lists of all tiles. Query i sees keys i + low .. i + high. MASK is 0 for none, 1 for a bool, 2 for an additive mask
-    over keys. A block before the log2 threshold `skip_bound` in every sampled row is not listed, unless some query of the tile may
+    over keys. A block below the row maximum by more than `skip_bound` (negative, log2) in every sampled row is not listed, unless some query of the tile may
     not see all of it or it is the first that one sees.
 
     q8, k8, scales: the parts of the workspace. slabs: fp32 [programs, blocks of keys, SAMPLES]. entries: int32 [batch, heads, tiles

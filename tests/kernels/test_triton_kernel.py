@@ -868,7 +868,9 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
     starts_early = [name not in (*before, "statistics_kernel", "sampled_list_kernel") for name in names]
-    assert [kernel["waits"] > 0 for kernel in kernels] == [capability >= 90 and early for early in starts_early]
+    assert [kernel["waits"] > 0 for kernel in kernels] == [
+        capability >= 90 and early for early in starts_early
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- random

@@ -7,7 +7,7 @@
 
 Needs `pip install diffusers transformers`. Models are those of distributed_workloads.py, two layers each, with random weights. A
 row of the JSON has gpu, torch, triton, ranks, model, layers, tokens, way ("one GPU", "Ulysses 4", "ring 4", "ring 4, 8-bit wires",
-whose plain side is that of "ring 4", "USP 2x2", "TP 4"),
+whose plain side is that of "ring 4", "Ulysses 4, 8-bit wires", "USP 2x2", "TP 4"),
 all_to_all_GB_s and p2p_GB_s (what leaves each rank in a second), and for `plain` and `ours`, timed in turns: milliseconds (the
 median; the slowest rank counts), relative_l2 and max_error against one GPU without a compiler, graph_breaks, communication_ms and
 hidden (the share of it that lies under computation, from a profile of rank 0), first_call_s; or the error. rewritten of sites says
@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_workloads import RING_OF, TINY, WORKLOADS, Prepared, Spread, Workload, spreads
+from distributed_workloads import BACKENDS, TINY, WORKLOADS, Prepared, Spread, Workload, spreads
 from timing import machine
 from torch import Tensor
 
@@ -165,7 +165,7 @@ def _merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def profiled(call: Callable[[], Any], ranks: Ranks) -> dict[str, float | None]:
-    """What a trace of one call says of this rank's communication: NCCL's kernels beside all others, or gloo's work beside the
+    """What a trace of one call says of this rank's communication: NCCL's kernels and copies to other GPUs beside all others, or gloo's work beside the
     operators of a CPU. NCCL's kernels wait for the other ranks, too."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -182,7 +182,9 @@ def profiled(call: Callable[[], Any], ranks: Ranks) -> dict[str, float | None]:
         if on_gpu:
             if event.device_type != DeviceType.CUDA or event.name.startswith("nccl:"):
                 continue  # "nccl:" is a note that spans kernels
-            (communication if event.name.startswith("nccl") else computation).append(interval)
+            (communication if event.name.startswith(("nccl", "Memcpy PtoP")) else computation).append(
+                interval
+            )
         elif event.name.startswith("gloo:"):
             communication.append(interval)
         elif event.name.startswith(("aten::", "sage_inductor::")):
@@ -398,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--ways {', '.join(unknown)} (valid on {ranks.ranks} ranks: {', '.join(ways)})")
     kernel = options.kernel or ("auto" if ranks.device.startswith("cuda") else "reference")
     config = sage_inductor.Config(kernel=kernel, precision=options.precision)
-    for wires, name in RING_OF.items():
+    for wires, name in BACKENDS.items():
         sage.register(dataclasses.replace(config, wires=wires), name)
     out = options.out
     if out is None:

@@ -282,3 +282,17 @@ def test_skip_plants_what_can_be_left_out(load: Any, tmp_path: Path) -> None:
         q, k, _ = skip.Problem(2048, 1, 32, "fast", pattern, 2).inputs()
         share = skip.skipped_share(skip.tile_margins(q, k), skip.THRESHOLD)
         assert least <= share <= most, (pattern, share)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_where_workspaces_lie(load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    workspace = load("workspace")
+    file = tmp_path / "workspace.json"
+    rows = workspace.main(["--tiny", "--device", "cpu", "--layers", "2", "--out", str(file)])
+    assert json.loads(file.read_text()) == rows
+    assert [row["contender"] for row in rows] == ["plain", "as it is", "kept"]
+    plain, ours, kept = rows
+    assert (plain["addresses"], plain["workspace_mib"]) == (0, 0) and ours["addresses"] in (1, 2)
+    assert kept["addresses"] == 1 and kept["workspace_mib"] == ours["workspace_mib"]
+    assert workspace.launch.torch is torch

@@ -1,14 +1,17 @@
-"""Attention under masks that differ from query to query and come as tensors: ms of the Triton kernel and of SDPA.
+"""Attention under masks that differ from query to query and come as tensors: ms of the kernels triton and hopper, and of SDPA.
 
     python benchmarks/masks.py --out results.json            # as it is launched
-    python benchmarks/masks.py --tune --sizes 8191           # and in other launch configurations
+    python benchmarks/masks.py --tune --sizes 8191           # and in other launch configurations of triton
+    python benchmarks/masks.py --masks random causal --sizes 2048 4096 8192 16384 --head-dims 64 128
 
-Masks are causal (bool); causal without the first eighth of the keys, as padding on the left leaves it (bfloat16, 0 and
--inf); random (bool), of which no block is whole and none ruled out; and a bias (bfloat16, normal numbers): shared by all
-heads, the last two also one for each head of a sequence. A row of the JSON has gpu, torch, triton, D, S, B, H, precision,
-mask and ms, by name: "sdpa" with the mask, "sdpa is_causal" without it, "triton", and configurations; "read everywhere":
-without a look at the blocks before. Everything from bf16 to bf16, quantisation included, medians of five calls in turns;
-beyond 10% of SDPA's output a call counts as wrong and ends the run.
+Bool masks: causal; a window of 1,024 keys before and behind; documents of an eighth, a quarter, half and an eighth of the tokens
+(block-diagonal); a prefix of a quarter that all see, causal behind it; random, of which no block is whole and none ruled out.
+Additive ones (bfloat16): causal without the first eighth of the keys, as padding on the left leaves it (0 and -inf), and a bias
+(normal numbers). They are shared by all heads, "random" and "bias" also one for each head of a sequence. A row of the JSON has gpu,
+torch, triton, D, S, B, H, precision, mask and ms, by name: "sdpa" with the mask, "sdpa is_causal" without it, "triton" and its
+configurations, and "hopper", where it runs, for bool masks; "hopper is_causal", "hopper no mask": without it. "read everywhere":
+without a look at the blocks before. Everything from bf16 to bf16, quantisation included, medians of five calls in turns; beyond 10%
+of SDPA's output a call counts as wrong and ends the run.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 from timing import machine
 from torch import Tensor
 
+from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.triton import launch
 from sage_inductor.kernels.triton.configs import LaunchConfig
@@ -52,6 +56,11 @@ def masks(size: int, device: str) -> Iterator[tuple[str, Tensor]]:
     i, j = torch.arange(size, device=device)[:, None], torch.arange(size, device=device)
     causal = i >= j
     yield "causal", causal
+    yield "window", (i - j).abs() <= 1024
+    ends = torch.tensor([size // 8, size * 3 // 8, size * 7 // 8], device=device)
+    document = torch.bucketize(torch.arange(size, device=device), ends, right=True)
+    yield "documents", document[:, None] == document
+    yield "prefix", causal | (j < size // 4)
     bias = torch.zeros(size, size, device=device, dtype=torch.bfloat16)
     yield "padded on the left, additive", bias.masked_fill_(~(causal & (j >= size // 8)), -torch.inf)
     for name, shape in (("", (size, size)), (", one a head", (HEADS, size, size))):
@@ -83,11 +92,39 @@ def contenders(
             if not call.mask.by_blocks:
                 break
     launch.MASK_BLOCKS_KEYS = limit
+    if mask.dtype == torch.bool and not kernels.get("hopper").unavailable_reasons(q.device):
+        calls |= on_hopper(q, k, v, name, mask, precision)
     # Rows that see no key are 0 in the one and may be NaN in the other.
     expected = calls["sdpa"]().nan_to_num()
     for label, call in calls.items():
+        if label == "hopper no mask":
+            continue
         if (error := relative_l2(call().nan_to_num(), expected)) > 0.1:
             raise SystemExit(f"{label} under {name}, {tuple(q.shape)}: relative L2 {error:.3f} from SDPA")
+    return calls
+
+
+def on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, name: str, mask: Tensor, precision: str
+) -> dict[str, Callable[[], Tensor]]:
+    from sage_inductor.kernels.hopper.launch import HopperAttention
+
+    def prepared(given: Tensor | None, is_causal: bool) -> Callable[[], Tensor]:
+        out = torch.empty_like(q)
+        params = AttentionParams(precision=precision, is_causal=is_causal)
+        call = HopperAttention(q, k, v, given, params, out, None)
+
+        def run() -> Tensor:
+            call(q, k, v, given, out, None)
+            return out
+
+        return run
+
+    calls = {"hopper": prepared(mask, False)}
+    if name == "causal":
+        calls["hopper is_causal"] = prepared(None, True)
+    if name == "random":
+        calls["hopper no mask"] = prepared(None, False)
     return calls
 
 
@@ -114,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--sizes", type=int, nargs="+", default=(2048, 4096, 8191, 8192))
     parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 96, 128, 192))
     parser.add_argument("--precisions", nargs="+", default=("fast", "balanced", "accurate"))
+    parser.add_argument("--masks", nargs="+", help="of these names only (default: all)")
     parser.add_argument("--tune", action="store_true", help="time other launch configurations, too")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the script")
@@ -133,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     for _ in range(3)
                 )
                 for name, mask in masks(size, options.device):
+                    if options.masks is not None and name not in options.masks:
+                        continue
                     if time.monotonic() > deadline:
                         sys.stderr.write(f"stopped: {options.budget} s are spent\n")
                         return rows

@@ -29,6 +29,7 @@ KERNELS = (
     "evened",
     "statistics",
     "mask_blocks",
+    "block_list",
     "segments",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does

@@ -8,7 +8,8 @@ They lie in one workspace (triton/quantize.py), in blocks of 128 rows and padded
     and  4 bytes a channel of K, 12 a channel of V, for each sequence and head; where channels are equalised, 8 more a channel of K
          where they are rotated, the matrix: 2 bytes an element, once
 
-Masks that are read block by block, and tiles that `hopper` splits over keys, add a little to that.
+Not counted: masks that are read block by block (a bit an element of a bool mask, in stripes of 64 or 128 queries and blocks of
+64 or 128 keys, and a byte a block; `hopper`: 4 bytes more a block of a tile), and tiles that `hopper` splits over keys.
 """
 
 from __future__ import annotations

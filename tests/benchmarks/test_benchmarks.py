@@ -130,13 +130,20 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
     found = list(masks.masks(16, "cpu"))
     assert [(name, mask.shape) for name, mask in found] == [
         ("causal", (16, 16)),
+        ("window", (16, 16)),
+        ("documents", (16, 16)),
+        ("prefix", (16, 16)),
         ("padded on the left, additive", (16, 16)),
         ("random", (16, 16)),
         ("bias", (16, 16)),
         ("random, one a head", (1, 16, 16)),
         ("bias, one a head", (1, 16, 16)),
     ]
-    assert found[0][1].sum() == 136 and found[1][1].isneginf().sum() == 256 - 136 + 2 * 15 + 1
+    by_name = dict(found)
+    assert by_name["causal"].sum() == 136 and by_name["window"].all()
+    assert by_name["documents"].sum() == 2**2 + 4**2 + 8**2 + 2**2 and by_name["prefix"].sum() == 136 + 6
+    assert by_name["padded on the left, additive"].isneginf().sum() == 256 - 136 + 2 * 15 + 1
+    assert masks.main([*small, "--masks", "none of them"]) == []
 
     monkeypatch.setattr(masks, "masks", lambda size, device: [("causal", torch.ones(size, size).tril() > 0)])
     rows = masks.main([*small, "--tune"])

@@ -1,5 +1,6 @@
-"""The barriers of K's and V's tiles in hopper/attention.cu where blocks are left out (SKIP): a model of its producer and its two
-warpgroups, step by step as the code has them, in random order. What it is for is shown by protocols that lack one of the waits."""
+"""The barriers of K's and V's tiles in hopper/attention.cu: a model of its producer and its two or three warpgroups, step by step as
+the code has them, in random order, over lists of blocks (BLOCK_LIST) and where blocks are left out (SKIP). What it is for is shown by
+protocols that lack one of the steps."""
 
 from __future__ import annotations
 
@@ -53,6 +54,7 @@ class Tiles:
     """Those of K or of V: what each holds, who reads it, and what is on its way."""
 
     stages: int
+    consumers: int
     full: list[Barrier] = field(init=False)
     empty: list[Barrier] = field(init=False)
     held: list[Block | None] = field(init=False)
@@ -61,7 +63,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         self.full = [Barrier(1) for _ in range(self.stages)]
-        self.empty = [Barrier(2) for _ in range(self.stages)]
+        self.empty = [Barrier(self.consumers) for _ in range(self.stages)]
         self.held, self.readers = [None] * self.stages, [0] * self.stages
 
     def load(self, stage: int, block: Block) -> None:
@@ -81,20 +83,50 @@ class Tiles:
         self.readers[stage] += readers
 
 
-class Model:
-    """Of one program. `lacking` is a rule that it does not keep."""
+@dataclass(frozen=True)
+class Part:
+    """What a program reads of a tile's list of blocks: entries begin .. end - 1, or, where there are none, entry `begin`, all of it
+    masked. Without a list the entries are all blocks."""
 
-    def __init__(self, seed: int, stages: int, lacking: str = "") -> None:
+    entries: list[int]
+    begin: int
+    end: int
+
+    @classmethod
+    def drawn(cls, choose: random.Random) -> Part:
+        """All of a list, or a share of it, of which there may be nothing. The entry behind an empty list is there, too."""
+        blocks = choose.choice([1, 2, 3, 5, 9, 24])
+        listed = choose.randint(0, min(blocks, 9))
+        entries = sorted(choose.sample(range(blocks), listed)) or [0]
+        first = choose.randrange(blocks)
+        count = choose.randint(1, blocks - first)
+        if choose.random() < 0.5:
+            first, count = 0, blocks
+        return cls(entries, first * listed // blocks, (first + count) * listed // blocks)
+
+    def blocks(self) -> list[int]:
+        """As the producer walks them."""
+        return self.entries[self.begin : max(self.end, self.begin + 1)]
+
+
+class Model:
+    """Of one program, by the loop of the consumers: "skip", where blocks are left out, "beside", where a product goes on during
+    the next softmax, or "in turn", where there are three warpgroups. `lacking` is a rule that it does not keep."""
+
+    def __init__(self, seed: int, stages: int, lacking: str = "", loop: str = "skip") -> None:
         self.random = choose = random.Random(seed)
-        self.stages, self.lacking = stages, lacking
-        self.lengths = [choose.choice([1, 1, 2, 3, 5, 9]) for _ in range(choose.choice([1, 2, 4]))]
-        self.blocks = [(tile, i) for tile, length in enumerate(self.lengths) for i in range(length)]
-        share = choose.choice([0.0, 0.3, 0.7, 0.95, 1.0])
+        self.stages, self.lacking, self.loop = stages, lacking, loop
+        self.consumers = 3 if loop == "in turn" else 2
+        self.parts = [Part.drawn(choose) for _ in range(choose.choice([1, 2, 4]))]
+        self.blocks = [(tile, i) for tile, part in enumerate(self.parts) for i in part.blocks()]
+        share = choose.choice([0.0, 0.3, 0.7, 0.95, 1.0]) if loop == "skip" else 0.0
+        first = {(tile, part.blocks()[0]) for tile, part in enumerate(self.parts)}
         self.left_out = [
-            {block for block in self.blocks if block[1] and choose.random() < share} for _ in range(2)
+            {block for block in self.blocks if block not in first and choose.random() < share}
+            for _ in range(self.consumers)
         ]
-        self.k, self.v = Tiles(stages), Tiles(stages)
-        self.multiplied: list[set[Block]] = [set(), set()]
+        self.k, self.v = Tiles(stages, self.consumers), Tiles(stages, self.consumers)
+        self.multiplied: list[set[Block]] = [set() for _ in range(self.consumers)]
 
     def advanced(self, stage: int, phase: int) -> tuple[int, int]:
         return (stage + 1, phase) if stage + 1 < self.stages else (0, phase ^ 1)
@@ -102,14 +134,18 @@ class Model:
     def producer(self) -> Program:
         k, v = self.k, self.v
         stage, phase = 0, 1
-        for block in self.blocks:
-            yield partial(k.empty[stage].is_over, phase)
-            k.load(stage, block)
-            yield None
-            yield partial(v.empty[stage].is_over, phase)
-            v.load(stage, block)
-            yield None
-            stage, phase = self.advanced(stage, phase)
+        for tile, part in enumerate(self.parts):
+            n = part.begin
+            while n < part.end or (n == part.begin and self.lacking != "a block of an empty part"):
+                block = (tile, part.entries[n])
+                yield partial(k.empty[stage].is_over, phase)
+                k.load(stage, block)
+                yield None
+                yield partial(v.empty[stage].is_over, phase)
+                v.load(stage, block)
+                yield None
+                stage, phase = self.advanced(stage, phase)
+                n += 1
 
     def leave_out(self, number: int, stage: int, phase: int) -> Program:
         if self.lacking != "the wait for V":
@@ -117,7 +153,7 @@ class Model:
         self.v.empty[stage].arrive()
 
     def warpgroup(self, number: int) -> Program:
-        k, v = self.k, self.v
+        k, v, skips, in_turn = self.k, self.v, self.loop == "skip", self.loop == "in turn"
         flight: list[tuple[Tiles, int, Block]] = []  # products
 
         def multiply(tiles: Tiles, stage: int, block: Block) -> None:
@@ -133,42 +169,64 @@ class Model:
 
         stage = k_stage = phase = k_phase = 0
         yield partial(k.full[0].is_over, 0)
-        multiply(k, 0, self.blocks[0])
+        multiply(k, 0, (0, self.parts[0].entries[self.parts[0].begin]))
         yield None
         wait_for_all_but(0)
         k.empty[0].arrive()
         k_stage, k_phase = self.advanced(k_stage, k_phase)
-        following = iter([*self.blocks[1:], None])
-        for tile, length in enumerate(self.lengths):
+        for tile, part in enumerate(self.parts):
             previous = NOTHING
-            if length > 1:
-                yield partial(k.full[k_stage].is_over, k_phase)
-            for i in range(length):
-                block, after = (tile, i), next(following)
+            i, end = part.begin, part.end
+            if not in_turn:
+                if not skips:
+                    yield partial(v.full[stage].is_over, phase)
+                if i + 1 < end:
+                    yield partial(k.full[k_stage].is_over, k_phase)
+            while True:
+                block = (tile, part.entries[i])
                 yield None
                 counts = block not in self.left_out[number]
-                if counts:  # attend
+                if counts and not in_turn:  # attend
                     yield None
                     wait_for_all_but(0)
                     if previous >= 0:
                         v.empty[previous].arrive()
                     previous = NOTHING
                     yield None
-                if i + 1 == length:
+                if not i + 1 < end:
                     break
-                assert after is not None
-                if previous < 0:
+                after = (tile, part.entries[i + 1])
+                if in_turn:  # go_on_in_turn
+                    yield partial(v.full[stage].is_over, phase)
+                    multiply(v, stage, block)
+                    yield None
+                    yield partial(k.full[k_stage].is_over, k_phase)
+                    wait_for_all_but(0)
+                    v.empty[stage].arrive()
+                    yield None
+                    multiply(k, k_stage, after)
+                    stage, phase = self.advanced(stage, phase)
+                    yield None
+                    wait_for_all_but(0)
+                    k.empty[k_stage].arrive()
+                    k_stage, k_phase = self.advanced(k_stage, k_phase)
+                    i += 1
+                    continue
+                if skips and previous < 0:
                     yield partial(k.full[k_stage].is_over, k_phase)
                 multiply(k, k_stage, after)
                 yield None
                 if counts:  # go_on
-                    yield partial(v.full[stage].is_over, phase)
+                    if skips:
+                        yield partial(v.full[stage].is_over, phase)
                     multiply(v, stage, block)
                     previous, done = stage, k_stage
                     stage, phase = self.advanced(stage, phase)
                     k_stage, k_phase = self.advanced(k_stage, k_phase)
                     yield None
-                    if i + 2 < length:
+                    if not skips:
+                        yield partial(v.full[stage].is_over, phase)
+                    if i + 2 < end:
                         yield partial(k.full[k_stage].is_over, k_phase)
                     wait_for_all_but(1)
                     k.empty[done].arrive()
@@ -185,13 +243,20 @@ class Model:
                         previous = HELD
                     k.empty[done].arrive()
                     yield None
+                i += 1
             # The last block of the tile, and the first scores of the next.
-            if after is not None:
+            if in_turn:
+                yield partial(v.full[stage].is_over, phase)
+            following: Block | None = None
+            if tile + 1 < len(self.parts):
+                following = (tile + 1, self.parts[tile + 1].entries[self.parts[tile + 1].begin])
                 yield partial(k.full[k_stage].is_over, k_phase)
-                multiply(k, k_stage, after)
+                if not in_turn:
+                    multiply(k, k_stage, following)
             yield None
             if counts:
-                yield partial(v.full[stage].is_over, phase)
+                if skips:
+                    yield partial(v.full[stage].is_over, phase)
                 multiply(v, stage, block)
             else:
                 yield from self.leave_out(number, stage, phase)
@@ -200,7 +265,11 @@ class Model:
             of_product = stage if counts else previous
             if of_product >= 0:
                 v.empty[of_product].arrive()
-            if after is not None:
+            if following is not None:
+                if in_turn:
+                    multiply(k, k_stage, following)
+                    yield None
+                    wait_for_all_but(0)
                 k.empty[k_stage].arrive()
             stage, phase = self.advanced(stage, phase)
             k_stage, k_phase = self.advanced(k_stage, k_phase)
@@ -209,18 +278,19 @@ class Model:
     def run(self) -> None:
         """Raises Fault."""
         choose = self.random
-        programs = [self.producer(), self.warpgroup(0), self.warpgroup(1)]
+        programs = [self.producer(), *(self.warpgroup(number) for number in range(self.consumers))]
         # One of them, or what is on its way, may be much faster or slower than the others.
-        speeds = [choose.choice([1.0, 1.0, 10.0, 0.1]) for _ in range(5)]
-        waits: dict[int, Wait] = dict.fromkeys(range(3))
+        count = len(programs)
+        speeds = [choose.choice([1.0, 1.0, 10.0, 0.1]) for _ in range(count + 2)]
+        waits: dict[int, Wait] = dict.fromkeys(range(count))
         while waits:
             able = [number for number, wait in waits.items() if wait is None or wait()]
-            able += [3 + which for which, tiles in enumerate((self.k, self.v)) if tiles.coming]
+            able += [count + which for which, tiles in enumerate((self.k, self.v)) if tiles.coming]
             if not able:
                 raise Fault("all wait")
             number = choose.choices(able, [speeds[number] for number in able])[0]
-            if number >= 3:
-                tiles = (self.k, self.v)[number - 3]
+            if number >= count:
+                tiles = (self.k, self.v)[number - count]
                 tiles.come(choose.randrange(len(tiles.coming)))
                 continue
             try:
@@ -233,18 +303,22 @@ class Model:
             assert multiplied == set(self.blocks) - left_out
 
 
-def faults(seeds: range, stages: Sequence[int], lacking: str = "") -> set[str]:
+def faults(seeds: range, stages: Sequence[int], lacking: str = "", loop: str = "skip") -> set[str]:
     found = set()
     for seed in seeds:
         try:
-            Model(seed, stages[seed % len(stages)], lacking).run()
+            Model(seed, stages[seed % len(stages)], lacking, loop).run()
         except Fault as fault:
             found.add(str(fault))
     return found
 
 
-def test_no_order_of_events_is_a_fault() -> None:
-    assert faults(range(1500), (2, 3, 4)) == set()
+LOOPS = ("skip", "beside", "in turn")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_order_of_events_is_a_fault(loop: str) -> None:
+    assert faults(range(1500 if loop == "skip" else 700), (2, 3, 4), loop=loop) == set()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +329,18 @@ def test_no_order_of_events_is_a_fault() -> None:
 )
 def test_each_rule_is_needed(lacking: str, stages: tuple[int, ...], expected: set[str]) -> None:
     assert expected & faults(range(1500), stages, lacking)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_part_without_blocks_has_one_nevertheless(loop: str) -> None:
+    """The consumers take one step in any case, which the producer has to bring a tile for."""
+    found = faults(range(100), (2, 3, 4), "a block of an empty part", loop)
+    assert {"all wait", "another block's tile is read"} & found
+
+
+def test_parts_without_blocks_are_drawn() -> None:
+    parts = [part for seed in range(200) for part in Model(seed, 2).parts]
+    assert any(part.begin == part.end for part in parts) and any(len(part.blocks()) > 3 for part in parts)
 
 
 class Vote:

@@ -1,6 +1,6 @@
 """SageAttention in CUDA C++ for Hopper (sm_90a): the fastest kernel family where it runs.
 
-The Triton kernels quantise, attention.cu attends. NVRTC, which comes with torch's CUDA wheels, compiles attention.cu when it is
+The Triton kernels quantise and look at masks, attention.cu attends. NVRTC, which comes with torch's CUDA wheels, compiles attention.cu when it is
 first needed; the result is kept on disk. This module imports torch only.
 
 Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958), as in kernels/triton/attention.py.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...graph.sizes import known
-from ..base import AttentionParams, AttentionProblem, Prepared, Segments, reason
+from ..base import AttentionParams, AttentionProblem, Prepared, Segments, TensorSpec, reason
 from ..device import capability, has_gpu, interpreted
 from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
@@ -61,19 +61,22 @@ class HopperKernel(TritonKernel):
         if device.type == "cuda" and has_gpu() and capability(device.index) != CAPABILITY:
             reasons.append(_capability_reason(capability(device.index)))
         mask = problem.attn_mask
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
-            if any(
-                known(size) != 1 and known(stride) != 0
-                for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
-            ):
-                reasons.append(reason("attn_mask", tuple(mask.shape), "the same for all heads and queries"))
+        if mask is not None and mask.dtype != torch.bool:
+            reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
         queries = problem.query.shape[:3]
         if all(type(size) is int for size in queries):
             rows = queries[0] * queries[1] * (queries[2] + 127)
             if rows > MAX_KEYS:
                 reasons.append(reason("batch * heads * q_len", rows, f"up to {MAX_KEYS}"))
+        return reasons
+
+    def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
+        reasons = super().unmeasured_reasons(problem)
+        mask = problem.attn_mask
+        if mask is not None and _differs_by_query_or_head(mask):
+            reasons.append(
+                'attn_mask of more than keys (not measured yet: by tune="measure", or kernel="hopper")'
+            )
         return reasons
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:
@@ -120,6 +123,14 @@ def compiler_reasons() -> list[str]:
     if major < 12:
         return [reason("NVRTC", f"{major}.{minor}", "12.0 and newer")]
     return []
+
+
+def _differs_by_query_or_head(mask: TensorSpec) -> bool:
+    """Of a mask with 4 dims. Sizes that are not known count as more than one."""
+    return any(
+        known(size) != 1 and known(stride) != 0
+        for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
+    )
 
 
 def _capability_reason(found: tuple[int, int]) -> str:

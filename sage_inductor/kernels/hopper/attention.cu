@@ -16,6 +16,8 @@
 //   RETURN_LSE
 //   SPLIT                  some tiles are computed in parts, which `combine` joins: COMBINE_THREADS for COMBINE_ROWS
 //   SKIP                   a warpgroup leaves out blocks of keys that count for none of its rows (../skipping.py)
+//   BLOCK_LIST             a tile reads the blocks of keys that a list names (../triton/block_list.py), and no others
+//   MASK_BITS              of some listed blocks a mask leaves a part, which comes in bits (../triton/mask_blocks.py)
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -29,7 +31,7 @@ constexpr int SPANS = (HEAD_DIM + SPAN_BYTES - 1) / SPAN_BYTES;
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
-constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK;  // rows that see no key
+constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
 // time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
@@ -39,6 +41,7 @@ constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the loop");
+static_assert(BLOCK_LIST || !MASK_BITS, "entries of the list say where bits are applied");
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -52,6 +55,7 @@ constexpr int OUT_PITCH = 2 * OUT_COLUMNS + 16;  // of a row in shared memory: n
 constexpr bool HANDED_OVER = OUT != 2 && OUT_PASSES == 1;  // to warps that write it
 // Named barriers: 0 is __syncthreads', 1 + c is the c-th warpgroup's own, these it shares with the warp that writes for it.
 constexpr int STRIPE_FULL = 1 + CONSUMERS, STRIPE_EMPTY = 1 + 2 * CONSUMERS;
+constexpr int BITS_WORDS = 64 * BLOCK_N / 32;  // of 64 queries and a block
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
@@ -61,6 +65,8 @@ constexpr float LOG2_255 = 7.99435344f;
 constexpr float LN_2 = 0.69314718f;
 constexpr float LOWEST = -1.0e30f;
 constexpr int MASKED_SCORE = -2147483647 - 1;
+// No score is beyond 2^22 (HEAD_DIM * 128 * 128). From this scale on, a masked one lies 2^9 - 1 below all others, in log2.
+constexpr float LEAST_SCALE = 1.f / (1 << 22);
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
@@ -86,8 +92,13 @@ struct Params {
     int wide;                // rows of the output start at multiples of 16 bytes
     int zero;                // but the compiler does not know
     int kv_pitch;            // blocks of K of one sequence; they hold kv_len keys, or more where kv_len is the first of them
-#if SKIP
+#if SKIP || BLOCK_LIST
     float skip_bound;        // log2 of the threshold: how far below a row's maximum the scores of a block count for nothing
+#endif
+#if BLOCK_LIST
+    const int* block_list;   // by batch, head and tile of queries: how many blocks, then their entries
+    const u32* mask_bits;    // by batch, head, 64 queries and block of keys: [64, 4] words, each of which holds a thread's bits of a row
+    long long list_b, list_h, bits_b, bits_h;
 #endif
 };
 
@@ -255,9 +266,11 @@ struct Item {
     int part;          // where in `parts` the result goes, -1: to the output
 };
 
-// Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked.
+// Where a tile lies and what it attends to. A tile that sees no key has one block, all of it masked. `begin` and `end` are blocks,
+// or entries of the list; of a part that got none they are equal, and its one block is masked, too.
 struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
+    const int* entries;  // BLOCK_LIST: of the tile
     int whole_begin, whole_end;  // KEY_MASK: other blocks that every query attends to, on the other side of what the mask leaves out
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
@@ -308,7 +321,19 @@ struct Tile {
         end = max((last + BLOCK_N - 1) / BLOCK_N, begin + 1);
         full_begin = min(max((full_first + BLOCK_N - 1) / BLOCK_N, begin), end);
         full_end = min(max(full_last / BLOCK_N, full_begin), end);
+#if BLOCK_LIST
+        // A part has as large a share of the list as it would have of all blocks.
+        const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N;
+        entries = p.block_list + b * p.list_b + h * p.list_h + (long long)(m0 / BLOCK_M) * (1 + blocks);
+        const int listed = *entries++;
+        const bool all = !SPLIT || item.count == 0;
+        begin = all ? 0 : item.first * listed / blocks;
+        end = all ? listed : (item.first + item.count) * listed / blocks;
+        if (begin == end) full_begin = full_end = whole_begin = whole_end = 0;
+#else
+        entries = nullptr;
         if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
+#endif
     }
 };
 
@@ -411,7 +436,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
-                for (int i = t.begin; i < t.end; i++) {
+                for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
+                    const int i = BLOCK_LIST ? t.entries[n] >> 1 : n;
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -543,7 +569,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (PV == 1 && !SKIP) { row_maximum(x0); row_maximum(x1); }
     };
     // P of the block, for take_weights. PV == 1 rounds it against the block's own maximum.
-    auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked) {
+    auto weigh = [&](int x0, int x1, float scale0, float scale1, float unit, bool masked, bool none0, bool none1) {
         float shift0 = P_EXPONENT - rows.maximum0, shift1 = P_EXPONENT - rows.maximum1;
         float e0 = 0.f, e1 = 0.f;
         if (PV == 1) {
@@ -553,6 +579,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             shift0 = LOG2_255 - e0 - fminf(fabsf(e0), 1.0e6f) * 1.2e-7f;
             shift1 = LOG2_255 - e1 - fminf(fabsf(e1), 1.0e6f) * 1.2e-7f;
         }
+        if (none0) shift0 = LOWEST;
+        if (none1) shift1 = LOWEST;
 #pragma unroll
         for (int g = 0; g < 8; g++) {
             float x[8];
@@ -642,9 +670,24 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     int part = item.part;
     const float *k_scale, *v_scale;
     float k_next, v_next;  // scales of the block whose scores come next
+#if BLOCK_LIST
+    int entry;             // that of the block
+#endif
+#if MASK_BITS
+    const u32* mask_bits;  // this thread's, in block 0
+    u32 bits0, bits1;      // those of its two rows in the block: bit 2 j + e is column 8 j + 2 quad + e
+#endif
     auto load_block_scales = [&](int i) {
+#if BLOCK_LIST
+        entry = t.entries[i];
+        i = entry >> 1;
+#endif
         k_next = k_scale[i];
         v_next = v_scale[i];
+#if MASK_BITS
+        bits0 = mask_bits[i * BITS_WORDS];  // also where all are set: a branch would cost more
+        bits1 = mask_bits[i * BITS_WORDS + 32];
+#endif
     };
     auto load_scales = [&]() {
         const float* const q_scale = p.q_scale + t.row;
@@ -652,6 +695,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         rows.scale1 = q_scale[min(row_in_tile + 8, p.q_len - 1 - t.m0)];
         k_scale = p.k_scale + t.key_row / 128;
         v_scale = p.v_scale + t.key_row / 128;
+#if MASK_BITS
+        // A warp's 8 rows of 4 words are as many words as it has threads. Behind the last query the last stripe does as well.
+        const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N, stripe = min(t.m0 / 64 + consumer, (p.q_len - 1) / 64);
+        mask_bits = p.mask_bits + t.b * p.bits_b + t.h * p.bits_h + (long long)stripe * blocks * BITS_WORDS
+                    + (thread >> 5) * 64 + lane;
+#endif
         load_block_scales(t.begin);
     };
     take_q();
@@ -772,17 +821,29 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     // The scores of block i that their query may not see become the least integer.
     auto hide = [&](int i) {
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
-        int first0 = 0, first1 = 0, last0 = p.kv_len, last1 = p.kv_len;
+        int keys = p.kv_len;
+#if BLOCK_LIST
+        if (t.begin == t.end) keys = 0;
+#endif
+        int first0 = 0, first1 = 0, last0 = keys, last1 = keys;
         if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
-        if (HAS_HIGH) { last0 = min(p.kv_len, row0 + p.high + 1); last1 = min(p.kv_len, row1 + p.high + 1); }
+        if (HAS_HIGH) { last0 = min(keys, row0 + p.high + 1); last1 = min(keys, row1 + p.high + 1); }
 #pragma unroll
         for (int j = 0; j < NS; j++) {
             const int column = i * BLOCK_N + (j >> 2) * 8 + 2 * quad + (j & 1);
             bool hidden = column < ((j & 2) ? first1 : first0) || column >= ((j & 2) ? last1 : last0);
-            if (KEY_MASK) hidden |= column >= p.kv_len || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
+            if (KEY_MASK) hidden |= column >= keys || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
             if (hidden) scores[j] = MASKED_SCORE;
         }
     };
+#if MASK_BITS
+    // The same of those that the mask does not leave.
+    auto hide_by_bits = [&]() {
+#pragma unroll
+        for (int j = 0; j < NS; j++)
+            if (!(((j & 2) ? bits1 : bits0) & (1u << (j / 4 * 2 + j % 2)))) scores[j] = MASKED_SCORE;
+    };
+#endif
     // Keeps ptxas from moving arithmetic on the output behind products that come after it.
     auto hold_output = [&]() {
 #pragma unroll
@@ -826,14 +887,20 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         __syncwarp();
     };
 #endif
-    // From the scores of block i to P; the product of the block before is complete afterwards. With SKIP, false where the block
-    // is left out: then nothing has been done, and that product goes on.
+    // From the scores of block i, or of the block of entry i, to P; the product of the block before is complete afterwards. With
+    // SKIP, false where the block is left out: then nothing has been done, and that product goes on.
     auto attend = [&](int i, bool masked) {
+#if BLOCK_LIST
+        i = entry >> 1;
+#endif
         const float scale0 = rows.scale0 * k_next, scale1 = rows.scale1 * k_next, unit = v_next;
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
         if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
+#if MASK_BITS
+        if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
+#endif
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
@@ -874,7 +941,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         }
-        weigh(x0, x1, scale0, scale1, unit, masked);
+#if MASK_BITS
+        // A masked score lies so far below the others that its weight is zero by itself, except where scales are tiny. That holds
+        // beside a score that is not masked; a thread that has none of a row gives it a maximum of its own.
+        if (masked && !__any_sync(~0u, !(scale0 > LEAST_SCALE) || !(scale1 > LEAST_SCALE)))
+            weigh(x0, x1, scale0, scale1, unit, false, x0 == MASKED_SCORE, x1 == MASKED_SCORE);
+        else
+#endif
+        weigh(x0, x1, scale0, scale1, unit, masked, false, false);
         if (IN_TURN) {
             take_weights();
             return true;
@@ -984,10 +1058,19 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #else
         auto step = [&](bool masked) { attend(i, masked); go_on(); };
 #endif
+#if BLOCK_LIST
+        for (; i + 1 < t.end; i++) {
+            const int block = entry >> 1;
+            const bool special = block < t.full_begin || block >= t.full_end || (MASK_BITS && (entry & 1));
+            if (!__any_sync(~0u, special)) step(false);  // the same in all, which the compiler then knows
+            else step(true);
+        }
+#else
         if (HAS_LOW || KEY_MASK)
             for (; i < t.full_begin && i + 1 < t.end; i++) step(true);
         for (; i < t.full_end && i + 1 < t.end; i++) step(false);
         for (; i + 1 < t.end; i++) step(true);
+#endif
         const bool last_counts = attend(i, true);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
 
@@ -1021,6 +1104,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
+        if (BLOCK_LIST) prefetch((const float*)(next.entries + next.begin));
         prefetch(p.k_scale + next.key_row / 128 + next.begin);
         prefetch(p.v_scale + next.key_row / 128 + next.begin);
         wgmma_wait<0>();

@@ -46,6 +46,8 @@ class HopperVariant:
     pieces: int = 1
     out_passes: int = 1
     skip: bool = False
+    block_list: bool = False
+    mask_bits: bool = False
 
     @cached_property
     def span_bytes(self) -> int:
@@ -118,11 +120,14 @@ def choose_variant(
     skip: bool = False,
     *,
     q_len: int,
+    block_list: bool = False,
+    mask_bits: bool = False,
 ) -> HopperVariant:
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
     Registers and shared memory limit the numbers of warpgroups, tiles in flight and channels. The choices up to head_dim 128
-    were measured (benchmarks/notes.md); with `skip` (for a skip_threshold) there are always two.
+    were measured (benchmarks/notes.md); with `skip` (for a skip_threshold) there are always two warpgroups, and so there are with
+    `mask_bits` where scores and product of three share registers: ptxas spills in the loop.
     """
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
     # So many channels fit the registers: FP8 and INT8 products have sums of their own beside the output's.
@@ -141,7 +146,7 @@ def choose_variant(
             pv,
             out,
             stages,
-            2 if skip else _consumers(pv, d, dv // pieces, q_len),  # with three ptxas spills in the loop
+            2 if skip or (mask_bits and dv // pieces > 64) else _consumers(pv, d, dv // pieces, q_len),
             has_low,
             has_high,
             key_mask,
@@ -150,6 +155,8 @@ def choose_variant(
             pieces,
             passes,
             skip,
+            block_list,
+            mask_bits,
         )
         for pieces in (1, 2)
         if dv // pieces <= channels

@@ -11,16 +11,26 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import AttentionParams
+from ..base import AttentionParams, Segments
 from ..cache_folder import default_folder
 from ..device import multiprocessors
 from ..skipping import SkipTile, log2_threshold
-from ..triton.launch import TritonAttention
+from ..triton.block_list import block_list_kernel
+from ..triton.configs import LaunchConfig
+from ..triton.launch import MaskOperand, Sizes, TritonAttention
+from ..triton.launcher import Launch, Part
 from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 from ..triton.workspace import KEY_BLOCK, USED_KEYS
 from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import part_starts, share
+
+# Constants of the kernel that makes lists, for tiles of two and of three warpgroups. Launches know them by identity.
+_LISTING = {
+    consumers: {"STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "num_warps": 1}
+    for consumers in (2, 3)
+}
+_BITS_WORDS = TILE * KEY_BLOCK // 32  # of the bits of a warpgroup's queries and a block
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -48,6 +58,8 @@ class _Params(ctypes.Structure):
             )
         ]
         + [("skip_bound", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("block_list", "mask_bits")]
+        + [(name, ctypes.c_longlong) for name in ("list_b", "list_h", "bits_b", "bits_h")]
     )  # fmt: skip
 
 
@@ -78,6 +90,13 @@ class HopperAttention(TritonAttention):
     """Dense attention calls of one kind: `quantize` is that of the Triton kernels, `attend` launches attention.cu."""
 
     V_TRANSPOSED: ClassVar[bool] = True
+    CONFIG: ClassVar[LaunchConfig | None] = LaunchConfig(block_m=TILE, block_n=KEY_BLOCK)
+
+    def _mask_operand(self, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None) -> MaskOperand:
+        """A mask that differs between queries, or heads, comes in bits however few keys there are."""
+        mask = super()._mask_operand(attn_mask, sizes, segments)
+        by_bits = mask.kind == 1 and not mask.skip_blocks
+        return mask._replace(by_blocks=by_bits, packed=by_bits)
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, sizes, mask = self.plan, self.sizes, self.mask
@@ -93,6 +112,8 @@ class HopperAttention(TritonAttention):
             lse is not None,
             params.skip_threshold > 0,
             q_len=sizes.q_len,
+            block_list=mask.by_blocks,
+            mask_bits=mask.packed,
         )
         tiles_per_head = -(-sizes.q_len // variant.block_m)
         tiles = tiles_per_head * sizes.batch * sizes.heads * variant.pieces
@@ -101,8 +122,13 @@ class HopperAttention(TritonAttention):
         one_length = low is None and high is None and not mask.skip_blocks
         # Pieces of a tile that were split in different places would leave out other blocks.
         one_length = one_length and not (variant.skip and variant.pieces > 1)
-        blocks = -(-sizes.kv_len // KEY_BLOCK) if one_length else 0
-        self.work = work = share(tiles, blocks, multiprocessors(self.index))
+        processors = multiprocessors(self.index)
+        if variant.block_list:
+            # How long lists are is not known here. They are split, into equal parts of a list, where multiprocessors would idle;
+            # but with a threshold it would depend on the lengths which keys a part begins with, which it keeps.
+            one_length = one_length and tiles < processors and not variant.skip
+        blocks = -(-sizes.kv_len // KEY_BLOCK)
+        self.work = work = share(tiles, blocks if one_length else 0, processors)
         self.grid = work.grid
         self.split_tiles = tiles - work.whole if work.units else 0
         self.variant = dataclasses.replace(variant, split=work.units > 0)
@@ -113,6 +139,24 @@ class HopperAttention(TritonAttention):
         part_rows = 2 * work.grid * variant.block_m if work.units else 0
         self.parts = self._part(part_rows * variant.v_head_dim, torch.float32)
         self.part_lse = self._part(part_rows, torch.float32)
+        # Of each head: elements of the list, and words of bits.
+        listed, words = tiles_per_head * (1 + blocks), -(-sizes.q_len // TILE) * blocks * _BITS_WORDS
+        by_batch, by_head = mask.heads if mask.batch > 1 else 0, int(mask.heads > 1)
+        self.block_list: Part | None = None
+        if variant.block_list:
+            self.block_list = self._part(mask.batch * mask.heads * listed, torch.int32)
+            self.listing = Launch(
+                block_list_kernel,
+                mask.batch * mask.heads * tiles_per_head,
+                dtypes=(),
+                own=(self.mask_states, self.block_list),
+                numbers=(sizes.q_len, sizes.kv_len, low or 0, high or 0),
+                specialized=(),
+                variant=(low is not None, high is not None),
+                constants=_LISTING[variant.consumers],
+                index=self.index,
+                direct=self.direct,
+            )
         self.numbers = _Params(
             lse_b=0 if lse is None else lse.stride(0),
             lse_h=0 if lse is None else lse.stride(1),
@@ -135,7 +179,15 @@ class HopperAttention(TritonAttention):
             units=work.units,
             kv_pitch=sizes.kv_blocks // sizes.batch,
             skip_bound=log2_threshold(params.skip_threshold),
+            list_b=listed * by_batch,
+            list_h=listed * by_head,
+            bits_b=words * by_batch,
+            bits_h=words * by_head,
         )
+
+    def _look_at_mask(self, stream: int, attn_mask: Tensor | None, workspace: Tensor) -> None:
+        super()._look_at_mask(stream, attn_mask, workspace)
+        self.listing(stream, (), workspace)
 
     @property
     def skip_tile(self) -> SkipTile:
@@ -178,7 +230,7 @@ class HopperAttention(TritonAttention):
         numbers.out = address = out.data_ptr()
         numbers.out_b, numbers.out_h, numbers.out_m = rows.strides
         numbers.wide = rows.in_pieces and address % 16 == 0
-        if attn_mask is not None:
+        if self.mask.skip_blocks and attn_mask is not None:
             numbers.key_mask = attn_mask.data_ptr()
         if lse is not None:
             numbers.lse = lse.data_ptr()
@@ -255,6 +307,10 @@ def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
     numbers.ticket = used_keys + 4 * USED_KEYS * sizes.batch
     numbers.parts = address + call.parts.offset
     numbers.part_lse = address + call.part_lse.offset
+    if call.block_list is not None:
+        numbers.block_list = address + call.block_list.offset
+    if call.mask_bits is not None:
+        numbers.mask_bits = address + call.mask_bits.offset
     return _Placed(numbers, [each.getPtr() for each in maps], maps)
 
 

@@ -136,6 +136,9 @@ class TritonAttention:
     """
 
     V_TRANSPOSED: ClassVar[bool] = False  # whether 16-bit V is too
+    CONFIG: ClassVar[LaunchConfig | None] = (
+        None  # of a family with an attention kernel of its own: how that takes masks
+    )
     # What `quantize` rounds: both, but in prequantized.py.
     QUANTIZES_QUERY: ClassVar[bool] = True
     QUANTIZES_KEYS: ClassVar[bool] = True
@@ -157,7 +160,7 @@ class TritonAttention:
         self.device, self.index = query.device, query.device.index
         self.is_varlen = varlen is not None
         self.sizes = sizes = self._sizes(query, key, lse is not None, varlen)
-        self.mask = mask = MaskOperand.of(attn_mask, sizes, segments)
+        self.mask = mask = self._mask_operand(attn_mask, sizes, segments)
         self.has_segments = segments is not None
         arch = INTERPRETED_ARCH if INTERPRETED else capability(self.index)
         dims = query.shape[-1], value.shape[-1]
@@ -170,7 +173,7 @@ class TritonAttention:
             mask.kind != 0 and not mask.over_keys,
             mask.read_at_once,
             self.V_TRANSPOSED,
-            config,
+            config or self.CONFIG,
             self.has_segments,
             params.smoothing,
         )
@@ -187,6 +190,9 @@ class TritonAttention:
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
     ) -> Sizes:
         return Sizes.of(query, key, return_lse, varlen)
+
+    def _mask_operand(self, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None) -> MaskOperand:
+        return MaskOperand.of(attn_mask, sizes, segments)
 
     def together(self, params: AttentionParams) -> int:
         """How many heads have their tiles dealt out together, the longest first. It is 1 where all tiles are of one length.
@@ -415,7 +421,7 @@ class TritonAttention:
         stream = self.stream()
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
         if self.mask_blocks is not None:
-            self.mask_blocks(stream, (attn_mask,), workspace)
+            self._look_at_mask(stream, attn_mask, workspace)
         if self.segment_ranges is not None and segments is not None:
             self.segment_ranges(stream, segments, workspace)
         key_mask = attn_mask if self.mask.skip_blocks else None
@@ -426,6 +432,11 @@ class TritonAttention:
         if self.quantization is not None:
             self.quantization(stream, inputs, workspace)
         return workspace
+
+    def _look_at_mask(self, stream: int, attn_mask: Tensor | None, workspace: Tensor) -> None:
+        """What the attention kernel reads of a mask that is taken by blocks."""
+        assert self.mask_blocks is not None
+        self.mask_blocks(stream, (attn_mask,), workspace)
 
     def attend(
         self,

@@ -1,6 +1,7 @@
 """Device code: the state of each block of a mask that differs from query to query, found by reading the mask once.
 
-The attention kernel then skips blocks that the mask rules out, and does not read the mask for blocks that it leaves whole. A
+The attention kernel then skips blocks that the mask rules out, and does not read the mask for blocks that it leaves whole; that of
+hopper/ reads the blocks of a list that is made of the states (block_list.py). A
 causal mask that comes as a tensor, with padding or without, thus costs little more than `is_causal`.
 
 For all other blocks a bool mask is written again with one bit per score. The bits are in the order in which the tensor cores

@@ -15,6 +15,7 @@ from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
 
+import flash_operators  # noqa: E402
 import pipelines  # noqa: E402
 
 from sage_inductor import Config, Plan, SteppedModel, backend  # noqa: E402
@@ -105,6 +106,29 @@ def test_a_pipeline_whose_model_was_compiled(graphs: list[torch.fx.GraphModule])
     sage.compile(pipeline, kernel="reference")
     assert pipeline.transformer is model
     assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02 and len(precisions(graphs)) == 2
+
+
+def test_a_pipeline_with_flash_attention_3(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' backend "_flash_3" holds an operator of its own where SDPA would stand."""
+    from diffusers.models import attention_dispatch
+
+    flash_operators.give_diffusers_a_kernel()
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", True)
+    pipeline, arguments = pipelines.flux()
+    exact = run(pipeline, arguments, steps=2)
+    pipeline.transformer.set_attention_backend("_flash_3")
+    try:
+        assert relative_l2(run(pipeline, arguments, steps=2), exact) < 1e-5
+        sage.compile(pipeline, kernel="reference", fullgraph=True)
+        assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02
+    finally:
+        pipeline.transformer.reset_attention_backend()
+        native = attention_dispatch.AttentionBackendName.NATIVE
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(native)
+    assert len(graphs) == len(precisions(graphs)) == 2
+    assert not any("flash" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 Found = tuple[Any, dict[str, Any], torch.Tensor, sage.PipelineCalibration]

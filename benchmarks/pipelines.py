@@ -506,7 +506,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     facts = {**machine(), "diffusers": of_diffusers, "steps": options.steps}
     written: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    # Compilers of processes that were killed may still write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         on = Machine(options.device, options.tiny, options.steps, folder)
         for part in options.parts:
             if part == "calibrate":

@@ -204,7 +204,7 @@ def pipelines(load: Any) -> Iterator[Any]:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_contenders_of_a_pipeline(pipelines: Any, tmp_path: Path) -> None:
+def test_contenders_of_a_pipeline(pipelines: Any, load: Any, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     on = pipelines.Machine("cpu", True, 2, str(tmp_path))
     workers = []
@@ -227,6 +227,28 @@ def test_contenders_of_a_pipeline(pipelines: Any, tmp_path: Path) -> None:
     assert not any(map(pipelines.failed, (eager, plain, ours)))
     assert pipelines.failed(ours | {"relative_l2": 1.0}) and pipelines.failed(ours | {"finite": False})
     assert "2 of 2 rewritten (reference 2)" in pipelines.report([ours])
+    of_gpu = {
+        "gpu": "H",
+        "torch": "2",
+        "diffusers": "0",
+        "steps": 2,
+        "weights_mib": 100.0,
+        "peak_denoising_mib": 1350.0,
+    }
+    failed = {"pipeline": "flux", "contender": "eager", "error": "no memory"}
+    found = {
+        "pipeline": "flux",
+        "contender": "calibrate_pipeline",
+        "calibrate_s": 99.6,
+        "decisions": {"fast": 8, "sdpa": 1},
+    }
+    text = load("readme").pipelines_section([of_gpu | plain, of_gpu | ours, failed, found])
+    assert (
+        text.count("| Wan 2.1 1.3B, 832 x 480, 81 frames | `") == 2
+        and "| 1,250 |" in text
+        and "no memory" not in text
+    )
+    assert "`calibrate_pipeline` of the same Flux takes 100 s: fast 8, sdpa 1" in text
 
 
 def test_models_of_pipelines_keep_what_weights_would(pipelines: Any) -> None:

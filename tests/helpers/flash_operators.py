@@ -136,6 +136,20 @@ def register() -> None:
             torch.library.register_fake(f"{namespace}::{name}", _fake(operator), lib=library)
 
 
+@cache
+def give_diffusers_a_kernel() -> None:
+    """Exact attention on a CPU for diffusers' own operator around flash-attn 3. Once for a process."""
+    from diffusers.models import attention_dispatch
+
+    def on_cpu(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, *rest: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = exact(q, k, v, causal, -1, -1, softmax_scale)
+        return out, lse.transpose(1, 2).to(q.dtype)
+
+    attention_dispatch._wrapped_flash_attn_3.register_kernel("cpu")(on_cpu)
+
+
 def _cutlass(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ends: Tensor | None, key_ends: Tensor | None, longest: Any,
     longest_key: Any, dropout_p: float, kind: int, lse: bool = False, *, scale: Any = None, seqlen_k: Any = None,

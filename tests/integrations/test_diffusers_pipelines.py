@@ -15,6 +15,7 @@ from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
 
+import flash_operators  # noqa: E402
 import pipelines  # noqa: E402
 
 from sage_inductor import Config, Plan, SteppedModel, backend  # noqa: E402
@@ -93,6 +94,43 @@ def test_compile(
     assert set(precisions(graphs)) == {"fast"}
 
 
+def test_a_pipeline_whose_model_was_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+    """`pipeline.transformer = torch.compile(pipeline.transformer)`, as diffusers' docs have it, and blocks compiled before."""
+    pipeline, arguments = pipelines.flux()
+    exact, model = run(pipeline, arguments, steps=2), pipeline.transformer
+    model.compile_repeated_blocks(backend="eager")
+    pipeline.transformer = compiled = torch.compile(model, backend="eager")
+    assert relative_l2(run(pipeline, arguments, steps=2), exact) < 1e-5
+    found = sage.calibrate_pipeline(pipeline, ranges=1, num_inference_steps=2, **arguments)
+    assert pipeline.transformer is compiled and found.steps == {"transformer": 2}
+    sage.compile(pipeline, kernel="reference")
+    assert pipeline.transformer is model
+    assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02 and len(precisions(graphs)) == 2
+
+
+def test_a_pipeline_with_flash_attention_3(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' backend "_flash_3" holds an operator of its own where SDPA would stand."""
+    from diffusers.models import attention_dispatch
+
+    flash_operators.give_diffusers_a_kernel()
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", True)
+    pipeline, arguments = pipelines.flux()
+    exact = run(pipeline, arguments, steps=2)
+    pipeline.transformer.set_attention_backend("_flash_3")
+    try:
+        assert relative_l2(run(pipeline, arguments, steps=2), exact) < 1e-5
+        sage.compile(pipeline, kernel="reference", fullgraph=True)
+        assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02
+    finally:
+        pipeline.transformer.reset_attention_backend()
+        native = attention_dispatch.AttentionBackendName.NATIVE
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(native)
+    assert len(graphs) == len(precisions(graphs)) == 2
+    assert not any("flash" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
 Found = tuple[Any, dict[str, Any], torch.Tensor, sage.PipelineCalibration]
 
 
@@ -161,6 +199,8 @@ def test_a_calibrated_pipeline_follows_its_steps(
     stepped.save_pretrained(tmp_path / "model")
     loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "model")
     assert loaded.config.joint_attention_dim == 32 and loaded.state_dict().keys() == model.state_dict().keys()
+    other = diffusers.FluxPipeline.from_pipe(pipeline, transformer=stepped)
+    assert other.transformer is stepped
     sage.compile(pipeline, kernel="reference")  # anew, without a plan: from the model itself
     assert pipeline.transformer is model
 
@@ -203,6 +243,12 @@ def test_what_is_not_valid() -> None:
         sage.compile(type("Vae", (), {"components": {"vae": pipeline.vae}})())
     with pytest.raises(ValueError, match=r"ranges=0 \(valid: an int from 1\)"):
         sage.calibrate_pipeline(pipeline, ranges=0, **arguments)
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(
+        ValueError, match=r"transformer has a cache of blocks enabled .*transformer.disable_cache"
+    ):
+        sage.calibrate_pipeline(pipeline, **arguments)
+    pipeline.transformer.disable_cache()
     sage.register(Config(kernel="reference"))
     try:
         pipeline.transformer.set_attention_backend("sage_inductor")

@@ -161,11 +161,7 @@ def test_the_operator_of_diffusers() -> None:
     """diffusers' backend "_flash_3", whose own operator calls flash-attn 3 and says less of its LSE than it gives."""
     dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 
-    def on_cpu(q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any = None, causal: bool = False, *rest: Any, **more: Any) -> Any:  # fmt: skip
-        out, lse = exact(q, k, v, causal, -1, -1, softmax_scale)
-        return out, lse.transpose(1, 2).to(q.dtype)
-
-    dispatch._wrapped_flash_attn_3.register_kernel("cpu")(on_cpu)
+    flash_operators.give_diffusers_a_kernel()
     for causal, scale in ((True, None), (False, 0.2)):
         attend = partial(dispatch._flash_attention_3, is_causal=causal, scale=scale)
         args = inputs(kv_heads=4)

@@ -81,6 +81,7 @@ for call in (ring, exchange):
     graph.replay()
     torch.cuda.synchronize()
     assert relative_l2(captured[0], expected[0]) < 2e-3, call.__name__
+    graph.reset()  # the LSE of Ulysses goes by NCCL, which waits for graphs that have its kernels before it ends
 dist.barrier()
 torch.cuda.synchronize()
 dist.destroy_process_group()
@@ -101,7 +102,7 @@ def test_what_ranks_write_is_what_collectives_send() -> None:
             )
         )  # fmt: skip
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

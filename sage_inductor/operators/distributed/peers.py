@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import ref
 
@@ -135,7 +136,9 @@ def _place(group: Any, device: torch.device) -> tuple[str, str] | None:
     """(host, GPU) of this rank; None where it has no way to write into the memory of others."""
     if "nccl" not in torch.distributed.get_backend(group) or find_spec("cuda.bindings") is None:
         return None
-    return platform.node(), str(torch.cuda.get_device_properties(device).uuid)
+    boot = Path("/proc/sys/kernel/random/boot_id")  # hosts may have one name
+    host = f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
+    return host, str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _said(group: Any, word: Any) -> list[Any]:

@@ -440,7 +440,7 @@ def test_the_real_wheel(causal: bool, lengths: tuple[int, int], kv_heads: int, r
     expected = exact(*(tensor.cpu() for tensor in model.inputs(*args)), causal, -1, -1, None)
     if not reads_lse:
         result, theirs = (result,), (theirs,)
-    assert result[0].dtype == torch.bfloat16 and relative_l2(theirs[0].cpu(), expected[0]) < 0.005
+    assert result[0].dtype == torch.bfloat16 and relative_l2(theirs[0].cpu(), expected[0]) < 0.008
     assert relative_l2(result[0].cpu(), expected[0]) < BOUND
     for one, of in zip(result, theirs, strict=False):
         assert one.stride() == of.stride() and one.shape == of.shape and one.dtype == of.dtype

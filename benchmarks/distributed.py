@@ -25,6 +25,7 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -284,7 +285,7 @@ def measure(
             row[side]["milliseconds"] = statistics.median(of_one)
         if spread != Spread():
             for side, call in calls.items():
-                about = f"{workload.model}, {spread}, {side}, rank {ranks.rank}".replace(" ", "_")
+                about = re.sub(r"\W+", "_", f"{workload.model} {spread} {side} rank {ranks.rank}")
                 row[side].update(profiled(call, ranks, traces and traces / f"{about}.json.gz"))
     return row
 

@@ -42,6 +42,14 @@ class Code:
         exponentials = {i for i, line in enumerate(self.lines) if "MUFU.EX2" in line}
         return min(filter(None, (self._shortest_cycle(end, past=exponentials) for end in ends)), key=len)
 
+    def loop_past(self, instruction: str) -> list[str]:
+        """The shortest way from the end of a PV product back to itself past `instruction`; [] where there is none."""
+        ends = [i for i, line in enumerate(self.lines) if _PRODUCT.search(line) and "gsb0" in line]
+        wanted = {i for i, line in enumerate(self.lines) if re.search(rf"\b{instruction}\b", line)}
+        return min(
+            filter(None, (self._shortest_cycle(end, past=wanted) for end in ends)), key=len, default=[]
+        )
+
     def loop_without_product(self) -> list[str]:
         """The shortest way from the end of the scores' product back to itself without a PV product: the iteration in which a
         block is left out."""

@@ -67,13 +67,37 @@ SKIPPING = [
         ("accurate", 256, False),
     )
 ]
-VARIANTS += SKIPPING
+# Those that read lists of blocks, alone and with bits, at each number of warpgroups and of pieces of V.
+LISTED = [
+    dataclasses.replace(
+        choose_variant(
+            precision, "bf16", dim, dim, has_high=causal, return_lse=causal, skip=skip, q_len=8192,
+            block_list=True, mask_bits=bits,
+        ),
+        split=not causal and not skip,
+    )
+    for precision, dim, causal, bits, skip in (
+        ("fast", 128, False, True, False),
+        ("balanced", 64, False, True, False),
+        ("accurate", 64, True, True, False),
+        ("balanced", 128, True, False, False),
+        ("balanced", 128, False, True, False),
+        ("fast", 64, True, True, False),
+        ("fast", 64, False, False, False),
+        ("accurate", 128, False, True, False),
+        ("fast", 128, False, True, True),
+        ("balanced", 64, False, True, True),
+        ("fast", 256, True, True, False),
+        ("accurate", 192, False, True, False),
+    )
+]  # fmt: skip
+VARIANTS += SKIPPING + LISTED
 
 
 def sampled(variant: HopperVariant) -> bool:
     """Half of them: each precision and number of warpgroups at each head dim, plain or causal in turns."""
-    if variant.skip:
-        return variant in SKIPPING[:3]
+    if variant.skip or variant.block_list:
+        return variant in SKIPPING[:3] + LISTED[:3]
     dims = PADDED.index(variant.head_dim) + PADDED.index(variant.v_head_dim * variant.pieces)
     precision = ("fp8", "int8", "fp16", "bf16").index(variant.pv)
     return variant.split == ((dims // 2 + precision) % 2 == 0) or dims % 2 == 1
@@ -118,6 +142,11 @@ def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> N
         loads = [line for line in loop if re.search(r"\bLDL\b", line)]
         assert len(loads) <= (2 if variant.consumers == 3 and variant.v_head_dim == 128 else 0), variant
         assert code.early_writes() == set(), variant
+        if variant.mask_bits and not variant.skip:
+            # A block with bits: seven of them become predicates at once, each score is asked for once, no weight is.
+            by_bits = code.loop_past("R2P")
+            assert len(by_bits) < len(loop) + 64 + 100, variant
+            assert [line for line in by_bits if re.search(r"\b(STL|LDL)\b", line)] == [], variant
         if variant.skip:
             left_out = code.loop_without_product()
             # It ends where the scores of the next block are complete, and takes no exponential.
@@ -161,6 +190,11 @@ def test_number_of_warpgroups() -> None:
     tile = choose_variant("balanced", "bf16", 64, 64, q_len=192)
     assert tile.block_m == 192 and tile.fits
     assert {variant.consumers for variant in SKIPPING} == {2}
+    with_bits = [
+        choose_variant("balanced", "bf16", dim, dim, q_len=8192, block_list=True, mask_bits=True).consumers
+        for dim in PADDED
+    ]
+    assert with_bits == [3, 3, 2, 2, 2, 2, 2]
 
 
 def test_early_writes_are_seen() -> None:

@@ -327,8 +327,8 @@ struct Tile {
         entries = p.block_list + b * p.list_b + h * p.list_h + (long long)(m0 / BLOCK_M) * (1 + blocks);
         const int listed = *entries++;
         const bool all = !SPLIT || item.count == 0;
-        begin = all ? 0 : item.first * listed / blocks;
-        end = all ? listed : (item.first + item.count) * listed / blocks;
+        begin = all ? 0 : (int)((long long)item.first * listed / blocks);
+        end = all ? listed : (int)((long long)(item.first + item.count) * listed / blocks);
         if (begin == end) full_begin = full_end = whole_begin = whole_end = 0;
 #else
         entries = nullptr;

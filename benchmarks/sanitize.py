@@ -31,6 +31,7 @@ KERNELS = (
     "mask_blocks",
     "block_list",
     "segments",
+    "sampled_list",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does
 

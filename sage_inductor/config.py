@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
-from sage_inductor.kernels.skipping import threshold_problem
+from sage_inductor.kernels.skipping import Decider, threshold_problem
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.plan.plan import Plan
 
@@ -58,7 +58,14 @@ class Config:
     skip_threshold: float = 0.0
     """From 0 to below 1. A kernel leaves out a tile (64 queries, 128 keys) where no weight of any of its rows reaches this part of the
     largest weight that the row has met so far: no exponential, no product with V. That costs accuracy, which
-    `calibrate(skip=True)` measures; 0 leaves nothing out. The kernels "triton" and "reference" can; gradients are not for it."""
+    `calibrate(skip=True)` measures; 0 leaves nothing out. The kernels "hopper", "triton" and "reference" can; gradients are not for
+    it."""
+
+    skip_by: Decider = "scores"
+    """What decides which tiles skip_threshold leaves out. "scores": every score, so that no weight above the threshold is lost; all
+    scores are computed. "sample": one query in 16, before anything else is computed, for tiles of 128 queries: what is left out costs
+    nothing then, but a query between two of the sample may lose a weight above the threshold. It adds two to three times the error at
+    the same threshold; `calibrate(skip=True)` tries both. It takes no mask but one over keys, and no segments."""
 
     fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,
@@ -89,8 +96,8 @@ class Config:
     exact gradient of unquantised attention at the same inputs (a straight-through estimate)."""
 
     plan: str | PathLike[str] | Plan | None = None
-    """Precision, smoothing and skip_threshold site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
-    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules those three."""
+    """Precision, smoothing, skip_threshold and skip_by site by site: a Plan, or the path of one that was saved, which is read here. A site whose decision is
+    "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules those four."""
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, get_args(KernelName))
@@ -100,6 +107,7 @@ class Config:
         if problem := threshold_problem(self.skip_threshold):
             raise (ValueError if isinstance(self.skip_threshold, (int, float)) else TypeError)(problem)
         object.__setattr__(self, "skip_threshold", float(self.skip_threshold))
+        _one_of("skip_by", self.skip_by, get_args(Decider))
         _one_of("fallback", self.fallback, get_args(Fallback))
         _one_of("tune", self.tune, get_args(Tune))
         for name in ("include", "exclude"):

@@ -13,7 +13,7 @@ from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, Att
 from sage_inductor.backends.sdpa import exact_attention, is_grouped
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
-from sage_inductor.kernels.skipping import threshold_problem
+from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
 
@@ -49,6 +49,7 @@ class SageAttentionImpl(AttentionImpl):
     precision: "fast", "balanced" or "accurate". "auto", the default, is the fastest of them that the GPU has.
     smoothing: "auto", the default, "mean", "equalise", "rotate" or "both", as `Config.smoothing`.
     skip_threshold: 0, the default, to below 1, as `Config.skip_threshold`.
+    skip_by: "scores", the default, or "sample", as `Config.skip_by`.
     dropout_p, dropout_rate: only 0 can be served.
     """
 
@@ -67,23 +68,24 @@ class SageAttentionImpl(AttentionImpl):
         Raises:
             NotEligibleError: dropout above 0, or a kernel asked for by name that lacks head_size, precision or smoothing,
                 or leaves out no tiles.
-            ValueError: an unknown kernel, precision or smoothing, a skip_threshold that is none, or as `AttentionImpl`.
+            ValueError: an unknown kernel, precision, smoothing or skip_by, a skip_threshold that is none, or as `AttentionImpl`.
         """
         super().__init__(num_heads, head_size, causal, softmax_scale, num_kv_heads, prefix)
         dropout_p = take_dropout(
-            extra_impl_args, valid=("kernel", "precision", "smoothing", "skip_threshold")
+            extra_impl_args, valid=("kernel", "precision", "smoothing", "skip_threshold", "skip_by")
         )
         self.kernel: str = extra_impl_args.get("kernel", "auto")
         self.precision: str = extra_impl_args.get("precision", "auto")
         self.smoothing: str = extra_impl_args.get("smoothing", "auto")
         self.skip_threshold: float = extra_impl_args.get("skip_threshold", 0.0)
+        self.skip_by: str = extra_impl_args.get("skip_by", "scores")
         if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
         if self.precision not in kernels.PRECISION_CHOICES:
             raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
         if self.smoothing not in kernels.SMOOTHINGS:
             raise ValueError(f"smoothing={self.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
-        if problem := threshold_problem(self.skip_threshold):
+        if problem := threshold_problem(self.skip_threshold) or decider_problem(self.skip_by):
             raise ValueError(problem)
         reasons = []
         if dropout_p > 0.0:
@@ -131,6 +133,7 @@ class SageAttentionImpl(AttentionImpl):
             "precision": self.precision,
             "smoothing": self.smoothing,
             "skip_threshold": self.skip_threshold,
+            "skip_by": self.skip_by,
         }
         if output is not None:
             inference.attention_out(*inputs, **options, output=output.transpose(1, 2))

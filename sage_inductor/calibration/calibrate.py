@@ -20,7 +20,7 @@ from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
 from sage_inductor.kernels import SMOOTHINGS
 from sage_inductor.kernels.forms import parts_of
-from sage_inductor.kernels.skipping import LADDER
+from sage_inductor.kernels.skipping import DECIDERS, LADDER, expected_time
 from sage_inductor.measurement.metrics import METRICS, compare
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.measurement.progress import Progress, ProgressCallback, shown
@@ -85,9 +85,10 @@ def calibrate(
             precision that holds, with the least of them that makes it hold; the plan names both, as in "fast+both". By default
             config's alone.
         skip: also find out what each site can leave out (`Config.skip_threshold`): every site that gets a precision is run once
-            more with thresholds from .0001 to .1, and gets the largest that holds the tolerance together with 8 bits, in case tiles
-            are left out by it. The plan names it, as in "fast+skip=0.01", with the share of tiles (on these samples, by the oracle)
-            and what leaving them out adds to the error.
+            more with thresholds from .0001 to .1, each by all scores and by a sample of the queries (`Config.skip_by`). Of those that
+            hold the tolerance together with 8 bits, and leave tiles out, it gets the one that is expected to be fastest. The plan
+            names it, as in "fast+skip=0.01" or "fast+skip=sample:0.001", with the share of tiles (on these samples, by the oracle) and
+            what leaving them out adds to the error.
         progress: called as (done, total, what) for each site measured; `total` grows while sites are found. By
             default a bar on a terminal (with `rich` installed), and the log at level INFO.
         keep: a file to which each measurement is written as soon as it is made. After an interruption the same call, with
@@ -119,7 +120,7 @@ def calibrate(
         effect,
         [phase.steps for phase in phases],
         *([wanted] if wanted != ("auto",) else []),
-        *([LADDER] if skip else []),
+        *([LADDER, DECIDERS] if skip else []),
         torch.__version__,
     )
     samples = ((sample.args, sample.kwargs) for phase in phases for sample in phase.samples)
@@ -239,7 +240,8 @@ class _Decisions:
         return outputs
 
     def _with_thresholds(self, sites: list[PlannedSite]) -> list[PlannedSite]:
-        """The same decisions, with the largest skip_threshold that holds the tolerance at each."""
+        """The same decisions, each with the skip_threshold, and what decides about it, that is expected to gain the most of those
+        that hold the tolerance."""
         decided = {(site.name, site.fingerprint): site.decision for site in sites if site.decision != SDPA}
         with self.prober.trying_thresholds(decided) as found:
             self._measure("thresholds, sample")
@@ -251,9 +253,11 @@ class _Decisions:
     def _with_threshold(self, site: PlannedSite, found: SkippingMeasurements) -> PlannedSite:
         goal, key = self.goal, (site.name, site.fingerprint)
         results = {error.precision: error for error in site.measured} | found.measured[key]
-        for form in sorted(found.measured[key], key=lambda form: -parts_of(form).skip_threshold):
+        for form in sorted(
+            found.measured[key], key=lambda form: _expected_time(form, found.share(key, form))
+        ):
             if not found.share(key, form):
-                break
+                continue
             if goal.metric == "output_rel_l2":
                 self._add_effect(key, form, results)
             if goal.holds(getattr(results[form], goal.metric)):
@@ -305,6 +309,13 @@ class _Decisions:
                 ]
             self.ledger.put(key, errors)
         return figure("output_rel_l2", errors)
+
+
+def _expected_time(form: str, share: float) -> tuple[float, float]:
+    """What forms that leave something out are tried by: the time that they are expected to take, then the threshold, the larger
+    first."""
+    parts = parts_of(form)
+    return expected_time(parts.skip_by, share), -parts.skip_threshold
 
 
 class _Runner:

@@ -22,7 +22,7 @@ from sage_inductor.kernels.forms import form_of, forms_of, parts_of
 from sage_inductor.kernels.installed import package_version
 from sage_inductor.kernels.reference.algorithm import tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import LADDER
+from sage_inductor.kernels.skipping import DECIDERS, LADDER
 from sage_inductor.measurement.metrics import METRICS, Errors, compare, worst_of
 from sage_inductor.measurement.progress import Progress
 from sage_inductor.operators import inference
@@ -139,7 +139,7 @@ class Prober:
 
     @contextmanager
     def trying_thresholds(self, decisions: Mapping[Key, str]) -> Iterator[SkippingMeasurements]:
-        """Inside the context, the probes run these sites in the form that was decided with every threshold of LADDER. After it,
+        """Inside the context, the probes run these sites in the form that was decided with every threshold of LADDER and every decider. After it,
         `measured` of what is given has the errors."""
         self._errors = {}
         self.leaving_out = found = SkippingMeasurements(decisions)
@@ -304,14 +304,21 @@ class _Probe(nn.Module):
     def _try_thresholds(
         self, found: SkippingMeasurements, args: tuple[Any, ...], kwargs: dict[str, Any], exact: Any
     ) -> None:
-        """Measure this call with every threshold, from the least on."""
+        """Measure this call with every threshold, from the least on, and everything that can decide about it."""
         decided = found.decisions.get(self.key)
         if decided is None:
             self.prober.progress.tick(self.key[0])
             return
         problem = _problem(args, kwargs, _output(exact))
-        forms = [form_of(*parts_of(decided)[:2], threshold) for threshold in reversed(LADDER)]
-        margins = _margins(args, kwargs, problem, parts_of(decided).smoothing)
+        margins: dict[str, Tensor] = {}  # by what decides about them
+        forms = []
+        for skip_by in DECIDERS:
+            asked = replace(problem.params, skip_threshold=LADDER[0], skip_by=skip_by)
+            if not kernels.get("reference").skip_reasons(replace(problem, params=asked)):
+                margins[skip_by] = _margins(args, kwargs, problem, parts_of(decided).smoothing, skip_by)
+                forms += [
+                    form_of(*parts_of(decided)[:2], threshold, skip_by) for threshold in reversed(LADDER)
+                ]
         whole: dict[str, Tensor] = {}  # the output of each kernel with nothing left out
         for form, names in self.prober.kernels_for(self.key, problem, forms).items():
             errors = self.prober.replayed(self.key, form, names)
@@ -327,7 +334,7 @@ class _Probe(nn.Module):
             self.prober.note(self.key, f"{form}, alone", alone)
             found.add(
                 (self.key, form),
-                skipped_share(margins, parts_of(form).skip_threshold),
+                skipped_share(margins[parts_of(form).skip_by], parts_of(form).skip_threshold),
                 METRICS["rel_l2"].worst([error.rel_l2 for error in alone.values()]),
             )
         self.prober.progress.tick(self.key[0])
@@ -348,7 +355,7 @@ def _by_size(error: float) -> float:
 
 
 def _margins(
-    args: tuple[Any, ...], kwargs: dict[str, Any], problem: AttentionProblem, smoothing: str
+    args: tuple[Any, ...], kwargs: dict[str, Any], problem: AttentionProblem, smoothing: str, skip_by: str
 ) -> Tensor:
     """The oracle's `tile_margins` for the operator's arguments."""
     query, key, _, *mask = args
@@ -361,6 +368,7 @@ def _margins(
         scale=problem.params.scale,
         smoothing=smoothing,
         segments=as_segments(kwargs.get("query_segments"), kwargs.get("key_segments")),
+        skip_by=skip_by,
     )
 
 

@@ -22,7 +22,7 @@ from sage_inductor.config import Config
 
 SUPPORTED = "0.2"
 SELECTED = "SAGE_ATTN"
-USED = ("kernel", "precision", "smoothing", "skip_threshold")
+USED = ("kernel", "precision", "smoothing", "skip_threshold", "skip_by")
 
 _config = Config()
 _original: list[tuple[type, Callable[..., Any] | None]] = []  # the platform's class, and what stood in it
@@ -30,7 +30,7 @@ ABSENT = None  # what stood there: nothing, the function is inherited
 
 
 class Impl(SageAttentionImpl):
-    """`SageAttentionImpl` with the kernel, precision, smoothing and skip_threshold that `register` was given."""
+    """`SageAttentionImpl` with the kernel, precision, smoothing, skip_threshold and skip_by that `register` was given."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ def register(config: Config | None = None) -> None:
     level of the script, which they run as well.
 
     Args:
-        config: `kernel`, `precision`, `smoothing` and `skip_threshold` are used.
+        config: `kernel`, `precision`, `smoothing`, `skip_threshold` and `skip_by` are used.
 
     Raises:
         ImportError: FastVideo is not installed, or of another form; names the version that is supported.

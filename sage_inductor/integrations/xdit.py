@@ -22,7 +22,7 @@ from sage_inductor.torch_internals.distributed import waited_for
 
 SUPPORTED = "0.4.5"
 SELECTED = "SAGE"
-USED = ("kernel", "precision", "smoothing", "skip_threshold")
+USED = ("kernel", "precision", "smoothing", "skip_threshold", "skip_by")
 
 _replaced: list[Callable[..., Any] | None] = []  # what xDiT had there
 
@@ -34,7 +34,7 @@ def register(config: Config | None = None) -> None:
     xDiT passes those of a rank's own keys. Called again, it replaces the config.
 
     Args:
-        config: `kernel`, `precision`, `smoothing` and `skip_threshold` are used.
+        config: `kernel`, `precision`, `smoothing`, `skip_threshold` and `skip_by` are used.
 
     Raises:
         ImportError: xDiT is not installed, or of another form; names the version that is supported.

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sage_inductor.graph.sizes import size_hint
+from sage_inductor.graph.sizes import known, size_hint
 from sage_inductor.kernels.key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
 
 # What each precision means, the fastest first; errors are in README.md.
@@ -39,6 +39,7 @@ class AttentionParams:
     precision: str = "fast"
     smoothing: str = "auto"  # one of kernels.smoothing.SMOOTHINGS
     skip_threshold: float = 0.0  # kernels/skipping.py, from 0 (nothing is left out) to below 1
+    skip_by: str = "scores"  # what decides about it, one of skipping.DECIDERS
 
     def bounds(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(low, high): query i sees keys i + low .. i + high, None where there is no bound."""
@@ -178,8 +179,22 @@ class Kernel(ABC):
 
     def skip_reasons(self, problem: AttentionProblem) -> list[str]:
         """Why the kernel cannot serve the skip_threshold of `problem`; empty where it can, and where there is none."""
-        threshold = problem.params.skip_threshold
-        return [] if self.skips or not threshold else [reason("skip_threshold", threshold, 0)]
+        threshold, mask = problem.params.skip_threshold, problem.attn_mask
+        if not threshold:
+            return []
+        if not self.skips:
+            return [reason("skip_threshold", threshold, 0)]
+        reasons = []
+        # A query says little about its neighbours where those see other keys.
+        if problem.params.skip_by == "sample":
+            if mask is not None and differs_by_query_or_head(mask):
+                shape = tuple(mask.shape)
+                reasons.append(
+                    reason('attn_mask with skip_by="sample"', shape, "the same for all heads and queries")
+                )
+            if problem.query_segments is not None:
+                reasons.append('segments with skip_by="sample" (supported: none)')
+        return reasons
 
     def precisions_on(self, device: torch.device) -> Collection[str]:
         """Those of `precisions` that the hardware of `device` can run."""
@@ -368,6 +383,15 @@ def _text(value: object) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(_text(item) for item in value)
     return str(value)
+
+
+def differs_by_query_or_head(mask: TensorSpec) -> bool:
+    """Whether a mask with four dims may differ from query to query or from head to head, by its shape and strides. Sizes that are not
+    known count as more than one."""
+    return any(
+        known(size) != 1 and known(stride) != 0
+        for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
+    )
 
 
 def is_key_mask(attn_mask: Tensor) -> bool:

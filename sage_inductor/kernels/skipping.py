@@ -21,12 +21,30 @@ skip-softmax attention.
 
 What it costs in accuracy depends on how many tiles are left out, so on the length too: for the same share, published thresholds
 fall with the number of keys. `calibrate(skip=True)` measures it.
+
+All that is `skip_by="scores"`: every score decides, so that no weight above the threshold is lost, but every score has to be computed.
+With `skip_by="sample"` a sample of the queries decides before: one in SAMPLE_STEP is multiplied with all keys first, and a tile (of
+SAMPLED_TILE) is left out where
+
+    SAMPLE_LIFT * exp(largest here - largest of all keys) < skip_threshold        for every sampled row of the tile
+
+Attention then reads neither K nor V of it. Differences to the above:
+
+- It is an estimate. Other queries of the tile may have larger weights there; SAMPLE_LIFT is for what they mostly have, and where one has
+  more, it loses a weight above the threshold. How often, and what that costs, is measured (benchmarks/notes.md); calibration measures it
+  as it does the other form.
+- The maximum is that of all keys that the row sees, wherever they lie, so that keys in front of a local band are left out, too.
+- Kept always are the first block that a tile sees, and every block that some query of the tile sees in part: those that the edges
+  of a band cut, and the last one where it is not full.
+- It goes with masks over keys, but not with masks that differ from query to query nor with segments, where a query says little about
+  its neighbours.
+- A row whose scores in a block are NaN keeps that block.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -48,9 +66,28 @@ class SkipTile(NamedTuple):
 
 
 SKIP_TILE = SkipTile()
+SAMPLED_TILE = SkipTile(rows=128)
+"""What a sample decides about."""
+SAMPLE_STEP = 16  # queries of which one, the middle one, is in the sample
+SAMPLE_LIFT = 10.0
+"""How many times as large as in its sample a tile's largest weight is taken to be. Measured (benchmarks/notes.md): 4 to 6 times in the middle
+tile of trained layers and smooth data, 1.3 of normal inputs; with 10 a threshold adds two to three times the error that it adds by all scores."""
+DECIDERS = ("scores", "sample")
+Decider = Literal["scores", "sample"]
 
 LADDER = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """The thresholds that calibration tries, the largest first."""
+
+
+# The attention kernel's time with a threshold against that without, where nothing is left out, and how much of it a share of the
+# tiles takes away. By scores: measured (H200, 75,600 tokens, "fast"; benchmarks/notes.md). By a sample: predicted there.
+_TIMES = {"scores": (1.10, 0.59), "sample": (1.03, 0.98)}
+
+
+def expected_time(skip_by: str, share: float) -> float:
+    """The time of a long attention that leaves out `share` of its tiles against that of one that leaves out nothing."""
+    at_rest, gain = _TIMES[skip_by]
+    return at_rest - gain * share
 
 
 def threshold_problem(value: object) -> str | None:
@@ -61,6 +98,11 @@ def threshold_problem(value: object) -> str | None:
         if number
         else f"skip_threshold={value!r} (valid: a number from 0, which leaves nothing out, to below 1)"
     )
+
+
+def decider_problem(value: object) -> str | None:
+    """Why `value` is no skip_by; None where it is one."""
+    return None if value in DECIDERS else f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
 
 
 def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
@@ -74,3 +116,8 @@ def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
 def log2_threshold(skip_threshold: float) -> float:
     """The distance below the running maximum, in units of log2, from which on nothing counts; -inf where nothing is left out."""
     return math.log2(skip_threshold) if skip_threshold > 0 else -math.inf
+
+
+def log2_sample_threshold(skip_threshold: float) -> float:
+    """The same for the scores of a sample."""
+    return log2_threshold(skip_threshold) - math.log2(SAMPLE_LIFT)

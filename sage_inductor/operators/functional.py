@@ -11,7 +11,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
-from sage_inductor.kernels.skipping import threshold_problem
+from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.inputs import wanting_gradients
@@ -47,6 +47,7 @@ def sage_attention(
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
     skip_threshold: float = 0.0,
+    skip_by: str = "scores",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.
 
@@ -77,7 +78,8 @@ def sage_attention(
             kernels "triton" takes segments; "auto" computes exact attention, with a mask of q_len * kv_len bools.
         key_segments: int32 `[batch, kv_len]`, or `[kv_len]`.
         skip_threshold: from 0, which leaves nothing out, to below 1, as `Config.skip_threshold`: tiles in which no weight reaches
-            this part of the largest one so far are left out. "triton" and "reference" can.
+            this part of the largest one so far are left out. "hopper", "triton" and "reference" can.
+        skip_by: "scores" or "sample", as `Config.skip_by`: what decides which tiles these are.
 
     Returns:
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
@@ -88,7 +90,7 @@ def sage_attention(
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
         TypeError: an input is no tensor.
-        ValueError: an unknown kernel, precision, smoothing or wires, or a skip_threshold that is none.
+        ValueError: an unknown kernel, precision, smoothing, wires or skip_by, or a skip_threshold that is none.
     """
     required = {"query": query, "key": key, "value": value}
     optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
@@ -105,7 +107,7 @@ def sage_attention(
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
     if wires not in WIRES:
         raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
-    if problem := threshold_problem(skip_threshold):
+    if problem := threshold_problem(skip_threshold) or decider_problem(skip_by):
         raise ValueError(problem)
     if attn_mask is not None and is_causal:
         raise RuntimeError("sage_attention: attn_mask and is_causal=True exclude each other")
@@ -130,7 +132,7 @@ def sage_attention(
         return _around_ring(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             kernel=kernel, precision=precision, smoothing=smoothing, wires=wires, return_lse=return_lse, out=out,
-            skip_threshold=skip_threshold,
+            skip_threshold=skip_threshold, skip_by=skip_by,
         )  # fmt: skip
     bottom_right = False
     if type(attn_mask) is not Tensor and attn_mask is not None:
@@ -165,6 +167,7 @@ def sage_attention(
         "precision": precision,
         "smoothing": smoothing,
         "skip_threshold": skip_threshold,
+        "skip_by": skip_by,
     }
     if is_dtensor(query):
         options["wires"] = wires

@@ -30,7 +30,7 @@ from sage_inductor.kernels.base import (
     without_keys,
 )
 from sage_inductor.kernels.cache import Cache
-from sage_inductor.kernels.skipping import threshold_problem
+from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators.dispatch_rules import autocast_rule, autograd_rule
 from sage_inductor.operators.inputs import (
     as_4d,
@@ -136,6 +136,7 @@ def _run(
     key_segments: Tensor | None = None,
     left_is_bound: bool = False,
     skip_threshold: float = 0.0,
+    skip_by: str = "scores",
 ) -> tuple[Tensor, Tensor | None]:
     """(output, LSE). The LSE is None unless `return_lse` asks for it; the output is `out` where that is given. `wires` says
     something of DTensors only."""
@@ -163,7 +164,7 @@ def _run(
         *[None if ids is None else (ids.shape, ids.stride(), ids.dtype, ids.device) for ids in given_segments],
         None if memory_order is None else tuple(memory_order),
         return_lse, is_causal, scale, enable_gqa, bottom_right, window_left, window_right, kernel_name, precision,
-        min_q_len, min_kv_len, or_exact, smoothing, skip_threshold,
+        min_q_len, min_kv_len, or_exact, smoothing, skip_threshold, skip_by,
     )  # fmt: skip
     resolved = _resolved.get(kind)
     if resolved is None:
@@ -186,7 +187,15 @@ def _run(
     if resolved is None:
         precision = kernels.precision_on(query.device, precision, kernel_name)
         params = AttentionParams(
-            is_causal, bottom_right, window_left, window_right, scale, precision, smoothing, skip_threshold
+            is_causal,
+            bottom_right,
+            window_left,
+            window_right,
+            scale,
+            precision,
+            smoothing,
+            skip_threshold,
+            skip_by,
         )
         run = _resolve(
             query,
@@ -235,12 +244,12 @@ def _resolve(
 
     Attention is exact where `name` asks for it, where "auto" finds no kernel, where queries or keys are fewer than `least`, and,
     with `or_exact`, where the kernel does not take these sizes. Raises NotEligibleError where a kernel asked for by name cannot
-    run, ValueError for an unknown precision or smoothing, or a skip_threshold that is none."""
+    run, ValueError for an unknown precision, smoothing or skip_by, or a skip_threshold that is none."""
     if params.precision not in kernels.PRECISIONS:
         raise ValueError(f"precision={params.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
     if params.smoothing not in kernels.SMOOTHINGS:
         raise ValueError(f"smoothing={params.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
-    if problem_text := threshold_problem(params.skip_threshold):
+    if problem_text := threshold_problem(params.skip_threshold) or decider_problem(params.skip_by):
         raise ValueError(problem_text)
     chosen = None
     if name != EXACT:

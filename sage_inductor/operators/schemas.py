@@ -33,7 +33,7 @@ SEGMENTS = "Tensor? query_segments=None, Tensor? key_segments=None"
 # negative window_left says that queries see no key.
 BOUND = "bool left_is_bound=False"
 # What softmax makes nothing of is left out (kernels/skipping.py). Training has no such argument.
-SKIP = "float skip_threshold=0.0"
+SKIP = "float skip_threshold=0.0, str skip_by='scores'"
 LIBRARY.define(
     f"attention({INPUTS}, {PARAMS}, int[]? memory_order=None, Tensor? sink=None, {SEGMENTS}, {BOUND}, "
     f"{SKIP}) -> Tensor",

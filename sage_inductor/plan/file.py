@@ -23,9 +23,7 @@ MOST_BYTES = 64 * 2**20  # a plan of a thousand sites, each at ten ranges of ste
 LONGEST_MESSAGE = 600  # characters; the value that is wrong may have megabytes
 OF_ONE_SITE = tuple(name for name in METRICS if name != "output_rel_l2")
 
-_VALID_FORMS = (
-    f"{', '.join(sorted(FORMS, key=lambda form: '+' in form))}, each with +skip=THRESHOLD or without"
-)
+_VALID_FORMS = f"{', '.join(sorted(FORMS, key=lambda form: '+' in form))}, each with +skip=THRESHOLD, +skip=sample:THRESHOLD or without"
 _TYPES: dict[str, tuple[type, ...]] = {
     "a text": (str,),
     "an integer": (int,),

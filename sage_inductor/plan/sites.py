@@ -101,7 +101,7 @@ class Figure:
 @dataclass(frozen=True)
 class Measured:
     """The errors of one precision at one site: its output against SDPA's on the site's exact inputs. `precision` is a form
-    (kernels/forms.py): it names the smoothing where that is not "auto", and the skip_threshold where there is one.
+    (kernels/forms.py): it names the smoothing where that is not "auto", and the skip_threshold and what decides about it where there is one.
 
     `kernel` names all kernels that may run it, as "hopper, triton"; the figures are those of the worst. `samples` counts the
     measurements.

@@ -68,6 +68,8 @@ class Site:
     """What is done to Q and K before they are rounded (`Config.smoothing`)."""
     skip_threshold: float = 0.0
     """The weight, as a part of the largest one, below which whole tiles are left out (`Config.skip_threshold`)."""
+    skip_by: str = "scores"
+    """What decides about that (`Config.skip_by`)."""
     skipped: float | None = None
     """The share of tiles that this leaves out on sample inputs, from a plan."""
     precision_was_open: bool = False
@@ -97,10 +99,11 @@ class Site:
 
     @property
     def form(self) -> str:
-        """How it is rounded, and what is left out: "fast", or "fast, smoothing=mean, skip_threshold=0.01 (24% of tiles)"."""
+        """How it is rounded, and what is left out: "fast", or "fast, smoothing=mean, skip_threshold=0.01 by a sample (24% of tiles)"."""
         form = self.precision if self.smoothing == "auto" else f"{self.precision}, smoothing={self.smoothing}"
         if self.skip_threshold:
             form += f", skip_threshold={self.skip_threshold:g}"
+            form += "" if self.skip_by == "scores" else f" by a {self.skip_by}"
             form += "" if self.skipped is None else f" ({self.skipped:.0%} of tiles)"
         return form
 

@@ -18,6 +18,7 @@ from sage_inductor.graph.origin import source_code, source_line
 from sage_inductor.graph.places import Places
 from sage_inductor.graph.surroundings import Surroundings
 from sage_inductor.kernels.forms import parts_of
+from sage_inductor.kernels.skipping import Decider
 from sage_inductor.patterns.flex_attention import FlexCall
 from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.report.site import Names, Site, TensorInfo
@@ -104,6 +105,7 @@ def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: Walk) ->
         precision=config.precision,
         smoothing=config.smoothing,
         skip_threshold=config.skip_threshold,
+        skip_by=config.skip_by,
         rewritten=False,
         reasons=tuple(reasons),
         code=source_code(node),
@@ -138,6 +140,7 @@ def _decide(
         precision=config.precision,
         smoothing=config.smoothing,
         skip_threshold=config.skip_threshold,
+        skip_by=config.skip_by,
         rewritten=False,
         code=source_code(node),
         places=places,
@@ -152,12 +155,14 @@ def _decide(
                 precision=cast(Precision, form.precision),
                 smoothing=cast(Smoothing, form.smoothing),
                 skip_threshold=form.skip_threshold,
+                skip_by=cast(Decider, form.skip_by),
             )
         site = dataclasses.replace(
             site,
             precision=config.precision,
             smoothing=config.smoothing,
             skip_threshold=config.skip_threshold,
+            skip_by=config.skip_by,
             rel_l2=verdict.rel_l2,
             skipped=verdict.skipped,
         )

@@ -205,6 +205,7 @@ def make_problem(
         config.precision,
         config.smoothing,
         config.skip_threshold,
+        config.skip_by,
     )
     q, k, v = (_spec_as_cast(tensor, output).as_4d() for tensor in tensors if tensor is not None)
     spec = None if attn_mask is None else TensorSpec.of(attn_mask).as_4d()

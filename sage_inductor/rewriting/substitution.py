@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "min_kv_len": 0,
     "or_exact": False,
     "skip_threshold": 0.0,
+    "skip_by": "scores",
 }
 
 
@@ -129,6 +130,7 @@ def insert_substitute(
         "smoothing": site.smoothing,
         "wires": wires if is_dtensor(query) else "inputs",
         "skip_threshold": site.skip_threshold,
+        "skip_by": site.skip_by,
     }
     kwargs = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     kwargs |= {"kernel_name": site.kernel, "precision": site.precision}

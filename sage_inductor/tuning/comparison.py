@@ -95,6 +95,7 @@ class Comparison:
                 "precision": params.precision,
                 **({} if params.smoothing == "mean" else {"smoothing": params.smoothing}),
                 **({"skip_threshold": params.skip_threshold} if params.skip_threshold else {}),
+                **({"skip_by": "sample"} if params.skip_threshold and params.skip_by == "sample" else {}),
                 **({} if problem.key_segments is None else {"segments": "ids"}),
             },
             "sdpa": {

@@ -112,6 +112,7 @@ def _kernel(comparison: Comparison, name: str, inputs: _Tensors) -> Timed:
         precision=params.precision,
         smoothing=params.smoothing,
         skip_threshold=params.skip_threshold,
+        skip_by=params.skip_by,
         **segments,
     )
 

@@ -345,7 +345,7 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
     assert "rope_type='split' has no meaning" in caplog.text
     with pytest.warns(
         UserWarning,
-        match=r"kernal='auto' is not used \(valid: kernel, precision, smoothing, skip_threshold, dropout_p",
+        match=r"kernal='auto' is not used \(valid: kernel, precision, smoothing, skip_threshold, skip_by, dropout_p",
     ):
         SageAttentionImpl(2, 64, False, 0.1, kernal="auto")
     with pytest.warns(UserWarning, match="kernel='auto' is not used"):

@@ -78,7 +78,7 @@ def test_sanitize_looks_at_every_kernel(load: Any) -> None:
     source = (Path(hopper.__file__).parent / "attention.cu").read_text()
     kernels = re.findall(r"__global__[^{]*?(\w+)\(const __grid_constant__", source)
     kernels += [name for name in vars(launch) if name.endswith("_kernel")]
-    assert len(kernels) == 8
+    assert len(kernels) == 9
     known = load("sanitize").KERNELS
     assert [kernel for kernel in kernels if not any(part in kernel for part in known)] == []
 
@@ -297,20 +297,25 @@ def test_skip_plants_what_can_be_left_out(load: Any, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     skip = load("skip")
     file = tmp_path / "skip.json"
-    (row,) = skip.main(["--tiny", "--patterns", "stripes", "--out", str(file)])
-    assert json.loads(file.read_text()) == [row]
-    assert (row["share"], row["of"], row["pattern"]) == (0.5, 2, "stripes")
-    assert 0 <= row["added"] < 0.001 and row["ratio"] == row["ms_off"] / row["ms_on"]
+    rows = skip.main(["--tiny", "--patterns", "stripes", "--out", str(file)])
+    assert json.loads(file.read_text()) == rows
+    assert [row["skip_by"] for row in rows] == ["scores", "sample"]
+    for row in rows:
+        assert (row["share"], row["missed"], row["of"], row["pattern"]) == (0.5, 0.0, 2, "stripes")
+        assert 0 <= row["added"] < 0.001 and row["ratio"] == row["ms_off"] / row["ms_on"]
+    assert rows[1]["with_lists"] == rows[1]["ms_off"] / (rows[1]["ms_on"] + rows[1]["ms_lists"])
     # Each pattern at the size of a GPU's problem, without its time.
-    for pattern, least, most in (
-        ("none", 0, 0),
-        ("blocks", 0.3, 0.5),
-        ("band", 0.2, 0.4),
-        ("sink+band", 0.45, 0.55),
+    for pattern, least, most, by_sample in (
+        ("none", 0, 0, 0),
+        ("blocks", 0.3, 0.5, 0.5),
+        ("band", 0.2, 0.4, 0.5),  # a sample sees the band before the blocks in front of it
+        ("sink+band", 0.45, 0.55, 0.5),
     ):
         q, k, _ = skip.Problem(2048, 1, 32, "fast", pattern, 2).inputs()
         share = skip.skipped_share(skip.tile_margins(q, k), skip.THRESHOLD)
         assert least <= share <= most, (pattern, share)
+        share = skip.skipped_share(skip.tile_margins(q, k, skip_by="sample"), skip.THRESHOLD)
+        assert share == pytest.approx(by_sample, abs=0.1), (pattern, share)
 
 
 @pytest.mark.usefixtures("without_inductor")

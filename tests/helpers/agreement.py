@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, Segments, TensorSpec
 from sage_inductor.kernels.reference import algorithm as reference
-from sage_inductor.kernels.skipping import SKIP_TILE, SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import SAMPLED_TILE, SKIP_TILE, SkipTile, log2_threshold
 from sage_inductor.kernels.smoothing import EQUALISING, SMOOTHINGS, resolved_smoothing
 from sage_inductor.measurement.ground_truth import (
     DOCUMENTED,
@@ -69,12 +69,12 @@ def oracle(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     bounds = params.bounds(q.shape[2], k.shape[2])
     return reference.attention(
         q, k, v, mask, bounds=bounds, scale=params.scale, precision=params.precision, smoothing=params.smoothing,
-        segments=segments, skip_threshold=params.skip_threshold, skip_tile=skip_tile,
+        segments=segments, skip_threshold=params.skip_threshold, skip_tile=skip_tile, skip_by=params.skip_by,
     )  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def skip_tile_of(
 
         out = q.new_empty(*q.shape[:3], v.shape[3])
         return HopperAttention(q, k, v, mask, params, out, None).skip_tile
+    if params.skip_by == "sample":
+        return SAMPLED_TILE
     if kernel.name != "triton":
         return SKIP_TILE
     from sage_inductor.kernels.triton.launch import TritonAttention
@@ -109,12 +111,12 @@ def margins_of(
     mask: Tensor | None,
     params: AttentionParams,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
 ) -> Tensor:
     """The oracle's `tile_margins`."""
     return reference.tile_margins(
         q, k, mask, bounds=params.bounds(q.shape[2], k.shape[2]), scale=params.scale, smoothing=params.smoothing,
-        segments=segments, skip_tile=skip_tile,
+        segments=segments, skip_tile=skip_tile, skip_by=params.skip_by,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def disagreements(
     params: AttentionParams = AttentionParams(smoothing="mean"),
     steps_of_64: bool = False,
     segments: Segments | None = None,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
 ) -> list[str]:
     """What of a kernel's output and LSE lies beyond the bounds around the oracle's; each with its value.
 
@@ -150,7 +152,8 @@ def disagreements(
     expected, expected_lse = oracle(q, k, v, mask, params, segments, skip_tile)
     left_out = None
     if params.skip_threshold:
-        left_out = left_out_of(q, k, mask, params, segments, skip_tile)
+        by_default = SAMPLED_TILE if params.skip_by == "sample" else SKIP_TILE
+        left_out = left_out_of(q, k, mask, params, segments, skip_tile or by_default)
     scatter, largest = _rounded(q, k, v, mask, params, segments, left_out)
     steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
     # So do those of channels that were evened by other factors.
@@ -313,6 +316,7 @@ class Variant:
     segments: bool = False
     smoothing: str = "mean"
     skips: bool = False
+    sampled: bool = False  # and a sample of the queries decides what
 
 
 @dataclass(frozen=True)
@@ -359,9 +363,12 @@ def draw_case(seed: int, kernel: Kernel) -> Case:
     segments = kernel.takes_segments and more.random() < 0.15
     smoothing = more.choice(["mean", *SMOOTHINGS]) if len(kernel.smoothings) > 1 else "mean"
     skips = kernel.skips and more.random() < 0.25
+    sampled = skips and more.random() < 0.5
     for _ in range(10_000):
         variant = draw_variant(rng, varlen)
         variant = replace(variant, segments=segments and not variant.varlen, smoothing=smoothing, skips=skips)
+        of_keys = variant.mask == "none" or not any(variant.mask_dims[1:])
+        variant = replace(variant, sampled=sampled and of_keys and not (segments or variant.varlen))
         case = _draw_sizes(seed, variant)
         if not kernel.not_supported_reasons(_problem(_draw_sizes(0, variant))):
             return case
@@ -383,6 +390,7 @@ def _draw_sizes(seed: int, variant: Variant) -> Case:
         scale=rng.choice([None, None, 0.1, -0.1]),
         precision=variant.precision,
         smoothing=variant.smoothing,
+        skip_by="sample" if variant.sampled else "scores",
     )
     return Case(
         seed, variant, rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3]), q_len, kv_len,

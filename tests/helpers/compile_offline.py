@@ -42,6 +42,7 @@ KERNELS = (
     "statistics_kernel",
     "evened_kernel",
     "quantize_kernel",
+    "sampled_list_kernel",
     "attention_kernel",
 )
 
@@ -119,9 +120,7 @@ def main(
         mask = torch.empty(2, 1, queries, 256, dtype=torch.float32 if mask_kind == "bias" else torch.bool)
     form = parts_of(precision)
     out = torch.empty_like(q)
-    params = AttentionParams(
-        precision=form.precision, smoothing=smoothing, skip_threshold=form.skip_threshold
-    )
+    params = AttentionParams(**{**form.options(), "smoothing": smoothing})
     call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
     call(q, k, v, mask, out, None, segments=segments)
 

@@ -68,7 +68,8 @@ def test_its_function_of_sage(xfuser: types.ModuleType) -> None:
 
 def test_what_is_not_valid(xfuser: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"config.training=True \(valid here: kernel, precision, smoothing, skip_threshold\)"
+        ValueError,
+        match=r"config.training=True \(valid here: kernel, precision, smoothing, skip_threshold, skip_by\)",
     ):
         sage.register(Config(training=True))
     with pytest.raises(ValueError, match="nothing is registered"):

@@ -63,13 +63,15 @@ def test_operators_take_it_last_and_without_it_are_what_they_were(
         torch.ops.sage_inductor.attention.out,
         torch.ops.sage_inductor.attention_lse.default,
     ):
-        last = op._schema.arguments[-1]
-        assert (last.name, last.default_value) == ("skip_threshold", 0.0)
+        last = [(argument.name, argument.default_value) for argument in op._schema.arguments[-2:]]
+        assert last == [("skip_threshold", 0.0), ("skip_by", "scores")]
     assert "skip_threshold" not in str(torch.ops.sage_inductor.attention_training.default._schema)
     kernel = {"kernel_name": "reference", "precision": "fast"}
     old = torch.ops.sage_inductor.attention(*inputs, **kernel)
     assert torch.equal(old, expected(*inputs, 0.0)[0])
     arguments = (*inputs, None, False), {**kernel, "skip_threshold": THRESHOLD}
+    torch.library.opcheck(torch.ops.sage_inductor.attention.default, *arguments)
+    arguments[1]["skip_by"] = "sample"
     torch.library.opcheck(torch.ops.sage_inductor.attention.default, *arguments)
 
 
@@ -84,6 +86,62 @@ def test_values_that_are_no_threshold(inputs: tuple[Tensor, Tensor, Tensor], val
         Config(skip_threshold=value)
     with pytest.raises(ValueError, match=message):
         sage_inductor.backends.SageAttentionBackend.get_impl_cls()(2, 64, False, None, skip_threshold=value)
+
+
+@torch.no_grad()
+def test_a_sample_decides_where_it_is_asked_to(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v = (x[:, :, :200] for x in inputs)  # of the second tile the middle of 16 is not the last
+    q = q.clone()
+    q[:, :, 0], q[:, :, 0, 1] = (
+        0.0,
+        5.0,
+    )  # a query of the first tile, beside its sample, that is about the second block
+    k = k.repeat(1, 1, 2, 1)
+    v = torch.randn_like(k)
+    by_scores, by_sample = (
+        reference.attention(q, k, v, precision="fast", skip_threshold=THRESHOLD, skip_by=skip_by)[0]
+        for skip_by in ("scores", "sample")
+    )
+    assert not torch.equal(by_scores, by_sample)
+    options: dict[str, Any] = {"kernel": "reference", "precision": "fast", "skip_threshold": THRESHOLD}
+    assert torch.equal(sage_attention(q, k, v, **options), by_scores)
+    options["skip_by"] = "sample"
+    assert torch.equal(sage_attention(q, k, v, **options), by_sample)
+    config = Config(**options)
+    assert torch.equal(torch.compile(attend, backend=RewritingBackend(config))(q, k, v), by_sample)
+    (site,) = explain(attend, q, k, v, config=config).sites
+    assert site.skip_by == "sample" and "skip_threshold=0.05 by a sample" in str(site)
+    impl = sage_inductor.backends.SageAttentionBackend.get_impl_cls()(2, 16, False, None, **options)
+    tokens = [x.transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(impl.forward(*tokens).transpose(1, 2), by_sample)
+
+
+@torch.no_grad()
+def test_a_sample_says_nothing_about_masks_of_queries_and_segments(
+    inputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    options: dict[str, Any] = {"kernel": "reference", "skip_threshold": THRESHOLD, "skip_by": "sample"}
+    mask = torch.ones(256, 256, dtype=torch.bool).tril(3)
+    with pytest.raises(NotEligibleError, match=r'attn_mask with skip_by="sample"=1, 1, 256, 256 \(supported'):
+        sage_attention(*inputs, mask, **options)
+    ids = torch.zeros(1, 256, dtype=torch.int32)
+    with pytest.raises(NotEligibleError, match=r'segments with skip_by="sample" \(supported: none\)'):
+        sage_attention(*inputs, query_segments=ids, key_segments=ids, **options)
+    keys = torch.ones(1, 1, 1, 256, dtype=torch.bool)
+    assert isinstance(sage_attention(*inputs, keys, **options), Tensor)
+
+
+@pytest.mark.parametrize("value", ["both", "vote", ""])
+def test_values_that_decide_nothing(inputs: tuple[Tensor, Tensor, Tensor], value: str) -> None:
+    message = rf"skip_by='{value}' \(valid: .?scores.?, .?sample.?\)"
+    with pytest.raises(ValueError, match=message):
+        sage_attention(*inputs, kernel="reference", skip_by=value)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        torch.ops.sage_inductor.attention(*inputs, kernel_name="reference", skip_by=value)
+    with pytest.raises(ValueError, match=message):
+        Config(skip_by=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        sage_inductor.backends.SageAttentionBackend.get_impl_cls()(2, 64, False, None, skip_by=value)
 
 
 def test_values_of_other_types() -> None:

@@ -15,7 +15,7 @@ from sage_inductor.operators.functional import sage_attention
 
 NAME = "sage_inductor"
 # The rest of Config speaks of sites in a graph, or of how kernels are timed while one is compiled.
-USED = ("kernel", "precision", "smoothing", "skip_threshold", "wires")
+USED = ("kernel", "precision", "smoothing", "skip_threshold", "skip_by", "wires")
 
 _registered: list[str] = []  # names that were added to diffusers' list
 
@@ -32,7 +32,7 @@ def register(config: Config | None = None, name: str = NAME) -> None:
     measurement and by a plan, leave the model's backend alone and use `compile`.
 
     Args:
-        config: `kernel`, `precision`, `smoothing`, `skip_threshold` and `wires` are used, the last in a ring.
+        config: `kernel`, `precision`, `smoothing`, `skip_threshold`, `skip_by` and `wires` are used, the last in a ring.
         name: in lower case, as diffusers spells names.
 
     Raises:

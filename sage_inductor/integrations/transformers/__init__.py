@@ -35,7 +35,7 @@ def register(config: Config | None = None, name: str = "sage_inductor") -> None:
     transformers' own functions. The masks are those of "sdpa".
 
     Args:
-        config: `kernel`, `precision`, `smoothing`, `skip_threshold`, `training` and `fallback` hold for every call, eager or compiled by
+        config: `kernel`, `precision`, `smoothing`, `skip_threshold`, `skip_by`, `training` and `fallback` hold for every call, eager or compiled by
             another backend than "sage_inductor". Where that backend (or its pass) compiles the model, its own options count. With
             `fallback="error"` a call that stays exact raises; one-query steps are exact by design and do not.
         name: several names may be registered, each with a config. A second call with one name replaces its config.

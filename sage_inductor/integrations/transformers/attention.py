@@ -206,7 +206,7 @@ def _quantised(call: _Call, config: Config) -> AttentionResult:
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value))
     operator = training.attention_training if wanted else inference.attention
     if not wanted:
-        options["skip_threshold"] = config.skip_threshold
+        options |= {"skip_threshold": config.skip_threshold, "skip_by": config.skip_by}
     out = operator(query, key, call.value, cast_as_sdpa(mask), is_causal, **options)
     return out.transpose(1, 2).contiguous(), None
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ...graph.sizes import known
-from ..base import AttentionParams, AttentionProblem, Prepared, Segments, TensorSpec, reason
+from ..base import AttentionParams, AttentionProblem, Prepared, Segments, differs_by_query_or_head, reason
 from ..device import capability, has_gpu, interpreted
 from ..triton import MAX_KEYS, TritonKernel
 from ..triton.crossover import slower_than_sdpa
@@ -73,7 +72,7 @@ class HopperKernel(TritonKernel):
     def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
         reasons = super().unmeasured_reasons(problem)
         mask = problem.attn_mask
-        if mask is not None and _differs_by_query_or_head(mask):
+        if mask is not None and differs_by_query_or_head(mask):
             reasons.append(
                 'attn_mask of more than keys (not measured yet: by tune="measure", or kernel="hopper")'
             )
@@ -123,14 +122,6 @@ def compiler_reasons() -> list[str]:
     if major < 12:
         return [reason("NVRTC", f"{major}.{minor}", "12.0 and newer")]
     return []
-
-
-def _differs_by_query_or_head(mask: TensorSpec) -> bool:
-    """Of a mask with 4 dims. Sizes that are not known count as more than one."""
-    return any(
-        known(size) != 1 and known(stride) != 0
-        for size, stride in zip(mask.shape[1:3], mask.stride[1:3], strict=True)
-    )
 
 
 def _capability_reason(found: tuple[int, int]) -> str:

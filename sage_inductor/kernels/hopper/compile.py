@@ -122,12 +122,13 @@ def choose_variant(
     q_len: int,
     block_list: bool = False,
     mask_bits: bool = False,
+    consumers: int | None = None,
 ) -> HopperVariant:
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
     Registers and shared memory limit the numbers of warpgroups, tiles in flight and channels. The choices up to head_dim 128
     were measured (benchmarks/notes.md); with `skip` (for a skip_threshold) there are always two warpgroups, and so there are with
-    `mask_bits` where scores and product of three share registers: ptxas spills in the loop.
+    `mask_bits` where scores and product of three share registers: ptxas spills in the loop. `consumers` asks for a number of them.
     """
     pv = _PRECISION.get(precision) or ("fp16" if out == "fp16" else "bf16")
     # So many channels fit the registers: FP8 and INT8 products have sums of their own beside the output's.
@@ -146,7 +147,8 @@ def choose_variant(
             pv,
             out,
             stages,
-            2 if skip or (mask_bits and dv // pieces > 64) else _consumers(pv, d, dv // pieces, q_len),
+            consumers
+            or (2 if skip or (mask_bits and dv // pieces > 64) else _consumers(pv, d, dv // pieces, q_len)),
             has_low,
             has_high,
             key_mask,

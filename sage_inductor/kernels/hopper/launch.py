@@ -14,11 +14,11 @@ from torch import Tensor
 from ..base import AttentionParams, Segments
 from ..cache_folder import default_folder
 from ..device import multiprocessors
-from ..skipping import SkipTile, log2_threshold
+from ..skipping import SAMPLED_TILE, SkipTile, log2_threshold
 from ..triton.block_list import block_list_kernel
 from ..triton.configs import LaunchConfig
 from ..triton.launch import MaskOperand, Sizes, TritonAttention
-from ..triton.launcher import Launch, Part
+from ..triton.launcher import Launch
 from ..triton.prequantized import KeyValueQuantization, PrequantizedAttention
 from ..triton.workspace import KEY_BLOCK, USED_KEYS
 from . import driver
@@ -110,10 +110,11 @@ class HopperAttention(TritonAttention):
             high is not None,
             mask.skip_blocks,
             lse is not None,
-            params.skip_threshold > 0,
+            params.skip_threshold > 0 and not self.is_sampled,
             q_len=sizes.q_len,
-            block_list=mask.by_blocks,
+            block_list=mask.by_blocks or self.is_sampled,
             mask_bits=mask.packed,
+            consumers=SAMPLED_TILE.rows // TILE if self.is_sampled else None,
         )
         tiles_per_head = -(-sizes.q_len // variant.block_m)
         tiles = tiles_per_head * sizes.batch * sizes.heads * variant.pieces
@@ -142,8 +143,9 @@ class HopperAttention(TritonAttention):
         # Of each head: elements of the list, and words of bits.
         listed, words = tiles_per_head * (1 + blocks), -(-sizes.q_len // TILE) * blocks * _BITS_WORDS
         by_batch, by_head = mask.heads if mask.batch > 1 else 0, int(mask.heads > 1)
-        self.block_list: Part | None = None
-        if variant.block_list:
+        if self.is_sampled:
+            by_batch, by_head = sizes.heads, 1
+        if mask.by_blocks:
             self.block_list = self._part(mask.batch * mask.heads * listed, torch.int32)
             self.listing = Launch(
                 block_list_kernel,
@@ -191,7 +193,10 @@ class HopperAttention(TritonAttention):
 
     @property
     def skip_tile(self) -> SkipTile:
-        """The rows of a warpgroup. A part of a tile's keys knows nothing of those in front of it."""
+        """The rows of a warpgroup. A part of a tile's keys knows nothing of those in front of it. Where a sample decides, its rows
+        see all keys."""
+        if self.is_sampled:
+            return SAMPLED_TILE
         sizes, consumers = self.sizes, self.variant.consumers
         blocks, tiles = -(-sizes.kv_len // KEY_BLOCK), self.numbers.tiles_per_head
         places = part_starts(self.work, blocks)

@@ -23,8 +23,15 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
-from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept
-from sage_inductor.kernels.skipping import FULLY_MASKED, SKIP_TILE, SkipTile, log2_threshold
+from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept, sampled_margins
+from sage_inductor.kernels.skipping import (
+    FULLY_MASKED,
+    SAMPLE_STEP,
+    SAMPLED_TILE,
+    SKIP_TILE,
+    SkipTile,
+    log2_threshold,
+)
 from sage_inductor.kernels.smoothing import SAMPLES, VALUE_SAMPLES
 
 KEY_BLOCK = 128  # keys that share one K scale, one V factor and one step of the online softmax
@@ -73,13 +80,14 @@ def attention(
     smoothing: str = "auto",
     segments: Segments | None = None,
     skip_threshold: float = 0.0,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
+    skip_by: str = "scores",
 ) -> tuple[Tensor, Tensor]:
     """Quantised attention of query `[batch, heads, q_len, head_dim]`, key and value
     `[batch, kv_heads, kv_len, (value_)head_dim]`, with an optional bool or additive mask that broadcasts to
     `[batch, heads, q_len, kv_len]`. Query i sees keys i + low .. i + high for `bounds = (low, high)`, and of them, with
-    `segments`, those of its own id. K and V have one mean for all segments: softmax sees neither. Tiles of `skip_tile` are left
-    out as kernels/skipping.py says; its keys divide 128.
+    `segments`, those of its own id. K and V have one mean for all segments: softmax sees neither. Tiles of `skip_tile` (None: that of
+    `skip_by`) are left out as kernels/skipping.py says; its keys divide 128.
 
     Returns the output `[batch, heads, q_len, value_head_dim]` in query's dtype (contiguous) and the
     natural-log LSE, fp32 `[batch, heads, q_len]`. Rows that see no key give 0 and -inf. Blocked over queries:
@@ -90,7 +98,7 @@ def attention(
     kv = quantize_kv(key, value, precision, used_keys(attn_mask), smoothing, query)
     return attention_prequantized(
         query, kv, attn_mask, bounds=bounds, scale=scale, precision=precision, segments=segments,
-        skip_threshold=skip_threshold, skip_tile=skip_tile,
+        skip_threshold=skip_threshold, skip_tile=skip_tile, skip_by=skip_by,
     )  # fmt: skip
 
 
@@ -104,20 +112,22 @@ def attention_prequantized(
     precision: str = "fast",
     segments: Segments | None = None,
     skip_threshold: float = 0.0,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
+    skip_by: str = "scores",
 ) -> tuple[Tensor, Tensor]:
     """`attention` to keys that have been quantised. attn_mask has been expanded."""
     batch, heads, q_len, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = query.new_empty(batch, heads, q_len, kv.v.shape[-1])
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
-    at_least = skip_tile.rows if skip_threshold else 1
+    tile = skip_tile or _tile_of(skip_by)
+    at_least = tile.rows if skip_threshold else 1
     for start, x in _scores(query, kv, attn_mask, bounds, scale, segments, at_least):
         rows = slice(start, start + x.shape[2])
         left_out = None
         if skip_threshold:
-            found = margins(x, skip_tile, start, bounds[1])
-            left_out = by_element(found < log2_threshold(skip_threshold), skip_tile, x)
+            found = _margins(x, tile, start, bounds, kv.kv_len, skip_by)
+            left_out = by_element(found < log2_threshold(skip_threshold), tile, x)
         out[:, :, rows], lse[:, :, rows] = _attend(query[:, :, rows], kv, x, scale, precision, left_out)
     return out, lse
 
@@ -131,10 +141,12 @@ def tile_margins(
     scale: float | None = None,
     smoothing: str = "auto",
     segments: Segments | None = None,
-    skip_tile: SkipTile = SKIP_TILE,
+    skip_tile: SkipTile | None = None,
+    skip_by: str = "scores",
+    sample_step: int = SAMPLE_STEP,
 ) -> Tensor:
-    """How far each tile's largest score comes up to the running maximum (log2; the most of its rows): `attention` leaves out the
-    tiles below log2(skip_threshold). Arguments as there.
+    """How far each tile's largest score comes up to the running maximum (log2; the most of its rows), or by a sample of the rows to
+    that of all keys: `attention` leaves out the tiles below log2(skip_threshold). Arguments as there; with another sample_step it shows what a larger or smaller sample would find.
 
     float32 `[batch, heads, tiles of queries, steps of keys]`: inf where a tile is kept whatever the threshold, -inf where none of
     its rows sees a key, so that kernels need not look at it.
@@ -144,8 +156,29 @@ def tile_margins(
         attn_mask = attn_mask.expand(batch, heads, q_len, key.shape[2])
     k = quantize_k(key, used_keys(attn_mask), smoothing, query)
     scale = head_dim**-0.5 if scale is None else scale
-    scores = _scores(query, k, attn_mask, bounds, scale, segments, skip_tile.rows)
-    return torch.cat([margins(x, skip_tile, start, bounds[1]) for start, x in scores], 2)
+    tile = skip_tile or _tile_of(skip_by)
+    scores = _scores(query, k, attn_mask, bounds, scale, segments, tile.rows)
+    return torch.cat(
+        [_margins(x, tile, start, bounds, k.kv_len, skip_by, sample_step) for start, x in scores], 2
+    )
+
+
+def _tile_of(skip_by: str) -> SkipTile:
+    return SAMPLED_TILE if skip_by == "sample" else SKIP_TILE
+
+
+def _margins(
+    x: Tensor,
+    tile: SkipTile,
+    start: int,
+    bounds: tuple[int | None, int | None],
+    kv_len: int,
+    skip_by: str,
+    sample_step: int = SAMPLE_STEP,
+) -> Tensor:
+    if skip_by == "sample":
+        return sampled_margins(x, tile, start, bounds, kv_len, sample_step)
+    return margins(x, tile, start, bounds[1])
 
 
 def _scores(

@@ -50,6 +50,7 @@ class ReferenceKernel(Kernel):
             smoothing=params.smoothing,
             segments=segments,
             skip_threshold=params.skip_threshold,
+            skip_by=params.skip_by,
         )
         out.copy_(result)
         if lse is not None:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_inductor.kernels.skipping import FULLY_MASKED, LEAST_STEP, SkipTile, log2_threshold
+from sage_inductor.kernels.skipping import (
+    FULLY_MASKED,
+    LEAST_STEP,
+    SAMPLE_LIFT,
+    SAMPLE_STEP,
+    SkipTile,
+    log2_threshold,
+)
 
 
 def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
@@ -29,6 +36,44 @@ def margins(x: Tensor, tile: SkipTile, start: int, high: int | None) -> Tensor:
         kept = torch.arange(found.shape[3], device=x.device) >= kept_from
         found = torch.where(kept & (found > -math.inf), math.inf, found)
     return found
+
+
+def sampled_margins(
+    x: Tensor,
+    tile: SkipTile,
+    start: int,
+    bounds: tuple[int | None, int | None],
+    kv_len: int,
+    step: int = SAMPLE_STEP,
+) -> Tensor:
+    """`margins` by a sample of the queries (`skip_by="sample"`): how far each tile's largest score comes up to the largest of all
+    keys, the most of the sampled rows, lifted by SAMPLE_LIFT. inf where the tile is kept whatever the threshold, -inf where no row, sampled or not, sees a
+    key of it. Query i sees the keys i + low .. i + high of kv_len. One query in `step` is sampled; where it is 1, nothing
+    is lifted, and a tile below a threshold has no weight above it."""
+    low, high = bounds
+    count, blocks = x.shape[2], x.shape[3]
+    tiles = -(-count // tile.rows)
+    # A tile that ends before its sample does gives its last query instead.
+    sampled = torch.arange(step // 2, tiles * tile.rows, step, device=x.device).clamp(max=count - 1)
+    largest = x[:, :, sampled].amax(-1)
+    of_all = torch.nan_to_num(largest, nan=FULLY_MASKED).clamp(min=FULLY_MASKED).amax(-1, keepdim=True)
+    found = largest - of_all + (math.log2(SAMPLE_LIFT) if step > 1 else 0.0)
+    found = torch.nan_to_num(found, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    found = found.unflatten(2, (tiles, -1)).amax(3)
+
+    first = start + torch.arange(tiles, device=x.device)[:, None] * tile.rows
+    last = (first + tile.rows).clamp(max=start + count) - 1
+    block = torch.arange(blocks, device=x.device)
+    begin, full_end = torch.zeros_like(first), torch.full_like(first, kv_len // tile.keys)
+    full_begin = begin
+    if low is not None:
+        begin = (first + low).clamp(min=0) // tile.keys
+        full_begin = -(-(last + low).clamp(min=0) // tile.keys)
+    if high is not None:
+        full_end = torch.minimum(full_end, (first + high + 1).clamp(min=0) // tile.keys)
+    kept = (block < full_begin) | (block >= full_end) | (block == begin)
+    seen = F.pad(x.amax(-1) != -math.inf, (0, 0, 0, -count % tile.rows)).unflatten(2, (tiles, -1)).any(3)
+    return torch.where(seen, torch.where(kept, math.inf, found), -math.inf)
 
 
 def _so_far(largest: Tensor, tile: SkipTile, start: int) -> Tensor:

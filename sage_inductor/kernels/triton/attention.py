@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from ..skipping import SAMPLED_TILE
 from .mask_blocks import add_bits, used_blocks, whole_blocks
 from .numerics import (
     dot_float,
@@ -39,6 +40,7 @@ _LOG2_448 = tl.constexpr(8.807354922057604)  # P in FP8 spans e4m3's range, up t
 _LOG2_127 = tl.constexpr(6.9886846867721655)  # P in INT8
 # Below every score; finite, so that no row ever computes inf - inf.
 _LOWEST = tl.constexpr(-1.0e30)
+_LISTED = tl.constexpr(SAMPLED_TILE.rows)  # queries that one list is for
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal float32: any score times it is 0 to softmax
 # "balanced": a block whose maximum is further (log2) than this below the row's is rounded against a higher reference, so that
 # the accumulator's unit cannot overflow. Its weights are below 2**-32.
@@ -251,6 +253,7 @@ def _attend_blocks(
     k_ids,
     skip_below,
     kept_from,
+    entries,
     D0: tl.constexpr,
     D1: tl.constexpr,
     DV0: tl.constexpr,
@@ -266,10 +269,12 @@ def _attend_blocks(
     MASK_BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SKIP: tl.constexpr,
+    LIST: tl.constexpr,
     TMA: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Attend to key blocks begin..end.
+    """Attend to key blocks begin..end. With LIST these are numbers of steps along a tile's list, whose `entries` are blocks of 128 keys,
+    each of LIST steps.
 
     With SKIP, a block before `kept_from` whose maximum lies further than `skip_below` (negative, log2) below the running one in
     every row is left out, as if its keys were masked.
@@ -277,7 +282,10 @@ def _attend_blocks(
     The accumulators are in the unit 2**(unit - reference), `total`, the softmax denominator, in 2**-reference. In "fast" and
     "accurate" `reference` is the running maximum, `row_max`, itself.
     """
-    for block in tl.range(begin, end):
+    for number in tl.range(begin, end):
+        block = number
+        if LIST:
+            block = tl.load(entries + number // LIST) // 2 * LIST + number % LIST
         slot = block * BLOCK_N // _KEY_BLOCK
         scale = q_scale * load_uniform(k_scale + slot, PTX)
         new_unit = None
@@ -398,6 +406,7 @@ def attention_kernel(
     mask_states,
     mask_bits,
     segments,
+    block_list,
     q_size,
     batch,
     heads,
@@ -435,6 +444,7 @@ def attention_kernel(
     VARLEN: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     SKIP: tl.constexpr,
+    LIST: tl.constexpr,
     STORED: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -454,7 +464,8 @@ def attention_kernel(
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
     head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, and their ranges (segments.py); it goes
     with neither MASK_BLOCKS nor VARLEN. With SKIP, `skip_bound` is the logarithm (base 2) of the threshold below which blocks of
-    keys are left out. With STORED, K and V were quantised before, and kv_len may be the first keys of them only.
+    keys are left out. With LIST, `block_list` names the blocks that each 128 queries read (block_list.py), of a call with no more
+    than a mask over keys; it has all that some query of those may see in part. LIST is how many steps of BLOCK_N a block has. With STORED, K and V were quantised before, and kv_len may be the first keys of them only.
 
     Strides of out but the last come in units of OUT_ALIGN elements. Strides of mask but the last come in units of
     MASK_ALIGN, which divides kv_len, too. In a varlen call q_len and kv_len are the longest lengths.
@@ -504,6 +515,10 @@ def attention_kernel(
     low = offset - window_left
     high = offset + window_right
     last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
+    if LIST:
+        # A list is of the queries of this program and, where it has 64, of those beside them: so are the bounds, then.
+        first_row = first_row // _LISTED * _LISTED
+        last_row = tl.minimum(first_row + _LISTED, q_len) - 1
     end_key = kv_len
     full_end_key = kv_len
     if HAS_HIGH:
@@ -555,6 +570,23 @@ def attention_kernel(
             k_range, batch * k_blocks, full_begin, full_end, least_id, largest_id
         )
 
+    entries = block_list
+    if LIST:
+        entries += ((bh.to(tl.int64)) * tl.cdiv(q_len, _LISTED) + first_row // _LISTED) * (
+            1 + tl.cdiv(kv_len, _KEY_BLOCK)
+        )
+        listed = tl.load(entries) * LIST
+        entries += 1
+        # The bounds as places in the list: what they cut is all in it. A block of two steps is cut as a whole.
+        cut_behind = tl.cdiv(end, LIST) - full_end // LIST
+        full_begin = tl.minimum((tl.cdiv(full_begin, LIST) - begin // LIST) * LIST, listed)
+        full_end = tl.maximum(listed - cut_behind * LIST, full_begin)
+        if MASK != 0:
+            full_begin = 0
+            full_end = 0
+        begin = 0
+        end = listed
+
     skip_below = rows
     kept_from = 0
     if SKIP:
@@ -587,27 +619,27 @@ def attention_kernel(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
     if MASK == 0 or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, False, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
         acc0, acc1, total, row_max, reference, unit = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
-            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, D0, D1, DV0, DV1,
+            mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
-            MASK_BLOCKS, SEGMENTS, SKIP, TMA, PTX,
+            MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
 
     seen = tl.where(total == 0, 0.0, 1.0)  # a row that attends to nothing is 0

@@ -1,7 +1,8 @@
 """Host side of the Triton kernels.
 
 A `TritonAttention` holds what attention calls of one kind have in common, worked out once. Each call then makes three launches
-(statistics, quantisation, attention), one before them for some masks and for segments, and one between them where Q and K are evened.
+(statistics, quantisation, attention), one before them for some masks and for segments, and between them one where Q and K are evened
+and one where a sample of the queries decides which blocks are left out.
 """
 
 # Triton has no type information.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
-from ..skipping import SkipTile, log2_threshold
+from ..skipping import SAMPLED_TILE, SkipTile, log2_sample_threshold, log2_threshold
 from ..smoothing import SMOOTHINGS, resolved_smoothing
 from .attention import attention_kernel
 from .configs import LaunchConfig
@@ -26,6 +27,7 @@ from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .quantize import quantize_kernel
+from .sampled import SAMPLED_PER_PROCESSOR, SAMPLES, sampled_groups, sampled_list_kernel
 from .segments import segments_kernel, segments_size
 from .smoothing import ROTATION_ROWS
 from .statistics import statistics_kernel
@@ -182,6 +184,7 @@ class TritonAttention:
         strides += [ids.stride() for ids in segments or ()]
         self.direct = not INTERPRETED and max(map(max, (*strides, mask.strides, (sizes.q_size,)))) < 2**31
         self._prepare_quantization((query, key, value), strides[:3], params, lse is not None)
+        self._prepare_list(params)
         self._prepare_attention(params, out, lse)
         self._prepare_mask()
         self._prepare_segments(segments)
@@ -209,6 +212,8 @@ class TritonAttention:
     @property
     def skip_tile(self) -> SkipTile:
         """The tiles that are left out, where there is a skip_threshold."""
+        if self.is_sampled:
+            return SAMPLED_TILE
         return SkipTile(self.plan.config.block_m, self.plan.config.block_n)
 
     def _make_parts(self) -> None:
@@ -338,7 +343,9 @@ class TritonAttention:
             attention_kernel,
             -(-q_len // plan.config.block_m) * batch * heads,
             dtypes=(mask.dtype, out.dtype, None if lse is None else lse.dtype, cu_dtype, cu_dtype),
-            own=(*self._tiles(), self.scales, self.mask_states, self.mask_bits, self.segments),
+            own=(
+                *self._tiles(), self.scales, self.mask_states, self.mask_bits, self.segments, self.block_list,
+            ),
             numbers=(
                 q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks,
                 self.together(params), params.window_left, 0 if params.is_causal else params.window_right,
@@ -349,12 +356,50 @@ class TritonAttention:
             variant=(
                 out_align, mask.align, params.window_left >= 0, has_high, params.bottom_right, mask.kind,
                 mask.over_keys, mask.skip_blocks, mask.by_blocks, self.has_segments, varlen, lse is not None,
-                params.skip_threshold > 0, not self.QUANTIZES_KEYS,
+                params.skip_threshold > 0 and not self.is_sampled,
+                KEY_BLOCK // plan.config.block_n if self.is_sampled else 0, not self.QUANTIZES_KEYS,
             ),
             constants=plan.attention,
             index=self.index,
             direct=self.direct,
         )  # fmt: skip
+
+    def _prepare_list(self, params: AttentionParams) -> None:
+        """The lists of blocks that a sample of the queries finds to count, where there is a threshold for it."""
+        plan, mask = self.plan, self.mask
+        batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size = self.sizes
+        self.is_sampled = params.skip_threshold > 0 and params.skip_by == "sample"
+        self.block_list: Part | None = None
+        self.sampling: Launch | None = None
+        if not self.is_sampled:
+            return
+        blocks, groups = -(-kv_len // KEY_BLOCK), sampled_groups(q_len)
+        slots = SAMPLED_PER_PROCESSOR * (1 if INTERPRETED else multiprocessors(self.index))
+        programs = min(slots, batch * heads * groups)
+        slabs = self._part(programs * blocks * SAMPLES, torch.float32)
+        tiles = -(-q_len // SAMPLED_TILE.rows)
+        self.block_list = self._part(batch * heads * tiles * (1 + blocks), torch.int32)
+        low, high = params.bounds(q_len, kv_len)
+        self.sampling = Launch(
+            sampled_list_kernel,
+            programs,
+            dtypes=(mask.dtype,),
+            own=(self.q8, self.k8, self.scales, slabs, self.block_list),
+            numbers=(
+                q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks, groups, low or 0, high or 0,
+                log2_sample_threshold(params.skip_threshold), mask.strides[0], mask.strides[3],
+            ),
+            specialized=(mask.strides[3],),
+            variant=(low is not None, high is not None, mask.kind),
+            constants=plan.sampling,
+            index=self.index,
+            direct=self.direct,
+        )  # fmt: skip
+
+    def list_blocks(self, workspace: Tensor, attn_mask: Tensor | None) -> None:
+        """Write the lists that `attend` reads, where a sample of the queries makes them. `quantize` has done it."""
+        if self.sampling is not None:
+            self.sampling(self.stream(), (attn_mask,), workspace)
 
     def _prepare_mask(self) -> None:
         mask, sizes, config = self.mask, self.sizes, self.plan.config
@@ -431,6 +476,7 @@ class TritonAttention:
             self.evening(stream, (query, key, cu_seqlens_q, cu_seqlens_k, key_mask), workspace)
         if self.quantization is not None:
             self.quantization(stream, inputs, workspace)
+        self.list_blocks(workspace, attn_mask)
         return workspace
 
     def _look_at_mask(self, stream: int, attn_mask: Tensor | None, workspace: Tensor) -> None:

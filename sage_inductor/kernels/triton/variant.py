@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..device import interpreted
 from ..smoothing import EQUALISING, LARGEST_BLOCK
 from .configs import LaunchConfig, evened_config, launch_config, quantize_config
+from .sampled import SAMPLED_REGISTERS, SAMPLED_WARPS
 from .smoothing import rotation_tiles
 from .workspace import padded_head_dim
 
@@ -50,6 +51,7 @@ class Variant:
     evened: dict[str, Any]
     quantize: dict[str, Any]
     attention: dict[str, Any]
+    sampling: dict[str, Any]
     mask_blocks: dict[str, Any]
     segments: dict[str, Any]
     # Templates of the blocks that TMA reads. A tensor has two where its head dim is padded to two tiles (96 = 64 + 32).
@@ -167,6 +169,15 @@ def make_variant(
             "OVERLAP": overlap,
             **config.options(),
             **overlapped,
+            **_FUSED,
+        },
+        sampling={
+            "D0": d0,
+            "D1": d1,
+            "DV": dv,
+            "num_warps": SAMPLED_WARPS,
+            "num_stages": 3,
+            "maxnreg": SAMPLED_REGISTERS,
             **_FUSED,
         },
         mask_blocks={

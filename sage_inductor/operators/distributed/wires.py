@@ -46,7 +46,7 @@ SEQ = 2  # of `[batch, heads, seq, head_dim]`
 LIBRARY.define(
     "attention_of_ring(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, str group_name, int rank, int ranks, "
     "bool is_causal=False, bool is_balanced=False, float? scale=None, bool enable_gqa=False, str kernel_name='auto', "
-    "str precision='fast', str smoothing='auto', float skip_threshold=0.0, str wires='inputs') -> Tensor[]",
+    "str precision='fast', str smoothing='auto', float skip_threshold=0.0, str skip_by='scores', str wires='inputs') -> Tensor[]",
     tags=TAGS,
 )
 PartOfRing: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]

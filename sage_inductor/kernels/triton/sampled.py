@@ -1,0 +1,198 @@
+"""Device code: the blocks of keys that count for a sample of a tile's queries, found before attention (kernels/skipping.py).
+
+One query in SAMPLE_STEP is multiplied with all keys, in the 8 bits that attention computes with. A program takes the sample of
+several tiles: its product with K has the shape that tensor cores want. It writes each query's largest score in each block down,
+knows the row maxima at the end, reads what it wrote, and lists for each tile the blocks that count for some query of its sample.
+What is written down lies in a part of the workspace that is the program's own (a slab), so that memory grows with the number of
+keys and not with that times the number of queries; there are as many programs as run at once, and each takes one group after another.
+
+block_list.py describes the lists.
+"""
+
+# Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..skipping import SAMPLE_STEP, SAMPLED_TILE
+from .workspace import _KEY_BLOCK, sections
+
+# Queries of a program at a time. A block of K is then used for as long as the L2 cache takes to bring the next one to every
+# multiprocessor (16 KiB in 512 cycles at head_dim 128); with 64 that would be the limit.
+SAMPLES = 128
+SAMPLED_WARPS = 8
+SAMPLED_PER_PROCESSOR = 2  # programs that run at once on a multiprocessor
+SAMPLED_REGISTERS = 128  # of a thread, so that they do
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1.0e30)  # as in attention.py
+_SAMPLES = tl.constexpr(SAMPLES)
+_SAMPLE_STEP = tl.constexpr(SAMPLE_STEP)
+_TILE = tl.constexpr(SAMPLED_TILE.rows)
+_TILE_SAMPLES = tl.constexpr(SAMPLED_TILE.rows // SAMPLE_STEP)
+_STEP = tl.constexpr(32)  # blocks that are listed at a time
+
+
+def sampled_groups(q_len: int) -> int:
+    """How many groups of tiles the queries of a head have: what a program takes at a time."""
+    return -(-q_len // (SAMPLES * SAMPLE_STEP))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_size", "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "groups", "low", "high", "skip_bound",
+        "stride_mb",
+    ]
+)  # fmt: skip
+def sampled_list_kernel(
+    mask,
+    q8,
+    k8,
+    scales,
+    slabs,
+    entries,
+    q_size,
+    batch,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    q_blocks,
+    kv_blocks,
+    groups,
+    low,
+    high,
+    skip_bound,
+    stride_mb,
+    stride_mn,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    MASK: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """Write the lists of all tiles. Query i sees keys i + low .. i + high. MASK is 0 for none, 1 for a bool, 2 for an additive mask
+    over keys. A block below the row maximum by more than `skip_bound` (negative, log2) in every sampled row is not listed, unless some query of the tile may
+    not see all of it or it is the first that one sees.
+
+    q8, k8, scales: the parts of the workspace. slabs: fp32 [programs, blocks of keys, SAMPLES]. entries: int32 [batch, heads, tiles
+    of queries, 1 + blocks of keys].
+    """
+    D: tl.constexpr = D0 + D1
+    kv_heads = heads // group
+    blocks = tl.cdiv(kv_len, _KEY_BLOCK)
+    tiles = tl.cdiv(q_len, _TILE)
+    k_scales, _v_scale, _k_mean, _v_channel, _used_keys = sections(
+        scales, q_size, batch, kv_heads, kv_blocks, D, DV
+    )
+    slab = slabs + tl.program_id(0).to(tl.int64) * blocks * _SAMPLES
+    sample = tl.arange(0, _SAMPLES)
+    column = tl.arange(0, _KEY_BLOCK)
+    d0 = tl.arange(0, D0)
+    for work in range(tl.program_id(0), batch * heads * groups, tl.num_programs(0)):
+        bh = work // groups
+        b = bh // heads
+        h = bh % heads
+        kv_h = h // group
+        first = work % groups * (_SAMPLES * _SAMPLE_STEP)  # of the group's queries
+        last = tl.minimum(first + _SAMPLES * _SAMPLE_STEP, q_len) - 1
+        # A tile that ends before its sample does gives its last query instead.
+        rows = tl.minimum(first + sample * _SAMPLE_STEP + _SAMPLE_STEP // 2, q_len - 1)
+        q_row = (h * q_blocks + b * tl.cdiv(q_len, _KEY_BLOCK)).to(tl.int64) * _KEY_BLOCK + rows
+        q_scale = tl.load(scales + q_row)
+        q0 = tl.load(q8 + q_row[:, None] * D + d0[None, :])
+        q1 = q0
+        if D1 > 0:
+            q1 = tl.load(q8 + q_row[:, None] * D + D0 + tl.arange(0, D1)[None, :])
+        block0 = kv_h * kv_blocks + b * tl.cdiv(kv_len, _KEY_BLOCK)
+        keys = k8 + (block0.to(tl.int64) * _KEY_BLOCK + column)[:, None] * D
+        begin = 0
+        end = blocks
+        full_begin = 0
+        full_end = kv_len // _KEY_BLOCK
+        if HAS_LOW:
+            begin = tl.minimum(tl.maximum(first + low, 0) // _KEY_BLOCK, blocks)
+            full_begin = tl.cdiv(tl.maximum(last + low, 0), _KEY_BLOCK)
+        if HAS_HIGH:
+            end = tl.minimum(end, tl.cdiv(tl.maximum(last + high + 1, 0), _KEY_BLOCK))
+            full_end = tl.minimum(full_end, tl.maximum(first + high + 1, 0) // _KEY_BLOCK)
+        row_max = tl.full([_SAMPLES], _LOWEST, tl.float32)
+        for block in tl.range(begin, end):
+            tile = keys + block * (_KEY_BLOCK * D)
+            s = tl.dot(q0, tl.load(tile + d0[None, :]).T, out_dtype=tl.int32)
+            if D1 > 0:
+                s = tl.dot(q1, tl.load(tile + D0 + tl.arange(0, D1)[None, :]).T, acc=s, out_dtype=tl.int32)
+            scale = q_scale * tl.load(k_scales + block0 + block)
+            if MASK != 0:
+                block_max = _masked_maximum(
+                    s, scale, rows, block, kv_len, low, high, mask + b.to(tl.int64) * stride_mb, stride_mn,
+                    HAS_LOW, HAS_HIGH, MASK,
+                )  # fmt: skip
+            elif (block >= full_begin) & (block < full_end):
+                block_max = tl.max(s, 1).to(tl.float32) * scale
+            else:
+                block_max = _masked_maximum(
+                    s, scale, rows, block, kv_len, low, high, mask, stride_mn, HAS_LOW, HAS_HIGH, MASK
+                )
+            tl.store(slab + block * _SAMPLES + sample, block_max)
+            row_max = tl.maximum(row_max, tl.where(block_max == block_max, block_max, _LOWEST))
+        tl.debug_barrier()  # other threads have written what a thread reads now
+
+        tile = first // _TILE + tl.arange(0, _SAMPLES // _TILE_SAMPLES)
+        exists = tile < tiles
+        target = entries + (bh.to(tl.int64) * tiles + tile) * (1 + blocks)
+        # Of each tile, as of the group above.
+        tile_begin = tl.zeros_like(tile)
+        tile_full_begin = tile_begin
+        tile_end = tile_begin + blocks
+        tile_full_end = tile_begin + kv_len // _KEY_BLOCK
+        tile_last = tl.minimum(tile * _TILE + _TILE, q_len) - 1
+        if HAS_LOW:
+            tile_begin = tl.maximum(tile * _TILE + low, 0) // _KEY_BLOCK
+            tile_full_begin = tl.cdiv(tl.maximum(tile_last + low, 0), _KEY_BLOCK)
+        if HAS_HIGH:
+            tile_end = tl.minimum(tile_end, tl.cdiv(tl.maximum(tile_last + high + 1, 0), _KEY_BLOCK))
+            tile_full_end = tl.minimum(tile_full_end, tl.maximum(tile * _TILE + high + 1, 0) // _KEY_BLOCK)
+        count = tl.zeros_like(tile)
+        for start in range(begin, end, _STEP):
+            n = start + tl.arange(0, _STEP)
+            x = tl.load(slab + n[None, :] * _SAMPLES + sample[:, None], mask=(n < end)[None, :], other=0.0)
+            counts = tl.where(x - row_max[:, None] < skip_bound, 0, 1)  # NaN counts
+            counts = tl.max(counts.reshape(_SAMPLES // _TILE_SAMPLES, _TILE_SAMPLES, _STEP), 1)
+            is_cut = (n[None, :] < tile_full_begin[:, None]) | (n[None, :] >= tile_full_end[:, None])
+            listed = (counts > 0) | is_cut | (n[None, :] == tile_begin[:, None])
+            listed &= (n[None, :] >= tile_begin[:, None]) & (n[None, :] < tile_end[:, None]) & exists[:, None]
+            place = count[:, None] + tl.cumsum(listed.to(tl.int32), 1)  # 1 and more: behind the number
+            tl.store(target[:, None] + place, 2 * n[None, :] + tl.zeros_like(place), mask=listed)
+            count += tl.sum(listed.to(tl.int32), 1)
+        tl.store(target, count, mask=exists)
+        tl.store(target + 1, tl.zeros_like(count), mask=exists & (count == 0))
+        tl.debug_barrier()  # before the slab is written again
+
+
+@triton.jit
+def _masked_maximum(
+    s, scale, rows, block, kv_len, low, high, mask, stride_mn,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """The largest score of each row among the keys of a block that it sees; -inf where it sees none."""
+    n = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
+    keep = (n < kv_len)[None, :]
+    x = s.to(tl.float32) * scale[:, None]
+    if MASK != 0:
+        values = tl.load(mask + n.to(tl.int64) * stride_mn, mask=n < kv_len, other=0)
+        if MASK == 1:
+            keep &= (values != 0)[None, :]
+        else:
+            bias = values.to(tl.float32)
+            lowest = (bias < _LOWEST) & (bias > float("-inf"))
+            x += tl.where(lowest, _LOWEST, bias * _LOG2_E)[None, :]
+    if HAS_HIGH:
+        keep &= n[None, :] <= (rows + high)[:, None]
+    if HAS_LOW:
+        keep &= n[None, :] >= (rows + low)[:, None]
+    return tl.max(tl.where(keep, x, float("-inf")), 1)

@@ -75,6 +75,7 @@ class _Shared:
     peers: Peers | None = None
     flags: Tensor | None = None
     is_captured: bool = False  # a CUDA graph has the addresses
+    stream: torch.cuda.Stream | None = None  # of the last call
 
 
 _SHARED: dict[tuple[str, str], _Shared] = {}
@@ -107,6 +108,11 @@ def peers_of(
         torch.cuda.synchronize(device)
         shared = _SHARED[group_name, purpose] = _new(group, -(-size // _STEP) * _STEP, device, first)
     shared.is_captured |= is_capturing
+    if not is_capturing:
+        stream = torch.cuda.current_stream(device)
+        if shared.stream not in (None, stream):
+            stream.wait_stream(shared.stream)  # calls share their flags: one begins behind the other
+        shared.stream = stream
     return shared.peers
 
 

@@ -64,8 +64,8 @@ class Config:
     skip_by: Decider = "scores"
     """What decides which tiles skip_threshold leaves out. "scores": every score, so that no weight above the threshold is lost; all
     scores are computed. "sample": one query in 16, before anything else is computed, for tiles of 128 queries: what is left out costs
-    nothing then, but a query between two of the sample may lose a weight above the threshold. It adds two to three times the error at
-    the same threshold; `calibrate(skip=True)` tries both. It takes no mask but one over keys, and no segments."""
+    nothing then, but a query between two of the sample may lose a weight above the threshold. It adds up to two or three times the error
+    at the same threshold; `calibrate(skip=True)` tries both. It takes no mask but one over keys, and no segments."""
 
     fallback: Fallback = "sdpa"
     """What happens at a site that cannot be rewritten: "sdpa" leaves it and reports it, "warn" also warns,

@@ -71,7 +71,7 @@ SAMPLED_TILE = SkipTile(rows=128)
 SAMPLE_STEP = 16  # queries of which one, the middle one, is in the sample
 SAMPLE_LIFT = 10.0
 """How many times as large as in its sample a tile's largest weight is taken to be. Measured (benchmarks/notes.md): 4 to 6 times in the middle
-tile of trained layers and smooth data, 1.3 of normal inputs; with 10 a threshold adds two to three times the error that it adds by all scores."""
+tile of trained layers and smooth data, 1.3 of normal inputs; with 10 a threshold adds up to two or three times the error that it adds by all scores."""
 DECIDERS = ("scores", "sample")
 Decider = Literal["scores", "sample"]
 

@@ -792,6 +792,8 @@ COMPILED = (
     (90, "accurate", 64, "keys", "both"),
     (80, "balanced", 64, "none", "equalise"),
     (90, "fast+skip=0.01", 128, "none", "mean"),
+    (90, "fast+skip=sample:0.01", 128, "none", "mean"),
+    (90, "accurate+skip=sample:0.01", 64, "keys", "mean"),
 )
 # Whose precision, head dim, mask and smoothing the others have, in other company.
 SELDOM_COMPILED = (
@@ -846,7 +848,8 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     # V keeps 16 bits and is copied beside the statistics, or is rounded by itself.
     evened = [] if smoothing == "mean" else ["evened_kernel"]
     quantize = ["quantize_kernel"] if smoothing == "mean" or "accurate" not in precision else []
-    assert names == [*before, "statistics_kernel", *evened, *quantize, "attention_kernel"]
+    sampled = ["sampled_list_kernel"] if "sample" in precision else []
+    assert names == [*before, "statistics_kernel", *evened, *quantize, *sampled, "attention_kernel"]
     # Of some 2,000 instructions. Triton 3.8 allocates registers worse than the versions before and after it.
     spills = {("3.8", "fast", 64, "keys"): 3, ("3.8", "fast", 128, "queries"): 12}.get(
         (version, precision, head_dim, mask), 0
@@ -864,8 +867,8 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     allowed["evened_kernel"] = 56  # held to 128, for 16 warps; three of its loads lie in the loop
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []
     # What starts before the kernel in front has ended must wait for it.
-    waits = [kernel["waits"] > 0 for kernel in kernels[len(before) :]]
-    assert waits == [False, *[capability >= 90] * (len(waits) - 1)]
+    starts_early = [name not in (*before, "statistics_kernel", "sampled_list_kernel") for name in names]
+    assert [kernel["waits"] > 0 for kernel in kernels] == [capability >= 90 and early for early in starts_early]
 
 
 # --------------------------------------------------------------------------------------------------- random

@@ -131,8 +131,8 @@ def half_of_the_bytes(mesh: Any) -> None:
         assert sent == []
         sage_attention(*buffers, is_causal=True, kernel="reference", wires="8-bit")
     assert len(sent) == mesh.size() - 1 and len(set(sent)) == 1
-    # Beside K and V: of each head 3 numbers a channel and 2 for 128 keys, and some of 3 * 512 bytes between the parts.
-    beside = B * H * 4 * (3 * D + 2 * 512 // mesh.size() // 128) + 3 * 512
+    # Beside K and V: of each head 4 numbers a channel and 2 for 128 keys, and some of 3 * 512 bytes between the parts.
+    beside = B * H * 4 * (4 * D + 2 * 512 // mesh.size() // 128) + 3 * 512
     assert whole // 2 < sent[0] < whole // 2 + beside, (sent, whole)
 
 

@@ -7,10 +7,10 @@
 
 Needs `pip install diffusers transformers`. Models are those of distributed_workloads.py, two layers each, with random weights. A
 row of the JSON has gpu, torch, triton, ranks, model, layers, tokens, way ("one GPU", "Ulysses 4", "ring 4", "ring 4, 8-bit wires",
-whose plain side is that of "ring 4", "USP 2x2", "TP 4"),
+whose plain side is that of "ring 4", "Ulysses 4, 8-bit wires", "USP 2x2", "TP 4"),
 all_to_all_GB_s and p2p_GB_s (what leaves each rank in a second), and for `plain` and `ours`, timed in turns: milliseconds (the
 median; the slowest rank counts), relative_l2 and max_error against one GPU without a compiler, graph_breaks, communication_ms and
-hidden (the share of it that lies under computation, from a profile of rank 0), first_call_s; or the error. rewritten of sites says
+hidden (the share of it that lies under computation) and idle_ms (when neither runs), both from a profile of rank 0, first_call_s; or the error. rewritten of sites says
 what ours replaced. Both run in one process, so that a drifting clock favours none.
 
 Rows that the file has are not measured again on the same kind of GPU with the same torch. A case that hangs ends the run after
@@ -25,6 +25,7 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_workloads import RING_OF, TINY, WORKLOADS, Prepared, Spread, Workload, spreads
+from distributed_workloads import BACKENDS, TINY, WORKLOADS, Prepared, Spread, Workload, spreads
 from timing import machine
 from torch import Tensor
 
@@ -164,9 +165,11 @@ def _merged(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
-def profiled(call: Callable[[], Any], ranks: Ranks) -> dict[str, float | None]:
-    """What a trace of one call says of this rank's communication: NCCL's kernels beside all others, or gloo's work beside the
-    operators of a CPU. NCCL's kernels wait for the other ranks, too."""
+def profiled(
+    call: Callable[[], Any], ranks: Ranks, trace_file: Path | None = None
+) -> dict[str, float | None]:
+    """What a trace of one call says of this rank's communication: NCCL's kernels and copies to other GPUs beside all others, or gloo's work
+    beside the operators of a CPU. NCCL's kernels wait for the other ranks, too; where copies are waited for, nothing runs (idle_ms)."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -176,19 +179,25 @@ def profiled(call: Callable[[], Any], ranks: Ranks) -> dict[str, float | None]:
         call()
         if on_gpu:
             torch.cuda.synchronize()
+    if trace_file is not None:
+        trace.export_chrome_trace(str(trace_file))
     communication, computation = [], []
     for event in trace.events():
         interval = event.time_range.start / 1e3, event.time_range.end / 1e3
         if on_gpu:
             if event.device_type != DeviceType.CUDA or event.name.startswith("nccl:"):
                 continue  # "nccl:" is a note that spans kernels
-            (communication if event.name.startswith("nccl") else computation).append(interval)
+            (communication if event.name.startswith(("nccl", "Memcpy PtoP")) else computation).append(
+                interval
+            )
         elif event.name.startswith("gloo:"):
             communication.append(interval)
         elif event.name.startswith(("aten::", "sage_inductor::")):
             computation.append(interval)
     total, share = hidden_share(communication, computation)
-    return {"communication_ms": total, "hidden": share}
+    busy = _merged([*communication, *computation])
+    idle = sum(after[0] - before[1] for before, after in zip(busy, busy[1:], strict=False))
+    return {"communication_ms": total, "hidden": share, "idle_ms": idle}
 
 
 def compiled(
@@ -237,8 +246,9 @@ def measure(
     config: sage_inductor.Config,
     repeat: int,
     inductor: bool,
+    traces: Path | None = None,
 ) -> dict[str, Any]:
-    """The figures of a case, of both sides that run."""
+    """The figures of a case, of both sides that run. Each rank's profiles go to the folder `traces`."""
     row: dict[str, Any] = {side: {} for side in SIDES}
     torch._dynamo.reset()
     prepared = workload.prepare(spread, ranks.device, ranks.dtype)
@@ -275,7 +285,8 @@ def measure(
             row[side]["milliseconds"] = statistics.median(of_one)
         if spread != Spread():
             for side, call in calls.items():
-                row[side].update(profiled(call, ranks))
+                about = re.sub(r"\W+", "_", f"{workload.model} {spread} {side} rank {ranks.rank}")
+                row[side].update(profiled(call, ranks, traces and traces / f"{about}.json.gz"))
     return row
 
 
@@ -337,7 +348,14 @@ def run(
             if exact is None:
                 exact = exact_output(workload, ranks)
             row = measure(
-                workload, spread, exact, ranks, config, options.repeat, not options.without_inductor
+                workload,
+                spread,
+                exact,
+                ranks,
+                config,
+                options.repeat,
+                not options.without_inductor,
+                options.traces,
             )
             rows[-1] = {**facts, **about, "kernel": config.kernel, "precision": config.precision, **row}
             faulthandler.cancel_dump_traceback_later()
@@ -381,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of a case, after which all ends")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, checked before each case")
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
+    parser.add_argument("--traces", type=Path, help="a folder for each rank's profile, as Chrome reads it")
     parser.add_argument(
         "--without-inductor",
         action="store_true",
@@ -398,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--ways {', '.join(unknown)} (valid on {ranks.ranks} ranks: {', '.join(ways)})")
     kernel = options.kernel or ("auto" if ranks.device.startswith("cuda") else "reference")
     config = sage_inductor.Config(kernel=kernel, precision=options.precision)
-    for wires, name in RING_OF.items():
+    for wires, name in BACKENDS.items():
         sage.register(dataclasses.replace(config, wires=wires), name)
     out = options.out
     if out is None:

@@ -25,15 +25,15 @@ from sage_inductor.config import Wires  # noqa: E402
 
 # What diffusers' ring needs of plain attention, the log-sum-exp, "native" does not give. On a CPU nothing plain gives it.
 PLAIN_RING = "_native_cudnn"
-# Our backends of diffusers, by what travels around their ring; distributed.py registers them.
-RING_OF: dict[Wires, str] = {"inputs": "sage_inductor", "8-bit": "sage_inductor_8_bit_wires"}
+# Our backends of diffusers, by how keys and values travel; distributed.py registers them.
+BACKENDS: dict[Wires, str] = {"inputs": "sage_inductor", "8-bit": "sage_inductor_8_bit_wires"}
 SEQ = 1  # of `[batch, seq]` token ids, and of an output `[batch, seq, channels]`
 
 
 @dataclass(frozen=True)
 class Spread:
     """How many ranks share what: heads by all-to-alls (Ulysses), keys and values in a ring, or weights (tensor parallel). Keys and
-    values of ours travel around a ring as `wires` says."""
+    values of ours travel as `wires` says."""
 
     ulysses: int = 1
     ring: int = 1
@@ -41,13 +41,11 @@ class Spread:
     wires: Wires = "inputs"
 
     def __str__(self) -> str:
-        if self.wires == "8-bit":
-            return f"ring {self.ring}, 8-bit wires"
         if self.ulysses > 1 and self.ring > 1:
             return f"USP {self.ulysses}x{self.ring}"
         for name, ranks in (("Ulysses", self.ulysses), ("ring", self.ring), ("TP", self.tensor)):
             if ranks > 1:
-                return f"{name} {ranks}"
+                return f"{name} {ranks}" + (", 8-bit wires" if self.wires == "8-bit" else "")
         return "one GPU"
 
 
@@ -56,7 +54,8 @@ def spreads(ranks: int) -> list[Spread]:
     found = [Spread()]
     if ranks > 1:
         within = [size for size in range(2, ranks) if ranks % size == 0]
-        found += [Spread(ulysses=ranks), Spread(ring=ranks), Spread(ring=ranks, wires="8-bit")]
+        for wires in BACKENDS:
+            found += [Spread(ulysses=ranks, wires=wires), Spread(ring=ranks, wires=wires)]
         found += [Spread(ulysses=size, ring=ranks // size) for size in within]
         found.append(Spread(tensor=ranks))
     return found
@@ -110,20 +109,20 @@ class Video:
         return heads or _reason("tokens", self.tokens, spread.ulysses * spread.ring)
 
     def prepare(self, spread: Spread, device: str, dtype: torch.dtype) -> Prepared:
-        plain, inputs = self._divided(
-            spread, PLAIN_RING if torch.device(device).type == "cuda" else "native", device, dtype
-        )
-        # Alike but in a ring, where the operator that gives the log-sum-exp is called by the model.
-        ours = self._divided(spread, RING_OF[spread.wires], device, dtype)[0] if spread.ring > 1 else plain
+        with_lse = spread.ring > 1 and torch.device(device).type == "cuda"
+        plain, inputs = self._divided(spread, PLAIN_RING if with_lse else "native", device, dtype)
+        # One model where each rank attends for itself. Where ranks exchange keys and values the model calls our operator.
+        alone = spread.ulysses == spread.ring == 1
+        ours = plain if alone else self._divided(spread, BACKENDS[spread.wires], device, dtype)[0]
         return Prepared(plain, ours, inputs, lambda output: output, nullcontext())
 
     def _divided(
-        self, spread: Spread, in_ring: str, device: str, dtype: torch.dtype
+        self, spread: Spread, backend: str, device: str, dtype: torch.dtype
     ) -> tuple[Any, dict[str, Any]]:
         model, inputs = self.build(device, dtype)
         self.adapt(model)
         # Setting one also makes it the default of later models.
-        model.set_attention_backend(in_ring if spread.ring > 1 else "native")
+        model.set_attention_backend(backend)
         if spread != Spread():
             divide(model, spread.ulysses, spread.ring, self.plan() if self.plan else None)
             for module in getattr(model, "context_embedder", nn.Module()).modules():
@@ -144,6 +143,8 @@ class Prompt:
     def not_supported(self, spread: Spread) -> str | None:
         if spread.ulysses > 1 and spread.ring > 1:
             return "torch's context_parallel has no Ulysses within it"
+        if spread.ulysses > 1 and spread.wires != "inputs":
+            return "the Ulysses of this model is DTensor's, which sends inputs"
         shared = max(spread.ulysses, spread.tensor)
         # Every rank has two chunks in a balanced ring.
         return _reason("key heads", self.size.kv_heads, shared) or _reason(

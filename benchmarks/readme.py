@@ -12,6 +12,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GPU = "h100"  # whose results the README shows
+PIPELINES = RESULTS / "pipelines_h200.json"
+PIPELINE_NAMES = {
+    "wan": "Wan 2.1 1.3B, 832 x 480, 81 frames", "flux": "FLUX.1-dev, 1024 x 1024, decoded",
+}  # fmt: skip
 MODEL_GPUS = ("h100", "h200")  # whole models: those of the second where the first has none
 START, END = "<!-- figures: written by benchmarks/readme.py -->", "<!-- end of figures -->"
 LENGTHS = (1024, 4096, 16384, 32768)
@@ -103,6 +107,34 @@ def model_cell(row: dict[str, Any] | None) -> str:
     return f"{row['milliseconds']:.1f} ({speed:.2f}x; {row['rewritten']} of {row['sites']}; {error})"
 
 
+def pipelines_section(rows: list[dict[str, Any]]) -> str:
+    """A line per pipeline and contender, and what `calibrate_pipeline` takes. Contenders that failed are left out."""
+    measured = [row for row in rows if "call_s" in row]
+    first = measured[0]
+    gpu, torch, steps = first["gpu"], first["torch"], first["steps"]
+    lines = [
+        f"Whole pipelines, all layers, random weights, {steps} steps, prompts given as embeddings (`benchmarks/pipelines.py`, {gpu}, torch",
+        f"{torch}, diffusers {first['diffusers']}); medians of calls in turns:",
+        "",
+        "| pipeline | | a call, s | of plain | a call of the transformer, ms | peak above the weights while denoising, MiB | relative L2 of the latents | first call, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in measured:
+        above = row["peak_denoising_mib"] - row["weights_mib"]
+        lines.append(
+            f"| {PIPELINE_NAMES[row['pipeline']]} | `{row['contender']}` | {row['call_s']:.2f} | {row.get('ratio', 1):.3f} | "
+            f"{row['denoiser_ms']:.1f} | {above:,.0f} | {row.get('relative_l2', 0):.4f} | {row['first_call_s']:.0f} |"
+        )
+    for row in rows:
+        if "calibrate_s" in row:
+            decisions = ", ".join(f"{name} {count}" for name, count in row["decisions"].items())
+            lines += [
+                "",
+                f"`calibrate_pipeline` of the same Flux takes {row['calibrate_s']:.0f} s: {decisions} (attentions by ranges of steps).",
+            ]
+    return "\n".join(lines)
+
+
 def overhead_sentence() -> str:
     data = json.loads((RESULTS / "overhead_cpu.json").read_text())
     return (
@@ -152,6 +184,7 @@ def figures() -> str:
         known = {row["model"] for row in models}
         found = json.loads((RESULTS / f"model_{gpu}.json").read_text())
         models += [row for row in found if row["model"] not in known]
+    pipelines = f"{pipelines_section(json.loads(PIPELINES.read_text()))}\n\n" if PIPELINES.exists() else ""
     return f"""{START}
 
 ## Measured
@@ -180,7 +213,7 @@ there was `hopper`. Cells: ms (speed against plain `torch.compile`, timed in tur
 The Llama speed-up is more than the kernel's: transformers builds its causal mask as a tensor, which keeps SDPA off its causal
 kernels; here the mask is recognised. Its error is that of random weights, where attention averages noise.
 
-{masks_sentence()}
+{pipelines}{masks_sentence()}
 
 {never_slower_sentence()}
 

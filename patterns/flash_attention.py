@@ -9,12 +9,16 @@ Packed sequences, given by `cu_seqlens_q` and `cu_seqlens_k`, are read in varlen
 |---|---|
 | `flash_attn::_flash_attn_forward`, `_flash_attn_varlen_forward` | flash-attn 2 (flash_attn/flash_attn_interface.py) |
 | `flash_attn_3::fwd`, `flash_attn_3::_flash_attn_forward` | flash-attn 3 (hopper/flash_api.cpp, flash_attn_interface.py) |
+| the same two of `fa3_fwd` | the wheel fa3-fwd, flash-attn 3 without its backward pass (fa3_fwd_interface.py) |
+| those of `_flash_attn2_...`, `_flash_attn3_...` | the kernels flash-attn2 and flash-attn3 of Hugging Face's hub, which add their build's hash |
+| `_diffusers_flash_attn_3::_flash_attn_forward` | diffusers around flash-attn 3 (models/attention_dispatch.py) |
 | `xformers_flash::flash_fwd` | xformers (ops/fmha/flash.py) |
 """
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +43,19 @@ from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.torch_internals.operators import bound_arguments, operator_name
 from sage_inductor.torch_internals.sizes import number_of
 
+DIFFUSERS = "_diffusers_flash_attn_3::_flash_attn_forward"
 OPERATORS = (
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
+    DIFFUSERS,
     "xformers_flash::flash_fwd",
+)
+# Builds of the same sources that register under a name of their own.
+_BUILDS = (
+    (re.compile(r"_flash_attn2_\w+(?=::)"), "flash_attn"),
+    (re.compile(r"(fa3_fwd|_flash_attn3_\w+)(?=::)"), "flash_attn_3"),
 )
 # The names that the operators have for one thing.
 _QUERY, _KEY, _VALUE = ("q", "query"), ("k", "key"), ("v", "value")
@@ -165,9 +176,18 @@ def packed_call(node: fx.Node) -> PackedCall | None:
 
 def called(node: fx.Node, operators: tuple[str, ...]) -> dict[str, Any] | None:
     """The arguments by name where `node` calls one of `operators`."""
-    if node.op != "call_function" or operator_name(node.target) not in operators:
+    if node.op != "call_function" or _known_as(operator_name(node.target)) not in operators:
         return None
     return bound_arguments(_overload(node), node.args, node.kwargs)
+
+
+def _known_as(name: str | None) -> str | None:
+    """The operator's name in the package whose sources it was built from."""
+    if name is None:
+        return None
+    for build, package in _BUILDS:
+        name = build.sub(package, name, count=1) if build.match(name) else name
+    return name
 
 
 def dropout_reasons(dropout_p: Any) -> list[str]:
@@ -240,7 +260,10 @@ def _reasons_of_values(node: fx.Node, given: dict[str, Any]) -> list[str]:
     beyond = items_read(node) - {0, 1}
     if beyond:
         reasons.append("read=what belongs to a backward pass (supported: the output and its LSE)")
-    if 1 in items_read(node):
+    if 1 in items_read(node) and operator_name(node.target) == DIFFUSERS:
+        # It says that it has the dtype of the query, and gives float32.
+        reasons.append("softmax_lse=read of diffusers' own operator (supported: its output alone)")
+    elif 1 in items_read(node):
         reasons += _reasons_of_lse(items[1], query, key, given)
     return reasons
 

@@ -103,7 +103,9 @@ def _with_copies(row: Row, asked: AttentionProblem) -> Row:
     """`row` with the memory of the copies in 8 bits, where none was measured and the kernel takes the problem."""
     if row.memory is not None or row.name not in WITH_COPIES:
         return row
-    if kernels.get(row.name).not_supported_reasons(asked):
+    # What a GPU would take is said on a CPU, too.
+    reasons = kernels.get(row.name).not_supported_reasons(asked)
+    if any(not reason.startswith("device=") for reason in reasons):
         return row
     query, key, value = (spec.shape for spec in (asked.query, asked.key, asked.value))
     return replace(

@@ -42,7 +42,7 @@ def copies_bytes(
     rows, keys = (batch * -(-length // BLOCK) * BLOCK for length in (q_len, kv_len))
     q = heads * rows * (d + (8 if return_lse else 4))
     kv = kv_heads * keys * (d + dv * (2 if precision == "accurate" else 1))
-    scales = 8 * kv_heads * keys // BLOCK + 4 * batch * (kv_heads * (d + 3 * dv) + 5)
+    scales = 8 * kv_heads * keys // BLOCK + 4 * batch * (kv_heads * (d + 4 * dv) + 5)
     smoothing = resolved_smoothing(smoothing, SMOOTHINGS)
     sizes = 8 * batch * kv_heads * d if smoothing in EQUALISING else 0
     rotation = 2 * _rotation_elements(head_dim) if smoothing in ROTATING else 0

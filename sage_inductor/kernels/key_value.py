@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class KeyValueLayout:
     """Where the parts of a buffer lie. All families have key, key_scale, key_mean, value, value_scale, value_channel (the scale
-    of each channel) and value_mean, or parts that hold them."""
+    of each channel), value_mean and first_value, or parts that hold them."""
 
     pieces: dict[str, Piece]
     bytes: int

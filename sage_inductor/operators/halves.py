@@ -39,11 +39,11 @@ class QuantizedKeyValue:
 
     def parts(self) -> dict[str, Tensor]:
         """The parts by name, views of `packed` in the layout of the kernel: `key` (int8) and its scales, K's mean, `value`
-        (e4m3, int8, or 16 bits with "accurate"), its scales, V's mean. With "reference" they are `key` `[batch, kv_heads,
-        blocks * 128, head_dim]`, `key_scale` `[batch, kv_heads, blocks]`, `key_mean` `[batch, kv_heads, 1, head_dim]`, `value`,
-        `value_scale`, `value_channel` and `value_mean` alike. The GPU kernels' lie as in their workspace
-        (kernels/triton/workspace.py): `value_channels` holds V's channel scales and its mean, `value_log2_scale` log2 of its
-        scales."""
+        (e4m3, int8, or 16 bits with "accurate"), its scales, V's mean, and what that leaves of the first key's value, which is 0 in
+        8 bits. With "reference" they are `key` `[batch, kv_heads, blocks * 128, head_dim]`, `key_scale` `[batch, kv_heads,
+        blocks]`, `key_mean` `[batch, kv_heads, 1, head_dim]`, `value`, `value_scale`, `value_channel`, `value_mean` and
+        `first_value` alike. The GPU kernels' lie as in their workspace (kernels/triton/workspace.py): `value_channels` holds V's
+        channel scales, its mean and the first key's value, `value_log2_scale` log2 of its scales."""
         pieces = kernels.get(self.kernel).key_value_layout(self.form).pieces
         return {name: piece.of(self.packed) for name, piece in pieces.items()}
 

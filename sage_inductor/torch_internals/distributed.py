@@ -128,6 +128,16 @@ def sent_to_next(tensor: torch.Tensor, group_name: str, rank: int, ranks: int) -
     return coming
 
 
+def exchanged(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
+    """What each rank sends of `tensor`, `[ranks, ...]` and contiguous, to this one: row i goes to rank i. Under way until `arrived`."""
+    ranks = tensor.shape[0]
+    each = [tensor.numel() // ranks] * ranks
+    coming: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(
+        tensor.view(-1), each, each, group_name
+    )
+    return coming.view(tensor.shape)
+
+
 def arrived(coming: torch.Tensor) -> torch.Tensor:
     """What `sent_to_next` gave, when it is there: on a GPU, for what the current stream does from now on."""
     tensor: torch.Tensor = torch.ops._c10d_functional.wait_tensor(coming)

@@ -38,6 +38,12 @@ def dynamo_is_compiling() -> bool:
     return CompileContext.current_compile_id() is not None
 
 
+def inside_compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.compile` wrapped, or `model` itself."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, torch.nn.Module) else model
+
+
 def traced_for() -> Any:
     """The backend that Dynamo traces for on this thread, out of what torch.compile wraps it in; None where nothing is traced."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

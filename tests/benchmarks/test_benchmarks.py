@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
+import subprocess
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,107 @@ def test_the_table_of_masks(load: Any, tmp_path: Path) -> None:
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def pipelines(load: Any) -> Iterator[Any]:
+    """benchmarks/pipelines.py, under another name than the helper that is called so too."""
+    spec = importlib.util.spec_from_file_location("pipelines_measured", BENCHMARKS / "pipelines.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_contenders_of_a_pipeline(pipelines: Any, load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    on = pipelines.Machine("cpu", True, 2, str(tmp_path))
+    workers = []
+    for name, sites in (("eager", None), ("torch.compile", None), ("sage_inductor", "2 of 2")):
+        torch._dynamo.reset()
+        contender = pipelines.Contender("wan", name, on)
+        facts = {"pipeline": "wan", "contender": name, **contender.first_call()}
+        assert (facts["graphs"], facts["graph_breaks"]) == (0 if name == "eager" else 1, 0)
+        assert facts.get("sites") == sites  # the block's two attentions, once for all blocks
+        calls = [contender.call(), contender.call()]
+        assert [len(call["step_ms"]) for call in calls] == [
+            1,
+            1,
+        ]  # from the end of a step to that of the next
+        assert [len(call["denoiser_ms"]) for call in calls] == [4, 4]  # guidance calls it twice a step
+        workers.append(types.SimpleNamespace(facts=facts, calls=calls))
+    eager, plain, ours = pipelines.entries("wan", workers, on)
+    assert eager["relative_l2"] < 1e-5 and plain["relative_l2"] == 0 and 1e-4 < ours["relative_l2"] < 0.1
+    assert plain["ratio"] == 1 and ours["kernels"] == {"reference": 2}
+    assert not any(map(pipelines.failed, (eager, plain, ours)))
+    assert pipelines.failed(ours | {"relative_l2": 1.0}) and pipelines.failed(ours | {"finite": False})
+    assert "2 of 2 rewritten (reference 2)" in pipelines.report([ours])
+    of_gpu = {
+        "gpu": "H",
+        "torch": "2",
+        "diffusers": "0",
+        "steps": 2,
+        "weights_mib": 100.0,
+        "peak_denoising_mib": 1350.0,
+    }
+    failed = {"pipeline": "flux", "contender": "eager", "error": "no memory"}
+    found = {
+        "pipeline": "flux",
+        "contender": "calibrate_pipeline",
+        "calibrate_s": 99.6,
+        "decisions": {"fast": 8, "sdpa": 1},
+    }
+    text = load("readme").pipelines_section([of_gpu | plain, of_gpu | ours, failed, found])
+    assert (
+        text.count("| Wan 2.1 1.3B, 832 x 480, 81 frames | `") == 2
+        and "| 1,250 |" in text
+        and "no memory" not in text
+    )
+    assert "`calibrate_pipeline` of the same Flux takes 100 s: fast 8, sdpa 1" in text
+
+
+def test_models_of_pipelines_keep_what_weights_would(pipelines: Any) -> None:
+    """In bfloat16, but for what `from_pretrained` leaves in float32; tables of positions as the model makes them."""
+    pytest.importorskip("diffusers")
+    from diffusers import WanTransformer3DModel
+
+    on = pipelines.Machine("cpu", True, 2, "")
+    expected = pipelines.wan(on)[0].transformer
+    on = types.SimpleNamespace(device="cpu", dtype=torch.bfloat16)
+    model = pipelines.made(lambda: WanTransformer3DModel.from_config(expected.config), on)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert model.blocks[0].scale_shift_table.dtype == torch.float32
+    assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert torch.equal(model.rope.freqs_cos, expected.rope.freqs_cos)
+
+
+def test_pipelines_are_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    file = tmp_path / "pipelines.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "pipelines.py"),
+        "--tiny",
+        "--device",
+        "cpu",
+        "--out",
+        str(file),
+    ]
+    command += ["--parts", "flux", "--rounds", "1", "--steps", "2", "--contenders"]
+    done = subprocess.run([*command, "eager", "flash_attention_3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    eager, flash = json.loads(file.read_text())
+    assert len(eager["calls_s"]) == 1 and eager["finite"] and eager["denoiser_ms"] > 0
+    assert flash["error"] in done.stdout  # neither the wheel nor a GPU is here
+
+
+def test_a_contender_that_takes_too_long(pipelines: Any, tmp_path: Path) -> None:
+    on = pipelines.Machine("cpu", True, 2, str(tmp_path))
+    (entry,) = pipelines.measure("flux", ["eager"], on, rounds=1, limit=0.0, one=60.0)
+    assert entry == {"pipeline": "flux", "contender": "eager", "error": "build: 0 s are spent"}
+    assert pipelines.failed(entry) and not pipelines.failed(entry | {"contender": "flash_attention_3"})
+
+
 def test_skip_plants_what_can_be_left_out(load: Any, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     skip = load("skip")
@@ -212,3 +316,17 @@ def test_skip_plants_what_can_be_left_out(load: Any, tmp_path: Path) -> None:
         assert least <= share <= most, (pattern, share)
         share = skip.skipped_share(skip.tile_margins(q, k, skip_by="sample"), skip.THRESHOLD)
         assert share == pytest.approx(by_sample, abs=0.1), (pattern, share)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_where_workspaces_lie(load: Any, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    workspace = load("workspace")
+    file = tmp_path / "workspace.json"
+    rows = workspace.main(["--tiny", "--device", "cpu", "--layers", "2", "--out", str(file)])
+    assert json.loads(file.read_text()) == rows
+    assert [row["contender"] for row in rows] == ["plain", "as it is", "kept"]
+    plain, ours, kept = rows
+    assert (plain["addresses"], plain["workspace_mib"]) == (0, 0) and ours["addresses"] in (1, 2)
+    assert kept["addresses"] == 1 and kept["workspace_mib"] == ours["workspace_mib"]
+    assert workspace.launch.torch is torch

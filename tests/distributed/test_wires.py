@@ -13,7 +13,8 @@ from ranks import main, on_every_rank, on_ranks
 from torch import Tensor
 
 from sage_inductor import Config, NotEligibleError, sage_attention
-from sage_inductor.operators.distributed import wires
+from sage_inductor.operators.distributed import shards as in_turn
+from sage_inductor.operators.distributed.wires import around
 from sage_inductor.operators.schemas import WIRES
 from sage_inductor.testing import RewritingBackend, relative_l2
 
@@ -46,17 +47,17 @@ def context(mesh: Any, balanced: bool, *buffers: Tensor) -> Iterator[None]:
 def counting_bytes() -> Iterator[list[int]]:
     """What this rank sends in 8 bits."""
     sent: list[int] = []
-    send = wires.sent_to_next
+    send = in_turn.sent_to_next
 
     def counted(packed: Tensor, *args: Any) -> Tensor:
         sent.append(packed.numel() * packed.itemsize)
         return send(packed, *args)
 
-    wires.sent_to_next = counted
+    in_turn.sent_to_next = counted
     try:
         yield sent
     finally:
-        wires.sent_to_next = send
+        in_turn.sent_to_next = send
 
 
 def errors(mesh: Any, buffers: list[Tensor], balanced: bool, **options: Any) -> dict[str, float]:
@@ -130,8 +131,8 @@ def half_of_the_bytes(mesh: Any) -> None:
         assert sent == []
         sage_attention(*buffers, is_causal=True, kernel="reference", wires="8-bit")
     assert len(sent) == mesh.size() - 1 and len(set(sent)) == 1
-    # Beside K and V: of each head 3 numbers a channel and 2 for 128 keys, and some of 3 * 512 bytes between the parts.
-    beside = B * H * 4 * (3 * D + 2 * 512 // mesh.size() // 128) + 3 * 512
+    # Beside K and V: of each head 4 numbers a channel and 2 for 128 keys, and some of 3 * 512 bytes between the parts.
+    beside = B * H * 4 * (4 * D + 2 * 512 // mesh.size() // 128) + 3 * 512
     assert whole // 2 < sent[0] < whole // 2 + beside, (sent, whole)
 
 
@@ -244,7 +245,7 @@ def as_inputs_it_is_attention_to_all(mesh: Any) -> None:
             torch.cat([tensor.chunk(2 * ranks, 2)[chunk] for chunk in chunks], 2)
             for tensor in (exact, one, *buffers)
         )
-        out, _ = wires.around(
+        out, _ = around(
             mesh.get_group(), rank, ranks, *shards, mask, is_causal=is_causal, is_balanced=balanced,
             kernel_name="reference",
         )  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,72 @@ def test_flux_image(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]
     assert "single_transformer_blocks.0.attn" in capsys.readouterr().out
     flux_image = importlib.import_module("flux_image")
     assert flux_image.SIZES["dev"].tokens == 4096 + 512
+
+
+# Two ranks as torchrun starts them, but copies of one process, made after its imports; graphs run without Inductor.
+RANKS = """
+import os, sys
+import torch._inductor.compile_fx, several_gpus
+from diffusers import WanTransformer3DModel
+from ranks import forked
+
+torch._TorchCompileInductorWrapper.__call__ = lambda self, graph_module, inputs: graph_module.forward
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], WORLD_SIZE="2")
+rank = forked(2)
+if rank is not None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    several_gpus.main([*sys.argv[2:], "--device", "cpu", "--repeat", "1"])
+"""
+
+
+@pytest.mark.parametrize("ring", ["2", pytest.param("1", marks=pytest.mark.slow)])
+def test_several_gpus(ring: str) -> None:
+    pytest.importorskip("diffusers")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = [str(EXAMPLES), str(EXAMPLES.parent / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, "-c", RANKS, port, "--ring", ring]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    (error,) = re.findall(r"against one exact GPU: ([\d.]+)", done.stdout) or [done.stderr[-3000:]]
+    assert f"Ulysses {2 // int(ring)}, ring {ring}" in done.stdout and 1e-4 < float(error) < 0.04
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_several_gpus_alone(main: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    from sage_inductor.integrations import diffusers as sage
+
+    try:
+        figures = main("several_gpus", "--repeat", "2")
+        with pytest.raises(SystemExit):
+            main("several_gpus", "--ring", "3")
+    finally:
+        sage.unregister()
+    assert 1e-4 < figures["relative_l2"] < 0.04 and figures["ms"] > 0
+    captured = capsys.readouterr()
+    assert (
+        "Ulysses 1, ring 1" in captured.out and "valid: a product of 1, the number of ranks" in captured.err
+    )
+
+
+def test_the_others_run_elsewhere() -> None:
+    """Each script of examples/ is run by a test: those that none of this file runs, where they belong."""
+    here, tests = Path(__file__), EXAMPLES.parent / "tests"
+    elsewhere = {
+        "explicit_backend": tests / "backends" / "test_backends.py",
+        "sage_inductor_attention": tests / "integrations" / "test_comfyui.py",
+    }
+    for path in sorted(EXAMPLES.rglob("*.py")):
+        if path.stem not in SHARED:
+            text = elsewhere.get(path.stem, here).read_text()
+            assert re.search(rf"""main\(\s*"{path.stem}"|{path.stem}\.(py|main)""", text), path
 
 
 def test_export_aoti(main: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

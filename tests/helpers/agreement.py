@@ -333,6 +333,7 @@ class Case:
     params: AttentionParams
     biased: bool  # a bias on K's channels and V's: what smoothing and channel scales are for
     outliers: bool = False  # channels of K and Q that stand out: what evening is for
+    sink: bool = False  # the first key draws most of the weight, and has little value
 
 
 def draw_variant(rng: random.Random, varlen: bool) -> Variant:
@@ -395,6 +396,8 @@ def _draw_sizes(seed: int, variant: Variant) -> Case:
     return Case(
         seed, variant, rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3]), q_len, kv_len,
         params, rng.random() < 0.3, variant.smoothing != "mean" and rng.random() < 0.5,
+        # From a stream of its own, so that the problems that were drawn before there were sinks stay what they were.
+        sink=random.Random(f"sink {seed}").random() < 0.2,
     )  # fmt: skip
 
 
@@ -541,7 +544,25 @@ def _data(shape: tuple[int, ...], name: str, case: Case) -> Tensor:
         data += (20.0 if name == "key" else 3.0) * torch.randn(shape[-1], device=DEVICE)
     if case.variant.skips and not case.outliers and name != "value":
         data += topics(shape, name, case.seed, case.params.scale)
+    if case.sink and shape[-2] > 0:
+        plant_sink(data, name, case.seed, case.params.scale)
     return data
+
+
+def plant_sink(data: Tensor, name: str, seed: int, scale: float | None = None) -> None:
+    """Every query has a high score (6 to 14) with the first key, whose value is small or 0."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    scale = data.shape[-1] ** -0.5 if scale is None else scale
+    height, value = rng.uniform(6, 14), rng.choice([0.0, 0.05, 0.3])
+    if name == "value":
+        data[..., 0, :] *= value
+        return
+    direction = torch.nn.functional.normalize(torch.randn(data.shape[-1], generator=generator), dim=-1)
+    direction = direction.to(data.device) * math.sqrt(height / abs(scale))
+    if name == "query":
+        data += direction
+    else:
+        data[..., 0, :] += math.copysign(1.0, scale) * direction
 
 
 def topics(shape: tuple[int, ...], name: str, seed: int, scale: float | None = None) -> Tensor:

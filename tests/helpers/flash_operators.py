@@ -1,12 +1,15 @@
 """Operators with the schemas of flash-attn 2 and 3 and of xformers, for tests: exact attention in PyTorch under their names.
 
 Schemas: flash_attn/flash_attn_interface.py, hopper/flash_api.cpp and hopper/flash_attn_interface.py of
-Dao-AILab/flash-attention; ops/fmha/flash.py and csrc/attention/attention.cpp of facebookresearch/xformers.
+Dao-AILab/flash-attention; ops/fmha/flash.py and csrc/attention/attention.cpp of facebookresearch/xformers; the wheel fa3-fwd 0.0.3;
+torch-ext/ of flash-attn2 and flash-attn3 in huggingface/kernels-community.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,9 +24,7 @@ _TAIL = (
 )
 _TAIL += "Tensor? k_descale=None, Tensor? v_descale=None, float? softmax_scale=None, bool {causal}=False, "
 _TAIL += "int window_size_left=-1, int window_size_right=-1, int attention_chunk=0, float softcap=0.0, "
-_TAIL += (
-    "bool {interleaved}=True, Tensor? scheduler_metadata=None, int num_splits={splits}, bool? pack_gqa=None, "
-)
+_TAIL += "bool {interleaved}, Tensor? scheduler_metadata=None, int num_splits={splits}, bool? pack_gqa=None, "
 _TAIL += "int sm_margin=0) -> ({out}, Tensor, Tensor, Tensor)"
 _MIDDLE = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, Tensor? seqused_q=None, "
 _MIDDLE += "Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, Tensor? page_table=None, "
@@ -41,10 +42,12 @@ SCHEMAS = {
     "flash_attn_3": (
         f"fwd({_INPUTS}Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
         f"Tensor(out!)? out=None, {_MIDDLE}"
-        + _TAIL.format(causal="is_causal", interleaved="is_rotary_interleaved", splits=0, out="Tensor(out!)"),
+        + _TAIL.format(
+            causal="is_causal", interleaved="is_rotary_interleaved=False", splits=0, out="Tensor(out!)"
+        ),
         f"_flash_attn_forward({_INPUTS}Tensor? k_new=None, Tensor? v_new=None, Tensor? qv=None, Tensor? out_=None, "
         + _MIDDLE
-        + _TAIL.format(causal="causal", interleaved="rotary_interleaved", splits=1, out="Tensor"),
+        + _TAIL.format(causal="causal", interleaved="rotary_interleaved=True", splits=1, out="Tensor"),
     ),
     "xformers_flash": (
         "flash_fwd(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -59,6 +62,17 @@ SCHEMAS = {
         "SymInt max_seqlen_batch_k)",
     ),
 }
+# What `torch.library.custom_op` reads from a Python function: its ints may be symbolic.
+for _package, _name in (("flash_attn", 0), ("flash_attn", 1), ("flash_attn_3", 1)):
+    _written = list(SCHEMAS[_package])
+    _written[_name] = re.sub(r"\bint(?=\?? )", "SymInt", _written[_name])
+    SCHEMAS[_package] = tuple(_written)
+# Other builds of the same sources.
+SCHEMAS["_flash_attn2_cuda_1a2b3c"], SCHEMAS["_flash_attn3_cuda_1a2b3c_dirty"] = (
+    SCHEMAS["flash_attn"], SCHEMAS["flash_attn_3"][1:],
+)  # fmt: skip
+if find_spec("fa3_fwd") is None:  # else it has them itself
+    SCHEMAS["fa3_fwd"] = SCHEMAS["flash_attn_3"]
 _libraries: list[Any] = []  # an operator lives as long as its library
 
 
@@ -105,7 +119,8 @@ def exact_packed(
 
 @cache
 def register() -> None:
-    """Make `torch.ops.flash_attn`, `flash_attn_3`, `xformers_flash` and `xformers`. Once for a process."""
+    """Make `torch.ops.flash_attn`, `flash_attn_3`, `xformers_flash`, `xformers` and the other names in `SCHEMAS`. Once for a
+    process."""
     for namespace, schemas in SCHEMAS.items():
         library = torch.library.Library(namespace, "DEF")
         _libraries.append(library)
@@ -119,6 +134,20 @@ def register() -> None:
                 continue
             library.impl(name, _implementation(operator), "CPU")
             torch.library.register_fake(f"{namespace}::{name}", _fake(operator), lib=library)
+
+
+@cache
+def give_diffusers_a_kernel() -> None:
+    """Exact attention on a CPU for diffusers' own operator around flash-attn 3. Once for a process."""
+    from diffusers.models import attention_dispatch
+
+    def on_cpu(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, *rest: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = exact(q, k, v, causal, -1, -1, softmax_scale)
+        return out, lse.transpose(1, 2).to(q.dtype)
+
+    attention_dispatch._wrapped_flash_attn_3.register_kernel("cpu")(on_cpu)
 
 
 def _cutlass(

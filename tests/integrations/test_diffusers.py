@@ -99,7 +99,9 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name: str, registered: None, graphs: list[torch.fx.GraphModule]) -> None:
+def test_models(
+    name: str, registered: None, graphs: list[torch.fx.GraphModule], new_process: Callable[[], None]
+) -> None:
     model, inputs = built(name)
     exact = model(**inputs)[0]
     model.set_attention_backend("sage_inductor")
@@ -108,7 +110,13 @@ def test_models(name: str, registered: None, graphs: list[torch.fx.GraphModule])
     assert out.dtype == exact.dtype and out.stride() == exact.stride()
     compiled = torch.compile(model, backend="sage_inductor", options=OPTIONS, fullgraph=True)
     assert relative_l2(compiled(**inputs)[0], out) < BOUND / 10
-    assert len(graphs) == 1 and operators(graphs) >= 2  # plain torch.compile makes one graph of each, too
+    assert len(graphs) == 1 and operators(graphs) >= 2
+    # With diffusers' own attention plain torch.compile makes one graph of each, too.
+    new_process()
+    model.set_attention_backend("native")
+    plain = torch.compile(model, backend="eager", fullgraph=True)
+    assert relative_l2(plain(**inputs)[0], exact) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_masks_of_padded_batches_count(registered: None) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
 
+import flash_operators  # noqa: E402
 import pipelines  # noqa: E402
 
 from sage_inductor import Config, Plan, SteppedModel, backend  # noqa: E402
@@ -54,23 +55,80 @@ def run(pipeline: Any, arguments: dict[str, Any], steps: int = 4) -> Any:
     return pictures(pipeline(num_inference_steps=steps, generator=generator, **arguments))[0]
 
 
+# How many attentions the graphs of each hold; blocks that are compiled one by one share a graph.
+COMPILED = {
+    "flux": 2, "wan": 2, "stable_diffusion": 2, "stable_diffusion_3": 3, "chroma": 2, "ltx": 2, "hunyuan_video": 3,
+    "qwen_image": 1, "pixart_sigma": 4, "cogvideox": 2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "regional", "graph_count", "sites"),
-    [("flux", False, 1, 2), ("wan", True, 1, 2), ("stable_diffusion", True, 1, 2)],
+    ("name", "regional"), [*((name, True) for name in COMPILED), ("flux", False), ("hunyuan_video", False)]
 )
 def test_compile(
-    name: str, regional: bool, graph_count: int, sites: int, graphs: list[torch.fx.GraphModule]
+    name: str, regional: bool, graphs: list[torch.fx.GraphModule], new_process: Callable[[], None]
 ) -> None:
+    """Against the pipeline as it is, and in as many graphs as with plain torch.compile."""
     pipeline, arguments = getattr(pipelines, name)()
-    exact = run(pipeline, {**arguments, "output_type": "latent"}, steps=2)
+    arguments["output_type"] = "latent"
+    exact = run(pipeline, arguments, steps=2)
+    plain: list[torch.fx.GraphModule] = []
+
+    def keep(graph_module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        plain.append(graph_module)
+        return graph_module.forward
+
+    other, _ = getattr(pipelines, name)()
+    model: Any = getattr(other, "transformer", None) or other.unet
+    in_blocks = regional and getattr(model, "_repeated_blocks", None)
+    (model.compile_repeated_blocks if in_blocks else model.compile)(backend=keep)
+    run(other, arguments, steps=2)
+    new_process()
+
     before = dict(pipeline.components)
     assert sage.compile(pipeline, regional=regional, kernel="reference", fullgraph=True) is pipeline
     assert pipeline.components == before
-    out = run(pipeline, {**arguments, "output_type": "latent"}, steps=2)
+    out = run(pipeline, arguments, steps=2)
     assert 0 < relative_l2(out, exact) < 0.02
-    # Blocks share a graph, as with plain compile_repeated_blocks.
-    assert len(graphs) == graph_count and len(precisions(graphs)) == sites
+    assert len(graphs) == len(plain) and len(precisions(graphs)) == COMPILED[name]
     assert set(precisions(graphs)) == {"fast"}
+
+
+def test_a_pipeline_whose_model_was_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+    """`pipeline.transformer = torch.compile(pipeline.transformer)`, as diffusers' docs have it, and blocks compiled before."""
+    pipeline, arguments = pipelines.flux()
+    exact, model = run(pipeline, arguments, steps=2), pipeline.transformer
+    model.compile_repeated_blocks(backend="eager")
+    pipeline.transformer = compiled = torch.compile(model, backend="eager")
+    assert relative_l2(run(pipeline, arguments, steps=2), exact) < 1e-5
+    found = sage.calibrate_pipeline(pipeline, ranges=1, num_inference_steps=2, **arguments)
+    assert pipeline.transformer is compiled and found.steps == {"transformer": 2}
+    sage.compile(pipeline, kernel="reference")
+    assert pipeline.transformer is model
+    assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02 and len(precisions(graphs)) == 2
+
+
+def test_a_pipeline_with_flash_attention_3(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' backend "_flash_3" holds an operator of its own where SDPA would stand."""
+    from diffusers.models import attention_dispatch
+
+    flash_operators.give_diffusers_a_kernel()
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", True)
+    pipeline, arguments = pipelines.flux()
+    exact = run(pipeline, arguments, steps=2)
+    pipeline.transformer.set_attention_backend("_flash_3")
+    try:
+        assert relative_l2(run(pipeline, arguments, steps=2), exact) < 1e-5
+        sage.compile(pipeline, kernel="reference", fullgraph=True)
+        assert 0 < relative_l2(run(pipeline, arguments, steps=2), exact) < 0.02
+    finally:
+        pipeline.transformer.reset_attention_backend()
+        native = attention_dispatch.AttentionBackendName.NATIVE
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(native)
+    assert len(graphs) == len(precisions(graphs)) == 2
+    assert not any("flash" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 Found = tuple[Any, dict[str, Any], torch.Tensor, sage.PipelineCalibration]
@@ -141,6 +199,8 @@ def test_a_calibrated_pipeline_follows_its_steps(
     stepped.save_pretrained(tmp_path / "model")
     loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "model")
     assert loaded.config.joint_attention_dim == 32 and loaded.state_dict().keys() == model.state_dict().keys()
+    other = diffusers.FluxPipeline.from_pipe(pipeline, transformer=stepped)
+    assert other.transformer is stepped
     sage.compile(pipeline, kernel="reference")  # anew, without a plan: from the model itself
     assert pipeline.transformer is model
 
@@ -183,6 +243,12 @@ def test_what_is_not_valid() -> None:
         sage.compile(type("Vae", (), {"components": {"vae": pipeline.vae}})())
     with pytest.raises(ValueError, match=r"ranges=0 \(valid: an int from 1\)"):
         sage.calibrate_pipeline(pipeline, ranges=0, **arguments)
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(
+        ValueError, match=r"transformer has a cache of blocks enabled .*transformer.disable_cache"
+    ):
+        sage.calibrate_pipeline(pipeline, **arguments)
+    pipeline.transformer.disable_cache()
     sage.register(Config(kernel="reference"))
     try:
         pipeline.transformer.set_attention_backend("sage_inductor")

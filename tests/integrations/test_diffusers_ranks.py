@@ -87,17 +87,16 @@ for name in (wan, flux):
         graphs.clear()
         compiled = torch.compile(model, backend="sage_inductor", options={"sage.kernel": "reference"})(**inputs)[0]
         assert relative_l2(compiled, eager) < 1e-3, (name, way, relative_l2(compiled, eager))
-        expected = "attention_of_ring.default" if way == "ring" else "attention.default"
-        # The text of Wan is whole on each rank: its cross-attention is no matter of the ring.
-        assert operators().count(expected) >= (1 if way == "ring" and name is wan else 2), operators()
-        if way == "ring" and name is wan:  # keys and values travel in 8 bits
+        # The text of Wan is whole on each rank: its cross-attention is no matter of the ranks.
+        assert operators().count(f"attention_of_{way}.default") == (1 if name is wan else 2), operators()
+        if name is wan:  # keys and values travel in 8 bits
             model.set_attention_backend("in_8_bits")
             again = model(**inputs)[0]
             assert 0 < relative_l2(again, exact) < 1.1 * relative_l2(eager, exact), (name, relative_l2(again, exact))
             graphs.clear()
             fast = torch.compile(model, backend="sage_inductor", options={"sage.kernel": "reference"})(**inputs)[0]
             assert relative_l2(fast, again) < 1e-3, (name, relative_l2(fast, again))
-            assert operators().count("attention_of_ring.default") == 1, operators()
+            assert operators().count(f"attention_of_{way}.default") == 1, operators()
         sizes = [torch.empty_like(eager) for _ in range(2)]
         dist.all_gather(sizes, eager)
         assert torch.equal(*sizes), "ranks differ"
@@ -122,29 +121,37 @@ for way in ("ring", "ulysses"):
             continue
         def attend(q, k, v, mask):
             return dispatch_attention_fn(q, k, v, mask, backend="sage_inductor", parallel_config=configs[way])
-        for call in (attend, torch.compile(attend, backend="eager", fullgraph=way == "ring" and "own" not in kind)):
+        for call in (attend, torch.compile(attend, backend="eager", fullgraph="own" not in kind)):
             if call is not attend and kind not in ("own keys, 2-D", "all keys"):
                 continue
             out = call(*local, mask)
             assert out.isfinite().all(), (way, kind)
             assert 0 < relative_l2(out, exact[:, part]) < 0.04, (way, kind, relative_l2(out, exact[:, part]))
 
-def refused(error, text, *args, backend="sage_inductor", **kwargs):
-    try:
-        dispatch_attention_fn(*args, backend=backend, parallel_config=configs["ring"], **kwargs)
-    except error as raised:
-        assert text in str(raised), raised
-        return True
-assert refused(ValueError, "in a ring (valid: [batch, 1, 1, 32]", *local, keep[:, None, part, None].expand(2, 1, 32, 32))
+def refused(error, text, *args, backend="sage_inductor", ways=("ring", "ulysses"), **kwargs):
+    for way in ways:
+        try:
+            dispatch_attention_fn(*args, backend=backend, parallel_config=configs[way], **kwargs)
+        except error as raised:
+            assert text in str(raised), raised
+        else:
+            return False
+    return True
+assert refused(ValueError, "(valid: [batch, 1, 1, 32]", *local, keep[:, None, part, None].expand(2, 1, 32, 32))
 assert refused(NotEligibleError, "dropout_p=0.5", *local, dropout_p=0.5)
 assert refused(NotEligibleError, "attn_mask=given (supported: none with wires", *local, keep, backend="in_8_bits")
-def in_8_bits(q, k, v):
-    return dispatch_attention_fn(q, k, v, backend="in_8_bits", parallel_config=configs["ring"])
-torch._dynamo.reset()
-whole = torch.compile(in_8_bits, backend="eager", fullgraph=True)(*local)
-assert torch.equal(whole, in_8_bits(*local)) and whole.stride() == local[0].stride()
+assert refused(NotEligibleError, "is_causal=True (supported: False with wires", *local, is_causal=True, backend="in_8_bits", ways=["ulysses"])
 exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-assert 0 < relative_l2(whole, exact[:, part]) < 0.04
+for way, config in configs.items():
+    def in_8_bits(q, k, v):
+        return dispatch_attention_fn(q, k, v, backend="in_8_bits", parallel_config=config)
+    torch._dynamo.reset()
+    whole = torch.compile(in_8_bits, backend="eager", fullgraph=True)(*local)
+    assert torch.equal(whole, in_8_bits(*local)) and whole.stride() == local[0].stride()
+    assert 0 < relative_l2(whole, exact[:, part]) < 0.04, way
+causal = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+out = dispatch_attention_fn(*local, is_causal=True, backend="sage_inductor", parallel_config=configs["ulysses"])
+assert 0 < relative_l2(out, causal[:, part]) < 0.04
 with torch.enable_grad():
     assert refused(NotEligibleError, "requires_grad", local[0].clone().requires_grad_(), *local[1:])
 dist.barrier()

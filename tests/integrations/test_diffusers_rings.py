@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sage_inductor import Config, sage_attention
 from sage_inductor.operators import inference
+from sage_inductor.operators.distributed import shards as in_turn
 from sage_inductor.operators.distributed import wires as ring
 from sage_inductor.testing import relative_l2
 
@@ -122,8 +123,8 @@ def overlapping(wires: str, ranks: int, calls: int) -> Iterator[None]:
     """Raises unless, in each of `calls` rings inside, what goes to the next rank is sent before the part at hand is attended to, and
     what comes is waited for behind it."""
     watched = {
-        "send": (ring, "sent_to_next"),
-        "wait": (ring, "arrived"),
+        "send": (in_turn, "sent_to_next"),
+        "wait": (in_turn, "arrived"),
         "attend": (inference, "attention_lse") if wires == "inputs" else (ring, "attention_prequantized_op"),
     }
     events: list[str] = []

@@ -77,14 +77,25 @@ def test_how_it_is_shown() -> None:
     assert peak_bytes(lambda: torch.empty(100), torch.device("cpu")) is None
 
 
-def test_bench_shows_it_for_kernels_that_cannot_run_here() -> None:
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_bench_shows_it_for_kernels_that_cannot_run_here(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Triton runs none of its kernels, as for a user without a GPU; not where the kernel takes no such problem."""
+    from sage_inductor.kernels import hopper, triton
+
+    if not interpreted:
+        monkeypatch.setattr(triton, "interpreted", lambda: False)
+        monkeypatch.setattr(hopper, "interpreted", lambda: False)
     out = io.StringIO()
     with redirect_stdout(out):
-        main(
-            ["bench", "--shape", "1,4,256,64", "--kernel", "hopper", "--precision", "fast", "--device", "cpu"]
-        )
+        for head_dim in ("64", "320"):
+            shape = f"1,4,256,{head_dim}"
+            main(["bench", "--shape", shape, "--kernel", "hopper", "--precision", "fast", "--device", "cpu"])
     expected = mebibytes(copies_bytes((1, 4, 256, 64), (1, 4, 256, 64), 64, "fast"), measured=False)
-    assert "MiB" in out.getvalue() and expected in out.getvalue()
+    rows = [line for line in out.getvalue().splitlines() if line.startswith("hopper")]
+    assert "MiB" in out.getvalue() and expected in rows[0] and "~" not in rows[1]
+    assert interpreted or torch.cuda.is_available() or "device=cpu" in rows[0]
 
 
 def test_a_plan_shows_it_for_its_decisions() -> None:

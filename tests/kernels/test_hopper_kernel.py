@@ -400,6 +400,23 @@ class TestOnHopper:
         params = AttentionParams(is_causal=is_causal, precision=precision)
         agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
 
+    @pytest.mark.parametrize("precision", ["fast", "balanced"])
+    @pytest.mark.parametrize("dim", [64, 128, 256])
+    @pytest.mark.parametrize("kv_len", [100, 700])
+    @pytest.mark.parametrize(
+        "kwargs", [{}, {"is_causal": True}, {"window_left": 40}, {"skip_threshold": 0.01}], ids=str
+    )
+    def test_attention_sink(self, precision: str, dim: int, kv_len: int, kwargs: dict[str, Any]) -> None:
+        """The first key has most of the weight, which is not what the others are rounded against."""
+        q = torch.randn(2, 4, 200, dim, device="cuda", dtype=torch.float16)
+        k, v = (torch.randn(2, 2, kv_len, dim, device="cuda", dtype=torch.float16) for _ in range(2))
+        for data, name in ((q, "query"), (k, "key"), (v, "value")):
+            agreement.plant_sink(data, name, seed=1)
+        params = AttentionParams(precision=precision, smoothing="mean", **kwargs)
+        agreement.check(KERNEL, q, k, v, None, params, steps_of_64=True)
+        keys = torch.rand(2, 1, 1, kv_len, device="cuda") > 0.3
+        agreement.check(KERNEL, q, k, v, keys.expand(2, 4, 200, kv_len), params, steps_of_64=True)
+
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
     @pytest.mark.parametrize("dim", [136, 200])
     def test_float32(self, precision: str, dim: int) -> None:

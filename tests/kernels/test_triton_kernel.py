@@ -421,6 +421,18 @@ def test_what_keys_between_others_hold_does_not_matter(precision: str, additive:
         assert relative_l2(out, expected) <= DOCUMENTED[precision] + agreement.EPS[q.dtype]
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"is_causal": True}, {"window_left": 40}, {"skip_threshold": 0.01}], ids=str
+)
+@pytest.mark.parametrize("precision", ["fast", "balanced"])
+def test_attention_sink(precision: str, kwargs: dict[str, Any]) -> None:
+    """The first key has most of the weight, which is not what the others are rounded against."""
+    q, k, v = randn(1, 2, 130, 64), randn(1, 1, 300, 64), randn(1, 1, 300, 64)
+    for data, name in ((q, "query"), (k, "key"), (v, "value")):
+        agreement.plant_sink(data, name, seed=1)
+    check(q, k, v, params=params_of(precision, **kwargs))
+
+
 def test_rows_of_the_most_negative_number_attend_to_all_keys_alike() -> None:
     q, k, v = randn(1, 1, 64, 64), randn(1, 1, 200, 64), randn(1, 1, 200, 64)
     mask = torch.zeros(64, 200, device=DEVICE)
@@ -857,12 +869,12 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     assert len(kernels[-1].get("spills_in_loop", [])) <= spills
     assert capability == 80 or "spills_in_loop" in kernels[-1]
     allowed = {"attention_kernel": 8 * spills}
-    if "skip" in precision:
-        allowed["attention_kernel"] = 8  # outside the loop
+    if "skip" in precision or variant[:4] in ((90, "balanced", 128, "bias"), (90, "fast", 128, "queries")):
+        allowed["attention_kernel"] = 16  # outside the loop
     if version == "3.6":
         # Held to 80 registers, for three programs on an SM.
         allowed |= {"statistics_kernel": 24, "quantize_kernel": 24}
-    if (capability, mask) == (80, "segments+keys"):
+    if capability == 80:
         allowed.setdefault("statistics_kernel", 8)  # two of 80, for three programs on an SM
     allowed["evened_kernel"] = 56  # held to 128, for 16 warps; three of its loads lie in the loop
     assert [kernel for kernel in kernels if kernel["stack"] > allowed.get(kernel["kernel"], 0)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flash_operators
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sage_inductor import Config, Site, calibrate, explain
 from sage_inductor.graph.call import Standing
+from sage_inductor.patterns import flash_attention
 from sage_inductor.testing import RewritingBackend, capture, graph_text, max_error, relative_l2
 from sage_inductor.tuning import choice as choosing
 from sage_inductor.tuning import choose
@@ -26,9 +28,13 @@ BOUND = 0.03  # a wrong mask, scale or order of heads gives above .2
 Form = Callable[..., Any]
 
 
-def fa2(causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2) -> Form:
+def fa2(
+    causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2, build: str = "flash_attn"
+) -> Form:
+    operator = getattr(torch.ops, build)._flash_attn_forward
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.ops.flash_attn._flash_attn_forward(
+        return operator(
             q, k, v, 0.0, scale, causal=causal, window_size_left=left, window_size_right=right, softcap=0.0,
             alibi_slopes=None, return_softmax=False,
         )  # fmt: skip
@@ -36,18 +42,26 @@ def fa2(causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.
     return attend
 
 
-def fa3(causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2) -> Form:
+def fa3(
+    causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2, build: str = "flash_attn_3"
+) -> Form:
+    operator = getattr(torch.ops, build)._flash_attn_forward
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.ops.flash_attn_3._flash_attn_forward(
+        return operator(
             q, k, v, softmax_scale=scale, causal=causal, window_size_left=left, window_size_right=right
         )
 
     return attend
 
 
-def fa3_fwd(causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2) -> Form:
+def fa3_fwd(
+    causal: bool = False, left: int = -1, right: int = -1, scale: float = 0.2, build: str = "flash_attn_3"
+) -> Form:
+    operator = getattr(torch.ops, build).fwd
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.ops.flash_attn_3.fwd(
+        return operator(
             q, k, v, softmax_scale=scale, is_causal=causal, window_size_left=left, window_size_right=right
         )
 
@@ -64,6 +78,13 @@ def xformers(causal: bool = False, left: int = -1, right: int = -1, scale: float
 
 
 FORMS = {"fa2": fa2, "fa3": fa3, "fa3_fwd": fa3_fwd, "xformers": xformers}
+# Other builds of the same sources: the wheel fa3-fwd, which a GPU's machine has itself, and the hub's kernels.
+BUILDS = [
+    ("_flash_attn2_cuda_1a2b3c", fa2),
+    ("_flash_attn3_cuda_1a2b3c_dirty", fa3),
+    ("fa3_fwd", fa3),
+    ("fa3_fwd", fa3_fwd),
+]
 
 
 def inputs(q_len: int = 24, kv_len: int = 24, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +137,40 @@ def test_the_lse_is_given_where_it_is_read(form: str, causal: bool) -> None:
     expected = attend(*args)
     assert relative_l2(out, expected[0]) < BOUND
     assert (lse - expected[1]).abs().max() < 0.05 and lse.stride() == expected[1].stride()
+
+
+@pytest.mark.parametrize(("build", "form"), BUILDS)
+def test_builds_under_another_name(build: str, form: Form) -> None:
+    if build not in flash_operators.SCHEMAS:
+        pytest.skip("the wheel fa3-fwd is installed: a GPU runs it below")
+    attend, args = form(causal=True, build=build), inputs(9, 24)
+    (out, lse), (site,), graph = run(lambda *tensors: attend(*tensors)[:2], *args)
+    assert (site.mask, site.rewritten, flash_nodes(graph)) == ("causal bottom-right", True, [])
+    expected = attend(*args)
+    assert relative_l2(out, expected[0]) < BOUND and (lse - expected[1]).abs().max() < 0.05
+    # The name of another operator of such a package, or of a package that begins so.
+    for other in (
+        "_flash_attn2_cuda_1a2b3c::fwd_kvcache",
+        "_flash_attn4_cuda_1a2b3c::fwd",
+        "fa3_fwd_other::fwd",
+    ):
+        assert flash_attention._known_as(other) not in flash_attention.OPERATORS
+
+
+def test_the_operator_of_diffusers() -> None:
+    """diffusers' backend "_flash_3", whose own operator calls flash-attn 3 and says less of its LSE than it gives."""
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+
+    flash_operators.give_diffusers_a_kernel()
+    for causal, scale in ((True, None), (False, 0.2)):
+        attend = partial(dispatch._flash_attention_3, is_causal=causal, scale=scale)
+        args = inputs(kv_heads=4)
+        result, (site,), graph = run(lambda *tensors, attend=attend: attend(*tensors), *args)
+        assert (site.mask, site.rewritten, flash_nodes(graph)) == ("causal" if causal else "none", True, [])
+        expected = attend(*args)
+        assert relative_l2(result, expected) < BOUND and result.stride() == expected.stride()
+    reads_lse = partial(dispatch._flash_attention_3, return_lse=True)
+    assert stays(lambda *tensors: reads_lse(*tensors), *args).startswith("softmax_lse=read of diffusers' own")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -341,3 +396,80 @@ def test_the_operators_of_the_tests_are_attention() -> None:
     out, lse = exact(q, k, v, True, -1, -1, 0.2)
     assert torch.allclose(out[:, 0], v[:, 0])
     assert torch.allclose(lse[..., 0], (0.2 * q[:, 0] * k[:, 0]).sum(-1))
+
+
+class WithTheWheel(torch.nn.Module):
+    """What a user of fa3-fwd writes: projections around its function."""
+
+    def __init__(self, causal: bool, reads_lse: bool, kv_heads: int) -> None:
+        super().__init__()
+        self.q, self.kv = torch.nn.Linear(128, 4 * 64), torch.nn.Linear(128, 2 * kv_heads * 64)
+        self.causal, self.reads_lse, self.kv_heads = causal, reads_lse, kv_heads
+
+    def inputs(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = self.kv(context).unflatten(-1, (2, self.kv_heads, 64)).unbind(2)
+        return self.q(x).unflatten(-1, (4, 64)), key, value
+
+    def forward(self, x: Tensor, context: Tensor) -> Any:
+        from fa3_fwd_interface import flash_attn_func
+
+        return flash_attn_func(*self.inputs(x, context), causal=self.causal, return_attn_probs=self.reads_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reads_lse", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("causal", "lengths"), [(False, (300, 333)), (True, (300, 300)), (True, (77, 333))])
+def test_the_real_wheel(causal: bool, lengths: tuple[int, int], kv_heads: int, reads_lse: bool) -> None:
+    """fa3-fwd's function in a compiled model: found, gone from the graph, its values those of float64, its strides."""
+    pytest.importorskip("fa3_fwd_interface")
+    model = WithTheWheel(causal, reads_lse, kv_heads).cuda().bfloat16().eval()
+    args = tuple(torch.randn(2, length, 128, device="cuda", dtype=torch.bfloat16) for length in lengths)
+    config = Config(kernel="triton", precision="accurate")
+    backend = RewritingBackend(config)
+    torch.compile(model, backend=backend, fullgraph=True)(*args)
+    (site,), (graph,) = backend.sites, backend.graphs
+    mask = "none" if not causal else "causal" if lengths[0] == lengths[1] else "causal bottom-right"
+    assert (site.pattern, site.mask, site.rewritten) == ("flash_attention", mask, True), site.reasons
+    assert [str(node.target) for node in graph.graph.nodes if "fa3_fwd" in str(node.target)] == []
+
+    torch._dynamo.reset()
+    options = {"sage.kernel": "triton", "sage.precision": "accurate"}
+    result = torch.compile(model, backend="sage_inductor", options=options, fullgraph=True)(*args)
+    theirs = model(*args)
+    expected = exact(*(tensor.cpu() for tensor in model.inputs(*args)), causal, -1, -1, None)
+    if not reads_lse:
+        result, theirs = (result,), (theirs,)
+    assert result[0].dtype == torch.bfloat16 and relative_l2(theirs[0].cpu(), expected[0]) < 0.008
+    assert relative_l2(result[0].cpu(), expected[0]) < BOUND
+    for one, of in zip(result, theirs, strict=False):
+        assert one.stride() == of.stride() and one.shape == of.shape and one.dtype == of.dtype
+    if reads_lse:
+        assert (result[1].cpu() - expected[1]).abs().max() < 0.05
+
+
+@pytest.mark.gpu
+def test_the_real_wheel_has_the_schemas_of_the_tests() -> None:
+    """Those that operators of the same names have in the tests for CPUs, but for the package's name."""
+    pytest.importorskip("fa3_fwd_interface")
+    for name in ("fwd", "_flash_attn_forward"):
+        real, ours = (
+            str(getattr(getattr(torch.ops, of), name).default._schema) for of in ("fa3_fwd", "flash_attn_3")
+        )
+        assert real.partition("::")[2] == ours.partition("::")[2]
+
+
+@pytest.mark.gpu
+def test_the_operator_behind_the_wheel_is_as_plain() -> None:
+    """`torch.ops.fa3_fwd.fwd` says nothing of its output's shape to a compiler: it runs between graphs, as in plain torch.compile."""
+    pytest.importorskip("fa3_fwd_interface")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.fa3_fwd.fwd(q * 2, k, v, softmax_scale=0.2, is_causal=True)[0] + 1
+
+    args = [torch.randn(2, 100, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    results = []
+    for backend in ("inductor", "sage_inductor"):
+        torch._dynamo.reset()
+        results.append(torch.compile(attend, backend=backend)(*args))
+    assert torch.equal(*results)

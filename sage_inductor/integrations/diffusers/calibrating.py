@@ -82,7 +82,8 @@ def calibrate_pipeline(
 
     Raises:
         TypeError, ValueError: an argument that is not valid; no model that runs in steps; a model that is set to an attention
-            backend of `register`, or to one of diffusers' Sage backends, whose attention is not exact; an output without images.
+            backend of `register`, or to one of diffusers' Sage backends, whose attention is not exact; a model with a cache of
+            blocks enabled (`enable_cache`); an output without images.
         RuntimeError: no model was called in steps.
     """
     if isinstance(ranges, bool) or not isinstance(ranges, int) or ranges < 1:
@@ -96,6 +97,11 @@ def calibrate_pipeline(
             raise ValueError(
                 f"{name} has the attention backend {', '.join(inexact)} (valid: one that is exact; {name}.reset_attention_backend(), "
                 "or leave diffusers.attention_backend(...))"
+            )
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"{name} has a cache of blocks enabled (valid: none while it is calibrated, every block runs in each step; "
+                f"{name}.disable_cache())"
             )
     if (
         "output_type" not in call_arguments

@@ -1,9 +1,10 @@
 """8-bit attention inside diffusers' context parallelism: the ring, Ulysses, and both together.
 
-Ulysses is that of diffusers, which calls what stands here on the heads of a rank. Its ring gathers the keys and values of all ranks
-before anything is attended to, and would apply the mask of a rank's own keys to the keys of every other rank. So a ring is that of
-operators/distributed/wires.py, where a part is on its way while another is attended to. Masks of all ranks are gathered first, and each
-part gets its own columns. Parts of different lengths (`ring_anything`) go through diffusers' ring.
+diffusers' ring gathers the keys and values of all ranks before anything is attended to, and would apply the mask of a rank's own keys to
+the keys of every other rank; its Ulysses waits for all heads before it attends to any. So a ring is that of
+operators/distributed/wires.py, where a part is on its way while another is attended to, and Ulysses that of ulysses.py beside it, where
+heads are. Masks of all ranks are gathered first, and each part gets its own columns. In a ring around Ulysses the latter is that of
+diffusers. Parts of different lengths (`ring_anything`, `ulysses_anything`) go through diffusers' own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.integrations.diffusers import internals
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
+from sage_inductor.operators.distributed.ulysses import attention_of_ulysses
 from sage_inductor.operators.distributed.wires import around
 from sage_inductor.operators.functional import sage_attention
 from sage_inductor.operators.inputs import wanting_gradients
@@ -59,12 +61,18 @@ def attention_of_ranks(
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
     ring, ulysses, place = internals.parallel_degrees(parallel_config)
-    if ring > 1 and attn_mask is not None:
+    anything = internals.parts_differ(parallel_config)
+    # diffusers refuses causality and grouped heads in a ring.
+    is_ours = anything is None and not (ring > 1 and (is_causal or enable_gqa))
+    if attn_mask is not None and (ring > 1 or is_ours):
         attn_mask = _of_all_keys(attn_mask, key.shape[1], ring * ulysses, parallel_config)
-    # diffusers refuses causality and grouped heads, and gathers parts of different lengths.
-    is_ours = ring > 1 and not (is_causal or enable_gqa or internals.parts_differ(parallel_config))
-    if ring > 1 and options["wires"] == "8-bit" and not (is_causal or enable_gqa):
-        _refuse_in_8_bits(attn_mask is not None, is_ours)
+    if options["wires"] == "8-bit" and not (ring > 1 and (is_causal or enable_gqa)):
+        _refuse_in_8_bits(attn_mask is not None, is_causal, anything)
+    if is_ours and ring == 1:
+        group, place = internals.ulysses_group(parallel_config)
+        return _in_our_ulysses(attn_mask, options, group, place, ulysses)(
+            None, query, key, value, None, 0.0, is_causal, scale, enable_gqa, return_lse
+        )
     if is_ours:
         attend = _in_our_ring(attn_mask, options, internals.ring_group(parallel_config), place, ring)
         if ulysses == 1:
@@ -83,13 +91,15 @@ def attention_of_ranks(
     )  # fmt: skip
 
 
-def _refuse_in_8_bits(has_mask: bool, parts_are_alike: bool) -> None:
-    """Raises NotEligibleError for what a ring whose keys and values travel in 8 bits does not do."""
+def _refuse_in_8_bits(has_mask: bool, is_causal: bool, anything: str | None) -> None:
+    """Raises NotEligibleError for what ranks whose keys and values travel in 8 bits do not do."""
     reasons = []
     if has_mask:
         reasons.append(reason("attn_mask", "given", 'none with wires="8-bit"'))
-    if not parts_are_alike:
-        reasons.append(reason("ring_anything", True, 'False with wires="8-bit"'))
+    if is_causal:
+        reasons.append(reason("is_causal", True, 'False with wires="8-bit"'))
+    if anything is not None:
+        reasons.append(reason(anything, True, 'False with wires="8-bit"'))
     if reasons:
         raise NotEligibleError("sage_inductor in diffusers' context parallelism", reasons)
 
@@ -111,6 +121,22 @@ def _in_our_ring(
     return _as_diffusers_calls(attend)
 
 
+def _in_our_ulysses(
+    of_all_keys: Tensor | None, options: dict[str, Any], group: Any, place: int, ranks: int
+) -> Callable[..., Any]:
+    """What is called on this rank's part of the sequence. `of_all_keys`: the mask."""
+    how = {name: option for name, option in options.items() if name != "kernel"}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **asked: Any) -> Any:
+        found = attention_of_ulysses(
+            q, k, v, cast_as_sdpa(of_all_keys), group_name=group.group_name, rank=place, ranks=ranks,
+            kernel_name=options["kernel"], **asked, **how,
+        )  # fmt: skip
+        return tuple(found) if asked["return_lse"] else found[0]
+
+    return _as_diffusers_calls(attend)
+
+
 def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
     """What diffusers calls on each part. `masks` are those of the parts, in turn; empty where there is one mask, or none."""
     turns = iter(masks)
@@ -123,7 +149,7 @@ def _on_one_part(masks: list[Tensor], options: dict[str, Any]) -> Callable[..., 
 
 
 def _as_diffusers_calls(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """`attend(q, k, v, attn_mask, scale=, return_lse=)` of tensors `[batch, heads, seq, head_dim]`, to be called as diffusers calls
+    """`attend(q, k, v, attn_mask, is_causal=, scale=, enable_gqa=, return_lse=)` of tensors `[batch, heads, seq, head_dim]`, to be called as diffusers calls
     attention of a part: of tensors `[batch, seq, heads, head_dim]` that may come out of a collective that is still under way."""
 
     def forward_op(
@@ -141,7 +167,9 @@ def _as_diffusers_calls(attend: Callable[..., Any]) -> Callable[..., Any]:
         _parallel_config: Any = None,
     ) -> Any:
         q, k, v = (waited_for(tensor).transpose(1, 2) for tensor in (query, key, value))
-        found = attend(q, k, v, attn_mask, scale=scale, return_lse=return_lse)
+        found = attend(
+            q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse
+        )
         if isinstance(found, Tensor):
             return found.transpose(1, 2)
         return found[0].transpose(1, 2), found[1].transpose(1, 2)
@@ -156,7 +184,7 @@ def _of_all_keys(attn_mask: Tensor, local: int, ranks: int, parallel_config: Any
         return attn_mask
     if keys != local or attn_mask.dim() != 4 or attn_mask.shape[-2] != 1:
         raise ValueError(
-            f"attn_mask {tuple(attn_mask.shape)} in a ring (valid: [batch, 1, 1, {local}] over this rank's keys, or "
+            f"attn_mask {tuple(attn_mask.shape)} of several ranks (valid: [batch, 1, 1, {local}] over this rank's keys, or "
             f"{local * ranks} columns over those of all {ranks} ranks)"
         )
     gathered = [torch.empty_like(attn_mask) for _ in range(ranks)]

@@ -136,9 +136,18 @@ def ring_group(parallel_config: Any) -> Any:
     return parallel_config.context_parallel_config._ring_mesh.get_group()
 
 
-def parts_differ(parallel_config: Any) -> bool:
-    """Whether the ranks of a ring may hold parts of different lengths (`ring_anything`, in newer versions)."""
-    return bool(getattr(parallel_config.context_parallel_config, "ring_anything", False))
+def ulysses_group(parallel_config: Any) -> tuple[Any, int]:
+    """The process group of the ranks that exchange heads with this one, and its place among them."""
+    config = parallel_config.context_parallel_config
+    return config._ulysses_mesh.get_group(), config._ulysses_local_rank
+
+
+def parts_differ(parallel_config: Any) -> str | None:
+    """The option by which ranks may hold parts of different lengths, or of heads (`ring_anything` and `ulysses_anything`, in newer
+    versions), if one is on."""
+    config = parallel_config.context_parallel_config
+    names = ("ring_anything", "ulysses_anything")
+    return next((name for name in names if getattr(config, name, False)), None)
 
 
 def parallel_group(parallel_config: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sage_inductor.plan.stepped import SteppedModel
+from sage_inductor.torch_internals.dynamo import inside_compiled
 
 # What the models of diffusers call it. The value changes with each step.
 TIMES = ("timestep", "timesteps", "timestep_ratio", "t")
@@ -25,7 +26,7 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
     if not isinstance(components, dict):
         raise TypeError(f"pipeline is a {type(pipeline).__name__} (valid: a pipeline of diffusers)")
     models = {name: model for name, model in components.items() if isinstance(model, nn.Module)}
-    found = {name: model for name, model in models.items() if _time_of(model) is not None}
+    found = {name: model for name, model in models.items() if _time_of(uncompiled(model)) is not None}
     if not found:
         raise ValueError(
             f"{type(pipeline).__name__} has no model that takes a timestep (valid: one of {', '.join(TIMES)} among the "
@@ -35,14 +36,15 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def time_argument(model: nn.Module) -> str:
-    """The parameter of a denoiser that tells its steps apart."""
+    """The parameter of a denoiser, not compiled, that tells its steps apart."""
     name = _time_of(model)
     assert name is not None
     return name
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that `compile_steps` was given, or `model` itself."""
+    """The model that `torch.compile` or `compile_steps` was given, or `model` itself."""
+    model = inside_compiled(model)
     if not isinstance(model, SteppedModel):
         return model
     assert isinstance(model.uncompiled, nn.Module)

@@ -31,6 +31,7 @@ constexpr int SPANS = (HEAD_DIM + SPAN_BYTES - 1) / SPAN_BYTES;
 constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
+constexpr bool FIRST_APART = PV < 2;       // the first key: its value is 0 in 8 bits, and is added by `write`
 constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
@@ -75,7 +76,8 @@ struct Params {
     const float* q_shift;    // the same shape: what smoothing K took from the LSE
     const float* k_scale;    // [kv_heads, kv_blocks]
     const float* v_scale;    // [kv_heads, kv_blocks], log2
-    const float* v_channel;  // [batch, kv_heads, 3, PIECES * V_HEAD_DIM] scale, sampled size, what was subtracted
+    const float* v_channel;  // [batch, kv_heads, 4, PIECES * V_HEAD_DIM] scale, sampled size, what was subtracted, what that
+                             // leaves of the first key
     const int* used_keys;    // [batch, 5] first and last + 1 key that the mask leaves, whether all between are left, and the first
                              // and last + 1 of those between that are not
     u32* ticket;             // zero; the next tile that nobody has taken
@@ -257,6 +259,7 @@ struct Rows {
     float maximum0, maximum1;      // the reference
     float sum0, sum1;              // PV == 1 only: else a column of the product
     float largest0, largest1;      // SKIP only: the running maximum, which the reference lags behind
+    float first0, first1;          // FIRST_APART: the first key's score, log2, which no maximum has; -inf where it is not seen
 };
 
 // A tile of queries, or some of its blocks of keys, as the producer hands it to the consumers.
@@ -375,7 +378,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[4 + 4 * STAGES + SKIP];  // last, votes
     __shared__ Item items[2];
-    __shared__ __align__(16) float2 channels[CONSUMERS][2][V_HEAD_DIM];  // of V: scale and mean
+    // Of V: scale and mean, and what the mean leaves of the first key. One of each is enough: a warp that is at the next has waited
+    // for a product of the whole warpgroup, which every warp issues after it has read these.
+    __shared__ __align__(16) float2 channels[CONSUMERS][V_HEAD_DIM];
+    __shared__ __align__(8) float first_values[CONSUMERS][V_HEAD_DIM];
     // Every tile starts at a multiple of 1024 bytes, which swizzling asks for.
     constexpr int Q_TILE_BYTES = CONSUMERS * Q_BYTES, K_START = 2 * Q_TILE_BYTES, V_START = K_START + STAGES * K_BYTES;
     const u32 q_tiles = shared_address(shared), k_tiles = q_tiles + K_START, v_tiles = q_tiles + V_START;
@@ -722,10 +728,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         named_barrier(1 + consumer, 128);
     }
 
-    // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean.
-    auto write = [&](float2 channel) {
+    // Normalises and writes the tile; its last product is complete. `channel` is this thread's of V: scale and mean, and
+    // `first_value` what the mean leaves of the first key.
+    auto write = [&](float2 channel, float first_value) {
         if (PV < 2) {
-            if (thread < V_HEAD_DIM) channels[consumer][q_stage][thread] = channel;
+            if (thread < V_HEAD_DIM) {
+                channels[consumer][thread] = channel;
+                first_values[consumer][thread] = first_value;
+            }
             named_barrier(1 + consumer, 128);
         }
         float sums[NT];
@@ -746,16 +756,44 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.sum0 = __shfl_sync(~0u, sums[NT - 4], lane & ~3);
             rows.sum1 = __shfl_sync(~0u, sums[NT - 2], lane & ~3);
         }
+        float first_weight0 = 0.f, first_weight1 = 0.f, others0 = 1.f, others1 = 1.f;
+        if (FIRST_APART) {  // joins the others at the larger of the two maxima
+            const float maximum0 = fmaxf(rows.maximum0, rows.first0), maximum1 = fmaxf(rows.maximum1, rows.first1);
+            const float exponent = PV == 1 ? LOG2_255 : P_EXPONENT;
+            first_weight0 = exp2_approx(rows.first0 - maximum0 + exponent);
+            first_weight1 = exp2_approx(rows.first1 - maximum1 + exponent);
+            others0 = exp2_approx(rows.maximum0 - maximum0);
+            others1 = exp2_approx(rows.maximum1 - maximum1);
+            rows.sum0 = fmaf(rows.sum0, others0, first_weight0);
+            rows.sum1 = fmaf(rows.sum1, others1, first_weight1);
+            rows.maximum0 = maximum0;
+            rows.maximum1 = maximum1;
+        }
         const bool empty0 = MAY_BE_EMPTY && rows.sum0 == 0.f, empty1 = MAY_BE_EMPTY && rows.sum1 == 0.f;
-        const float inverse0 = empty0 ? 0.f : reciprocal(rows.sum0), inverse1 = empty1 ? 0.f : reciprocal(rows.sum1);
+        float inverse0 = empty0 ? 0.f : reciprocal(rows.sum0), inverse1 = empty1 ? 0.f : reciprocal(rows.sum1);
+        if (FIRST_APART) {
+            first_weight0 *= inverse0;
+            first_weight1 *= inverse1;
+            inverse0 *= others0;
+            inverse1 *= others1;
+        }
+        // Whatever its value is, it does not show where the key is not seen.
+        const bool unseen0 = MAY_BE_EMPTY && first_weight0 == 0.f, unseen1 = MAY_BE_EMPTY && first_weight1 == 0.f;
 #pragma unroll
         for (int j = 0; j < V_HEAD_DIM / 8; j++) {
             float4 c = make_float4(1.f, 0.f, 1.f, 0.f);
-            if (PV < 2) c = *(const float4*)&channels[consumer][q_stage][8 * j + 2 * quad];
+            if (PV < 2) c = *(const float4*)&channels[consumer][8 * j + 2 * quad];
             sums[4 * j] = fmaf(sums[4 * j] * inverse0, c.x, empty0 ? 0.f : c.y);
             sums[4 * j + 1] = fmaf(sums[4 * j + 1] * inverse0, c.z, empty0 ? 0.f : c.w);
             sums[4 * j + 2] = fmaf(sums[4 * j + 2] * inverse1, c.x, empty1 ? 0.f : c.y);
             sums[4 * j + 3] = fmaf(sums[4 * j + 3] * inverse1, c.z, empty1 ? 0.f : c.w);
+            if (FIRST_APART) {
+                const float2 first = *(const float2*)&first_values[consumer][8 * j + 2 * quad];
+                sums[4 * j] = fmaf(first_weight0, unseen0 ? 0.f : first.x, sums[4 * j]);
+                sums[4 * j + 1] = fmaf(first_weight0, unseen0 ? 0.f : first.y, sums[4 * j + 1]);
+                sums[4 * j + 2] = fmaf(first_weight1, unseen1 ? 0.f : first.x, sums[4 * j + 2]);
+                sums[4 * j + 3] = fmaf(first_weight1, unseen1 ? 0.f : first.y, sums[4 * j + 3]);
+            }
         }
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
         const int v_dim = p.v_dim - t.piece * V_HEAD_DIM;  // channels left
@@ -844,6 +882,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (!(((j & 2) ? bits1 : bits0) & (1u << (j / 4 * 2 + j % 2)))) scores[j] = MASKED_SCORE;
     };
 #endif
+    // Takes the first key, of block 0, from the scores: each row's lies in the first thread of four.
+    auto set_first_apart = [&](float scale0, float scale1) {
+        const float unseen = __int_as_float(0xff800000);
+        const float x0 = scores[0] == MASKED_SCORE ? unseen : (float)scores[0] * scale0;
+        const float x1 = scores[2] == MASKED_SCORE ? unseen : (float)scores[2] * scale1;
+        rows.first0 = __shfl_sync(~0u, x0, lane & ~3);
+        rows.first1 = __shfl_sync(~0u, x1, lane & ~3);
+        if (quad == 0) scores[0] = scores[2] = MASKED_SCORE;
+    };
     // Keeps ptxas from moving arithmetic on the output behind products that come after it.
     auto hold_output = [&]() {
 #pragma unroll
@@ -855,14 +902,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     // threads do, and needs no maximum for it. NaN counts. A row that sees no key of the block has no say, nor has one behind the
     // last query: its `largest` is infinite.
     auto counts = [&](int i, bool masked, int x0, int x1, float scale0, float scale1) {
-        bool found0 = !((float)x0 * scale0 - rows.largest0 < p.skip_bound);
-        bool found1 = !((float)x1 * scale1 - rows.largest1 < p.skip_bound);
+        const float largest0 = FIRST_APART ? fmaxf(rows.largest0, rows.first0) : rows.largest0;
+        const float largest1 = FIRST_APART ? fmaxf(rows.largest1, rows.first1) : rows.largest1;
+        bool found0 = !((float)x0 * scale0 - largest0 < p.skip_bound);
+        bool found1 = !((float)x1 * scale1 - largest1 < p.skip_bound);
         if (masked) {
             const bool on_diagonal = HAS_HIGH && i >= max(t.m0 + consumer * 64 + p.high + 1, 0) / BLOCK_N;
             found0 = x0 != MASKED_SCORE && (found0 || on_diagonal);
             found1 = x1 != MASKED_SCORE && (found1 || on_diagonal);
         }
-        return found0 || found1;
+        return found0 || found1 || (FIRST_APART && masked && i == 0);
     };
     // A product is of a whole warpgroup, so its warps agree: the block is kept if it counts for one of them. A warp that finds so
     // says it and goes on; only one for which the block does not count waits for the others and looks. One barrier and one word
@@ -901,6 +950,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if MASK_BITS
         if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
 #endif
+        if (FIRST_APART && masked && i == 0) set_first_apart(scale0, scale1);
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
@@ -973,6 +1023,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     while (true) {
         rows.maximum0 = rows.maximum1 = LOWEST;
         rows.sum0 = rows.sum1 = 0.f;
+        rows.first0 = rows.first1 = __int_as_float(0xff800000);
 #pragma unroll
         for (int j = 0; j < NOUT; j++) output[j] = 0.f;
         summed = 0;
@@ -1061,13 +1112,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if BLOCK_LIST
         for (; i + 1 < t.end; i++) {
             const int block = entry >> 1;
-            const bool special = block < t.full_begin || block >= t.full_end || (MASK_BITS && (entry & 1));
+            const bool special = block < t.full_begin || block >= t.full_end || (MASK_BITS && (entry & 1))
+                                 || (FIRST_APART && block == 0);
             if (!__any_sync(~0u, special)) step(false);  // the same in all, which the compiler then knows
             else step(true);
         }
 #else
-        if (HAS_LOW || KEY_MASK)
-            for (; i < t.full_begin && i + 1 < t.end; i++) step(true);
+        if (HAS_LOW || KEY_MASK || FIRST_APART)
+            for (const int end = FIRST_APART ? max(t.full_begin, 1) : t.full_begin; i < end && i + 1 < t.end; i++) step(true);
         for (; i < t.full_end && i + 1 < t.end; i++) step(false);
         for (; i + 1 < t.end; i++) step(true);
 #endif
@@ -1096,11 +1148,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
         // What the end of this tile and the start of the next need is on its way meanwhile.
         float2 channel = make_float2(1.f, 0.f);
+        float first_value = 0.f;
         if (PV < 2 && thread < V_HEAD_DIM) {
             constexpr int CHANNELS = PIECES * V_HEAD_DIM;
-            const float* const of_head = p.v_channel + (long long)(t.b * (p.heads / p.group) + t.h / p.group) * 3 * CHANNELS
+            const float* const of_head = p.v_channel + (long long)(t.b * (p.heads / p.group) + t.h / p.group) * 4 * CHANNELS
                                          + t.piece * V_HEAD_DIM;
             channel = make_float2(of_head[thread], of_head[2 * CHANNELS + thread]);
+            first_value = of_head[3 * CHANNELS + thread];
         }
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
@@ -1122,7 +1176,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         advance(stage, phase);
         advance(k_stage, k_phase);
-        write(channel);
+        write(channel, first_value);
         t = next;
         part = item.part;
         if (!more) break;

@@ -87,7 +87,7 @@ class HopperVariant:
         """Whether a multiprocessor has enough shared memory for a block, static variables included."""
         static = 8 * (4 + 4 * self.stages) + 16 * 2  # barriers, items
         if self.v_element == 1:
-            static += 8 * self.consumers * 2 * self.v_head_dim  # channels
+            static += 12 * self.consumers * self.v_head_dim  # channels, the first key
         if self.skip:
             static += 8  # votes
         return self.shared_bytes + -(-static // 1024) * 1024 <= SHARED_LIMIT

@@ -308,7 +308,7 @@ def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
     numbers.v_scale = v_scale = k_scale + 4 * sizes.kv_heads * sizes.kv_blocks
     v_channel = v_scale + 4 * (sizes.kv_heads * sizes.kv_blocks + sizes.batch * sizes.kv_heads * plan.d)
     numbers.v_channel = v_channel
-    numbers.used_keys = used_keys = v_channel + 12 * sizes.batch * sizes.kv_heads * plan.dv
+    numbers.used_keys = used_keys = v_channel + 16 * sizes.batch * sizes.kv_heads * plan.dv
     numbers.ticket = used_keys + 4 * USED_KEYS * sizes.batch
     numbers.parts = address + call.parts.offset
     numbers.part_lse = address + call.part_lse.offset

@@ -5,7 +5,8 @@ SageAttention (Zhang et al., arXiv:2410.02367, sections 4.1-4.4; SageAttention2,
 PV): K is smoothed (a vector per head is subtracted, which softmax does not see; kernels/smoothing.py has more forms), Q is
 INT8 per token, K is INT8 per 128 keys. PV by precision: "fast" e4m3 P and V; "balanced" INT8 P against the maximum of its own
 128-key block; "accurate" P and V in 16 bits. V in 8 bits is smoothed too (rows of softmax add up to one, so the
-vector is added to the output) and has one factor per channel and one per 128-key block.
+vector is added to the output) and has one factor per channel and one per 128-key block. The first key of a sequence, which in
+trained models is often an attention sink (Xiao et al., arXiv:2309.17453), is set apart from it: see `_attend`.
 
 Every product of quantised numbers is exact in float32 here (|int8 dot| <= 127^2 * 256 < 2^24), so a kernel
 that follows the same steps differs only by the rounding of exp2 and of the float32 sums.
@@ -66,6 +67,7 @@ class QuantizedKV(QuantizedK):
     v_block: Tensor  # [batch, kv_heads, blocks]
     v_channel: Tensor  # [batch, kv_heads, 1, value_head_dim]
     v_mean: Tensor  # the same shape; zeros for "accurate"
+    v_first: Tensor  # what v_mean leaves of the first key's value, whose `v` is 0; the same shape; zeros for "accurate"
 
 
 def attention(
@@ -263,6 +265,7 @@ def quantize_kv(
         v_mean = torch.zeros_like(v_channel)
         v = _blocked(value.to(_pv_dtype(value.dtype)).float())
         v_block = torch.ones_like(v[..., :1, :1])
+        v_first = v_mean
     else:
         rows, weight = _sample(VALUE_SAMPLES, value.shape[0], value.shape[2], used, value.device)
         sample = _sampled(value, rows)
@@ -281,7 +284,10 @@ def quantize_kv(
         v_mean = torch.where(v_mean.abs() > LEAST_MEAN * v_size, v_mean, 0.0)
         v_channel = torch.maximum(v_size, v_size.amax(-1, keepdim=True) * V_CHANNEL_FLOOR)
         v_channel = torch.where(v_channel.amax(-1, keepdim=True) > 0, v_channel, 1.0)
-        v = _blocked(_without(unused, (value.float() - v_mean) / v_channel))
+        v_first = value[:, :, :1].float() - v_mean
+        v = _without(unused, (value.float() - v_mean) / v_channel)
+        v[:, :, 0] = 0.0
+        v = _blocked(v)
         v_block = _scale_for(
             v.abs().amax((3, 4), keepdim=True), E4M3_MAX if precision == "fast" else INT8_MAX
         )
@@ -292,8 +298,9 @@ def quantize_kv(
         v = torch.nan_to_num(v / v_block)
         v = _e4m3(v) if precision == "fast" else v.round()
     return QuantizedKV(
-        **vars(quantized), v=v.flatten(2, 3), v_block=v_block[..., 0, 0], v_channel=v_channel, v_mean=v_mean
-    )
+        **vars(quantized), v=v.flatten(2, 3), v_block=v_block[..., 0, 0], v_channel=v_channel, v_mean=v_mean,
+        v_first=v_first,
+    )  # fmt: skip
 
 
 def smoothing_of(key: Tensor, name: str, query: Tensor | None, used: Tensor | None) -> Smoother:
@@ -370,7 +377,11 @@ def _attend(
     left_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of some queries, of which `x` has the scores, over all keys: what an online softmax over 128-key blocks
-    computes. `left_out`: what lies in tiles that it leaves out, bool of the same shape."""
+    computes. `left_out`: what lies in tiles that it leaves out, bool of the same shape.
+
+    With 8-bit PV the first key is no part of its block. Its weight is not what the others are rounded against, and its value is
+    added at the end, in float32.
+    """
     batch, heads, rows, blocks, _ = x.shape
     kv_heads = kv.k_scale.shape[1]
     groups = heads // kv_heads
@@ -380,16 +391,22 @@ def _attend(
 
     if left_out is not None:
         x = x.masked_fill(left_out, -math.inf)
+    x_first = torch.full_like(x[..., 0, :1], -math.inf)
+    if precision != "accurate":
+        x_first = x[..., 0, :1].clone()
+        x = x.clone()
+        x[..., 0, 0] = -math.inf
     block_max = x.amax(-1).clamp(min=FULLY_MASKED)
     running_max = block_max.cummax(-1).values
-    final_max = running_max[..., -1:]
+    final_max = torch.maximum(running_max[..., -1:], x_first)
     # "balanced" quantises P against the maximum of its own block, which an 8-bit integer needs; the
     # floating-point forms of P are as precise against the running maximum.
     reference_max = block_max if precision == "balanced" else running_max
     p_max = {"fast": E4M3_MAX, "balanced": INT8_MAX, "accurate": 1.0}[precision]
     p = torch.exp2(x - (reference_max - math.log2(p_max))[..., None])
     weight = torch.exp2(reference_max - final_max)
-    row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True)
+    p_first = torch.exp2(x_first - (final_max - math.log2(p_max)))
+    row_sum = (p.sum(-1) * weight).sum(-1, keepdim=True) + p_first
     if precision == "fast":
         p = _e4m3(p)
     elif precision == "balanced":
@@ -405,6 +422,9 @@ def _attend(
         out = product_of_kept(weighted, left_out, kv.v)
     out = out.view(batch, heads, rows, -1)
     out = out / row_sum * kv.v_channel.repeat_interleave(groups, 1) + kv.v_mean.repeat_interleave(groups, 1)
+    out = out + torch.where(
+        x_first > -math.inf, p_first / row_sum * kv.v_first.repeat_interleave(groups, 1), 0.0
+    )
     masked_out = row_sum == 0
     out = torch.where(masked_out, 0.0, out)
 

@@ -20,6 +20,7 @@ def layout(form: KeyValueForm) -> KeyValueLayout:
         ("value_scale", (*heads, form.blocks), f32),
         ("value_channel", channels, f32),
         ("value_mean", channels, f32),
+        ("first_value", channels, f32),
     ]
     if form.smoothing in EQUALISING:
         small.append(("half_octaves", (*heads, 1, form.head_dim), f32))
@@ -42,6 +43,7 @@ def pack(kv: QuantizedKV, form: KeyValueForm) -> Tensor:
         "value_scale": kv.v_block,
         "value_channel": kv.v_channel,
         "value_mean": kv.v_mean,
+        "first_value": kv.v_first,
         "half_octaves": kv.smoothing.half_octaves,
     }
     for name, piece in where.pieces.items():
@@ -60,5 +62,6 @@ def unpack(packed: Tensor, form: KeyValueForm, kv_len: int) -> QuantizedKV:
     scales = (parts[name][:, :, :blocks] for name in ("key_scale", "value_scale"))
     key_scale, value_scale = scales
     return QuantizedKV(
-        key, key_scale, kv_len, smoothing, value, value_scale, parts["value_channel"], parts["value_mean"]
-    )
+        key, key_scale, kv_len, smoothing, value, value_scale, parts["value_channel"], parts["value_mean"],
+        parts["first_value"],
+    )  # fmt: skip

@@ -8,8 +8,11 @@ block, and the factor per row of the online softmax, which is applied anyway, al
 P: each block's P is rounded to INT8 against the block's own maximum, because the running one would waste bits, and the
 accumulator's unit follows. The mean that was subtracted from V before it was rounded to 8 bits is added to the output.
 
+The first key of a sequence is often an attention sink: it draws most of the weight, and has little value. In 8 bits its value is 0,
+so that P need not be rounded against its weight, and may be anything there; its score is kept, and its value added at the end.
+
 Sources: SageAttention 1 and 2 (arXiv:2410.02367, 2411.10958) for the quantisation of Q, K and P;
-FlashAttention-2 (arXiv:2307.08691) for the loop.
+FlashAttention-2 (arXiv:2307.08691) for the loop; attention sinks: arXiv:2309.17453.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -41,9 +44,11 @@ _LOG2_127 = tl.constexpr(6.9886846867721655)  # P in INT8
 # Below every score; finite, so that no row ever computes inf - inf.
 _LOWEST = tl.constexpr(-1.0e30)
 _LISTED = tl.constexpr(SAMPLED_TILE.rows)  # queries that one list is for
+_LEAST_INT = tl.constexpr(-(2**31))
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)  # the smallest normal float32: any score times it is 0 to softmax
 # "balanced": a block whose maximum is further (log2) than this below the row's is rounded against a higher reference, so that
-# the accumulator's unit cannot overflow. Its weights are below 2**-32.
+# the accumulator's unit cannot overflow. Its weights are below 2**-32. Nor is the first key's weight larger than 2**32 times that of
+# the reference.
 _REFERENCE_RANGE = tl.constexpr(32.0)
 
 
@@ -85,7 +90,7 @@ def _load_v(
 
 @triton.jit
 def _store_output(
-    out, tile, channel, mean, seen, stride_m, stride_d, rows, q_len,
+    out, tile, channel, mean, seen, first, first_weight, stride_m, stride_d, rows, q_len,
     DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     d = FIRST + tl.arange(0, SIZE)
@@ -93,6 +98,8 @@ def _store_output(
         # The mean of V is added back for rows that see a key; the others stay 0.
         tile = tile * tl.load(channel + tl.arange(0, SIZE))[None, :]
         tile += seen[:, None] * tl.load(mean + tl.arange(0, SIZE))[None, :]
+        value = first_weight[:, None] * tl.load(first + tl.arange(0, SIZE))[None, :]
+        tile += tl.where((first_weight >= 0)[:, None], value, 0.0)
     tl.store(
         out + rows.to(tl.int64)[:, None] * stride_m + d[None, :] * stride_d,
         to_float(tile, out.dtype.element_ty, PTX),
@@ -142,6 +149,7 @@ def _add_block(
     x,
     scale,
     block_max,
+    rounded_max,
     new_unit,
     v0,
     v1,
@@ -160,16 +168,16 @@ def _add_block(
     TMA: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """The softmax of one block of keys and its product with V: `_attend_blocks` has computed its scores, `x` times `scale`, and
-    their maxima. V is read here unless it was (EARLY_V)."""
+    """The softmax of one block of keys and its product with V: `_attend_blocks` has computed its scores, `x` times `scale`, their
+    maxima, and those that P is rounded against. V is read here unless it was (EARLY_V)."""
     new_max = tl.maximum(row_max, block_max)
     if PRECISION == "balanced":
-        new_reference = tl.maximum(block_max, new_max - _REFERENCE_RANGE)
+        new_reference = tl.maximum(rounded_max, new_max - _REFERENCE_RANGE)
         # Rounded up by an ulp, so that P never exceeds 127, which would wrap around.
         shift = new_reference - _LOG2_127 + tl.minimum(tl.abs(new_reference), 1.0e6) * 1.2e-7
     elif PRECISION == "fast":
-        new_reference = new_max
-        shift = new_max - _LOG2_448
+        new_reference = tl.maximum(reference, rounded_max)
+        shift = new_reference - _LOG2_448
     else:
         new_reference = new_max
         shift = new_max
@@ -223,6 +231,7 @@ def _attend_blocks(
     row_max,
     reference,
     unit,
+    first_score,
     q0,
     q1,
     q_scale,
@@ -279,8 +288,9 @@ def _attend_blocks(
     With SKIP, a block before `kept_from` whose maximum lies further than `skip_below` (negative, log2) below the running one in
     every row is left out, as if its keys were masked.
 
-    The accumulators are in the unit 2**(unit - reference), `total`, the softmax denominator, in 2**-reference. In "fast" and
-    "accurate" `reference` is the running maximum, `row_max`, itself.
+    The accumulators are in the unit 2**(unit - reference), `total`, the softmax denominator, in 2**-reference. In "accurate"
+    `reference` is the running maximum, `row_max`, itself; in "fast" that of all keys but the first, whose score goes to
+    `first_score`.
     """
     for number in tl.range(begin, end):
         block = number
@@ -350,18 +360,32 @@ def _attend_blocks(
             # The maximum is taken of the integers, which is cheaper; the whole row has one scale.
             block_max = tl.max(s, 1).to(tl.float32) * scale
             x = s
+        rounded_max = block_max
+        found_score = first_score
+        if PRECISION != "accurate":  # noqa: SIM102 (known while compiling)
+            if block * BLOCK_N <= 0:  # written as block == 0 ptxas spills a register
+                is_first = (tl.arange(0, BLOCK_N) == 0)[None, :]
+                if MASKED:
+                    found_score = tl.max(tl.where(is_first, x, float("-inf")), 1) * scale
+                    rounded_max = tl.max(tl.where(is_first, float("-inf"), x), 1) * scale
+                else:
+                    found_score = tl.max(tl.where(is_first, s, _LEAST_INT), 1).to(tl.float32) * scale
+                    rounded_max = tl.max(tl.where(is_first, _LEAST_INT, s), 1).to(tl.float32) * scale
+                rounded_max = tl.maximum(rounded_max, block_max - _REFERENCE_RANGE)
         if SKIP:
             if (block >= kept_from) | _counts(block_max, row_max, skip_below):
+                first_score = found_score
                 acc0, acc1, total, row_max, reference, unit = _add_block(
-                    acc0, acc1, total, row_max, reference, unit, x, scale, block_max, new_unit, v0, v1, v_tile0, v_tile1,
-                    key, value_row, value, value_pitch, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, EARLY_V, TMA, PTX,
+                    acc0, acc1, total, row_max, reference, unit, x, scale, block_max, rounded_max, new_unit, v0, v1, v_tile0,
+                    v_tile1, key, value_row, value, value_pitch, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, EARLY_V, TMA, PTX,
                 )  # fmt: skip
         else:
+            first_score = found_score
             acc0, acc1, total, row_max, reference, unit = _add_block(
-                acc0, acc1, total, row_max, reference, unit, x, scale, block_max, new_unit, v0, v1, v_tile0, v_tile1,
+                acc0, acc1, total, row_max, reference, unit, x, scale, block_max, rounded_max, new_unit, v0, v1, v_tile0, v_tile1,
                 key, value_row, value, value_pitch, DV0, DV1, BLOCK_M, BLOCK_N, PRECISION, EARLY_V, TMA, PTX,
             )  # fmt: skip
-    return acc0, acc1, total, row_max, reference, unit
+    return acc0, acc1, total, row_max, reference, unit, first_score
 
 
 _UNSPECIALIZED = [
@@ -501,7 +525,7 @@ def attention_kernel(
     )
     k_scale += kv_h * kv_blocks + block0
     v_scale += kv_h * kv_blocks + block0
-    v_channel += (b * kv_heads + kv_h) * 3 * (DV0 + DV1)
+    v_channel += (b * kv_heads + kv_h) * 4 * (DV0 + DV1)
 
     q_row = (h * q_blocks + q_block0) * _KEY_BLOCK + first_row
     q_scale = tl.load(scales + q_row + tl.arange(0, BLOCK_M))
@@ -608,6 +632,7 @@ def attention_kernel(
     row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     reference = row_max
     unit = tl.full([], 0.0, tl.float32)
+    first_score = tl.full([BLOCK_M], float("-inf"), tl.float32)
     key_row = (kv_h * kv_blocks + block0) * _KEY_BLOCK
     value_row = kv_h * (DV0 + DV1)
     value_col = block0 * _KEY_BLOCK
@@ -615,8 +640,8 @@ def attention_kernel(
     # In ascending order: blocks cut by the window, the mask or a segment; blocks that all rows attend to in full; blocks cut by
     # the diagonal, the mask, a segment or the end.
     if ((HAS_LOW or SEGMENTS) and MASK == 0) or MASK_BLOCKS:
-        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
-            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+        acc0, acc1, total, row_max, reference, unit, first_score = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, first_score, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
             rows, q_len, kv_len, low, high,
             mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
@@ -624,8 +649,8 @@ def attention_kernel(
             MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
     if MASK == 0 or MASK_BLOCKS:
-        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
-            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+        acc0, acc1, total, row_max, reference, unit, first_score = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, first_score, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,
             rows, q_len, kv_len, low, high,
             mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
@@ -633,8 +658,8 @@ def attention_kernel(
             MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
     if full_end < end:
-        acc0, acc1, total, row_max, reference, unit = _attend_blocks(
-            acc0, acc1, total, row_max, reference, unit, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
+        acc0, acc1, total, row_max, reference, unit, first_score = _attend_blocks(
+            acc0, acc1, total, row_max, reference, unit, first_score, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_end, end,
             rows, q_len, kv_len, low, high,
             mask, mask_end, stride_mm, stride_mn, mask_bits, mask_block0, own_ids, k_ids, skip_below, kept_from, entries, D0, D1, DV0, DV1,
@@ -648,21 +673,30 @@ def attention_kernel(
     channel1 = None
     mean0 = None
     mean1 = None
+    first0 = None
+    first1 = None
+    first_weight = None
     if PRECISION != "accurate":
+        # As P is computed, so that it is the weight that `total` has. Negative where the row does not see the key.
+        log2_largest = _LOG2_448 if PRECISION == "fast" else _LOG2_127
+        first_weight = exp2(first_score - (reference - log2_largest), PTX) * inverse
+        first_weight = tl.where(first_score == float("-inf"), -1.0, first_weight)
         inverse = inverse * exp2(unit, PTX)
         channel0 = v_channel
         channel1 = v_channel + DV0
         mean0 = v_channel + 2 * (DV0 + DV1)
         mean1 = mean0 + DV0
+        first0 = v_channel + 3 * (DV0 + DV1)
+        first1 = first0 + DV0
     stride_om = stride_om.to(tl.int64) * OUT_ALIGN
     out += (b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh) * OUT_ALIGN + q_start * stride_om
     _store_output(
-        out, acc0 * inverse[:, None], channel0, mean0, seen, stride_om, stride_od, rows, q_len,
+        out, acc0 * inverse[:, None], channel0, mean0, seen, first0, first_weight, stride_om, stride_od, rows, q_len,
         V_HEAD_DIM, 0, DV0, PTX,
     )  # fmt: skip
     if DV1 > 0:
         _store_output(
-            out, acc1 * inverse[:, None], channel1, mean1, seen, stride_om, stride_od, rows, q_len,
+            out, acc1 * inverse[:, None], channel1, mean1, seen, first1, first_weight, stride_om, stride_od, rows, q_len,
             V_HEAD_DIM, DV0, DV1, PTX,
         )  # fmt: skip
     if RETURN_LSE:

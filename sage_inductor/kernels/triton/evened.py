@@ -115,7 +115,7 @@ def evened_kernel(
             EQUALISE, ROTATION, AHEAD, PTX,
         )  # fmt: skip
         if PRECISION != "accurate" and first == 0 and length > 0:
-            write_channel_scales(v_channel + bh * 3 * DV, DV, DV_POW2)
+            write_channel_scales(v_channel + bh * 4 * DV, DV, DV_POW2)
     else:
         pid -= programs
         runs = tl.cdiv(tl.cdiv(q_len, _KEY_BLOCK), run_q)

@@ -35,7 +35,11 @@ def layout(form: KeyValueForm) -> KeyValueLayout:
         ("key_scale", blocks, f32),
         ("value_log2_scale", blocks, f32),
         ("key_mean", (*heads, d), f32),
-        ("value_channels", (*heads, 3, dv), f32),  # scale, what the sample says, what was subtracted
+        (
+            "value_channels",
+            (*heads, 4, dv),
+            f32,
+        ),  # scale, what the sample says, what was subtracted, first key
         ("used_keys", (form.batch, USED_KEYS), torch.int32),
         ("ticket", (1,), torch.int32),
     ]

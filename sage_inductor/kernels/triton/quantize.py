@@ -1,7 +1,7 @@
 """Device code that rounds K and V to 8 bits, and Q where it has to wait for what the statistics say: the last of the launches
 that quantise. Where Q and K are evened (evened.py), V alone is left to it. workspace.py describes what it writes.
 
-Keys that a mask over keys rules out are 0 in 8 bits.
+Keys that a mask over keys rules out are 0 in 8 bits. So is V of the first key of a sequence, which attention adds as it is.
 
 Why Q passes through memory too: quantising it in the attention kernel's prologue would save this pass (4% at
 4k tokens, 1% at 16k), but it costs the registers of the prologue.
@@ -129,7 +129,7 @@ def quantize_kernel(
                 )  # fmt: skip
                 if PRECISION != "accurate" and block == 0:
                     # V's programs have no registers left for it.
-                    write_channel_scales(v_channel + bh * 3 * DV, DV, DV_POW2)
+                    write_channel_scales(v_channel + bh * 4 * DV, DV, DV_POW2)
             else:
                 if PRECISION == "accurate":
                     copy_v_block(
@@ -149,7 +149,7 @@ def quantize_kernel(
                     pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
                     target = v8 + h * DV * pitch + (block0 + block).to(tl.int64) * _KEY_BLOCK
                     _quantize_v(
-                        source, target, pitch, v_scale + slot, v_channel + bh * 3 * DV, block, length, stride_n,
+                        source, target, pitch, v_scale + slot, v_channel + bh * 4 * DV, block, length, stride_n,
                         stride_vd, mask, stride_mn, V_HEAD_DIM, DV, DV_POW2, PRECISION, MASK, PTX, OVERLAP,
                     )  # fmt: skip
         elif OVERLAP:
@@ -219,7 +219,7 @@ def _quantize_v(
     d = tl.arange(0, D_POW2)
     source += d[None, :] * stride_d + n.to(tl.int64)[:, None] * stride_n
     in_head = (d < DIM)[None, :]
-    e0 = counts(n, n < length, mask, stride_mn, MASK)
+    e0 = counts(n, (n > 0) & (n < length), mask, stride_mn, MASK)  # the first key is 0
     e1 = counts(n + 1, n + 1 < length, mask, stride_mn, MASK)
     e2 = counts(n + 8, n + 8 < length, mask, stride_mn, MASK)
     e3 = counts(n + 9, n + 9 < length, mask, stride_mn, MASK)

@@ -162,6 +162,7 @@ def statistics_kernel(
         b = bh // kv_heads
         h = (bh % kv_heads).to(tl.int64)
         start, length, _block0 = sequence(b, kv_len, cu_seqlens_k, VARLEN)
+        own_start = start
         mask = key_mask
         if MASK != 0:
             mask += b.to(tl.int64) * stride_mb
@@ -184,9 +185,9 @@ def statistics_kernel(
             )  # fmt: skip
         else:
             stride_n = stride_vn.to(tl.int64) * V_ALIGN
-            source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN + start * stride_n
+            source = v + (b.to(tl.int64) * stride_vb + h * stride_vh) * V_ALIGN
             _value_statistics(
-                source, v_channel + bh * 3 * DV, (group - K_GROUPS) * V_GROUP, length, stride_n, stride_vd, mask,
+                source + start * stride_n, source + own_start * stride_n, v_channel + bh * 4 * DV, (group - K_GROUPS) * V_GROUP, length, stride_n, stride_vd, mask,
                 stride_mn, V_HEAD_DIM, DV, V_GROUP, MASK,
             )  # fmt: skip
     else:
@@ -237,10 +238,10 @@ def _key_statistics(
 
 @triton.jit
 def _value_statistics(
-    source, v_channel, first_d, length, stride_n, stride_d, mask, stride_mn,
+    source, first_key, v_channel, first_d, length, stride_n, stride_d, mask, stride_mn,
     DIM: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of some of V's channels and their sizes."""
+    """Write the mean of some of V's channels and their sizes, and what the mean leaves of the first key's value."""
     tile, counted, weight = _load_sample(
         source, stride_n, stride_d, first_d, length, mask, stride_mn, _VALUE_SAMPLES, DIM, GROUP, MASK
     )
@@ -259,11 +260,14 @@ def _value_statistics(
     # A small mean costs nothing and may be the sample's, not V's: an output that averages over many keys is
     # smaller than that, and the rounding of P would not spare what is added back.
     mean = tl.where(tl.abs(mean) > size * _LEAST_MEAN, mean, 0.0)
-    channel = v_channel + first_d + tl.arange(0, GROUP)
+    d = first_d + tl.arange(0, GROUP)
+    first = tl.load(first_key + d * stride_d, mask=(d < DIM) & (length > 0), other=0.0).to(tl.float32)
+    channel = v_channel + d
     # Until the first block is quantised, if there is one.
     tl.store(channel, tl.full([GROUP], 1.0, tl.float32))
     tl.store(channel + DV, size)
     tl.store(channel + 2 * DV, mean)
+    tl.store(channel + 3 * DV, first - mean)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     q8      int8  [heads, q_blocks * 128, D]  one scale per row, with the softmax scale and log2(e) in it
     k8      int8  [kv_heads, kv_blocks * 128, D]  K minus a per-channel vector, one scale per 128-key block
     v8      e4m3 or int8  [kv_heads * DV, kv_blocks * 128]  (V minus a per-channel vector) / channel scale
-            / block scale, transposed
+            / block scale, transposed; 0 for the first key of a sequence, which attention takes from `scales`
             or a 16-bit float  [kv_heads, kv_blocks * 128, DV]  a copy of V ("accurate"), transposed if V_TRANSPOSED
     scales  fp32, the sections listed in `sections`
 
@@ -79,21 +79,21 @@ def sections(scales, q_size, batch, kv_heads, kv_blocks, D: tl.constexpr, DV: tl
     """The parts of the fp32 workspace after the q_size elements that belong to Q (its scales [heads, q_blocks
     * 128] and, when the LSE is asked for, as many shifts): K scales and log2 of V scales [kv_heads,
     kv_blocks], the vector subtracted from K [batch, kv_heads, D], V's channel scales, what the sample says they
-    should be and the vector subtracted from V [batch, kv_heads, 3, DV], and, written only for masks over keys,
-    int32 [batch, USED_KEYS]: the first useful key, the last + 1, whether every key between them is useful, and the
-    first and the last + 1 of those between that are not; last an int32 zero, for a kernel that counts what it has
+    should be, the vector subtracted from V and what that leaves of the first key's value [batch, kv_heads, 4, DV], and,
+    written only for masks over keys, int32 [batch, USED_KEYS]: the first useful key, the last + 1, whether every key between
+    them is useful, and the first and the last + 1 of those between that are not; last an int32 zero, for a kernel that counts what it has
     done."""
     k_scale = scales + q_size
     v_scale = k_scale + kv_heads * kv_blocks
     k_mean = v_scale + kv_heads * kv_blocks
     v_channel = k_mean + batch * kv_heads * D
-    used_keys = v_channel + batch * kv_heads * 3 * DV
+    used_keys = v_channel + batch * kv_heads * 4 * DV
     return k_scale, v_scale, k_mean, v_channel, used_keys
 
 
 def scales_size(q_size: int, batch: int, kv_heads: int, kv_blocks: int, d: int, dv: int) -> int:
     """Elements of the fp32 workspace."""
-    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 3 * dv) + USED_KEYS) + 1
+    return q_size + 2 * kv_heads * kv_blocks + batch * (kv_heads * (d + 4 * dv) + USED_KEYS) + 1
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.smoothing import EQUALISING, resolved_smoothing
 from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import autocast_rule
+from sage_inductor.operators.distributed.shards import Shard, shards_of
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
@@ -40,7 +41,6 @@ from sage_inductor.operators.prequantized import (
     quantize_key_value_op,
 )
 from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, TAGS, WIRES
-from sage_inductor.torch_internals.distributed import arrived, sent_to_next
 
 SEQ = 2  # of `[batch, heads, seq, head_dim]`
 LIBRARY.define(
@@ -49,10 +49,6 @@ LIBRARY.define(
     "str precision='fast', str smoothing='auto', float skip_threshold=0.0, str skip_by='scores', str wires='inputs') -> Tensor[]",
     tags=TAGS,
 )
-Shard: TypeAlias = tuple[Tensor, ...]
-"""What travels of a rank's keys and values: dense tensors of one dim."""
-
-
 PartOfRing: TypeAlias = Callable[[Tensor, Shard, int, "int | None", bool], Any]
 """(output, LSE) of a query to a shard: of which rank it is, how many of its keys are attended to (the first ones; None for all),
 whether that is causal."""
@@ -182,17 +178,20 @@ def _attention_of_ring(
             )
         shard, part = _in_8_bits(query, key, value, choice, options.get("scale"))
     half = key.shape[SEQ] // 2
-    coming: Shard = ()
     found: list[Tensor] = []
-    for number, turn in enumerate(turns(rank, ranks, is_causal, is_balanced)):
-        if number > 0:
-            shard = tuple([arrived(tensor) for tensor in coming])
-        if number < ranks - 1:  # on its way while this one is attended to
-            coming = tuple([sent_to_next(tensor, group_name, rank, ranks) for tensor in shard])
+    own = turns(rank, ranks, is_causal, is_balanced)
+    shards = shards_of(
+        group_name, rank, ranks, shard,
+        lambda of, number: turns(of, ranks, is_causal, is_balanced)[number] is not None,
+    )  # fmt: skip
+    for number, turn in enumerate(own):
+        shard = shards.of_turn(number)
         if turn is not None:
             rows = _late(query) if turn.late else query
             kv_len = half if turn.half else None
             found += part(rows, shard, (rank - number) % ranks, kv_len, turn.is_causal)
+        shards.attended(number)
+    shards.end()
     return found
 
 

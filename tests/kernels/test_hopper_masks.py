@@ -206,7 +206,7 @@ def test_what_a_mask_leaves_is_read_once(
     assert torch.equal(seen, mask.expand(shape).int())
     assert reader.variant.consumers == (3 if precision == "balanced" and shape[2] in (150, 330) else 2)
     if kind == "everything":
-        assert not any(int(entry) & 1 for entry in reader.list.view(-1, 1 + -(-shape[3] // 128))[:, 1])
+        assert not any(int(entry) & 1 for entry in reader.list[:-1].view(-1, 1 + -(-shape[3] // 128))[:, 1])
     if kind == "nothing":
         assert reader.steps == len(list(items_of(reader.call)))  # one for each tile, or part of a tile
 

@@ -146,6 +146,17 @@ __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row) : "memory");
 }
+// As a load that the compiler does not know to be uniform: what is, it takes into uniform registers at once, and waits for it there.
+__device__ __forceinline__ int load_entry(const int* at) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(at));
+    return x;
+}
+// Where it holds. Not a branch, as above.
+__device__ __forceinline__ void load_if(bool holds, u32& x, const u32* at) {
+    asm volatile("{ .reg .pred holds; setp.ne.u32 holds, %2, 0;\n@holds ld.global.u32 %0, [%1]; }"
+                 : "+r"(x) : "l"(at), "r"((u32)holds));
+}
 __device__ __forceinline__ void prefetch(const float* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -436,8 +447,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
+                int after = BLOCK_LIST ? load_entry(t.entries + t.begin) : 0;  // one entry ahead, as it is not waited for then
                 for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
-                    const int i = BLOCK_LIST ? t.entries[n] >> 1 : n;
+                    const int i = BLOCK_LIST ? after >> 1 : n;
+                    if (BLOCK_LIST) after = load_entry(t.entries + n + 1);
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -671,23 +684,27 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     const float *k_scale, *v_scale;
     float k_next, v_next;  // scales of the block whose scores come next
 #if BLOCK_LIST
-    int entry;             // that of the block
+    int entry, entry_after;  // that of the block, and of the one behind it: nothing waits for it then, but what it leads to
 #endif
 #if MASK_BITS
-    const u32* mask_bits;  // this thread's, in block 0
-    u32 bits0, bits1;      // those of its two rows in the block: bit 2 j + e is column 8 j + 2 quad + e
+    const u32* mask_bits;    // this thread's, in block 0
+    u32 bits0 = 0, bits1 = 0;  // those of its two rows in the block: bit 2 j + e is column 8 j + 2 quad + e
+    // Of whole blocks there are none to load. Those of others come from the L2 cache or from further away: a softmax is between
+    // their load and their use.
+    auto load_bits = [&](int of) {
+        const u32* const at = mask_bits + (of >> 1) * BITS_WORDS;
+        load_if(of & 1, bits0, at);
+        load_if(of & 1, bits1, at + 32);
+    };
 #endif
     auto load_block_scales = [&](int i) {
 #if BLOCK_LIST
-        entry = t.entries[i];
+        entry = entry_after;
+        entry_after = load_entry(t.entries + i + 1);
         i = entry >> 1;
 #endif
         k_next = k_scale[i];
         v_next = v_scale[i];
-#if MASK_BITS
-        bits0 = mask_bits[i * BITS_WORDS];  // also where all are set: a branch would cost more
-        bits1 = mask_bits[i * BITS_WORDS + 32];
-#endif
     };
     auto load_scales = [&]() {
         const float* const q_scale = p.q_scale + t.row;
@@ -701,7 +718,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         mask_bits = p.mask_bits + t.b * p.bits_b + t.h * p.bits_h + (long long)stripe * blocks * BITS_WORDS
                     + (thread >> 5) * 64 + lane;
 #endif
+#if BLOCK_LIST
+        entry_after = load_entry(t.entries + t.begin);
+#endif
         load_block_scales(t.begin);
+#if MASK_BITS
+        load_bits(entry);
+#endif
     };
     take_q();
 #pragma unroll
@@ -888,8 +911,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
 #endif
     // From the scores of block i, or of the block of entry i, to P; the product of the block before is complete afterwards. With
-    // SKIP, false where the block is left out: then nothing has been done, and that product goes on.
-    auto attend = [&](int i, bool masked) {
+    // SKIP, false where the block is left out: then nothing has been done, and that product goes on. `more`: it is not the tile's last.
+    auto attend = [&](int i, bool masked, bool more) {
 #if BLOCK_LIST
         i = entry >> 1;
 #endif
@@ -900,6 +923,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
 #if MASK_BITS
         if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
+        if (more) load_bits(entry_after);
 #endif
         int x0, x1;
         thread_maximum(x0, x1);
@@ -1052,11 +1076,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             advance(k_stage, k_phase);
         };
         auto step = [&](bool masked) {
-            if (attend(i, masked)) go_on();
+            if (attend(i, masked, true)) go_on();
             else go_on_without();
         };
 #else
-        auto step = [&](bool masked) { attend(i, masked); go_on(); };
+        auto step = [&](bool masked) { attend(i, masked, true); go_on(); };
 #endif
 #if BLOCK_LIST
         for (; i + 1 < t.end; i++) {
@@ -1071,7 +1095,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (; i < t.full_end && i + 1 < t.end; i++) step(false);
         for (; i + 1 < t.end; i++) step(true);
 #endif
-        const bool last_counts = attend(i, true);
+        const bool last_counts = attend(i, true, false);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
 
         // The last product, and the first scores of the next tile; if there is none, scores of old tiles, which do no harm.

@@ -144,7 +144,8 @@ class HopperAttention(TritonAttention):
         by_batch, by_head = mask.heads if mask.batch > 1 else 0, int(mask.heads > 1)
         self.block_list: Part | None = None
         if variant.block_list:
-            self.block_list = self._part(mask.batch * mask.heads * listed, torch.int32)
+            # One element behind the lists is read, too, and not used.
+            self.block_list = self._part(mask.batch * mask.heads * listed + 1, torch.int32)
             self.listing = Launch(
                 block_list_kernel,
                 mask.batch * mask.heads * tiles_per_head,

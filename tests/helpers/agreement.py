@@ -94,7 +94,7 @@ def skip_tile_of(
         from sage_inductor.kernels.hopper.launch import HopperAttention
 
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        return HopperAttention(q, k, v, mask, params, out, None).skip_tile
+        return HopperAttention(q, k, v, mask, params, out, None, segments=segments).skip_tile
     if kernel.name != "triton":
         return SKIP_TILE
     from sage_inductor.kernels.triton.launch import TritonAttention

@@ -423,7 +423,7 @@ class TritonAttention:
         if self.mask_blocks is not None:
             self._look_at_mask(stream, attn_mask, workspace)
         if self.segment_ranges is not None and segments is not None:
-            self.segment_ranges(stream, segments, workspace)
+            self._look_at_segments(stream, segments, workspace)
         key_mask = attn_mask if self.mask.skip_blocks else None
         inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
         self.statistics(stream, inputs, workspace)
@@ -437,6 +437,11 @@ class TritonAttention:
         """What the attention kernel reads of a mask that is taken by blocks."""
         assert self.mask_blocks is not None
         self.mask_blocks(stream, (attn_mask,), workspace)
+
+    def _look_at_segments(self, stream: int, segments: Segments, workspace: Tensor) -> None:
+        """What the attention kernel reads of ids."""
+        assert self.segment_ranges is not None
+        self.segment_ranges(stream, segments, workspace)
 
     def attend(
         self,

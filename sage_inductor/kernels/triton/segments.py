@@ -114,7 +114,13 @@ def _are_of_one(k_range, slots, n, end, low, high):
     exists = n < end
     least = tl.load(k_range + n, mask=exists, other=0)
     largest = tl.load(k_range + slots + n, mask=exists, other=0)
-    return exists & (least == low) & (largest == low) & (low == high)
+    return exists & are_of_one(least, largest, low, high)
+
+
+@triton.jit
+def are_of_one(least, largest, low, high):
+    """Whether keys whose ids are least..largest and queries whose ids are low..high all have one id."""
+    return (least == low) & (largest == low) & (low == high)
 
 
 @triton.jit

@@ -290,6 +290,11 @@ class TestOnHopper:
             self.check("packed", (1, 2, q_len, kv_len), dim, params)
         self.check("packed", (1, 2, 200, 8192), dim, params)  # in parts
         self.check("an id comes back", (1, 2, 64, 8000), dim, params)
+        for scale in (
+            1e-6,
+            30.0,
+        ):  # the least integer alone does not make a weight zero where scales are tiny
+            self.check("random", (1, 2, 500, 500), dim, dataclasses.replace(params, scale=scale))
 
     @pytest.mark.parametrize("precision", agreement.PRECISIONS)
     @pytest.mark.parametrize("band", [{"is_causal": True}, {"window_left": 300, "window_right": 20}], ids=str)

@@ -3,6 +3,7 @@
 Before the attention kernel runs, the ids of each block are copied side by side, with their least and largest. A block of keys
 is passed over where its range does not meet that of the block of queries; where both have one id, and the same, no id is read;
 for all others the ids are compared. Ids may come in any order: ranges that meet only say that a block has to be looked at.
+hopper/attention.cu reads the blocks of a list that block_list.py makes of the ranges.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.

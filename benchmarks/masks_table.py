@@ -182,13 +182,13 @@ def packed(on: Machine) -> Iterator[Case]:
         q, k, v = (on.normal(1, heads, total, head_dim) for _ in range(3))
         mask = ((ids[:, :, None] == ids[:, None, :]) & (at <= at[:, None]))[:, None]
         found = [Contender("SDPA with the mask", partial(F.scaled_dot_product_attention, q, k, v, mask))]
-        name = "triton" if on.device == "cuda" else "reference"
         if on.device == "cuda":
             found += _varlen(q, k, v, ends, max(lengths))
         bound = {"of": "varlen_attn", "at_most": 0.8} if on.device == "cuda" else {}
         segments = {"query_segments": ids, "key_segments": ids}
-        call = partial(sage_attention, q, k, v, is_causal=True, kernel=name, **segments)  # type: ignore[arg-type]
-        found.append(Contender(f"segments, {name}", call, **bound))  # type: ignore[arg-type]
+        for name in by_name("hopper", "triton") if on.device == "cuda" else ("reference",):
+            call = partial(sage_attention, q, k, v, is_causal=True, kernel=name, **segments)  # type: ignore[arg-type]
+            found.append(Contender(f"segments, {name}", call, **bound))  # type: ignore[arg-type]
 
         def model(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
             at = torch.arange(ids.shape[1], device=ids.device)

@@ -9,7 +9,8 @@ They lie in one workspace (triton/quantize.py), in blocks of 128 rows and padded
          where they are rotated, the matrix: 2 bytes an element, once
 
 Not counted: masks that are read block by block (a bit an element of a bool mask, in stripes of 64 or 128 queries and blocks of
-64 or 128 keys, and a byte a block; `hopper`: 4 bytes more a block of a tile), and tiles that `hopper` splits over keys.
+64 or 128 keys, and a byte a block; `hopper`: 4 bytes more a block of a tile), segments (4 bytes a query and a key; `hopper`: 4 more a block of
+a tile), and tiles that `hopper` splits over keys.
 """
 
 from __future__ import annotations

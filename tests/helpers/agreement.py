@@ -94,7 +94,7 @@ def skip_tile_of(
         from sage_inductor.kernels.hopper.launch import HopperAttention
 
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        return HopperAttention(q, k, v, mask, params, out, None).skip_tile
+        return HopperAttention(q, k, v, mask, params, out, None, segments=segments).skip_tile
     if params.skip_by == "sample":
         return SAMPLED_TILE
     if kernel.name != "triton":

@@ -180,7 +180,7 @@ def problem_with_segments(device: str = "cuda") -> AttentionProblem:
     return AttentionProblem(spec, spec, spec, None, AttentionParams(), False, ids, ids)
 
 
-@pytest.mark.parametrize("name", ["hopper", "sageattention"])
+@pytest.mark.parametrize("name", ["sageattention"])
 def test_kernels_without_segments_say_so(name: str) -> None:
     assert "segments (supported: none)" in kernels.get(name).not_supported_reasons(problem_with_segments())
 

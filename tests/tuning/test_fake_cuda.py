@@ -190,5 +190,5 @@ def test_segments_that_no_kernel_takes_stay_with_the_reasons_of_both_readings() 
     site = site_of(backend)
     assert not site.rewritten and site.mask == "segments"
     assert 'triton: segments (not measured yet: by tune="measure", or kernel="triton")' in site.reasons
-    assert "hopper: segments (supported: none)" in site.reasons
+    assert "sageattention: segments (supported: none)" in site.reasons
     assert any("kv_len=512" in text for text in site.reasons)

@@ -38,7 +38,6 @@ class HopperKernel(TritonKernel):
 
     name: ClassVar[str] = "hopper"
     head_dims: ClassVar[Collection[int]] = range(16, 257, 8)
-    takes_segments: ClassVar[bool] = False
     # P is rounded against a maximum that lags behind, so its rounding errors are independent of the oracle's: their difference
     # has the norm of two.
     oracle_distance: ClassVar[float] = 2**0.5
@@ -62,6 +61,8 @@ class HopperKernel(TritonKernel):
         mask = problem.attn_mask
         if mask is not None and mask.dtype != torch.bool:
             reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
+        if mask is not None and problem.query_segments is not None and _differs_by_query_or_head(mask):
+            reasons.append("attn_mask of more than keys beside segments (supported: one of both)")
         queries = problem.query.shape[:3]
         if all(type(size) is int for size in queries):
             rows = queries[0] * queries[1] * (queries[2] + 127)
@@ -100,7 +101,7 @@ class HopperKernel(TritonKernel):
         from ..triton.launch import prepare
         from .launch import HopperAttention
 
-        return prepare(query, key, value, attn_mask, params, out, lse, HopperAttention)
+        return prepare(query, key, value, attn_mask, params, out, lse, HopperAttention, segments)
 
     def _halves(self) -> tuple[type[KeyValueQuantization], type[PrequantizedAttention]]:
         from .launch import HopperKeyValueQuantization, PrequantizedHopperAttention

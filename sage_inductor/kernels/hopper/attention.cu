@@ -18,6 +18,7 @@
 //   SKIP                   a warpgroup leaves out blocks of keys that count for none of its rows (../skipping.py)
 //   BLOCK_LIST             a tile reads the blocks of keys that a list names (../triton/block_list.py), and no others
 //   MASK_BITS              of some listed blocks a mask leaves a part, which comes in bits (../triton/mask_blocks.py)
+//   SEGMENTS               queries see the keys of their own id (../triton/segments.py): in some listed blocks ids are compared
 //
 // Scores and maxima are in units of log2. Sources: FlashAttention-3 (arXiv:2407.08608) for the division of labour and the
 // product that goes on during the next softmax; SageAttention2 (arXiv:2411.10958) for the quantisation and the two levels
@@ -42,7 +43,8 @@ constexpr bool Q_IN_REGISTERS = IN_TURN && PV >= 2;
 constexpr bool SHARED_REGISTERS = IN_TURN && PV == 1 && V_HEAD_DIM > 64;
 static_assert(!(IN_TURN && TWO_LEVELS), "no registers for three warpgroups' sums of two levels");
 static_assert(!(IN_TURN && SKIP), "nor to leave out blocks: ptxas spills in the loop");
-static_assert(BLOCK_LIST || !MASK_BITS, "entries of the list say where bits are applied");
+static_assert(BLOCK_LIST || !(MASK_BITS || SEGMENTS), "entries of the list say where bits are applied, or ids compared");
+static_assert(!(MASK_BITS && SEGMENTS), "an entry says one of both");
 // What `previous` is where no product is in flight: there was none, or it is complete and has still to be added (SKIP).
 constexpr int NOTHING = -1, HELD = -2;
 constexpr int V_ROWS = V_HEAD_DIM + (ONES ? 8 : 0);
@@ -57,6 +59,7 @@ constexpr bool HANDED_OVER = OUT != 2 && OUT_PASSES == 1;  // to warps that writ
 // Named barriers: 0 is __syncthreads', 1 + c is the c-th warpgroup's own, these it shares with the warp that writes for it.
 constexpr int STRIPE_FULL = 1 + CONSUMERS, STRIPE_EMPTY = 1 + 2 * CONSUMERS;
 constexpr int BITS_WORDS = 64 * BLOCK_N / 32;  // of 64 queries and a block
+#define BITS (MASK_BITS || SEGMENTS)           // that say which scores of a block stay: read, or made of ids
 constexpr int NS = BLOCK_N / 2, NT = V_ROWS / 2, NO = V_HEAD_DIM / 2;  // registers of S, of a product, of the output
 
 // Largest P is 2^8: the row maximum may grow by 2^HEADROOM before the sums are rescaled.
@@ -101,6 +104,10 @@ struct Params {
     const int* block_list;   // by batch, head and tile of queries: how many blocks, then their entries
     const u32* mask_bits;    // by batch, head, 64 queries and block of keys: [64, 4] words, each of which holds a thread's bits of a row
     long long list_b, list_h, bits_b, bits_h;
+#endif
+#if SEGMENTS
+    const int* q_ids;        // [batch, 64-row stripes of q_len, 64]
+    const int* k_ids;        // [batch, blocks of kv_len, BLOCK_N]; behind the last key as that
 #endif
 };
 
@@ -147,6 +154,17 @@ __device__ __forceinline__ void store_shared(u32 address, u32 x) {
 __device__ __forceinline__ void load_tile(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row) : "memory");
+}
+// As a load that the compiler does not know to be uniform: what is, it takes into uniform registers at once, and waits for it there.
+__device__ __forceinline__ int load_entry(const int* at) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(at));
+    return x;
+}
+// Where it holds. Not a branch, as above.
+__device__ __forceinline__ void load_if(bool holds, u32& x, const u32* at) {
+    asm volatile("{ .reg .pred holds; setp.ne.u32 holds, %2, 0;\n@holds ld.global.u32 %0, [%1]; }"
+                 : "+r"(x) : "l"(at), "r"((u32)holds));
 }
 __device__ __forceinline__ void prefetch(const float* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -340,6 +358,17 @@ struct Tile {
     }
 };
 
+#if SEGMENTS
+__device__ __forceinline__ const int* query_ids(const Params& p, int b) { return p.q_ids + b * ((p.q_len + 63) / 64 * 64); }
+__device__ __forceinline__ const int* key_ids(const Params& p, int b) {
+    return p.k_ids + b * ((p.kv_len + BLOCK_N - 1) / BLOCK_N * BLOCK_N);
+}
+// Into the L1 cache, which the warpgroups read them from. A line holds 32.
+__device__ __forceinline__ void prefetch_ids(const int* ids, int count) {
+    for (int n = 0; n < count; n += 32) prefetch((const float*)(ids + n));
+}
+#endif
+
 // The items of one program, in order: the whole tile of its number, then the next that nobody has taken while there are
 // any, then its share of the blocks of the other tiles.
 struct Schedule {
@@ -442,8 +471,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 q_stage ^= 1;
                 if (q_stage == 0) q_phase ^= 1;
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
+#if SEGMENTS
+                prefetch_ids(query_ids(p, t.b) + t.m0, min(BLOCK_M, p.q_len - t.m0));
+#endif
+                int after = BLOCK_LIST ? load_entry(t.entries + t.begin) : 0;  // one entry ahead, as it is not waited for then
                 for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
-                    const int i = BLOCK_LIST ? t.entries[n] >> 1 : n;
+                    const int i = BLOCK_LIST ? after >> 1 : n;
+#if SEGMENTS
+                    if (after & 1) prefetch_ids(key_ids(p, t.b) + i * BLOCK_N, BLOCK_N);
+#endif
+                    if (BLOCK_LIST) after = load_entry(t.entries + n + 1);
                     barrier_wait(k_empty(stage), phase);
                     barrier_expect(k_full(stage), K_BYTES);
                     for (int s = 0; s < SPANS; s++)
@@ -677,22 +714,54 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     const float *k_scale, *v_scale;
     float k_next, v_next;  // scales of the block whose scores come next
 #if BLOCK_LIST
-    int entry;             // that of the block
+    int entry, entry_after;  // that of the block, and of the one behind it: nothing waits for it then, but what it leads to
+#endif
+#if BITS
+    u32 bits0 = 0, bits1 = 0;  // of the thread's two rows, what they see of the block: bit 2 j + e is column 8 j + 2 quad + e
 #endif
 #if MASK_BITS
     const u32* mask_bits;  // this thread's, in block 0
-    u32 bits0, bits1;      // those of its two rows in the block: bit 2 j + e is column 8 j + 2 quad + e
+    // Of whole blocks there are none to load. Those of others come from the L2 cache or from further away: a softmax is between
+    // their load and their use.
+    auto load_bits = [&](int of) {
+        const u32* const at = mask_bits + (of >> 1) * BITS_WORDS;
+        load_if(of & 1, bits0, at);
+        load_if(of & 1, bits1, at + 32);
+    };
+#endif
+#if SEGMENTS
+    // The bits of block i. While its scores are computed: no id is kept in a register, and only few are read at a time.
+    auto compare_ids = [&](int i) {
+        const int* const q_ids = query_ids(p, t.b);
+        const int row0 = t.m0 + row_in_tile;
+        const int own0 = q_ids[min(row0, p.q_len - 1)], own1 = q_ids[min(row0 + 8, p.q_len - 1)];
+        const int2* const ids = (const int2*)(key_ids(p, t.b) + i * BLOCK_N) + quad;
+#pragma unroll 1
+        for (int columns = BLOCK_N - 32; columns >= 0; columns -= 32) {
+            u32 found0 = 0, found1 = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int2 id = ids[columns / 2 + 4 * j];
+                if (id.x == own0) found0 |= 1u << (2 * j);
+                if (id.y == own0) found0 |= 2u << (2 * j);
+                if (id.x == own1) found1 |= 1u << (2 * j);
+                if (id.y == own1) found1 |= 2u << (2 * j);
+            }
+            bits0 = bits0 << 8 | found0;
+            bits1 = bits1 << 8 | found1;
+        }
+    };
 #endif
     auto load_block_scales = [&](int i) {
 #if BLOCK_LIST
-        entry = t.entries[i];
+        entry = entry_after;
+        entry_after = load_entry(t.entries + i + 1);
         i = entry >> 1;
 #endif
         k_next = k_scale[i];
         v_next = v_scale[i];
-#if MASK_BITS
-        bits0 = mask_bits[i * BITS_WORDS];  // also where all are set: a branch would cost more
-        bits1 = mask_bits[i * BITS_WORDS + 32];
+#if SEGMENTS
+        if (__any_sync(~0u, entry & 1)) compare_ids(i);
 #endif
     };
     auto load_scales = [&]() {
@@ -707,7 +776,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         mask_bits = p.mask_bits + t.b * p.bits_b + t.h * p.bits_h + (long long)stripe * blocks * BITS_WORDS
                     + (thread >> 5) * 64 + lane;
 #endif
+#if BLOCK_LIST
+        entry_after = load_entry(t.entries + t.begin);
+#endif
         load_block_scales(t.begin);
+#if MASK_BITS
+        load_bits(entry);
+#endif
     };
     take_q();
 #pragma unroll
@@ -874,8 +949,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (hidden) scores[j] = MASKED_SCORE;
         }
     };
-#if MASK_BITS
-    // The same of those that the mask does not leave.
+#if BITS
+    // The same of those without a bit.
     auto hide_by_bits = [&]() {
 #pragma unroll
         for (int j = 0; j < NS; j++)
@@ -937,8 +1012,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
 #endif
     // From the scores of block i, or of the block of entry i, to P; the product of the block before is complete afterwards. With
-    // SKIP, false where the block is left out: then nothing has been done, and that product goes on.
-    auto attend = [&](int i, bool masked) {
+    // SKIP, false where the block is left out: then nothing has been done, and that product goes on. `more`: it is not the tile's last.
+    auto attend = [&](int i, bool masked, bool more) {
 #if BLOCK_LIST
         i = entry >> 1;
 #endif
@@ -947,10 +1022,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
         if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
-#if MASK_BITS
+#if BITS
         if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
 #endif
         if (FIRST_APART && masked && i == 0) set_first_apart(scale0, scale1);
+#if MASK_BITS
+        if (more) load_bits(entry_after);
+#endif
         int x0, x1;
         thread_maximum(x0, x1);
 #if SKIP
@@ -991,7 +1069,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         }
-#if MASK_BITS
+#if BITS
         // A masked score lies so far below the others that its weight is zero by itself, except where scales are tiny. That holds
         // beside a score that is not masked; a thread that has none of a row gives it a maximum of its own.
         if (masked && !__any_sync(~0u, !(scale0 > LEAST_SCALE) || !(scale1 > LEAST_SCALE)))
@@ -1103,16 +1181,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             advance(k_stage, k_phase);
         };
         auto step = [&](bool masked) {
-            if (attend(i, masked)) go_on();
+            if (attend(i, masked, true)) go_on();
             else go_on_without();
         };
 #else
-        auto step = [&](bool masked) { attend(i, masked); go_on(); };
+        auto step = [&](bool masked) { attend(i, masked, true); go_on(); };
 #endif
 #if BLOCK_LIST
         for (; i + 1 < t.end; i++) {
             const int block = entry >> 1;
-            const bool special = block < t.full_begin || block >= t.full_end || (MASK_BITS && (entry & 1))
+            const bool special = block < t.full_begin || block >= t.full_end || (BITS && (entry & 1))
                                  || (FIRST_APART && block == 0);
             if (!__any_sync(~0u, special)) step(false);  // the same in all, which the compiler then knows
             else step(true);
@@ -1123,7 +1201,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (; i < t.full_end && i + 1 < t.end; i++) step(false);
         for (; i + 1 < t.end; i++) step(true);
 #endif
-        const bool last_counts = attend(i, true);
+        const bool last_counts = attend(i, true, false);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
 
         // The last product, and the first scores of the next tile; if there is none, scores of old tiles, which do no harm.

@@ -48,6 +48,7 @@ class HopperVariant:
     skip: bool = False
     block_list: bool = False
     mask_bits: bool = False
+    segments: bool = False
 
     @cached_property
     def span_bytes(self) -> int:
@@ -123,6 +124,7 @@ def choose_variant(
     block_list: bool = False,
     mask_bits: bool = False,
     consumers: int | None = None,
+    segments: bool = False,
 ) -> HopperVariant:
     """The variant for padded head dims d (query, key) and dv (value), not split over keys.
 
@@ -148,7 +150,11 @@ def choose_variant(
             out,
             stages,
             consumers
-            or (2 if skip or (mask_bits and dv // pieces > 64) else _consumers(pv, d, dv // pieces, q_len)),
+            or (
+                2
+                if skip or ((mask_bits or segments) and dv // pieces > 64)
+                else _consumers(pv, d, dv // pieces, q_len)
+            ),
             has_low,
             has_high,
             key_mask,
@@ -159,6 +165,7 @@ def choose_variant(
             skip,
             block_list,
             mask_bits,
+            segments,
         )
         for pieces in (1, 2)
         if dv // pieces <= channels

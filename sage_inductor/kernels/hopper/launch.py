@@ -15,7 +15,7 @@ from ..base import AttentionParams, Segments
 from ..cache_folder import default_folder
 from ..device import multiprocessors
 from ..skipping import SAMPLED_TILE, SkipTile, log2_threshold
-from ..triton.block_list import block_list_kernel
+from ..triton.block_list import block_list_kernel, segment_list_kernel
 from ..triton.configs import LaunchConfig
 from ..triton.launch import MaskOperand, Sizes, TritonAttention
 from ..triton.launcher import Launch
@@ -25,11 +25,15 @@ from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import part_starts, share
 
-# Constants of the kernel that makes lists, for tiles of two and of three warpgroups. Launches know them by identity.
-_LISTING = {
-    consumers: {"STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "num_warps": 1}
-    for consumers in (2, 3)
-}
+# Constants of the kernels that make lists of masks and of segments, for tiles of two and of three warpgroups. Launches know them by
+# identity.
+_LISTING, _SEGMENT_LISTING = (
+    {
+        consumers: {"STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "num_warps": 1}
+        for consumers in (2, 3)
+    }
+    for _ in range(2)
+)
 _BITS_WORDS = TILE * KEY_BLOCK // 32  # of the bits of a warpgroup's queries and a block
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -60,6 +64,7 @@ class _Params(ctypes.Structure):
         + [("skip_bound", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("block_list", "mask_bits")]
         + [(name, ctypes.c_longlong) for name in ("list_b", "list_h", "bits_b", "bits_h")]
+        + [(name, ctypes.c_void_p) for name in ("q_ids", "k_ids")]
     )  # fmt: skip
 
 
@@ -112,8 +117,9 @@ class HopperAttention(TritonAttention):
             lse is not None,
             params.skip_threshold > 0 and not self.is_sampled,
             q_len=sizes.q_len,
-            block_list=mask.by_blocks or self.is_sampled,
+            block_list=mask.by_blocks or self.has_segments or self.is_sampled,
             mask_bits=mask.packed,
+            segments=self.has_segments,
             consumers=SAMPLED_TILE.rows // TILE if self.is_sampled else None,
         )
         tiles_per_head = -(-sizes.q_len // variant.block_m)
@@ -142,20 +148,23 @@ class HopperAttention(TritonAttention):
         self.part_lse = self._part(part_rows, torch.float32)
         # Of each head: elements of the list, and words of bits.
         listed, words = tiles_per_head * (1 + blocks), -(-sizes.q_len // TILE) * blocks * _BITS_WORDS
-        by_batch, by_head = mask.heads if mask.batch > 1 else 0, int(mask.heads > 1)
-        if self.is_sampled:
+        lists_batch, lists_heads = (sizes.batch, 1) if self.has_segments else (mask.batch, mask.heads)
+        by_batch, by_head = lists_heads if lists_batch > 1 else 0, int(lists_heads > 1)
+        if self.is_sampled:  # the lists are there
             by_batch, by_head = sizes.heads, 1
-        if mask.by_blocks:
-            self.block_list = self._part(mask.batch * mask.heads * listed, torch.int32)
+        elif variant.block_list:
+            # One element behind the lists is read, too, and not used.
+            self.block_list = self._part(lists_batch * lists_heads * listed + 1, torch.int32)
+            lengths = sizes.q_len, sizes.kv_len, low or 0, high or 0
             self.listing = Launch(
-                block_list_kernel,
-                mask.batch * mask.heads * tiles_per_head,
+                segment_list_kernel if self.has_segments else block_list_kernel,
+                lists_batch * lists_heads * tiles_per_head,
                 dtypes=(),
-                own=(self.mask_states, self.block_list),
-                numbers=(sizes.q_len, sizes.kv_len, low or 0, high or 0),
+                own=(self.segments if self.has_segments else self.mask_states, self.block_list),
+                numbers=(sizes.batch, *lengths) if self.has_segments else lengths,
                 specialized=(),
                 variant=(low is not None, high is not None),
-                constants=_LISTING[variant.consumers],
+                constants=(_SEGMENT_LISTING if self.has_segments else _LISTING)[variant.consumers],
                 index=self.index,
                 direct=self.direct,
             )
@@ -189,6 +198,10 @@ class HopperAttention(TritonAttention):
 
     def _look_at_mask(self, stream: int, attn_mask: Tensor | None, workspace: Tensor) -> None:
         super()._look_at_mask(stream, attn_mask, workspace)
+        self.listing(stream, (), workspace)
+
+    def _look_at_segments(self, stream: int, segments: Segments, workspace: Tensor) -> None:
+        super()._look_at_segments(stream, segments, workspace)
         self.listing(stream, (), workspace)
 
     @property
@@ -316,6 +329,9 @@ def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
         numbers.block_list = address + call.block_list.offset
     if call.mask_bits is not None:
         numbers.mask_bits = address + call.mask_bits.offset
+    if call.segments is not None:  # as `segment_sections` has them
+        numbers.q_ids = address + call.segments.offset
+        numbers.k_ids = numbers.q_ids + 4 * sizes.batch * -(-sizes.q_len // TILE) * TILE
     return _Placed(numbers, [each.getPtr() for each in maps], maps)
 
 

@@ -103,7 +103,7 @@ class TritonKernel(Kernel):
     def unmeasured_reasons(self, problem: AttentionProblem) -> list[str]:
         reasons = []
         if problem.query_segments is not None:
-            reasons.append('segments (not measured yet: by tune="measure", or kernel="triton")')
+            reasons.append(f'segments (not measured yet: by tune="measure", or kernel="{self.name}")')
         return reasons + unmeasured_skipping(problem, self.name)
 
     def not_chosen_reasons(self, problem: AttentionProblem) -> list[str]:

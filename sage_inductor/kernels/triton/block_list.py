@@ -1,13 +1,15 @@
-"""The list of blocks of keys that each tile of queries reads, for hopper/attention.cu, and the device code that makes it of a mask.
+"""The list of blocks of keys that each tile of queries reads, for hopper/attention.cu, and the device code that makes it of a mask, or
+of segments.
 
     int32 [lists' batch, lists' heads, tiles of queries, 1 + blocks of keys]
 
 For each tile of the attention kernel (`HopperVariant.block_m` queries): the number of its entries, then the entries, in ascending order
 of their blocks. An entry is
 
-    2 * block + partly        partly: 1 where the bits of a mask (mask_blocks.py) have to be applied, else 0
+    2 * block + partly        partly: 1 where the bits of a mask (mask_blocks.py) have to be applied, or ids of segments compared
+                                  (segments.py), else 0
 
-What is behind the last entry is never read; but the first entry is always there, a block that exists, even where the number is 0 and the
+What is behind the last entry is never used, though one number there is read; and the first entry is always there, a block that exists, even where the number is 0 and the
 tile sees no key. Batch and heads are 1 where all sequences, or all heads, share their lists.
 
 The attention kernel applies causality, a window, a mask over keys and the end of the keys to listed blocks as to any others. So a list
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .mask_blocks import _ALL, _SOME, _STEP
+from .segments import are_of_one, segment_sections
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "low", "high"])
@@ -64,13 +67,90 @@ def block_list_kernel(
             state = tl.load(states + stripe * blocks + n, mask=exists, other=0)
             some = some | (state >= _SOME)
             every = every & ((state == _ALL) | (exists == 0))
-        if HAS_LOW:
-            some = some & (n * BLOCK_N + BLOCK_N - 1 >= first_row + low)
-        if HAS_HIGH:
-            some = some & (n * BLOCK_N <= last_row + high)
-        listed = some.to(tl.int32)
-        place = count + tl.cumsum(listed, 0)  # 1 and more: behind the number
-        tl.store(entries + place, 2 * n + tl.where(every, 0, 1), mask=some)
-        count += tl.sum(listed, 0)
+        some = _within_bounds(some, n, first_row, last_row, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
+        count = _append(entries, count, n, some, every)
+    _end(entries, count)
+
+
+@triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "low", "high"])
+def segment_list_kernel(
+    segments,
+    entries,
+    batch,
+    q_len,
+    kv_len,
+    low,
+    high,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    STRIPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """As `block_list_kernel`, of the ranges of ids that `segments_kernel` has written to `segments`, for all heads: the blocks whose
+    range meets that of some BLOCK_M queries. They are whole where all these queries and keys have one id."""
+    blocks = tl.cdiv(kv_len, BLOCK_N)
+    stripes = tl.cdiv(q_len, BLOCK_M)
+    tiles = tl.cdiv(stripes, STRIPES)
+    pid = tl.program_id(0)
+    b = pid // tiles
+    first_stripe = pid % tiles * STRIPES
+    _, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    q_range += b * stripes + first_stripe
+    k_range += b * blocks
+    entries += pid.to(tl.int64) * (1 + blocks)
+    first_row = first_stripe * BLOCK_M
+    last_row = tl.minimum(first_row + STRIPES * BLOCK_M, q_len) - 1
+    count = 0
+    for start in range(0, blocks, _STEP):
+        n = start + tl.arange(0, _STEP)
+        exists = n < blocks
+        least = tl.load(k_range + n, mask=exists, other=0)
+        largest = tl.load(k_range + batch * blocks + n, mask=exists, other=0)
+        some = n < 0
+        every = n >= 0
+        for stripe in tl.static_range(STRIPES):
+            # The last stripe stands for those behind it.
+            at = q_range + tl.minimum(stripe, stripes - 1 - first_stripe)
+            lowest = tl.load(at)
+            highest = tl.load(at + batch * stripes)
+            some = some | (exists & (least <= highest) & (largest >= lowest))
+            every = every & are_of_one(least, largest, lowest, highest)
+        some = _within_bounds(some, n, first_row, last_row, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
+        count = _append(entries, count, n, some, every)
+    _end(entries, count)
+
+
+@triton.jit
+def _within_bounds(
+    some,
+    n,
+    first_row,
+    last_row,
+    low,
+    high,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`some`, without blocks n that the bounds of queries first_row to last_row rule out."""
+    if HAS_LOW:
+        some = some & (n * BLOCK_N + BLOCK_N - 1 >= first_row + low)
+    if HAS_HIGH:
+        some = some & (n * BLOCK_N <= last_row + high)
+    return some
+
+
+@triton.jit
+def _append(entries, count, n, some, every):
+    """Write those blocks n for which `some` holds behind `count` entries; how many there are then. `every`: they are whole."""
+    listed = some.to(tl.int32)
+    place = count + tl.cumsum(listed, 0)  # 1 and more: behind the number
+    tl.store(entries + place, 2 * n + tl.where(every, 0, 1), mask=some)
+    return count + tl.sum(listed, 0)
+
+
+@triton.jit
+def _end(entries, count):
     tl.store(entries, count)
     tl.store(entries + 1, 0, mask=count == 0)

@@ -378,7 +378,8 @@ class TritonAttention:
         programs = min(slots, batch * heads * groups)
         slabs = self._part(programs * blocks * SAMPLES, torch.float32)
         tiles = -(-q_len // SAMPLED_TILE.rows)
-        self.block_list = self._part(batch * heads * tiles * (1 + blocks), torch.int32)
+        # `hopper` reads one element behind the lists, which it does not use.
+        self.block_list = self._part(batch * heads * tiles * (1 + blocks) + 1, torch.int32)
         low, high = params.bounds(q_len, kv_len)
         self.sampling = Launch(
             sampled_list_kernel,
@@ -468,7 +469,7 @@ class TritonAttention:
         if self.mask_blocks is not None:
             self._look_at_mask(stream, attn_mask, workspace)
         if self.segment_ranges is not None and segments is not None:
-            self.segment_ranges(stream, segments, workspace)
+            self._look_at_segments(stream, segments, workspace)
         key_mask = attn_mask if self.mask.skip_blocks else None
         inputs = query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask
         self.statistics(stream, inputs, workspace)
@@ -483,6 +484,11 @@ class TritonAttention:
         """What the attention kernel reads of a mask that is taken by blocks."""
         assert self.mask_blocks is not None
         self.mask_blocks(stream, (attn_mask,), workspace)
+
+    def _look_at_segments(self, stream: int, segments: Segments, workspace: Tensor) -> None:
+        """What the attention kernel reads of ids."""
+        assert self.segment_ranges is not None
+        self.segment_ranges(stream, segments, workspace)
 
     def attend(
         self,

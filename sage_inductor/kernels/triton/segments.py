@@ -3,6 +3,7 @@
 Before the attention kernel runs, the ids of each block are copied side by side, with their least and largest. A block of keys
 is passed over where its range does not meet that of the block of queries; where both have one id, and the same, no id is read;
 for all others the ids are compared. Ids may come in any order: ranges that meet only say that a block has to be looked at.
+hopper/attention.cu reads the blocks of a list that block_list.py makes of the ranges.
 """
 
 # Device code: its arguments are pointers and constexprs, which Python's types do not tell apart.
@@ -114,7 +115,13 @@ def _are_of_one(k_range, slots, n, end, low, high):
     exists = n < end
     least = tl.load(k_range + n, mask=exists, other=0)
     largest = tl.load(k_range + slots + n, mask=exists, other=0)
-    return exists & (least == low) & (largest == low) & (low == high)
+    return exists & are_of_one(least, largest, low, high)
+
+
+@triton.jit
+def are_of_one(least, largest, low, high):
+    """Whether keys whose ids are least..largest and queries whose ids are low..high all have one id."""
+    return (least == low) & (largest == low) & (low == high)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class HopperKernel(TritonKernel):
         mask = problem.attn_mask
         if mask is not None and mask.dtype != torch.bool:
             reasons.append(reason("attn_mask dtype", mask.dtype, torch.bool))
-        if mask is not None and problem.query_segments is not None and _differs_by_query_or_head(mask):
+        if mask is not None and problem.query_segments is not None and differs_by_query_or_head(mask):
             reasons.append("attn_mask of more than keys beside segments (supported: one of both)")
         queries = problem.query.shape[:3]
         if all(type(size) is int for size in queries):

@@ -33,6 +33,9 @@ constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
 constexpr bool FIRST_APART = PV < 2;       // the first key: its value is 0 in 8 bits, and is added by `write`
+// A tile's first block, from whose scores that key is taken, comes last then: that block is masked anyway. A loop before the one of whole
+// blocks would cost: ptxas takes other uniform registers there, and products wait for their descriptors (8% at 128 channels).
+constexpr bool FIRST_LAST = FIRST_APART && !(HAS_LOW || KEY_MASK || SKIP || BLOCK_LIST);
 constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
@@ -476,7 +479,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
                 int after = BLOCK_LIST ? load_entry(t.entries + t.begin) : 0;  // one entry ahead, as it is not waited for then
                 for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
-                    const int i = BLOCK_LIST ? after >> 1 : n;
+                    const int i = FIRST_LAST ? (n + 1 < t.end ? n + 1 : t.begin) : BLOCK_LIST ? after >> 1 : n;
 #if SEGMENTS
                     if (after & 1) prefetch_ids(key_ids(p, t.b) + i * BLOCK_N, BLOCK_N);
 #endif
@@ -779,7 +782,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if BLOCK_LIST
         entry_after = load_entry(t.entries + t.begin);
 #endif
-        load_block_scales(t.begin);
+        load_block_scales(FIRST_LAST ? min(t.begin + 1, t.end - 1) : t.begin);
 #if MASK_BITS
         load_bits(entry);
 #endif
@@ -1112,17 +1115,18 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.largest0 = t.m0 + row_in_tile < p.q_len ? LOWEST : infinite;
             rows.largest1 = t.m0 + row_in_tile + 8 < p.q_len ? LOWEST : infinite;
         }
-        int i = t.begin;
+        int i = FIRST_LAST ? t.begin + 1 : t.begin;
         if (!IN_TURN) {
             if (!SKIP) barrier_wait(v_full(stage), phase);
-            if (i + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
+            if (t.begin + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
         }
+        auto block_after = [&]() { return FIRST_LAST && i + 1 >= t.end ? t.begin : i + 1; };
         // This block's product, then the next scores.
         auto go_on_in_turn = [&]() {
             barrier_wait(v_full(stage), phase);
             wgmma_fence();
             multiply_pv(PV != 1 && summed > 0);
-            load_block_scales(i + 1);
+            load_block_scales(block_after());
             barrier_wait(k_full(k_stage), k_phase);
             wgmma_wait<0>();
             if (SHARED_REGISTERS) {
@@ -1156,9 +1160,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             const int done = k_stage;
             advance(stage, phase);
             advance(k_stage, k_phase);
-            load_block_scales(i + 1);
+            load_block_scales(block_after());
             if (!SKIP) barrier_wait(v_full(stage), phase);
-            if (i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
+            if (i + (FIRST_LAST ? 1 : 2) < t.end) barrier_wait(k_full(k_stage), k_phase);
             wgmma_wait<1>();
             if (SKIP) barrier_arrive_if(leader, k_empty(done));
             else if (leader) barrier_arrive(k_empty(done));
@@ -1171,7 +1175,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (previous < 0) barrier_wait(k_full(k_stage), k_phase);
             wgmma_fence();
             multiply_qk();
-            load_block_scales(i + 1);
+            load_block_scales(block_after());
             leave_out();
             advance(stage, phase);
             wgmma_wait<0>();
@@ -1196,10 +1200,12 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             else step(true);
         }
 #else
-        if (HAS_LOW || KEY_MASK || FIRST_APART)
-            for (const int end = FIRST_APART ? max(t.full_begin, 1) : t.full_begin; i < end && i + 1 < t.end; i++) step(true);
-        for (; i < t.full_end && i + 1 < t.end; i++) step(false);
-        for (; i + 1 < t.end; i++) step(true);
+        const int stop = FIRST_LAST ? t.end : t.end - 1;
+        if (!FIRST_LAST && (HAS_LOW || KEY_MASK || FIRST_APART))
+            for (const int end = FIRST_APART ? max(t.full_begin, 1) : t.full_begin; i < end && i < stop; i++) step(true);
+        for (; i < t.full_end && i < stop; i++) step(false);
+        for (; i < stop; i++) step(true);
+        if (FIRST_LAST) i = t.begin;
 #endif
         const bool last_counts = attend(i, true, false);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
@@ -1237,8 +1243,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
         if (BLOCK_LIST) prefetch((const float*)(next.entries + next.begin));
-        prefetch(p.k_scale + next.key_row / 128 + next.begin);
-        prefetch(p.v_scale + next.key_row / 128 + next.begin);
+        const int first_block = next.key_row / 128 + (FIRST_LAST ? min(next.begin + 1, next.end - 1) : next.begin);
+        prefetch(p.k_scale + first_block);
+        prefetch(p.v_scale + first_block);
         wgmma_wait<0>();
         const int of_product = last_counts ? stage : previous;
         if (!SKIP || of_product != NOTHING) complete(of_product, v_unit);

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sage_inductor.operators.distributed.peers import Peers
 from sage_inductor.operators.distributed.shards import Written
-from sage_inductor.operators.distributed.ulysses import HEADS, SEQ, Heads, Part, Room, by_writing
+from sage_inductor.operators.distributed.ulysses import HEADS, SEQ, Heads, Room, SequencePart, by_writing
 from sage_inductor.operators.distributed.wires import turns
 
 PATIENCE = 30  # seconds that a rank waits before the test counts it as stuck
@@ -188,7 +188,7 @@ def test_heads_are_exchanged_for_parts_of_the_sequence(ranks: int) -> None:
     def work(peers: Peers) -> None:
         for whole, expected, lse, groups in problems:
             query, key, value = (tensor.chunk(ranks, SEQ)[peers.rank] for tensor in whole)
-            part = Part(query, key, value, peers.rank, ranks, None)
+            part = SequencePart(query, key, value, peers.rank, ranks, None)
 
             def attend(came: list[Tensor], heads: Heads) -> tuple[Tensor, Tensor]:
                 for _ in range(2):

@@ -495,7 +495,7 @@ def test_hopper_gets_the_addresses_of_each_call(hopper: list[Numbers]) -> None:
         ]
         assert params["q_scale"] - start == call.scales.offset
         # `sections` of workspace.py, in the units of its docstring: 2 blocks of keys, 4 heads, 64 channels.
-        rows, slots, means, channels = 2 * 4 * 2 * 128, 4 * 2, 4 * 64, 4 * 3 * 64
+        rows, slots, means, channels = 2 * 4 * 2 * 128, 4 * 2, 4 * 64, 4 * 4 * 64
         offsets = {"k_scale": rows, "v_scale": rows + slots, "v_channel": rows + 2 * slots + means}
         offsets |= {"q_shift": rows // 2, "used_keys": offsets["v_channel"] + channels}
         offsets["ticket"] = offsets["used_keys"] + 5

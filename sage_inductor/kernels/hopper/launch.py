@@ -100,8 +100,7 @@ class HopperAttention(TritonAttention):
     def _mask_operand(self, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None) -> MaskOperand:
         """A mask that differs between queries, or heads, comes in bits however few keys there are."""
         mask = super()._mask_operand(attn_mask, sizes, segments)
-        by_bits = mask.kind == 1 and not mask.skip_blocks
-        return mask._replace(by_blocks=by_bits, packed=by_bits)
+        return mask.read_in_bits(mask.kind == 1 and not mask.skip_blocks)
 
     def _prepare_attention(self, params: AttentionParams, out: Tensor, lse: Tensor | None) -> None:
         plan, sizes, mask = self.plan, self.sizes, self.mask

@@ -89,6 +89,10 @@ class MaskOperand(NamedTuple):
     by_blocks: bool = False  # a kernel finds out first what it leaves of each block
     packed: bool = False  # and writes it down in bits
 
+    def read_in_bits(self, is_so: bool) -> MaskOperand:
+        """The same mask, read block by block in bits, or at once."""
+        return MaskOperand(*self[:-2], by_blocks=is_so, packed=is_so)
+
     @classmethod
     def of(cls, attn_mask: Tensor | None, sizes: Sizes, segments: Segments | None = None) -> MaskOperand:
         if attn_mask is None:

@@ -41,7 +41,7 @@ LIBRARY.define(
     "attention_of_ulysses(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, str group_name, int rank, "
     "int ranks, bool is_causal=False, float? scale=None, bool enable_gqa=False, bool return_lse=False, "
     "str kernel_name='auto', str precision='fast', str smoothing='auto', float skip_threshold=0.0, "
-    "str wires='inputs') -> Tensor[]",
+    "str skip_by='scores', str wires='inputs') -> Tensor[]",
     tags=TAGS,
 )
 _MOST_GROUPS = 4
@@ -60,12 +60,12 @@ class Heads(NamedTuple):
     end_key: int
 
 
-Attend: TypeAlias = Callable[[Pieces, Heads], "tuple[Tensor, Tensor | None]"]
+AttendHeads: TypeAlias = Callable[[Pieces, Heads], "tuple[Tensor, Tensor | None]"]
 """Output and LSE, `[batch, heads, seq, ...]`, of what came of some heads of this rank. The LSE may be None if it is not asked for."""
 
 
 @dataclass(frozen=True)
-class Part:
+class SequencePart:
     """This rank's part of the sequence, `[batch, heads, seq / ranks, head_dim]`, and how its keys and values travel."""
 
     query: Tensor
@@ -107,7 +107,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if is_dense else rows.contiguous()
 
 
-def _as_inputs(attn_mask: Tensor | None, return_lse: bool, options: dict[str, Any]) -> Attend:
+def _as_inputs(attn_mask: Tensor | None, return_lse: bool, options: dict[str, Any]) -> AttendHeads:
     """Attention to keys and values that came as they are. `attn_mask`: of all queries and keys."""
 
     def attend(came: Pieces, heads: Heads) -> tuple[Tensor, Tensor | None]:
@@ -123,7 +123,7 @@ def _as_inputs(attn_mask: Tensor | None, return_lse: bool, options: dict[str, An
     return attend
 
 
-def _in_8_bits(part: Part, choice: QuantizationChoice, scale: float | None) -> Attend:
+def _in_8_bits(part: SequencePart, choice: QuantizationChoice, scale: float | None) -> AttendHeads:
     """Attention to keys and values that each rank quantised."""
     length, head_dim = part.key.shape[SEQ], part.value.shape[-1]
 
@@ -147,7 +147,9 @@ def _in_8_bits(part: Part, choice: QuantizationChoice, scale: float | None) -> A
     return attend
 
 
-def _by_collectives(part: Part, attend: Attend, group_name: str, output: Tensor) -> Tensor | None:
+def _by_collectives(
+    part: SequencePart, attend: AttendHeads, group_name: str, output: Tensor
+) -> Tensor | None:
     """Fills `output`, `[batch, heads, seq / ranks, value_head_dim]`. The LSE of this rank's heads, where `attend` gives one."""
     ranks = range(part.ranks)
     for_each = [part.pieces(part.heads(rank, 1)[0]) for rank in ranks]
@@ -182,7 +184,12 @@ class Room:
 
 
 def by_writing(
-    peers: Peers, room: Room, part: Part, for_each: Sequence[Sequence[Pieces]], attend: Attend, output: Tensor
+    peers: Peers,
+    room: Room,
+    part: SequencePart,
+    for_each: Sequence[Sequence[Pieces]],
+    attend: AttendHeads,
+    output: Tensor,
 ) -> Tensor | None:
     """What `_by_collectives` does. for_each: what each rank is sent of each of its groups of heads.
 
@@ -273,7 +280,7 @@ def _attention_of_ulysses(
     of the group, of which it is number `rank` of `ranks`. attn_mask: of all queries and keys."""
     _check(query, key, ranks, wires)
     choice = kernel_of_wires(query, key, value, options) if wires == "8-bit" else None
-    part = Part(query, key, value, rank, ranks, choice)
+    part = SequencePart(query, key, value, rank, ranks, choice)
     if choice is None:
         attend = _as_inputs(attn_mask, return_lse, options)
     else:
@@ -292,7 +299,9 @@ def _attention_of_ulysses(
     return [output, lse_of_rank]
 
 
-def _written(part: Part, attend: Attend, group_name: str, output: Tensor) -> tuple[Tensor | None] | None:
+def _written(
+    part: SequencePart, attend: AttendHeads, group_name: str, output: Tensor
+) -> tuple[Tensor | None] | None:
     """(LSE of this rank's heads), with `output` filled, where ranks write into each other's memory; None where they do not."""
     if part.ranks == 1 or not may_reach(part.query.device):
         return None

@@ -133,14 +133,15 @@ def test_the_report_is_understood() -> None:
 def test_main_loop(compiled: dict[HopperVariant, Compiled], tmp_path: Path) -> None:
     """The iteration over an unmasked block keeps everything in registers, and no operand is written while the tensor
     cores may still be reading it: ptxas was seen to do that where a move ends in an operand. INT8 with 128 channels reads up to
-    three words again, which do not change: two scales with three warpgroups."""
+    three words again, which do not change: two scales with three warpgroups; so do bits of a mask with 256."""
     for variant, result in compiled.items():
         code = sass.disassemble(result.cubin, tmp_path)
         loop = code.main_loop()
         assert sum("MUFU.EX2" in line for line in loop) >= 64, variant  # it is the one that was meant
         assert [line for line in loop if re.search(r"\bSTL\b", line)] == [], variant
         loads = [line for line in loop if re.search(r"\bLDL\b", line)]
-        assert len(loads) <= (3 if variant.pv == "int8" and variant.v_head_dim == 128 else 0), variant
+        most = 2 if variant.mask_bits and variant.head_dim == 256 else 0
+        assert len(loads) <= (3 if variant.pv == "int8" and variant.v_head_dim == 128 else most), variant
         assert code.early_writes() == set(), variant
         if variant.mask_bits and not variant.skip:
             # A block with bits: seven of them become predicates at once, each score is asked for once, no weight is.

@@ -33,9 +33,10 @@ constexpr int V_ELEMENT = PV >= 2 ? 2 : 1;
 constexpr bool TWO_LEVELS = PV == 0;       // FP8 products are added with few bits: a sum in the tensor core stays short
 constexpr bool ONES = PV != 1;             // the row sum comes from a row of ones under V^T
 constexpr bool FIRST_APART = PV < 2;       // the first key: its value is 0 in 8 bits, and is added by `write`
-// A tile's first block, from whose scores that key is taken, comes last then: that block is masked anyway. A loop before the one of whole
-// blocks would cost: ptxas takes other uniform registers there, and products wait for their descriptors (8% at 128 channels).
-constexpr bool FIRST_LAST = FIRST_APART && !(HAS_LOW || KEY_MASK || SKIP || BLOCK_LIST);
+// Blocks in front of the whole ones come last then, and of those the first key's in the step that every tile ends with, which is masked anyway.
+// A loop before the one of whole blocks would cost: ptxas takes other uniform registers there, and products wait for their descriptors
+// (8% at 128 channels).
+constexpr bool ROTATED = (FIRST_APART || HAS_LOW || KEY_MASK) && !(SKIP || BLOCK_LIST);
 constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
@@ -294,6 +295,7 @@ struct Item {
 // or entries of the list; of a part that got none they are equal, and its one block is masked, too.
 struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
+    int start;  // the block, or entry, that comes first: others follow to the end, and then those from `begin` on
     const int* entries;  // BLOCK_LIST: of the tile
     int whole_begin, whole_end;  // KEY_MASK: other blocks that every query attends to, on the other side of what the mask leaves out
 
@@ -358,6 +360,8 @@ struct Tile {
         entries = nullptr;
         if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
 #endif
+        start = begin;
+        if (ROTATED && max(full_begin, begin + 1) < end) start = max(full_begin, begin + 1);
     }
 };
 
@@ -479,7 +483,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
                 int after = BLOCK_LIST ? load_entry(t.entries + t.begin) : 0;  // one entry ahead, as it is not waited for then
                 for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
-                    const int i = FIRST_LAST ? (n + 1 < t.end ? n + 1 : t.begin) : BLOCK_LIST ? after >> 1 : n;
+                    int i = BLOCK_LIST ? after >> 1 : n;
+                    if (ROTATED && (i += t.start - t.begin) >= t.end) i -= t.end - t.begin;
 #if SEGMENTS
                     if (after & 1) prefetch_ids(key_ids(p, t.b) + i * BLOCK_N, BLOCK_N);
 #endif
@@ -782,7 +787,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if BLOCK_LIST
         entry_after = load_entry(t.entries + t.begin);
 #endif
-        load_block_scales(FIRST_LAST ? min(t.begin + 1, t.end - 1) : t.begin);
+        load_block_scales(t.start);
 #if MASK_BITS
         load_bits(entry);
 #endif
@@ -1115,12 +1120,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             rows.largest0 = t.m0 + row_in_tile < p.q_len ? LOWEST : infinite;
             rows.largest1 = t.m0 + row_in_tile + 8 < p.q_len ? LOWEST : infinite;
         }
-        int i = FIRST_LAST ? t.begin + 1 : t.begin;
+        int i = t.start;
+        const int last = ROTATED && t.start > t.begin ? t.start - 1 : t.end - 1;
         if (!IN_TURN) {
             if (!SKIP) barrier_wait(v_full(stage), phase);
             if (t.begin + 1 < t.end) barrier_wait(k_full(k_stage), k_phase);
         }
-        auto block_after = [&]() { return FIRST_LAST && i + 1 >= t.end ? t.begin : i + 1; };
+        auto block_after = [&]() { return ROTATED && i + 1 >= t.end ? t.begin : i + 1; };
         // This block's product, then the next scores.
         auto go_on_in_turn = [&]() {
             barrier_wait(v_full(stage), phase);
@@ -1162,7 +1168,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             advance(k_stage, k_phase);
             load_block_scales(block_after());
             if (!SKIP) barrier_wait(v_full(stage), phase);
-            if (i + (FIRST_LAST ? 1 : 2) < t.end) barrier_wait(k_full(k_stage), k_phase);
+            if (ROTATED ? block_after() != last : i + 2 < t.end) barrier_wait(k_full(k_stage), k_phase);
             wgmma_wait<1>();
             if (SKIP) barrier_arrive_if(leader, k_empty(done));
             else if (leader) barrier_arrive(k_empty(done));
@@ -1200,12 +1206,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             else step(true);
         }
 #else
-        const int stop = FIRST_LAST ? t.end : t.end - 1;
-        if (!FIRST_LAST && (HAS_LOW || KEY_MASK || FIRST_APART))
-            for (const int end = FIRST_APART ? max(t.full_begin, 1) : t.full_begin; i < end && i < stop; i++) step(true);
-        for (; i < t.full_end && i < stop; i++) step(false);
-        for (; i < stop; i++) step(true);
-        if (FIRST_LAST) i = t.begin;
+        if (ROTATED) {
+            if (i > t.begin)
+                for (; i < t.full_end && i < t.end; i++) step(false);
+            if (i >= t.end) i = t.begin;
+            for (; i != last; i = block_after()) step(true);
+        } else {
+            for (; i < t.full_end && i < last; i++) step(false);
+            for (; i < last; i++) step(true);
+        }
 #endif
         const bool last_counts = attend(i, true, false);
         if (IN_TURN) barrier_wait(v_full(stage), phase);
@@ -1243,7 +1252,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
         if (BLOCK_LIST) prefetch((const float*)(next.entries + next.begin));
-        const int first_block = next.key_row / 128 + (FIRST_LAST ? min(next.begin + 1, next.end - 1) : next.begin);
+        const int first_block = next.key_row / 128 + next.start;
         prefetch(p.k_scale + first_block);
         prefetch(p.v_scale + first_block);
         wgmma_wait<0>();

@@ -108,23 +108,42 @@ class Reader:
                 allowed &= columns >= rows + n.low
             if self.variant.has_high:
                 allowed &= columns < (rows + n.high + 1).clamp(max=keys)
-        if partly and self.ids is not None:
-            query_ids = self.ids[t["b"] * (-(-n.q_len // 64) * 64) :][rows.clamp(max=n.q_len - 1)]
-            k_ids = self.ids[n.batch * (-(-n.q_len // 64) * 64) :]
-            allowed &= query_ids == k_ids[t["b"] * (-(-n.kv_len // 128) * 128) + columns]
-        elif partly:
-            assert self.bits is not None
-            stripe = min(t["m0"] // 64 + consumer, (n.q_len - 1) // 64)
-            words = t["b"] * n.bits_b + t["h"] * n.bits_h + stripe * -(-n.kv_len // 128) * 256
+        if partly:
             thread, j = torch.arange(128)[:, None], torch.arange(64)
-            lane = thread % 32
-            word = words + thread // 32 * 64 + lane + block * 256 + torch.where((j & 2) != 0, 32, 0)
-            bit = (self.bits[word] >> (j // 4 * 2 + j % 2)) & 1
+            lane, is_second = thread % 32, (j & 2) != 0
+            words = self.words(t, consumer, block) if self.ids is None else self.compared(t, consumer, block)
+            bit = (words[thread, is_second.long()] >> (j // 4 * 2 + j % 2)) & 1
             # Register j of a thread is this element of the product.
-            row = thread // 32 * 16 + lane // 4 + torch.where((j & 2) != 0, 8, 0)
+            row = thread // 32 * 16 + lane // 4 + torch.where(is_second, 8, 0)
             column = 8 * (j // 4) + 2 * (lane % 4) + j % 2
             allowed[row, column] &= bit != 0
         return allowed
+
+    def words(self, t: dict[str, int], consumer: int, block: int) -> Tensor:
+        """[128 threads, 2]: the bits of a mask that each thread of a warpgroup loads for its two rows."""
+        assert self.bits is not None
+        n, thread = self.numbers, torch.arange(128)
+        stripe = min(t["m0"] // 64 + consumer, (n.q_len - 1) // 64)
+        first = t["b"] * n.bits_b + t["h"] * n.bits_h + stripe * -(-n.kv_len // 128) * 256
+        word = first + block * 256 + thread // 32 * 64 + thread % 32
+        return torch.stack([self.bits[word], self.bits[word + 32]], 1)
+
+    def compared(self, t: dict[str, int], consumer: int, block: int) -> Tensor:
+        """The same of segments: `compare_ids`."""
+        assert self.ids is not None
+        n, thread = self.numbers, torch.arange(128)
+        queries, keys = -(-n.q_len // 64) * 64, -(-n.kv_len // 128) * 128
+        q_ids, k_ids = self.ids[t["b"] * queries :], self.ids[n.batch * queries + t["b"] * keys :]
+        row = t["m0"] + consumer * 64 + thread // 32 * 16 + thread % 32 // 4
+        own = torch.stack([q_ids[(row + below).clamp(max=n.q_len - 1)] for below in (0, 8)], 1)
+        bits = torch.zeros(128, 2, dtype=torch.int64)
+        for columns in (96, 64, 32, 0):
+            bits <<= 8
+            for j in range(4):
+                for e in (0, 1):
+                    ids = k_ids[block * 128 + columns + 8 * j + 2 * (thread % 4) + e]
+                    bits |= (ids[:, None] == own).long() << (2 * j + e)
+        return bits
 
 
 def seen_by(reader: Reader) -> Tensor:

@@ -23,16 +23,18 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators import inference
-from sage_inductor.operators.dispatch_rules import autocast_rule
 from sage_inductor.operators.distributed.peers import Peers, Queue, may_reach, peers_of
-from sage_inductor.operators.distributed.wires import QuantizationChoice, kernel_of_wires
+from sage_inductor.operators.distributed.wires import (
+    QuantizationChoice,
+    kernel_of_wires,
+    register_inference,
+)
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
-    inference_only,
     quantize_key_value_op,
 )
-from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS, WIRES
+from sage_inductor.operators.schemas import LIBRARY, TAGS, WIRES
 from sage_inductor.operators.validation import misfit
 from sage_inductor.torch_internals.distributed import arrived, exchanged
 
@@ -349,16 +351,10 @@ def _fake_attention_of_ulysses(
     return [output, empty_lse(query)] if return_lse else [output]
 
 
-def _register() -> None:
-    name = "attention_of_ulysses"
-    op = torch.ops.sage_inductor.attention_of_ulysses.default
-    for backend, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
-        LIBRARY.impl(name, _attention_of_ulysses, backend)
-        rule = inference_only(op, _attention_of_ulysses, "attention of ranks that exchange heads")
-        LIBRARY.impl(name, rule, f"Autograd{backend}")
-        LIBRARY.impl(name, autocast_rule(op, device_type), f"Autocast{backend}")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_attention_of_ulysses, lib=LIBRARY)
-
-
-_register()
+register_inference(
+    "attention_of_ulysses",
+    _attention_of_ulysses,
+    _fake_attention_of_ulysses,
+    "attention of ranks that exchange heads",
+)
 attention_of_ulysses = torch.ops.sage_inductor.attention_of_ulysses.default

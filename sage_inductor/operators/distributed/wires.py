@@ -265,16 +265,15 @@ def _merged(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tupl
     return torch.addcmul(output * weights[0], part, weights[1]), torch.logaddexp(lse, part_lse)
 
 
-def _register() -> None:
-    name = "attention_of_ring"
-    op = torch.ops.sage_inductor.attention_of_ring.default
+def register_inference(name: str, implementation: Any, fake: Any, what: str) -> None:
+    """Registers an operator of several ranks, which gives no gradients of `what`."""
+    op = getattr(torch.ops.sage_inductor, name).default
     for backend, device_type in (("CPU", "cpu"), ("CUDA", "cuda")):
-        LIBRARY.impl(name, _attention_of_ring, backend)
-        rule = inference_only(op, _attention_of_ring, "attention in a ring")
-        LIBRARY.impl(name, rule, f"Autograd{backend}")
+        LIBRARY.impl(name, implementation, backend)
+        LIBRARY.impl(name, inference_only(op, implementation, what), f"Autograd{backend}")
         LIBRARY.impl(name, autocast_rule(op, device_type), f"Autocast{backend}")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_attention_of_ring, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
-_register()
+register_inference("attention_of_ring", _attention_of_ring, _fake_attention_of_ring, "attention in a ring")
 attention_of_ring = torch.ops.sage_inductor.attention_of_ring.default

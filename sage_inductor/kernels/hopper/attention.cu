@@ -1212,6 +1212,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             if (i >= t.end) i = t.begin;
             for (; i != last; i = block_after()) step(true);
         } else {
+            if (HAS_LOW || KEY_MASK || FIRST_APART)
+                for (const int whole = FIRST_APART ? max(t.full_begin, 1) : t.full_begin; i < whole && i < last; i++) step(true);
             for (; i < t.full_end && i < last; i++) step(false);
             for (; i < last; i++) step(true);
         }

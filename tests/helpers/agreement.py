@@ -156,6 +156,8 @@ def disagreements(
         left_out = left_out_of(q, k, mask, params, segments, skip_tile or by_default)
     scatter, largest = _rounded(q, k, v, mask, params, segments, left_out)
     steps_of_64 = steps_of_64 or (mask is not None and mask.dim() > 1 and mask.shape[-2] > 1)
+    # So do those in a list's order: blocks that are cut come last.
+    steps_of_64 = steps_of_64 or (params.skip_threshold > 0 and params.skip_by == "sample")
     # So do those of channels that were evened by other factors.
     steps_of_64 = steps_of_64 or _factor_is_open(q, k, mask, params)
     eps = EPS[q.dtype]

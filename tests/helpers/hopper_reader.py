@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor.kernels.hopper.launch import HopperAttention
+from sage_inductor.kernels.triton.block_list import HEADER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Reader:
         b, h = divmod(bhp // pieces, n.heads)
         m0 = (n.tiles_per_head - 1 - rank) * block_m
         blocks = -(-n.kv_len // 128)
-        entries = b * n.list_b + h * n.list_h + m0 // block_m * (1 + blocks)
-        listed = int(self.list[entries])
+        entries = b * n.list_b + h * n.list_h + m0 // block_m * (HEADER + blocks)
+        listed, whole = map(int, self.list[entries : entries + 2])
         begin = item.first * listed // blocks if item.count else 0
         end = (item.first + item.count) * listed // blocks if item.count else listed
         first, last = 0, n.kv_len
@@ -75,8 +76,8 @@ class Reader:
         full_end = min(max(full_last // 128, full_begin), end_block)
         if begin == end:
             full_begin = full_end = 0
-        return {"b": b, "h": h, "piece": bhp % pieces, "m0": m0, "entries": entries + 1, "begin": begin, "end": end} | {
-            "full_begin": full_begin, "full_end": full_end
+        return {"b": b, "h": h, "piece": bhp % pieces, "m0": m0, "entries": entries + HEADER, "begin": begin, "end": end} | {
+            "full_begin": full_begin, "full_end": full_end, "whole": whole,
         }  # fmt: skip
 
     def read(self, item: Item, seen: Tensor) -> None:
@@ -84,13 +85,15 @@ class Reader:
         t = self.tile(item)
         if t["piece"]:
             return
-        previous = -1
+        blocks = set()
         for position in range(t["begin"], max(t["end"], t["begin"] + 1)):
             self.steps += 1
             entry = int(self.list[t["entries"] + position])
             block = entry >> 1
-            assert previous < block < -(-self.numbers.kv_len // 128) and entry >= 0
-            previous = block
+            assert 0 <= block < -(-self.numbers.kv_len // 128) and block not in blocks
+            blocks.add(block)
+            masked = position >= t["whole"] or position == t["end"] - 1
+            assert masked or (t["full_begin"] <= block < t["full_end"] and not entry & 1 and block)
             for consumer in range(self.variant.consumers):
                 row = t["m0"] + consumer * 64
                 allowed = self.block(t, consumer, block, bool(entry & 1))

@@ -8,42 +8,52 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sage_inductor.kernels.triton.block_list import block_list_kernel
+from sage_inductor.kernels.triton.block_list import HEADER, block_list_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NONE, SOME, ALL = 0, 1, 2
 
 
 def made(
-    states: Tensor, stripes: int, q_len: int, kv_len: int, low: int | None = None, high: int | None = None
+    states: Tensor,
+    stripes: int,
+    q_len: int,
+    kv_len: int,
+    low: int | None = None,
+    high: int | None = None,
+    ascending: bool = False,
 ) -> Tensor:
-    """int32 [batch, heads, tiles, 1 + blocks], -1 where nothing was written. states: int8 [batch, heads, stripes of 64, blocks]."""
+    """int32 [batch, heads, tiles, HEADER + blocks], -1 where nothing was written. states: int8 [batch, heads, stripes of 64, blocks]."""
     batch, heads, rows, blocks = states.shape
     tiles = -(-rows // stripes)
-    entries = torch.full((batch, heads, tiles, 1 + blocks), -1, dtype=torch.int32, device=DEVICE)
+    entries = torch.full((batch, heads, tiles, HEADER + blocks), -1, dtype=torch.int32, device=DEVICE)
     bounds = low or 0, high or 0, low is not None, high is not None
     block_list_kernel[(batch * heads * tiles,)](
-        states.to(DEVICE), entries, q_len, kv_len, *bounds, STRIPES=stripes, BLOCK_M=64, BLOCK_N=128
-    )
+        states.to(DEVICE), entries, q_len, kv_len, *bounds, STRIPES=stripes, BLOCK_M=64, BLOCK_N=128, ASCENDING=ascending
+    )  # fmt: skip
     return entries.cpu()
 
 
 def expected(
     states: Tensor, stripes: int, q_len: int, kv_len: int, low: int | None = None, high: int | None = None
-) -> list[list[int]]:
-    """For each tile of each batch and head in order, its entries."""
+) -> list[tuple[list[int], list[int]]]:
+    """For each tile of each batch and head in order, the entries of whole blocks and the others, both in ascending order."""
     lists = []
     for of_head in states.flatten(0, 1):
         for first in range(0, of_head.shape[0], stripes):
             tile = of_head[first : first + stripes]
             queries = range(first * 64, min((first + stripes) * 64, q_len))
-            entries = []
+            whole, others = [], []
             for block, found in enumerate(tile.T):
                 seen = low is None or block * 128 + 127 >= queries[0] + low
                 seen = seen and (high is None or block * 128 <= queries[-1] + high)
                 if seen and bool((found != NONE).any()):
-                    entries.append(2 * block + (0 if bool((found == ALL).all()) else 1))
-            lists.append(entries)
+                    partly = not bool((found == ALL).all())
+                    cut = block == 0 or partly or block * 128 + 128 > kv_len
+                    cut = cut or (low is not None and block * 128 < queries[-1] + low)
+                    cut = cut or (high is not None and block * 128 + 127 > queries[0] + high)
+                    (others if cut else whole).append(2 * block + partly)
+            lists.append((whole, others))
     return lists
 
 
@@ -75,7 +85,11 @@ def test_lists_are_those_of_the_states(
     lists = made(states, stripes, q_len, kv_len, low, high).flatten(0, 2)
     wanted = expected(states, stripes, q_len, kv_len, low, high)
     assert len(lists) == len(wanted)
-    for got, entries in zip(lists.tolist(), wanted, strict=True):
-        assert got[0] == len(entries) and got[1 : 1 + len(entries)] == entries
-        assert got[1] >= 0  # is read even where the list is empty
-        assert set(got[1 + max(len(entries), 1) :]) <= {-1}  # nothing else is written
+    for got, (whole, others) in zip(lists.tolist(), wanted, strict=True):
+        assert got[:HEADER] == [len(whole) + len(others), len(whole)]
+        assert got[HEADER : HEADER + got[0]] == whole + others[::-1]
+        assert got[HEADER] >= 0  # is read even where the list is empty
+    in_order = made(states, stripes, q_len, kv_len, low, high, ascending=True).flatten(0, 2)
+    for got, (whole, others) in zip(in_order.tolist(), wanted, strict=True):
+        assert got[:HEADER] == [len(whole) + len(others), 0]
+        assert got[HEADER : HEADER + got[0]] == sorted(whole + others)

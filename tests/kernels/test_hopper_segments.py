@@ -26,7 +26,7 @@ from sage_inductor.kernels.hopper import compile as compilation
 from sage_inductor.kernels.hopper import launch as hopper_launch
 from sage_inductor.kernels.hopper.compile import choose_variant
 from sage_inductor.kernels.hopper.launch import HopperAttention
-from sage_inductor.kernels.triton.block_list import segment_list_kernel
+from sage_inductor.kernels.triton.block_list import HEADER, segment_list_kernel
 from sage_inductor.kernels.triton.segments import segments_kernel, segments_size
 
 KERNEL = HopperKernel()
@@ -79,8 +79,10 @@ SHAPES = [(2, 3, 330, 700), (1, 2, 65, 5000), (2, 1, 700, 300), (3, 2, 1, 130), 
 # --------------------------------------------------------------------------------------------------- the lists
 
 
-def made(segments: Segments, stripes: int, low: int | None, high: int | None) -> Tensor:
-    """int32 [batch, tiles, 1 + blocks], -1 where nothing was written."""
+def made(
+    segments: Segments, stripes: int, low: int | None, high: int | None, key_mask: bool = False
+) -> Tensor:
+    """int32 [batch, tiles, HEADER + blocks], -1 where nothing was written."""
     q_ids, k_ids = segments
     batch, q_len, kv_len = *q_ids.shape, k_ids.shape[1]
     ranges = torch.empty(segments_size(batch, q_len, kv_len, 64, 128), dtype=torch.int32, device=DEVICE)
@@ -91,29 +93,35 @@ def made(segments: Segments, stripes: int, low: int | None, high: int | None) ->
         q_ids.to(DEVICE), k_ids.to(DEVICE), ranges, batch, q_len, kv_len, *strides, **sizes
     )
     tiles = -(-q_len // (64 * stripes))
-    entries = torch.full((batch, tiles, 1 + -(-kv_len // 128)), -1, dtype=torch.int32, device=DEVICE)
+    entries = torch.full((batch, tiles, HEADER + -(-kv_len // 128)), -1, dtype=torch.int32, device=DEVICE)
     bounds = low or 0, high or 0, low is not None, high is not None
     segment_list_kernel[(batch * tiles,)](
-        ranges, entries, batch, q_len, kv_len, *bounds, STRIPES=stripes, **sizes
+        ranges, entries, batch, q_len, kv_len, *bounds, key_mask, STRIPES=stripes, ASCENDING=False, **sizes
     )
     return entries.cpu()
 
 
-def expected(segments: Segments, stripes: int, low: int | None, high: int | None) -> list[list[int]]:
-    """For each tile of each sequence in order, its entries."""
+def expected(
+    segments: Segments, stripes: int, low: int | None, high: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """For each tile of each sequence in order, the entries of whole blocks and the others, both in ascending order."""
     lists = []
     for q_ids, k_ids in zip(*(ids.tolist() for ids in segments), strict=True):
         for m0 in range(0, len(q_ids), 64 * stripes):
             tile = [q_ids[m : m + 64] for m in range(m0, min(m0 + 64 * stripes, len(q_ids)), 64)]
             last_row = min(m0 + 64 * stripes, len(q_ids)) - 1
-            entries = []
+            whole, others = [], []
             for n in range(0, len(k_ids), 128):
                 keys = k_ids[n : n + 128]
                 within = low is None or n + 127 >= m0 + low
                 within = within and (high is None or n <= last_row + high)
                 if within and any(min(keys) <= max(own) and max(keys) >= min(own) for own in tile):
-                    entries.append(2 * (n // 128) + (len({*keys, *(i for own in tile for i in own)}) > 1))
-            lists.append(entries)
+                    partly = len({*keys, *(i for own in tile for i in own)}) > 1
+                    cut = n == 0 or partly or len(keys) < 128
+                    cut = cut or (low is not None and n < last_row + low)
+                    cut = cut or (high is not None and n + 127 > m0 + high)
+                    (others if cut else whole).append(2 * (n // 128) + partly)
+            lists.append((whole, others))
     return lists
 
 
@@ -135,10 +143,15 @@ def test_lists_are_those_of_the_ranges(
 ) -> None:
     segments = layout(name, 2, q_len, kv_len)
     lists = made(segments, stripes, low, high).flatten(0, 1)
-    for got, entries in zip(lists.tolist(), expected(segments, stripes, low, high), strict=True):
-        assert got[0] == len(entries) and got[1 : 1 + len(entries)] == entries
-        assert got[1] >= 0  # is read even where the list is empty
-        assert set(got[1 + max(len(entries), 1) :]) <= {-1}  # nothing else is written
+    wanted = expected(segments, stripes, low, high)
+    for got, (whole, others) in zip(lists.tolist(), wanted, strict=True):
+        assert got[:HEADER] == [len(whole) + len(others), len(whole)]
+        assert got[HEADER : HEADER + got[0]] == whole + others[::-1]
+        assert got[HEADER] >= 0  # is read even where the list is empty
+    masked = made(segments, stripes, low, high, key_mask=True).flatten(0, 1)
+    for got, (whole, others) in zip(masked.tolist(), wanted, strict=True):
+        assert got[:HEADER] == [len(whole) + len(others), 0]
+        assert got[HEADER : HEADER + got[0]] == sorted(whole + others, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------ what tiles make of them
@@ -207,8 +220,8 @@ def test_other_documents_are_not_read(processors: None) -> None:
     """64 documents of 128 tokens: each tile reads its own block, and compares no ids for it."""
     ids = (torch.arange(8192) // 128)[None].int()
     _, reader = read_back(Segments(ids, ids), (1, 1, 8192, 8192), AttentionParams())
-    lists = reader.list[:-1].view(64, 65)
-    assert lists[:, 0].tolist() == [1] * 64 and lists[:, 1].tolist() == list(range(0, 128, 2))
+    lists = reader.list[:-1].view(64, HEADER + 64)
+    assert lists[:, 0].tolist() == [1] * 64 and lists[:, HEADER].tolist() == list(range(0, 128, 2))
 
 
 def test_a_mask_of_more_than_keys_beside_segments_goes_to_triton() -> None:

@@ -22,6 +22,7 @@ from sage_inductor.kernels.skipping import (
     decider_problem,
     log2_threshold,
 )
+from sage_inductor.kernels.triton.block_list import HEADER
 from sage_inductor.measurement.ground_truth import DOCUMENTED, float64_attention
 from sage_inductor.measurement.metrics import relative_l2
 
@@ -209,13 +210,21 @@ def test_lists_lie_where_hopper_reads_them(
     assert call.skip_tile == SAMPLED_TILE and call.block_list is not None
     lists = call.block_list.of(call.quantize(q, k, v, mask)).tolist()
     kept, blocks = margins >= log2_threshold(params.skip_threshold), -(-kv_len // BLOCK)
+    sees = torch.stack([visible(params, mask, b, q_len, kv_len) for b in range(batch)])
+    sees = torch.nn.functional.pad(sees, (0, -kv_len % BLOCK))
     for b in range(batch):
         for h in range(heads):
             for tile in range(call.numbers.tiles_per_head):
-                start = b * call.numbers.list_b + h * call.numbers.list_h + tile * (1 + blocks)
-                entries = lists[start + 1 : start + 1 + lists[start]]
-                assert entries == sorted(set(entries)) and not any(entry % 2 for entry in entries)
+                start = b * call.numbers.list_b + h * call.numbers.list_h + tile * (HEADER + blocks)
+                listed, whole = lists[start : start + HEADER]
+                entries = lists[start + HEADER : start + HEADER + listed]
+                assert not any(entry % 2 for entry in entries) and len(set(entries)) == listed
+                assert entries == sorted(entries[:whole]) + sorted(entries[whole:], reverse=True)
                 named = {entry // 2 for entry in entries}
+                rows = slice(tile * TILE, min((tile + 1) * TILE, q_len))
+                sees_all = sees[b, rows].unflatten(1, (blocks, BLOCK)).all(0).all(1)
+                in_full = [block for block in sorted(named) if block and sees_all[block]]
+                assert [entry // 2 for entry in entries[:whole]] == in_full
                 kept_here, seen = (
                     x[b, h, tile].nonzero().flatten().tolist() for x in (kept, margins > -math.inf)
                 )
@@ -237,13 +246,18 @@ def test_a_kernel_agrees_with_the_oracle(kernel: Kernel, precision: str, name: s
 
 @of_kernel
 def test_nothing_is_left_out_of_normal_inputs_and_the_output_is_the_same(kernel: Kernel) -> None:
+    """Bit by bit where both read the blocks in one order, as hopper does; else what one rounding of P differs from another by."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 700, 64, device=DEVICE) for _ in range(3))
     params = replace(SAMPLED, precision="fast", skip_threshold=1e-4)
     assert skipped_share(margins_of(q, k, None, params), 1e-4) == 0
     off = run(kernel, q, k, v, None, replace(params, skip_threshold=0.0))
     on = run(kernel, q, k, v, None, params)
-    assert torch.equal(off[0], on[0]) and torch.equal(off[1], on[1])
+    if kernel is HOPPER:
+        assert torch.equal(off[0], on[0]) and torch.equal(off[1], on[1])
+    else:
+        assert relative_l2(on[0], off[0]) < DOCUMENTED["fast"]
+        torch.testing.assert_close(on[1], off[1], atol=1e-5, rtol=0)
 
 
 @of_kernel
@@ -310,8 +324,8 @@ class TestOnGPU:
         share = check_blocks(kernel, name, 3000, 8000, 30, 6, 2)
         if name == "narrow window":  # its edges cut every block that it has, and those are kept
             assert share == 0
-        else:
-            assert 0.02 < share < 0.9
+        else:  # of a window, one block in five is not cut, and few of those are below the threshold
+            assert (0 if name == "window" else 0.02) < share < 0.9
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("heads", [2, 140])

@@ -105,7 +105,7 @@ struct Params {
     float skip_bound;        // log2 of the threshold: how far below a row's maximum the scores of a block count for nothing
 #endif
 #if BLOCK_LIST
-    const int* block_list;   // by batch, head and tile of queries: how many blocks, then their entries
+    const int* block_list;   // by batch, head and tile of queries: how many blocks, how many of them are whole, then their entries
     const u32* mask_bits;    // by batch, head, 64 queries and block of keys: [64, 4] words, each of which holds a thread's bits of a row
     long long list_b, list_h, bits_b, bits_h;
 #endif
@@ -297,6 +297,7 @@ struct Tile {
     int b, h, piece, m0, begin, end, full_begin, full_end, row, key_row;
     int start;  // the block, or entry, that comes first: others follow to the end, and then those from `begin` on
     const int* entries;  // BLOCK_LIST: of the tile
+    int whole;  // BLOCK_LIST: the entries before this one are of blocks that nothing cuts
     int whole_begin, whole_end;  // KEY_MASK: other blocks that every query attends to, on the other side of what the mask leaves out
 
     __device__ __forceinline__ Tile(const Params& p, const Item& item) {
@@ -350,14 +351,16 @@ struct Tile {
 #if BLOCK_LIST
         // A part has as large a share of the list as it would have of all blocks.
         const int blocks = (p.kv_len + BLOCK_N - 1) / BLOCK_N;
-        entries = p.block_list + b * p.list_b + h * p.list_h + (long long)(m0 / BLOCK_M) * (1 + blocks);
+        entries = p.block_list + b * p.list_b + h * p.list_h + (long long)(m0 / BLOCK_M) * (2 + blocks);
         const int listed = *entries++;
+        whole = *entries++;
         const bool all = !SPLIT || item.count == 0;
         begin = all ? 0 : (int)((long long)item.first * listed / blocks);
         end = all ? listed : (int)((long long)(item.first + item.count) * listed / blocks);
         if (begin == end) full_begin = full_end = whole_begin = whole_end = 0;
 #else
         entries = nullptr;
+        whole = 0;
         if (SPLIT && item.count > 0) { begin += item.first; end = begin + item.count; }
 #endif
         start = begin;
@@ -1198,13 +1201,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         auto step = [&](bool masked) { attend(i, masked, true); go_on(); };
 #endif
 #if BLOCK_LIST
-        for (; i + 1 < t.end; i++) {
-            const int block = entry >> 1;
-            const bool special = block < t.full_begin || block >= t.full_end || (BITS && (entry & 1))
-                                 || (FIRST_APART && block == 0);
-            if (!__any_sync(~0u, special)) step(false);  // the same in all, which the compiler then knows
-            else step(true);
-        }
+        for (const int whole = min(t.whole, last); i < whole; i++) step(false);
+        for (; i < last; i++) step(true);
 #else
         if (ROTATED) {
             if (i > t.begin)

@@ -15,7 +15,7 @@ from ..base import AttentionParams, Segments
 from ..cache_folder import default_folder
 from ..device import multiprocessors
 from ..skipping import SAMPLED_TILE, SkipTile, log2_threshold
-from ..triton.block_list import block_list_kernel, segment_list_kernel
+from ..triton.block_list import HEADER, block_list_kernel, segment_list_kernel
 from ..triton.configs import LaunchConfig
 from ..triton.launch import MaskOperand, Sizes, TritonAttention
 from ..triton.launcher import Launch
@@ -25,15 +25,18 @@ from . import driver
 from .compile import COMBINE_ROWS, COMBINE_THREADS, TILE, HopperVariant, choose_variant, cubin
 from .share import part_starts, share
 
-# Constants of the kernels that make lists of masks and of segments, for tiles of two and of three warpgroups. Launches know them by
-# identity.
+# Constants of the kernels that make lists of masks and of segments, for tiles of two and of three warpgroups, in ascending order or not.
+# Launches know them by identity.
 _LISTING, _SEGMENT_LISTING = (
     {
-        consumers: {"STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "num_warps": 1}
+        (consumers, ascending): {
+            "STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "ASCENDING": ascending, "num_warps": 1,
+        }
         for consumers in (2, 3)
+        for ascending in (False, True)
     }
     for _ in range(2)
-)
+)  # fmt: skip
 _BITS_WORDS = TILE * KEY_BLOCK // 32  # of the bits of a warpgroup's queries and a block
 
 _OUT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -146,7 +149,7 @@ class HopperAttention(TritonAttention):
         self.parts = self._part(part_rows * variant.v_head_dim, torch.float32)
         self.part_lse = self._part(part_rows, torch.float32)
         # Of each head: elements of the list, and words of bits.
-        listed, words = tiles_per_head * (1 + blocks), -(-sizes.q_len // TILE) * blocks * _BITS_WORDS
+        listed, words = tiles_per_head * (HEADER + blocks), -(-sizes.q_len // TILE) * blocks * _BITS_WORDS
         lists_batch, lists_heads = (sizes.batch, 1) if self.has_segments else (mask.batch, mask.heads)
         by_batch, by_head = lists_heads if lists_batch > 1 else 0, int(lists_heads > 1)
         if self.is_sampled:  # the lists are there
@@ -162,8 +165,14 @@ class HopperAttention(TritonAttention):
                 own=(self.segments if self.has_segments else self.mask_states, self.block_list),
                 numbers=(sizes.batch, *lengths) if self.has_segments else lengths,
                 specialized=(),
-                variant=(low is not None, high is not None),
-                constants=(_SEGMENT_LISTING if self.has_segments else _LISTING)[variant.consumers],
+                variant=(
+                    low is not None,
+                    high is not None,
+                    *((variant.key_mask,) if self.has_segments else ()),
+                ),
+                constants=(_SEGMENT_LISTING if self.has_segments else _LISTING)[
+                    variant.consumers, variant.skip
+                ],
                 index=self.index,
                 direct=self.direct,
             )

@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ..skipping import SAMPLED_TILE
+from .block_list import _HEADER
 from .mask_blocks import add_bits, used_blocks, whole_blocks
 from .numerics import (
     dot_float,
@@ -597,19 +598,13 @@ def attention_kernel(
     entries = block_list
     if LIST:
         entries += ((bh.to(tl.int64)) * tl.cdiv(q_len, _LISTED) + first_row // _LISTED) * (
-            1 + tl.cdiv(kv_len, _KEY_BLOCK)
+            _HEADER + tl.cdiv(kv_len, _KEY_BLOCK)
         )
-        listed = tl.load(entries) * LIST
-        entries += 1
-        # The bounds as places in the list: what they cut is all in it. A block of two steps is cut as a whole.
-        cut_behind = tl.cdiv(end, LIST) - full_end // LIST
-        full_begin = tl.minimum((tl.cdiv(full_begin, LIST) - begin // LIST) * LIST, listed)
-        full_end = tl.maximum(listed - cut_behind * LIST, full_begin)
-        if MASK != 0:
-            full_begin = 0
-            full_end = 0
         begin = 0
-        end = listed
+        end = tl.load(entries) * LIST
+        full_begin = 0
+        full_end = tl.load(entries + 1) * LIST
+        entries += _HEADER
 
     skip_below = rows
     kept_from = 0
@@ -638,8 +633,8 @@ def attention_kernel(
     value_col = block0 * _KEY_BLOCK
     value_pitch = kv_blocks.to(tl.int64) * _KEY_BLOCK
     # In ascending order: blocks cut by the window, the mask or a segment; blocks that all rows attend to in full; blocks cut by
-    # the diagonal, the mask, a segment or the end.
-    if ((HAS_LOW or SEGMENTS) and MASK == 0) or MASK_BLOCKS:
+    # the diagonal, the mask, a segment or the end. Lists begin with those in full.
+    if ((HAS_LOW or SEGMENTS) and MASK == 0 and not LIST) or MASK_BLOCKS:
         acc0, acc1, total, row_max, reference, unit, first_score = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, first_score, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, begin, full_begin,
@@ -648,7 +643,7 @@ def attention_kernel(
             BLOCK_M, BLOCK_N, PRECISION, True, HAS_LOW, HAS_HIGH, MASK, KEY_MASK,
             MASK_BLOCKS, SEGMENTS, SKIP, LIST, TMA, PTX,
         )  # fmt: skip
-    if MASK == 0 or MASK_BLOCKS:
+    if MASK == 0 or MASK_BLOCKS or (LIST and MASK == 1):
         acc0, acc1, total, row_max, reference, unit, first_score = _attend_blocks(
             acc0, acc1, total, row_max, reference, unit, first_score, q0, q1, q_scale, k_tile0, k_tile1, v_tile0, v_tile1,
             k_scale, v_scale, key_row, value_row, value_col, value_pitch, full_begin, full_end,

@@ -1,18 +1,24 @@
-"""The list of blocks of keys that each tile of queries reads, for hopper/attention.cu, and the device code that makes it of a mask, or
-of segments.
+"""The list of blocks of keys that each tile of queries reads, for the attention kernels, and the device code that makes it of a mask, or
+of segments; sampled.py makes it of scores.
 
-    int32 [lists' batch, lists' heads, tiles of queries, 1 + blocks of keys]
+    int32 [lists' batch, lists' heads, tiles of queries, HEADER + blocks of keys]
 
-For each tile of the attention kernel (`HopperVariant.block_m` queries): the number of its entries, then the entries, in ascending order
-of their blocks. An entry is
+For each tile of the attention kernel (`HopperVariant.block_m` queries, or SAMPLED_TILE's): the number of its entries, the number of those
+that are whole, then the entries. An entry is
 
     2 * block + partly        partly: 1 where the bits of a mask (mask_blocks.py) have to be applied, or ids of segments compared
                                   (segments.py), else 0
 
+Whole blocks come first, in ascending order: every query of the tile sees all their keys, so the attention kernel's main loop
+is over them, and masks nothing. Block 0 never counts as whole, because the first key is set apart in a step that masks. The
+others follow in descending order, so that block 0 is the last. For example, of 700 keys a tile that sees all has 6, 4, then the entries of
+blocks 1, 2, 3, 4, 5, 0. Where the order of the keys decides what is left out (skip_by="scores"), all come in ascending order, and none
+counts as whole.
+
 What is behind the last entry is never used, though one number there is read; and the first entry is always there, a block that exists, even where the number is 0 and the
 tile sees no key. Batch and heads are 1 where all sequences, or all heads, share their lists.
 
-The attention kernel applies causality, a window, a mask over keys and the end of the keys to listed blocks as to any others. So a list
+The attention kernel applies causality, a window, a mask over keys and the end of the keys to blocks that are not whole. So a list
 only says what may be left unread; one that names a block beyond those bounds costs time and changes nothing.
 """
 
@@ -26,6 +32,9 @@ import triton.language as tl
 
 from .mask_blocks import _ALL, _SOME, _STEP
 from .segments import are_of_one, segment_sections
+
+HEADER = 2  # numbers in front of a tile's entries
+_HEADER = tl.constexpr(HEADER)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "low", "high"])
@@ -41,6 +50,7 @@ def block_list_kernel(
     STRIPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ASCENDING: tl.constexpr,
 ):
     """Write the list of one tile of STRIPES times BLOCK_M queries: the blocks in which some of its queries attends to a key, and which
     query i's bounds, i + low and i + high, do not rule out.
@@ -54,10 +64,11 @@ def block_list_kernel(
     tile = pid % tiles
     first_stripe = tile * STRIPES
     states += (pid // tiles * stripes + first_stripe).to(tl.int64) * blocks
-    entries += pid.to(tl.int64) * (1 + blocks)
+    entries += pid.to(tl.int64) * (_HEADER + blocks)
     first_row = first_stripe * BLOCK_M
     last_row = tl.minimum(first_row + STRIPES * BLOCK_M, q_len) - 1
-    count = 0
+    whole = 0
+    others = 0
     for start in range(0, blocks, _STEP):
         n = start + tl.arange(0, _STEP)
         some = n < 0
@@ -68,8 +79,9 @@ def block_list_kernel(
             some = some | (state >= _SOME)
             every = every & ((state == _ALL) | (exists == 0))
         some = _within_bounds(some, n, first_row, last_row, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
-        count = _append(entries, count, n, some, every)
-    _end(entries, count)
+        cut = are_cut(n, first_row, last_row, kv_len, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
+        whole, others = _append(entries, blocks, whole, others, n, some, every, cut, ASCENDING)
+    _finish(entries, blocks, whole, others, ASCENDING)
 
 
 @triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "low", "high"])
@@ -83,12 +95,15 @@ def segment_list_kernel(
     high,
     HAS_LOW: tl.constexpr,
     HAS_HIGH: tl.constexpr,
+    KEY_MASK: tl.constexpr,
     STRIPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ASCENDING: tl.constexpr,
 ):
     """As `block_list_kernel`, of the ranges of ids that `segments_kernel` has written to `segments`, for all heads: the blocks whose
-    range meets that of some BLOCK_M queries. They are whole where all these queries and keys have one id."""
+    range meets that of some BLOCK_M queries. They are whole where all these queries and keys have one id, and, with KEY_MASK, a mask over keys,
+    never."""
     blocks = tl.cdiv(kv_len, BLOCK_N)
     stripes = tl.cdiv(q_len, BLOCK_M)
     tiles = tl.cdiv(stripes, STRIPES)
@@ -98,10 +113,11 @@ def segment_list_kernel(
     _, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
     q_range += b * stripes + first_stripe
     k_range += b * blocks
-    entries += pid.to(tl.int64) * (1 + blocks)
+    entries += pid.to(tl.int64) * (_HEADER + blocks)
     first_row = first_stripe * BLOCK_M
     last_row = tl.minimum(first_row + STRIPES * BLOCK_M, q_len) - 1
-    count = 0
+    whole = 0
+    others = 0
     for start in range(0, blocks, _STEP):
         n = start + tl.arange(0, _STEP)
         exists = n < blocks
@@ -117,8 +133,11 @@ def segment_list_kernel(
             some = some | (exists & (least <= highest) & (largest >= lowest))
             every = every & are_of_one(least, largest, lowest, highest)
         some = _within_bounds(some, n, first_row, last_row, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
-        count = _append(entries, count, n, some, every)
-    _end(entries, count)
+        cut = are_cut(n, first_row, last_row, kv_len, low, high, HAS_LOW, HAS_HIGH, BLOCK_N)
+        if KEY_MASK:  # what it leaves is not known yet
+            cut = n >= 0
+        whole, others = _append(entries, blocks, whole, others, n, some, every, cut, ASCENDING)
+    _finish(entries, blocks, whole, others, ASCENDING)
 
 
 @triton.jit
@@ -142,15 +161,51 @@ def _within_bounds(
 
 
 @triton.jit
-def _append(entries, count, n, some, every):
-    """Write those blocks n for which `some` holds behind `count` entries; how many there are then. `every`: they are whole."""
-    listed = some.to(tl.int32)
-    place = count + tl.cumsum(listed, 0)  # 1 and more: behind the number
-    tl.store(entries + place, 2 * n + tl.where(every, 0, 1), mask=some)
-    return count + tl.sum(listed, 0)
+def are_cut(
+    n,
+    first_row,
+    last_row,
+    kv_len,
+    low,
+    high,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which blocks n are not whole by the bounds of queries first_row to last_row and by the end of the keys. Block 0 is not."""
+    cut = (n == 0) | (n * BLOCK_N + BLOCK_N > kv_len)
+    if HAS_LOW:
+        cut = cut | (n * BLOCK_N < last_row + low)
+    if HAS_HIGH:
+        cut = cut | (n * BLOCK_N + BLOCK_N - 1 > first_row + high)
+    return cut
 
 
 @triton.jit
-def _end(entries, count):
-    tl.store(entries, count)
-    tl.store(entries + 1, 0, mask=count == 0)
+def _append(entries, blocks, whole, others, n, some, every, cut, ASCENDING: tl.constexpr):
+    """Add those blocks n for which `some` holds to a list of `whole` blocks and `others`, which are written from the end backwards:
+    how many there are then. `every`: they have no part that bits or ids rule out. With ASCENDING all are written as whole ones are."""
+    is_front = some if ASCENDING else some & every & (cut == 0)
+    at_front = is_front.to(tl.int32)
+    at_back = some.to(tl.int32) - at_front
+    front = _HEADER - 1 + whole + tl.cumsum(at_front, 0)
+    back = _HEADER + blocks - others - tl.cumsum(at_back, 0)
+    tl.store(entries + tl.where(is_front, front, back), 2 * n + tl.where(every, 0, 1), mask=some)
+    return whole + tl.sum(at_front, 0), others + tl.sum(at_back, 0)
+
+
+@triton.jit
+def _finish(entries, blocks, whole, others, ASCENDING: tl.constexpr):
+    """Write how many there are, and move `others` from the end of the list behind `whole`."""
+    tl.store(entries, whole + others)
+    tl.store(entries + 1, 0 if ASCENDING else whole)
+    tl.store(entries + _HEADER, 0, mask=whole + others == 0)
+    gap = blocks - whole - others
+    if gap > 0:
+        tl.debug_barrier()  # other threads have written what a thread moves
+        for start in range(0, others, _STEP):
+            place = start + tl.arange(0, _STEP)
+            moved = entries + _HEADER + whole + place
+            x = tl.load(moved + gap, mask=place < others, other=0)
+            tl.debug_barrier()  # all have read what others overwrite
+            tl.store(moved, x, mask=place < others)

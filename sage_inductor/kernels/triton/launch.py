@@ -21,6 +21,7 @@ from ..device import capability, multiprocessors
 from ..skipping import SAMPLED_TILE, SkipTile, log2_sample_threshold, log2_threshold
 from ..smoothing import SMOOTHINGS, resolved_smoothing
 from .attention import attention_kernel
+from .block_list import HEADER
 from .configs import LaunchConfig
 from .evened import evened_kernel
 from .internals import current_stream
@@ -383,7 +384,7 @@ class TritonAttention:
         slabs = self._part(programs * blocks * SAMPLES, torch.float32)
         tiles = -(-q_len // SAMPLED_TILE.rows)
         # `hopper` reads one element behind the lists, which it does not use.
-        self.block_list = self._part(batch * heads * tiles * (1 + blocks) + 1, torch.int32)
+        self.block_list = self._part(batch * heads * tiles * (HEADER + blocks) + 1, torch.int32)
         low, high = params.bounds(q_len, kv_len)
         self.sampling = Launch(
             sampled_list_kernel,

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from ..skipping import SAMPLE_STEP, SAMPLED_TILE
-from .workspace import _KEY_BLOCK, sections
+from .block_list import _HEADER, are_cut
+from .workspace import _KEY_BLOCK, _USED_KEYS, sections
 
 # Queries of a program at a time. A block of K is then used for as long as the L2 cache takes to bring the next one to every
 # multiprocessor (16 KiB in 512 cycles at head_dim 128); with 64 that would be the limit.
@@ -86,7 +87,7 @@ def sampled_list_kernel(
     kv_heads = heads // group
     blocks = tl.cdiv(kv_len, _KEY_BLOCK)
     tiles = tl.cdiv(q_len, _TILE)
-    k_scales, _v_scale, _k_mean, _v_channel, _used_keys = sections(
+    k_scales, _v_scale, _k_mean, _v_channel, used_keys = sections(
         scales, q_size, batch, kv_heads, kv_blocks, D, DV
     )
     slab = slabs + tl.program_id(0).to(tl.int64) * blocks * _SAMPLES
@@ -144,34 +145,70 @@ def sampled_list_kernel(
 
         tile = first // _TILE + tl.arange(0, _SAMPLES // _TILE_SAMPLES)
         exists = tile < tiles
-        target = entries + (bh.to(tl.int64) * tiles + tile) * (1 + blocks)
+        target = entries + (bh.to(tl.int64) * tiles + tile) * (_HEADER + blocks)
         # Of each tile, as of the group above.
         tile_begin = tl.zeros_like(tile)
-        tile_full_begin = tile_begin
         tile_end = tile_begin + blocks
-        tile_full_end = tile_begin + kv_len // _KEY_BLOCK
         tile_last = tl.minimum(tile * _TILE + _TILE, q_len) - 1
         if HAS_LOW:
             tile_begin = tl.maximum(tile * _TILE + low, 0) // _KEY_BLOCK
-            tile_full_begin = tl.cdiv(tl.maximum(tile_last + low, 0), _KEY_BLOCK)
         if HAS_HIGH:
             tile_end = tl.minimum(tile_end, tl.cdiv(tl.maximum(tile_last + high + 1, 0), _KEY_BLOCK))
-            tile_full_end = tl.minimum(tile_full_end, tl.maximum(tile * _TILE + high + 1, 0) // _KEY_BLOCK)
-        count = tl.zeros_like(tile)
+        whole = tl.zeros_like(tile)
+        others = tl.zeros_like(tile)
         for start in range(begin, end, _STEP):
-            n = start + tl.arange(0, _STEP)
-            x = tl.load(slab + n[None, :] * _SAMPLES + sample[:, None], mask=(n < end)[None, :], other=0.0)
+            n = (start + tl.arange(0, _STEP))[None, :]
+            x = tl.load(slab + n * _SAMPLES + sample[:, None], mask=n < end, other=0.0)
             counts = tl.where(x - row_max[:, None] < skip_bound, 0, 1)  # NaN counts
             counts = tl.max(counts.reshape(_SAMPLES // _TILE_SAMPLES, _TILE_SAMPLES, _STEP), 1)
-            is_cut = (n[None, :] < tile_full_begin[:, None]) | (n[None, :] >= tile_full_end[:, None])
-            listed = (counts > 0) | is_cut | (n[None, :] == tile_begin[:, None])
-            listed &= (n[None, :] >= tile_begin[:, None]) & (n[None, :] < tile_end[:, None]) & exists[:, None]
-            place = count[:, None] + tl.cumsum(listed.to(tl.int32), 1)  # 1 and more: behind the number
-            tl.store(target[:, None] + place, 2 * n[None, :] + tl.zeros_like(place), mask=listed)
-            count += tl.sum(listed.to(tl.int32), 1)
-        tl.store(target, count, mask=exists)
-        tl.store(target + 1, tl.zeros_like(count), mask=exists & (count == 0))
-        tl.debug_barrier()  # before the slab is written again
+            is_cut = are_cut(
+                n,
+                (tile * _TILE)[:, None],
+                tile_last[:, None],
+                kv_len,
+                low,
+                high,
+                HAS_LOW,
+                HAS_HIGH,
+                _KEY_BLOCK,
+            )
+            listed = (counts > 0) | is_cut | (n == tile_begin[:, None])
+            listed &= (n >= tile_begin[:, None]) & (n < tile_end[:, None]) & exists[:, None]
+            if MASK == 1:
+                is_cut |= _are_cut_by_mask(n, used_keys + _USED_KEYS * b)
+            if MASK == 2:
+                is_cut = n >= 0
+            is_whole = (listed & (is_cut == 0)).to(tl.int32)
+            is_other = listed.to(tl.int32) - is_whole
+            front = _HEADER - 1 + whole[:, None] + tl.cumsum(is_whole, 1)
+            back = _HEADER + blocks - others[:, None] - tl.cumsum(is_other, 1)
+            place = tl.where(is_whole != 0, front, back)
+            tl.store(target[:, None] + place, 2 * n + tl.zeros_like(place), mask=listed)
+            whole += tl.sum(is_whole, 1)
+            others += tl.sum(is_other, 1)
+        # As `_finish` of block_list.py, of several tiles.
+        tl.store(target, whole + others, mask=exists)
+        tl.store(target + 1, whole, mask=exists)
+        tl.store(target + _HEADER, tl.zeros_like(tile), mask=exists & (whole + others == 0))
+        tl.debug_barrier()
+        gap = blocks - whole - others
+        for start in range(0, tl.max(others, 0), _STEP):
+            place = (start + tl.arange(0, _STEP))[None, :]
+            moved = target[:, None] + (_HEADER + whole[:, None] + place)
+            is_there = (place < others[:, None]) & (gap > 0)[:, None]
+            x = tl.load(moved + gap[:, None], mask=is_there, other=0)
+            tl.debug_barrier()
+            tl.store(moved, x, mask=is_there)
+
+
+@triton.jit
+def _are_cut_by_mask(n, used_keys):
+    """Which blocks n have keys that a mask over keys rules out, or may have: only the first gap in what it leaves is known."""
+    used = used_keys.to(tl.pointer_type(tl.int32))
+    first = n * _KEY_BLOCK
+    cut = (first < tl.load(used)) | (first + _KEY_BLOCK > tl.load(used + 1))
+    in_gap = (first + _KEY_BLOCK > tl.load(used + 3)) & (first < tl.load(used + 4))
+    return cut | ((tl.load(used + 2) == 0) & in_gap)
 
 
 @triton.jit

@@ -39,6 +39,9 @@ Attention then reads neither K nor V of it. Differences to the above:
 - It goes with masks over keys, but not with masks that differ from query to query nor with segments, where a query says little about
   its neighbours.
 - A row whose scores in a block are NaN keeps that block.
+- Heads differ: some attend to all keys. In a long call a sample would cost such a head some 3% of its time for nothing. So of each
+  PROBE_STEP groups of GROUP_ROWS queries the last is looked at first; where it turns out that less than 1 in PROBE_SHARE of a head's
+  blocks there can be left out, its other groups keep all blocks. A head that has fewer than PROBED_GROUPS is looked at as a whole.
 """
 
 from __future__ import annotations
@@ -72,6 +75,10 @@ SAMPLE_STEP = 16  # queries of which one, the middle one, is in the sample
 SAMPLE_LIFT = 10.0
 """How many times as large as in its sample a tile's largest weight is taken to be. Measured (benchmarks/notes.md): 4 to 6 times in the middle
 tile of trained layers and smooth data, 1.3 of normal inputs; with 10 a threshold adds up to two or three times the error that it adds by all scores."""
+GROUP_ROWS = 2048  # queries whose tiles are looked at together
+PROBE_STEP = 8
+PROBE_SHARE = 20
+PROBED_GROUPS = 24  # with fewer, one round of all groups takes as long as two rounds of some
 DECIDERS = ("scores", "sample")
 Decider = Literal["scores", "sample"]
 
@@ -117,6 +124,12 @@ def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:
 def log2_threshold(skip_threshold: float) -> float:
     """The distance below the running maximum, in units of log2, from which on nothing counts; -inf where nothing is left out."""
     return math.log2(skip_threshold) if skip_threshold > 0 else -math.inf
+
+
+def probes(q_len: int) -> int:
+    """How many groups of a head's queries decide whether the others are looked at; 0 where all are."""
+    groups = -(-q_len // GROUP_ROWS)
+    return groups // PROBE_STEP if groups >= PROBED_GROUPS else 0
 
 
 def log2_sample_threshold(skip_threshold: float) -> float:

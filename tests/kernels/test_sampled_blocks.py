@@ -16,6 +16,10 @@ from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams, AttentionProblem, Kernel, TensorSpec
 from sage_inductor.kernels.reference.tiles import skipped_share
 from sage_inductor.kernels.skipping import (
+    GROUP_ROWS,
+    PROBE_SHARE,
+    PROBE_STEP,
+    PROBED_GROUPS,
     SAMPLE_LIFT,
     SAMPLE_STEP,
     SAMPLED_TILE,
@@ -23,6 +27,7 @@ from sage_inductor.kernels.skipping import (
     log2_threshold,
 )
 from sage_inductor.kernels.triton.block_list import HEADER
+from sage_inductor.kernels.triton.launch import TritonAttention
 from sage_inductor.measurement.ground_truth import DOCUMENTED, float64_attention
 from sage_inductor.measurement.metrics import relative_l2
 
@@ -229,6 +234,42 @@ def test_lists_lie_where_hopper_reads_them(
                     x[b, h, tile].nonzero().flatten().tolist() for x in (kept, margins > -math.inf)
                 )
                 assert named & set(seen) == set(kept_here)
+
+
+@pytest.mark.parametrize("name", ["none", pytest.param("causal, top left", marks=pytest.mark.slow), "keys"])
+def test_in_a_long_call_probes_decide_about_the_other_groups(name: str) -> None:
+    """Heads of which much, nothing, and only outside of the probes something can be left out; and a head in which the probes
+    leave out just enough."""
+    q_len, kv_len = GROUP_ROWS * PROBED_GROUPS + 700, 900
+    q, k, v = planted(q_len, kv_len, heads=4)
+    group = torch.arange(q_len, device=DEVICE) // GROUP_ROWS
+    is_probe = group % PROBE_STEP == PROBE_STEP - 1
+    q[:, 1] = torch.randn_like(q[:, 1]) * 0.1
+    q[:, 2, is_probe] = torch.randn_like(q[:, 2, is_probe]) * 0.1
+    q[:, 3, is_probe & (group > PROBE_STEP)] = 0.0
+    mask, params = key_mask(name, 1, kv_len), FORMS[name]
+    threshold = 0.05
+    params = replace(params, skip_threshold=threshold)
+    call = TritonAttention(q, k, v, mask, params, torch.empty_like(q), None)
+    assert len(call.sampling) == 2 and call.block_list is not None
+    lists = call.block_list.of(call.quantize(q, k, v, mask))[:-1].view(4, -1, HEADER + -(-kv_len // BLOCK))
+    margins = margins_of(q, k, mask, params)[0].cpu()
+    kept = torch.zeros_like(margins, dtype=torch.bool)
+    for head, tile, of_tile in (
+        (h, t, lists[h, t].tolist()) for h in range(4) for t in range(lists.shape[1])
+    ):
+        for entry in of_tile[HEADER : HEADER + of_tile[0]]:
+            kept[head, tile, entry // 2] = margins[head, tile, entry // 2] > -math.inf
+    assert torch.equal(kept, margins >= log2_threshold(threshold))
+    seen, of_group = margins > -math.inf, torch.arange(margins.shape[1]) * TILE // GROUP_ROWS
+    of_probe = of_group % PROBE_STEP == PROBE_STEP - 1
+    shares = [
+        [float((seen & ~kept)[head, rows].sum() / seen[head, rows].sum()) for rows in (of_probe, ~of_probe)]
+        for head in range(4)
+    ]
+    assert shares[0][0] > 0.2 and shares[0][1] > 0.2
+    assert shares[1] == [0, 0] and shares[2] == [0, 0]
+    assert 1 / PROBE_SHARE < shares[3][0] < 0.2 < shares[3][1]
 
 
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)

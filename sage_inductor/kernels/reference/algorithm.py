@@ -24,7 +24,13 @@ from torch import Tensor
 
 from sage_inductor.kernels.base import Segments, is_key_mask
 from sage_inductor.kernels.reference.smoothing import Smoother
-from sage_inductor.kernels.reference.tiles import by_element, margins, product_of_kept, sampled_margins
+from sage_inductor.kernels.reference.tiles import (
+    by_element,
+    margins,
+    probed_margins,
+    product_of_kept,
+    sampled_margins,
+)
 from sage_inductor.kernels.skipping import (
     FULLY_MASKED,
     SAMPLE_STEP,
@@ -32,6 +38,7 @@ from sage_inductor.kernels.skipping import (
     SKIP_TILE,
     SkipTile,
     log2_threshold,
+    probes,
 )
 from sage_inductor.kernels.smoothing import SAMPLES, VALUE_SAMPLES
 
@@ -124,11 +131,17 @@ def attention_prequantized(
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32)
     tile = skip_tile or _tile_of(skip_by)
     at_least = tile.rows if skip_threshold else 1
+    of_all = None
+    if skip_threshold and skip_by == "sample" and probes(q_len):  # some tiles decide about others
+        of_all = _tile_margins(query, kv, attn_mask, bounds, scale, segments, tile, skip_by)
     for start, x in _scores(query, kv, attn_mask, bounds, scale, segments, at_least):
         rows = slice(start, start + x.shape[2])
         left_out = None
         if skip_threshold:
-            found = _margins(x, tile, start, bounds, kv.kv_len, skip_by)
+            if of_all is None:
+                found = _margins(x, tile, start, bounds, kv.kv_len, skip_by)
+            else:
+                found = of_all[:, :, start // tile.rows : -(-rows.stop // tile.rows)]
             left_out = by_element(found < log2_threshold(skip_threshold), tile, x)
         out[:, :, rows], lse[:, :, rows] = _attend(query[:, :, rows], kv, x, scale, precision, left_out)
     return out, lse
@@ -148,7 +161,7 @@ def tile_margins(
     sample_step: int = SAMPLE_STEP,
 ) -> Tensor:
     """How far each tile's largest score comes up to the running maximum (log2; the most of its rows), or by a sample of the rows to
-    that of all keys: `attention` leaves out the tiles below log2(skip_threshold). Arguments as there; with another sample_step it shows what a larger or smaller sample would find.
+    that of all keys: `attention` leaves out the tiles below log2(skip_threshold). Arguments as there; with another sample_step it shows what a larger or smaller sample would find in each tile, whatever others decide about it.
 
     float32 `[batch, heads, tiles of queries, steps of keys]`: inf where a tile is kept whatever the threshold, -inf where none of
     its rows sees a key, so that kernels need not look at it.
@@ -159,10 +172,27 @@ def tile_margins(
     k = quantize_k(key, used_keys(attn_mask), smoothing, query)
     scale = head_dim**-0.5 if scale is None else scale
     tile = skip_tile or _tile_of(skip_by)
-    scores = _scores(query, k, attn_mask, bounds, scale, segments, tile.rows)
-    return torch.cat(
-        [_margins(x, tile, start, bounds, k.kv_len, skip_by, sample_step) for start, x in scores], 2
+    return _tile_margins(query, k, attn_mask, bounds, scale, segments, tile, skip_by, sample_step)
+
+
+def _tile_margins(
+    query: Tensor,
+    key: QuantizedK,
+    attn_mask: Tensor | None,
+    bounds: tuple[int | None, int | None],
+    scale: float,
+    segments: Segments | None,
+    tile: SkipTile,
+    skip_by: str,
+    sample_step: int = SAMPLE_STEP,
+) -> Tensor:
+    scores = _scores(query, key, attn_mask, bounds, scale, segments, tile.rows)
+    found = torch.cat(
+        [_margins(x, tile, start, bounds, key.kv_len, skip_by, sample_step) for start, x in scores], 2
     )
+    if skip_by == "sample" and sample_step == SAMPLE_STEP:
+        return probed_margins(found, tile, query.shape[2], bounds, key.kv_len)
+    return found
 
 
 def _tile_of(skip_by: str) -> SkipTile:

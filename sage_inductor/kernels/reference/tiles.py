@@ -10,11 +10,15 @@ from torch import Tensor
 
 from sage_inductor.kernels.skipping import (
     FULLY_MASKED,
+    GROUP_ROWS,
     LEAST_STEP,
+    PROBE_SHARE,
+    PROBE_STEP,
     SAMPLE_LIFT,
     SAMPLE_STEP,
     SkipTile,
     log2_threshold,
+    probes,
 )
 
 
@@ -50,7 +54,6 @@ def sampled_margins(
     keys, the most of the sampled rows, lifted by SAMPLE_LIFT. inf where the tile is kept whatever the threshold, -inf where no row, sampled or not, sees a
     key of it. Query i sees the keys i + low .. i + high of kv_len. One query in `step` is sampled; where it is 1, nothing
     is lifted, and a tile below a threshold has no weight above it."""
-    low, high = bounds
     count, blocks = x.shape[2], x.shape[3]
     tiles = -(-count // tile.rows)
     # A tile that ends before its sample does gives its last query instead.
@@ -61,19 +64,56 @@ def sampled_margins(
     found = torch.nan_to_num(found, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     found = found.unflatten(2, (tiles, -1)).amax(3)
 
-    first = start + torch.arange(tiles, device=x.device)[:, None] * tile.rows
+    _, kept = _by_bounds(tile, start, count, blocks, bounds, kv_len, x.device)
+    seen = F.pad(x.amax(-1) != -math.inf, (0, 0, 0, -count % tile.rows)).unflatten(2, (tiles, -1)).any(3)
+    return torch.where(seen, torch.where(kept, math.inf, found), -math.inf)
+
+
+def _by_bounds(
+    tile: SkipTile,
+    start: int,
+    count: int,
+    blocks: int,
+    bounds: tuple[int | None, int | None],
+    kv_len: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Which blocks some query of each tile may see by its bounds, and which of those are kept: bool `[tiles, blocks]`."""
+    low, high = bounds
+    first = start + torch.arange(-(-count // tile.rows), device=device)[:, None] * tile.rows
     last = (first + tile.rows).clamp(max=start + count) - 1
-    block = torch.arange(blocks, device=x.device)
-    begin, full_end = torch.zeros_like(first), torch.full_like(first, kv_len // tile.keys)
-    full_begin = begin
+    block = torch.arange(blocks, device=device)
+    begin, end = torch.zeros_like(first), torch.full_like(first, -(-kv_len // tile.keys))
+    full_begin, full_end = begin, torch.full_like(first, kv_len // tile.keys)
     if low is not None:
         begin = (first + low).clamp(min=0) // tile.keys
         full_begin = -(-(last + low).clamp(min=0) // tile.keys)
     if high is not None:
+        end = torch.minimum(end, -(-(last + high + 1).clamp(min=0) // tile.keys))
         full_end = torch.minimum(full_end, (first + high + 1).clamp(min=0) // tile.keys)
-    kept = (block < full_begin) | (block >= full_end) | (block == begin)
-    seen = F.pad(x.amax(-1) != -math.inf, (0, 0, 0, -count % tile.rows)).unflatten(2, (tiles, -1)).any(3)
-    return torch.where(seen, torch.where(kept, math.inf, found), -math.inf)
+    seen = (block >= begin) & (block < end)
+    return seen, seen & ((block < full_begin) | (block >= full_end) | (block == begin))
+
+
+def probed_margins(
+    found: Tensor, tile: SkipTile, q_len: int, bounds: tuple[int | None, int | None], kv_len: int
+) -> Tensor:
+    """The margins `found` of all of a call's tiles by a sample, with what its probes decide for the tiles that are none: they keep all blocks, unless at least
+    1 in PROBE_SHARE of the probes' blocks lies below the threshold. So none of their margins is below the one that would be the last of those."""
+    tiles_of_group = GROUP_ROWS // tile.rows
+    groups = [(n + 1) * PROBE_STEP - 1 for n in range(probes(q_len))]
+    if not groups:
+        return found
+    tiles = torch.arange(found.shape[2], device=found.device)
+    is_probe = torch.isin(tiles // tiles_of_group, torch.tensor(groups, device=found.device))
+    seen, kept = _by_bounds(tile, 0, q_len, found.shape[3], bounds, kv_len, found.device)
+    of_probes = torch.where(kept, math.inf, found)[:, :, seen & is_probe[:, None]]
+    last = -(-of_probes.shape[2] // PROBE_SHARE)
+    if not last:
+        return found
+    least = of_probes.kthvalue(last).values[..., None, None]
+    raised = torch.where(found > -math.inf, torch.maximum(found, least), found)
+    return torch.where(is_probe[:, None], found, raised)
 
 
 def _so_far(largest: Tensor, tile: SkipTile, start: int) -> Tensor:

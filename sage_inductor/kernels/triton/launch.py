@@ -18,7 +18,15 @@ from torch import Tensor
 
 from ..base import AttentionParams, Prepared, Segments, is_key_mask, without_keys
 from ..device import capability, multiprocessors
-from ..skipping import SAMPLED_TILE, SkipTile, log2_sample_threshold, log2_threshold
+from ..skipping import (
+    GROUP_ROWS,
+    PROBE_STEP,
+    SAMPLED_TILE,
+    SkipTile,
+    log2_sample_threshold,
+    log2_threshold,
+    probes,
+)
 from ..smoothing import SMOOTHINGS, resolved_smoothing
 from .attention import attention_kernel
 from .block_list import HEADER
@@ -28,7 +36,7 @@ from .internals import current_stream
 from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .quantize import quantize_kernel
-from .sampled import SAMPLED_PER_PROCESSOR, SAMPLES, sampled_groups, sampled_list_kernel
+from .sampled import SAMPLED_PER_PROCESSOR, SAMPLES, sampled_list_kernel
 from .segments import segments_kernel, segments_size
 from .smoothing import ROTATION_ROWS
 from .statistics import statistics_kernel
@@ -375,37 +383,43 @@ class TritonAttention:
         batch, heads, kv_heads, q_len, kv_len, q_blocks, kv_blocks, q_size = self.sizes
         self.is_sampled = params.skip_threshold > 0 and params.skip_by == "sample"
         self.block_list: Part | None = None
-        self.sampling: Launch | None = None
+        self.sampling: list[Launch] = []
         if not self.is_sampled:
             return
-        blocks, groups = -(-kv_len // KEY_BLOCK), sampled_groups(q_len)
+        blocks, groups, probed = -(-kv_len // KEY_BLOCK), -(-q_len // GROUP_ROWS), probes(q_len)
+        # Of each head: the groups that every launch looks at, and how it chooses them.
+        rounds = [(probed, 1), (groups - probed, 2)] if probed else [(groups, 0)]
         slots = SAMPLED_PER_PROCESSOR * (1 if INTERPRETED else multiprocessors(self.index))
-        programs = min(slots, batch * heads * groups)
-        slabs = self._part(programs * blocks * SAMPLES, torch.float32)
+        programs = [min(slots, batch * heads * of_head) for of_head, _ in rounds]
+        slabs = self._part(max(programs) * blocks * SAMPLES, torch.float32)
+        found = self._part(2 * batch * heads * probed, torch.int32)
         tiles = -(-q_len // SAMPLED_TILE.rows)
         # `hopper` reads one element behind the lists, which it does not use.
         self.block_list = self._part(batch * heads * tiles * (HEADER + blocks) + 1, torch.int32)
         low, high = params.bounds(q_len, kv_len)
-        self.sampling = Launch(
-            sampled_list_kernel,
-            programs,
-            dtypes=(mask.dtype,),
-            own=(self.q8, self.k8, self.scales, slabs, self.block_list),
-            numbers=(
-                q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks, groups, low or 0, high or 0,
-                log2_sample_threshold(params.skip_threshold), mask.strides[0], mask.strides[3],
-            ),
-            specialized=(mask.strides[3],),
-            variant=(low is not None, high is not None, mask.kind),
-            constants=plan.sampling,
-            index=self.index,
-            direct=self.direct,
-        )  # fmt: skip
+        self.sampling = [
+            Launch(
+                sampled_list_kernel,
+                programs_of_round,
+                dtypes=(mask.dtype,),
+                own=(self.q8, self.k8, self.scales, slabs, found, self.block_list),
+                numbers=(
+                    q_size, batch, heads, heads // kv_heads, q_len, kv_len, q_blocks, kv_blocks, groups, probed, PROBE_STEP,
+                    low or 0, high or 0, log2_sample_threshold(params.skip_threshold), mask.strides[0], mask.strides[3],
+                ),
+                specialized=(mask.strides[3],),
+                variant=(low is not None, high is not None, mask.kind, choice),
+                constants=plan.sampling,
+                index=self.index,
+                direct=self.direct,
+            )
+            for programs_of_round, (_, choice) in zip(programs, rounds, strict=True)
+        ]  # fmt: skip
 
     def list_blocks(self, workspace: Tensor, attn_mask: Tensor | None) -> None:
         """Write the lists that `attend` reads, where a sample of the queries makes them. `quantize` has done it."""
-        if self.sampling is not None:
-            self.sampling(self.stream(), (attn_mask,), workspace)
+        for launch in self.sampling:
+            launch(self.stream(), (attn_mask,), workspace)
 
     def _prepare_mask(self) -> None:
         mask, sizes, config = self.mask, self.sizes, self.plan.config

@@ -6,6 +6,9 @@ knows the row maxima at the end, reads what it wrote, and lists for each tile th
 What is written down lies in a part of the workspace that is the program's own (a slab), so that memory grows with the number of
 keys and not with that times the number of queries; there are as many programs as run at once, and each takes one group after another.
 
+In a long call some groups of tiles, the probes, are looked at first, and write down what they found; the others are looked at only in
+heads where that pays. It is two launches of one kernel.
+
 block_list.py describes the lists.
 """
 
@@ -17,13 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..skipping import SAMPLE_STEP, SAMPLED_TILE
+from ..skipping import GROUP_ROWS, PROBE_SHARE, SAMPLE_STEP, SAMPLED_TILE
 from .block_list import _HEADER, are_cut
 from .workspace import _KEY_BLOCK, _USED_KEYS, sections
 
 # Queries of a program at a time. A block of K is then used for as long as the L2 cache takes to bring the next one to every
 # multiprocessor (16 KiB in 512 cycles at head_dim 128); with 64 that would be the limit.
-SAMPLES = 128
+SAMPLES = GROUP_ROWS // SAMPLE_STEP
 SAMPLED_WARPS = 8
 SAMPLED_PER_PROCESSOR = 2  # programs that run at once on a multiprocessor
 SAMPLED_REGISTERS = 128  # of a thread, so that they do
@@ -34,18 +37,14 @@ _SAMPLES = tl.constexpr(SAMPLES)
 _SAMPLE_STEP = tl.constexpr(SAMPLE_STEP)
 _TILE = tl.constexpr(SAMPLED_TILE.rows)
 _TILE_SAMPLES = tl.constexpr(SAMPLED_TILE.rows // SAMPLE_STEP)
+_PROBE_SHARE = tl.constexpr(PROBE_SHARE)
 _STEP = tl.constexpr(32)  # blocks that are listed at a time
-
-
-def sampled_groups(q_len: int) -> int:
-    """How many groups of tiles the queries of a head have: what a program takes at a time."""
-    return -(-q_len // (SAMPLES * SAMPLE_STEP))
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_size", "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "groups", "low", "high", "skip_bound",
-        "stride_mb",
+        "q_size", "batch", "heads", "group", "q_len", "kv_len", "q_blocks", "kv_blocks", "groups", "probes", "step", "low", "high",
+        "skip_bound", "stride_mb",
     ]
 )  # fmt: skip
 def sampled_list_kernel(
@@ -54,6 +53,7 @@ def sampled_list_kernel(
     k8,
     scales,
     slabs,
+    found,
     entries,
     q_size,
     batch,
@@ -64,6 +64,8 @@ def sampled_list_kernel(
     q_blocks,
     kv_blocks,
     groups,
+    probes,
+    step,
     low,
     high,
     skip_bound,
@@ -72,6 +74,7 @@ def sampled_list_kernel(
     HAS_LOW: tl.constexpr,
     HAS_HIGH: tl.constexpr,
     MASK: tl.constexpr,
+    PROBES: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     DV: tl.constexpr,
@@ -81,7 +84,11 @@ def sampled_list_kernel(
     not see all of it or it is the first that one sees.
 
     q8, k8, scales: the parts of the workspace. slabs: fp32 [programs, blocks of keys, SAMPLES]. entries: int32 [batch, heads, tiles
-    of queries, 1 + blocks of keys].
+    of queries, HEADER + blocks of keys].
+
+    PROBES is 0 where all `groups` of each head are looked at; 1 for its `probes`, the last of each `step` groups; 2 for those between,
+    which are looked at where the probes say so. found: int32 [batch, heads, probes, 2], how many blocks of the tiles of a probe lie within bounds, and how
+    many of those are left out.
     """
     D: tl.constexpr = D0 + D1
     kv_heads = heads // group
@@ -94,12 +101,31 @@ def sampled_list_kernel(
     sample = tl.arange(0, _SAMPLES)
     column = tl.arange(0, _KEY_BLOCK)
     d0 = tl.arange(0, D0)
-    for work in range(tl.program_id(0), batch * heads * groups, tl.num_programs(0)):
-        bh = work // groups
+    of_head = groups
+    if PROBES == 1:
+        of_head = probes
+    if PROBES == 2:
+        of_head = groups - probes
+    for work in range(tl.program_id(0), batch * heads * of_head, tl.num_programs(0)):
+        bh = work // of_head
+        number = work % of_head
+        of_probes = found + bh * probes * 2
+        looks = number >= 0
+        group_of_head = number
+        if PROBES == 1:
+            group_of_head = number * step + step - 1
+        if PROBES == 2:
+            group_of_head = number // (step - 1) * step + number % (step - 1)
+            all_blocks = 0
+            left_out = 0
+            for probe in range(0, probes):
+                all_blocks += tl.load(of_probes + 2 * probe)
+                left_out += tl.load(of_probes + 2 * probe + 1)
+            looks = left_out * _PROBE_SHARE >= all_blocks
         b = bh // heads
         h = bh % heads
         kv_h = h // group
-        first = work % groups * (_SAMPLES * _SAMPLE_STEP)  # of the group's queries
+        first = group_of_head * (_SAMPLES * _SAMPLE_STEP)  # of the group's queries
         last = tl.minimum(first + _SAMPLES * _SAMPLE_STEP, q_len) - 1
         # A tile that ends before its sample does gives its last query instead.
         rows = tl.minimum(first + sample * _SAMPLE_STEP + _SAMPLE_STEP // 2, q_len - 1)
@@ -122,7 +148,7 @@ def sampled_list_kernel(
             end = tl.minimum(end, tl.cdiv(tl.maximum(last + high + 1, 0), _KEY_BLOCK))
             full_end = tl.minimum(full_end, tl.maximum(first + high + 1, 0) // _KEY_BLOCK)
         row_max = tl.full([_SAMPLES], _LOWEST, tl.float32)
-        for block in tl.range(begin, end):
+        for block in tl.range(begin, tl.where(looks, end, begin)):
             tile = keys + block * (_KEY_BLOCK * D)
             s = tl.dot(q0, tl.load(tile + d0[None, :]).T, out_dtype=tl.int32)
             if D1 > 0:
@@ -156,9 +182,10 @@ def sampled_list_kernel(
             tile_end = tl.minimum(tile_end, tl.cdiv(tl.maximum(tile_last + high + 1, 0), _KEY_BLOCK))
         whole = tl.zeros_like(tile)
         others = tl.zeros_like(tile)
+        within = 0
         for start in range(begin, end, _STEP):
             n = (start + tl.arange(0, _STEP))[None, :]
-            x = tl.load(slab + n * _SAMPLES + sample[:, None], mask=n < end, other=0.0)
+            x = tl.load(slab + n * _SAMPLES + sample[:, None], mask=(n < end) & looks, other=0.0)
             counts = tl.where(x - row_max[:, None] < skip_bound, 0, 1)  # NaN counts
             counts = tl.max(counts.reshape(_SAMPLES // _TILE_SAMPLES, _TILE_SAMPLES, _STEP), 1)
             is_cut = are_cut(
@@ -172,8 +199,11 @@ def sampled_list_kernel(
                 HAS_HIGH,
                 _KEY_BLOCK,
             )
-            listed = (counts > 0) | is_cut | (n == tile_begin[:, None])
-            listed &= (n >= tile_begin[:, None]) & (n < tile_end[:, None]) & exists[:, None]
+            listed = (counts > 0) | (looks == 0) | is_cut | (n == tile_begin[:, None])
+            is_within = (n >= tile_begin[:, None]) & (n < tile_end[:, None]) & exists[:, None]
+            listed &= is_within
+            if PROBES == 1:
+                within += tl.sum(is_within.to(tl.int32))
             if MASK == 1:
                 is_cut |= _are_cut_by_mask(n, used_keys + _USED_KEYS * b)
             if MASK == 2:
@@ -186,6 +216,9 @@ def sampled_list_kernel(
             tl.store(target[:, None] + place, 2 * n + tl.zeros_like(place), mask=listed)
             whole += tl.sum(is_whole, 1)
             others += tl.sum(is_other, 1)
+        if PROBES == 1:
+            tl.store(of_probes + 2 * number, within)
+            tl.store(of_probes + 2 * number + 1, within - tl.sum(whole + others))
         # As `_finish` of block_list.py, of several tiles.
         tl.store(target, whole + others, mask=exists)
         tl.store(target + 1, whole, mask=exists)

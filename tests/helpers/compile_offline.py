@@ -38,6 +38,7 @@ from sage_inductor.kernels.triton import launch, launcher
 
 KERNELS = (
     "segments_kernel",
+    "segment_spans_kernel",
     "mask_blocks_kernel",
     "statistics_kernel",
     "evened_kernel",

@@ -20,6 +20,8 @@ from sage_inductor.testing import relative_l2
 
 pytest.importorskip("triton")
 
+from sage_inductor.kernels.triton.segments import SPAN  # noqa: E402
+
 KERNEL = TritonKernel()
 run = partial(agreement.run, KERNEL)
 check = partial(agreement.check, KERNEL)
@@ -125,7 +127,7 @@ def test_ranges_of_blocks_are_those_of_their_ids(name: str) -> None:
     call = TritonAttention(q, k, k, None, AttentionParams(), torch.empty_like(q), None, segments=segments)
     assert call.segments is not None
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=DEVICE)
-    call.segment_ranges(call.stream(), segments, workspace)
+    call._look_at_segments(call.stream(), segments, workspace)
     found = call.segments.of(workspace)
     for ids, size in zip(segments, (call.plan.config.block_m, call.plan.config.block_n), strict=True):
         blocks = [[row[start : start + size] for start in range(0, len(row), size)] for row in ids.tolist()]
@@ -139,7 +141,49 @@ def test_ranges_of_blocks_are_those_of_their_ids(name: str) -> None:
         count = 4 * len(parts[0])
         assert found[:count].view(2, 2, -1).tolist() == ranges
         found = found[count:]
-    assert found.numel() == 0
+    assert found.numel() == 2 * -(-q.shape[2] // call.plan.config.block_m) * SPAN
+
+
+@pytest.mark.parametrize(
+    "band", [{}, {"is_causal": True}, {"is_causal": True, "bottom_right": True}, {"window_left": 90, "window_right": 200}]
+)  # fmt: skip
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_spans_are_those_of_their_ids(name: str, band: dict[str, Any]) -> None:
+    """First and last block that a tile has to read, and the first run of blocks of one id, by ids and bounds alone."""
+    from sage_inductor.kernels.triton.launch import TritonAttention
+
+    segments = Segments(*(torch.cat([ids, ids.flip(1)]) for ids in LAYOUTS[name]))
+    q, k = (randn(2, 1, ids.shape[1], 64) for ids in segments)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    params = AttentionParams(**band)
+    call = TritonAttention(q, k, k, None, params, torch.empty_like(q), None, segments=segments)
+    assert call.segments is not None
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=DEVICE)
+    call._look_at_segments(call.stream(), segments, workspace)
+    m, n = call.plan.config.block_m, call.plan.config.block_n
+    spans = call.segments.of(workspace)[-2 * -(-q_len // m) * SPAN :].view(2, -1, SPAN).tolist()
+    low, high = params.bounds(q_len, kv_len)
+    for b in range(2):
+        for tile, span in enumerate(spans[b]):
+            rows = range(tile * m, min(tile * m + m, q_len))
+            own = segments[0][b, rows[0] : rows[-1] + 1].tolist()
+            reads, whole = [], []
+            for block in range(-(-kv_len // n)):
+                keys = segments[1][b, block * n : block * n + n].tolist()
+                if low is not None and block * n + n - 1 < rows[0] + low:
+                    continue
+                if high is not None and block * n > rows[-1] + high:
+                    continue
+                if min(keys) <= max(own) and max(keys) >= min(own):
+                    reads.append(block)
+                cut = len(keys) < n or (low is not None and block * n < rows[-1] + low)
+                cut = cut or (high is not None and block * n + n - 1 > rows[0] + high)
+                if not cut and len({*keys, *own}) == 1:
+                    whole.append(block)
+            assert span[1] - span[0] == (reads[-1] + 1 - reads[0] if reads else 0)
+            assert not reads or span[0] == reads[0]
+            run = [block for i, block in enumerate(whole) if block == whole[0] + i]
+            assert span[3] - span[2] == len(run) and (not run or span[2] == run[0])
 
 
 def test_blocks_of_other_segments_are_not_read_and_ids_of_whole_ones_neither() -> None:

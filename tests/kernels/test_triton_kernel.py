@@ -856,7 +856,7 @@ def test_compiles_without_spills_where_there_is_no_gpu(
     kernels = compiled_offline[variant]
     names = [kernel["kernel"] for kernel in kernels]
     before = ["mask_blocks_kernel"] if mask == "queries" else []
-    before += ["segments_kernel"] if mask.startswith("segments") else []
+    before += ["segments_kernel", "segment_spans_kernel"] if mask.startswith("segments") else []
     # V keeps 16 bits and is copied beside the statistics, or is rounded by itself.
     evened = [] if smoothing == "mean" else ["evened_kernel"]
     quantize = ["quantize_kernel"] if smoothing == "mean" or "accurate" not in precision else []

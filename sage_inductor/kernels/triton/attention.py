@@ -35,7 +35,7 @@ from .numerics import (
     to_float,
     to_float8,
 )
-from .segments import blocks_of_one, meeting_blocks, segment_sections, within_segment
+from .segments import _SPAN, segment_sections, within_segment
 from .workspace import _KEY_BLOCK, _USED_KEYS, sections, sequence
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -487,7 +487,7 @@ def attention_kernel(
 
     Query i attends to keys i + low .. i + high. MASK is 0 for none, 1 for bool, 2 for additive. With MASK_BLOCKS,
     `mask_states` has the state of each block and, for a bool mask, `mask_bits` its bits (mask_blocks.py), for each batch and
-    head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, and their ranges (segments.py); it goes
+    head that the mask has. With SEGMENTS, `segments` has the ids of queries and keys, their ranges and the spans of tiles (segments.py); it goes
     with neither MASK_BLOCKS nor VARLEN. With SKIP, `skip_bound` is the logarithm (base 2) of the threshold below which blocks of
     keys are left out. With LIST, `block_list` names the blocks that each 128 queries read (block_list.py), of a call with no more
     than a mask over keys; it has all that some query of those may see in part. LIST is how many steps of BLOCK_N a block has. With STORED, K and V were quantised before, and kv_len may be the first keys of them only.
@@ -563,17 +563,13 @@ def attention_kernel(
     own_ids = rows
     k_ids = segments
     if SEGMENTS:
-        k_blocks = tl.cdiv(kv_len, BLOCK_N)
-        k_ids, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+        k_ids, _q_range, _k_range, spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
         slot = b * tiles + tile
         own_ids = tl.load(segments + slot * BLOCK_M + tl.arange(0, BLOCK_M))
-        least_id = tl.load(q_range + slot)
-        largest_id = tl.load(q_range + batch * tiles + slot)
-        k_ids += b * k_blocks * BLOCK_N
-        k_range += b * k_blocks
-        first_used, last_used = meeting_blocks(k_range, batch * k_blocks, k_blocks, least_id, largest_id)
-        begin = tl.maximum(begin, first_used)
-        end = tl.minimum(end, last_used)
+        k_ids += b * tl.cdiv(kv_len, BLOCK_N) * BLOCK_N
+        spans += slot * _SPAN
+        begin = tl.maximum(begin, tl.load(spans))
+        end = tl.minimum(end, tl.load(spans + 1))
     mask_block0 = 0
     if MASK_BLOCKS:
         blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -591,9 +587,8 @@ def attention_kernel(
     if MASK_BLOCKS:
         full_begin, full_end = whole_blocks(mask_states, full_begin, full_end)
     if SEGMENTS and MASK == 0:
-        full_begin, full_end = blocks_of_one(
-            k_range, batch * k_blocks, full_begin, full_end, least_id, largest_id
-        )
+        full_begin = tl.load(spans + 2)
+        full_end = tl.load(spans + 3)
 
     entries = block_list
     if LIST:

@@ -110,7 +110,7 @@ def segment_list_kernel(
     pid = tl.program_id(0)
     b = pid // tiles
     first_stripe = pid % tiles * STRIPES
-    _, q_range, k_range = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    _k_ids, q_range, k_range, _spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
     q_range += b * stripes + first_stripe
     k_range += b * blocks
     entries += pid.to(tl.int64) * (_HEADER + blocks)

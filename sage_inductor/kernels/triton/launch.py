@@ -37,7 +37,7 @@ from .launcher import Launch, Part, Tile
 from .mask_blocks import mask_blocks_kernel
 from .quantize import quantize_kernel
 from .sampled import SAMPLED_PER_PROCESSOR, SAMPLES, sampled_list_kernel
-from .segments import segments_kernel, segments_size
+from .segments import segment_spans_kernel, segments_kernel, segments_size
 from .smoothing import ROTATION_ROWS
 from .statistics import statistics_kernel
 from .variant import INTERPRETED, SAMPLE_GROUP, VALUE_SAMPLE_GROUP, make_variant
@@ -200,7 +200,7 @@ class TritonAttention:
         self._prepare_list(params)
         self._prepare_attention(params, out, lse)
         self._prepare_mask()
-        self._prepare_segments(segments)
+        self._prepare_segments(segments, params)
 
     def _sizes(
         self, query: Tensor, key: Tensor, return_lse: bool, varlen: tuple[int, int, int] | None
@@ -439,9 +439,10 @@ class TritonAttention:
                 direct=self.direct,
             )
 
-    def _prepare_segments(self, segments: Segments | None) -> None:
+    def _prepare_segments(self, segments: Segments | None, params: AttentionParams) -> None:
         sizes, config = self.sizes, self.plan.config
         self.segment_ranges: Launch | None = None
+        self.segment_spans: Launch | None = None
         if segments is not None:
             (stride_qb, stride_qn), (stride_kb, stride_kn) = (ids.stride() for ids in segments)
             self.segment_ranges = Launch(
@@ -456,6 +457,20 @@ class TritonAttention:
                 index=self.index,
                 direct=self.direct,
             )
+            if self.CONFIG is None:  # other families make lists
+                low, high = params.bounds(sizes.q_len, sizes.kv_len)
+                self.segment_spans = Launch(
+                    segment_spans_kernel,
+                    sizes.batch * -(-sizes.q_len // config.block_m),
+                    dtypes=(),
+                    own=(self.segments,),
+                    numbers=(sizes.batch, sizes.q_len, sizes.kv_len, low or 0, high or 0),
+                    specialized=(),
+                    variant=(low is not None, high is not None),
+                    constants=self.plan.spans,
+                    index=self.index,
+                    direct=self.direct,
+                )
 
     def _tiles(self) -> tuple[Tile | Part | None, ...]:
         """First and second tile of Q, of K and of V; the second is None where a head dim is a single tile."""
@@ -508,6 +523,8 @@ class TritonAttention:
         """What the attention kernel reads of ids."""
         assert self.segment_ranges is not None
         self.segment_ranges(stream, segments, workspace)
+        if self.segment_spans is not None:
+            self.segment_spans(stream, (), workspace)
 
     def attend(
         self,

@@ -54,6 +54,7 @@ class Variant:
     sampling: dict[str, Any]
     mask_blocks: dict[str, Any]
     segments: dict[str, Any]
+    spans: dict[str, Any]
     # Templates of the blocks that TMA reads. A tensor has two where its head dim is padded to two tiles (96 = 64 + 32).
     q_tiles: tuple[TensorDescriptor, ...]
     k_tiles: tuple[TensorDescriptor, ...]
@@ -188,6 +189,7 @@ def make_variant(
             **_FUSED,
         },
         segments={"BLOCK_M": config.block_m, "BLOCK_N": n, "num_warps": 1, **_FUSED},
+        spans={"BLOCK_M": config.block_m, "BLOCK_N": n, "num_warps": 1, **_FUSED},
         q_tiles=_templates(torch.int8, [[config.block_m, size] for size in (d0, d1) if size]),
         k_tiles=_templates(torch.int8, [[n, size] for size in (d0, d1) if size]),
         v_tiles=_templates(

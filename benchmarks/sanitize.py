@@ -30,7 +30,7 @@ KERNELS = (
     "statistics",
     "mask_blocks",
     "block_list",
-    "segments",
+    "segment",
     "sampled_list",
 )  # substrings of the names of the package's kernels
 ERROR = 86  # what compute-sanitizer exits with on a finding; nothing else here does

@@ -45,6 +45,8 @@ class Reader:
         self.list = call.block_list.of(workspace).cpu()
         self.bits = None if call.mask_bits is None else call.mask_bits.of(workspace).cpu()
         self.ids = None if call.segments is None else call.segments.of(workspace).cpu()
+        self.bounds = None if call.segments is None else call.row_bounds.of(workspace).cpu().view(-1, 2)
+        self.compares = 0
         self.steps = 0
 
     def tile(self, item: Item) -> dict[str, int]:
@@ -104,7 +106,11 @@ class Reader:
         n = self.numbers
         allowed = torch.ones(64, 128, dtype=torch.bool)
         rows, columns = t["m0"] + consumer * 64 + torch.arange(64)[:, None], block * 128 + torch.arange(128)
-        if not t["full_begin"] <= block < t["full_end"]:
+        bounds = self.of_rows(t, consumer) if partly and self.bounds is not None else None
+        said = (
+            bounds is not None and t["begin"] < t["end"]
+        )  # the bits have causality and the window in them, too
+        if not said and not t["full_begin"] <= block < t["full_end"]:
             keys = 0 if t["begin"] == t["end"] else n.kv_len
             allowed &= columns < keys
             if self.variant.has_low:
@@ -114,7 +120,12 @@ class Reader:
         if partly:
             thread, j = torch.arange(128)[:, None], torch.arange(64)
             lane, is_second = thread % 32, (j & 2) != 0
-            words = self.words(t, consumer, block) if self.ids is None else self.compared(t, consumer, block)
+            if self.ids is None:
+                words = self.words(t, consumer, block)
+            elif bounds is None:
+                words = self.compared(t, consumer, block)
+            else:
+                words = self.between(bounds, block)
             bit = (words[thread, is_second.long()] >> (j // 4 * 2 + j % 2)) & 1
             # Register j of a thread is this element of the product.
             row = thread // 32 * 16 + lane // 4 + torch.where(is_second, 8, 0)
@@ -131,9 +142,33 @@ class Reader:
         word = first + block * 256 + thread // 32 * 64 + thread % 32
         return torch.stack([self.bits[word], self.bits[word + 32]], 1)
 
+    def of_rows(self, t: dict[str, int], consumer: int) -> Tensor | None:
+        """[128 threads, 2 rows, 2]: the keys that each may see; None where some warp has rows whose keys do not lie together, as they
+        then are here in all. `find_bits`, but for the bits."""
+        assert self.bounds is not None
+        n, thread = self.numbers, torch.arange(128)
+        row = (t["m0"] + consumer * 64 + thread // 32 * 16 + thread % 32 // 4)[:, None] + torch.tensor([0, 8])
+        seen = self.bounds[t["b"] * -(-n.q_len // 64) * 64 + row.clamp(max=n.q_len - 1)]
+        if (seen < 0).any():
+            return None
+        if self.variant.has_low:
+            seen = torch.stack([torch.maximum(seen[..., 0], row + n.low), seen[..., 1]], -1)
+        if self.variant.has_high:
+            seen = torch.stack([seen[..., 0], torch.minimum(seen[..., 1], row + n.high + 1)], -1)
+        return seen
+
+    def between(self, bounds: Tensor, block: int) -> Tensor:
+        """The bits of a block that `find_bits` makes of them: [128, 2]."""
+        quad = (torch.arange(128) % 4)[:, None, None]
+        own = (bounds - block * 128 - 2 * quad).clamp(min=0)
+        count = (own // 8 * 2 + (own % 8).clamp(max=2)).clamp(max=32)
+        before = (1 << count) - 1
+        return before[..., 1] & ~before[..., 0]
+
     def compared(self, t: dict[str, int], consumer: int, block: int) -> Tensor:
         """The same of segments: `compare_ids`."""
         assert self.ids is not None
+        self.compares += 1
         n, thread = self.numbers, torch.arange(128)
         queries, keys = -(-n.q_len // 64) * 64, -(-n.kv_len // 128) * 128
         q_ids, k_ids = self.ids[t["b"] * queries :], self.ids[n.batch * queries + t["b"] * keys :]

@@ -81,8 +81,8 @@ SHAPES = [(2, 3, 330, 700), (1, 2, 65, 5000), (2, 1, 700, 300), (3, 2, 1, 130), 
 
 def made(
     segments: Segments, stripes: int, low: int | None, high: int | None, key_mask: bool = False
-) -> Tensor:
-    """int32 [batch, tiles, HEADER + blocks], -1 where nothing was written."""
+) -> tuple[Tensor, Tensor]:
+    """int32 [batch, tiles, HEADER + blocks], -1 where nothing was written; and the bounds of the rows, int32 [batch, q_len, 2]."""
     q_ids, k_ids = segments
     batch, q_len, kv_len = *q_ids.shape, k_ids.shape[1]
     ranges = torch.empty(segments_size(batch, q_len, kv_len, 64, 128), dtype=torch.int32, device=DEVICE)
@@ -95,10 +95,21 @@ def made(
     tiles = -(-q_len // (64 * stripes))
     entries = torch.full((batch, tiles, HEADER + -(-kv_len // 128)), -1, dtype=torch.int32, device=DEVICE)
     bounds = low or 0, high or 0, low is not None, high is not None
-    segment_list_kernel[(batch * tiles,)](
-        ranges, entries, batch, q_len, kv_len, *bounds, key_mask, STRIPES=stripes, ASCENDING=False, **sizes
+    row_bounds = torch.empty(batch, -(-q_len // 64) * 64, 2, dtype=torch.int32, device=DEVICE)
+    segment_list_kernel[(batch * tiles + row_bounds.shape[1] // 64 * batch,)](
+        ranges,
+        row_bounds,
+        entries,
+        batch,
+        q_len,
+        kv_len,
+        *bounds,
+        key_mask,
+        STRIPES=stripes,
+        ASCENDING=False,
+        **sizes,
     )
-    return entries.cpu()
+    return entries.cpu(), row_bounds[:, :q_len].cpu()
 
 
 def expected(
@@ -142,16 +153,32 @@ def test_lists_are_those_of_the_ranges(
     q_len: int, kv_len: int, low: int | None, high: int | None, stripes: int, name: str
 ) -> None:
     segments = layout(name, 2, q_len, kv_len)
-    lists = made(segments, stripes, low, high).flatten(0, 1)
+    lists = made(segments, stripes, low, high)[0].flatten(0, 1)
     wanted = expected(segments, stripes, low, high)
     for got, (whole, others) in zip(lists.tolist(), wanted, strict=True):
         assert got[:HEADER] == [len(whole) + len(others), len(whole)]
         assert got[HEADER : HEADER + got[0]] == whole + others[::-1]
         assert got[HEADER] >= 0  # is read even where the list is empty
-    masked = made(segments, stripes, low, high, key_mask=True).flatten(0, 1)
+    masked = made(segments, stripes, low, high, key_mask=True)[0].flatten(0, 1)
     for got, (whole, others) in zip(masked.tolist(), wanted, strict=True):
         assert got[:HEADER] == [len(whole) + len(others), 0]
         assert got[HEADER : HEADER + got[0]] == sorted(whole + others, reverse=True)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(640, 1280), (1, 130), (200, 128 * 130 + 5), (900, 300)])
+def test_bounds_of_rows_are_those_of_their_ids(q_len: int, kv_len: int, name: str) -> None:
+    segments = layout(name, 2, q_len, kv_len)
+    _, found = made(segments, 2, None, None)
+    for b in range(2):
+        keys: dict[int, list[int]] = {}
+        for n, key_id in enumerate(segments[1][b].tolist()):
+            keys.setdefault(key_id, []).append(n)
+        for own, bounds in zip(segments[0][b].tolist(), found[b].tolist(), strict=True):
+            of_own = keys.get(own, [])
+            together = not of_own or of_own[-1] + 1 - of_own[0] == len(of_own)
+            wanted = [of_own[0], of_own[-1] + 1] if of_own else [0, 0]
+            assert bounds == (wanted if together else [-1, -1])
 
 
 # ------------------------------------------------------------------------------------------ what tiles make of them
@@ -187,6 +214,13 @@ def test_what_segments_leave_is_read_once(
     q_ids, k_ids = segments = layout(name, shape[0], *shape[2:])
     seen, reader = read_back(segments, shape, AttentionParams(precision=precision))
     assert torch.equal(seen, (q_ids[:, None, :, None] == k_ids[:, None, None, :]).expand(shape).int())
+    assert reader.bounds is not None
+    of_queries = reader.bounds.view(shape[0], -1, 2)[:, : shape[2]]
+    assert not reader.compares or (of_queries < 0).any()
+    if name.startswith("packed"):
+        assert not reader.compares
+    if name == "random" and shape[2] > 1:
+        assert reader.compares
     if name == "disjoint":
         assert reader.steps == len(list(items_of(reader.call)))  # one for each tile, or part of a tile
 

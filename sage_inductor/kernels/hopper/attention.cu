@@ -112,6 +112,7 @@ struct Params {
 #if SEGMENTS
     const int* q_ids;        // [batch, 64-row stripes of q_len, 64]
     const int* k_ids;        // [batch, blocks of kv_len, BLOCK_N]; behind the last key as that
+    const int2* q_bounds;    // as q_ids: first and last + 1 key of a query's id; -1 where those between have others, too
 #endif
 };
 
@@ -483,6 +484,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 const int v_row = (t.h / p.group * PIECES + t.piece) * V_HEAD_DIM, v_column = t.b * p.kv_pitch * 128;
 #if SEGMENTS
                 prefetch_ids(query_ids(p, t.b) + t.m0, min(BLOCK_M, p.q_len - t.m0));
+                prefetch_ids((const int*)(p.q_bounds + t.b * ((p.q_len + 63) / 64 * 64) + t.m0), 2 * min(BLOCK_M, p.q_len - t.m0));
 #endif
                 int after = BLOCK_LIST ? load_entry(t.entries + t.begin) : 0;  // one entry ahead, as it is not waited for then
                 for (int n = t.begin; n < t.end || (BLOCK_LIST && n == t.begin); n++) {
@@ -741,7 +743,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
 #endif
 #if SEGMENTS
-    // The bits of block i. While its scores are computed: no id is kept in a register, and only few are read at a time.
+    bool by_bounds = false;  // the bits have causality and the window in them, too
+    // The bits of block i, of which some query sees a part. While its scores are computed: no id is kept in a register, and only few
+    // are read at a time.
     auto compare_ids = [&](int i) {
         const int* const q_ids = query_ids(p, t.b);
         const int row0 = t.m0 + row_in_tile;
@@ -762,6 +766,25 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             bits1 = bits1 << 8 | found1;
         }
     };
+    // This thread's columns of a block that lie before `column`: bits 0 to 2 j + e of a row.
+    auto before = [&](int column) {
+        const int own = max(column - 2 * quad, 0), count = (own >> 3) * 2 + min(own & 7, 2);
+        return count >= 32 ? ~0u : (1u << count) - 1;
+    };
+    auto find_bits = [&](int i) {
+        const int2* const bounds = p.q_bounds + t.b * ((p.q_len + 63) / 64 * 64);
+        const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
+        int2 seen0 = bounds[min(row0, p.q_len - 1)], seen1 = bounds[min(row1, p.q_len - 1)];
+        by_bounds = !__any_sync(~0u, seen0.x < 0 || seen1.x < 0);
+        if (!by_bounds) {
+            compare_ids(i);
+            return;
+        }
+        if (HAS_LOW) { seen0.x = max(seen0.x, row0 + p.low); seen1.x = max(seen1.x, row1 + p.low); }
+        if (HAS_HIGH) { seen0.y = min(seen0.y, row0 + p.high + 1); seen1.y = min(seen1.y, row1 + p.high + 1); }
+        bits0 = before(seen0.y - i * BLOCK_N) & ~before(seen0.x - i * BLOCK_N);
+        bits1 = before(seen1.y - i * BLOCK_N) & ~before(seen1.x - i * BLOCK_N);
+    };
 #endif
     auto load_block_scales = [&](int i) {
 #if BLOCK_LIST
@@ -772,7 +795,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         k_next = k_scale[i];
         v_next = v_scale[i];
 #if SEGMENTS
-        if (__any_sync(~0u, entry & 1)) compare_ids(i);
+        if (__any_sync(~0u, entry & 1)) find_bits(i);
 #endif
     };
     auto load_scales = [&]() {
@@ -1032,7 +1055,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if constexpr (SHARED_REGISTERS)
 #pragma unroll
             for (int j = 0; j < NS; j++) scores[j] = (int)accumulators[j];
-        if (masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end)) hide(i);
+        bool cut = masked && (i < t.full_begin || i >= t.full_end) && !(KEY_MASK && i >= t.whole_begin && i < t.whole_end);
+#if SEGMENTS
+        if (!KEY_MASK && by_bounds && (entry & 1) && t.begin < t.end) cut = false;
+#endif
+        if (cut) hide(i);
 #if BITS
         if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
 #endif
@@ -1251,11 +1278,14 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         const Tile next(p, {more ? item.tile : 0, item.first, item.count, item.part});
         prefetch(p.q_scale + next.row + row_in_tile);
-        if (BLOCK_LIST) prefetch((const float*)(next.entries + next.begin));
-        const int first_block = next.key_row / 128 + next.start;
-        prefetch(p.k_scale + first_block);
-        prefetch(p.v_scale + first_block);
+        const int first_entry = BLOCK_LIST ? load_entry(next.entries + next.begin) : 0;
+        auto prefetch_scales = [&](int first_block) {
+            prefetch(p.k_scale + next.key_row / 128 + first_block);
+            prefetch(p.v_scale + next.key_row / 128 + first_block);
+        };
+        if (!BLOCK_LIST) prefetch_scales(next.start);
         wgmma_wait<0>();
+        if (BLOCK_LIST) prefetch_scales(first_entry >> 1);  // not before: the entry would be waited for
         const int of_product = last_counts ? stage : previous;
         if (!SKIP || of_product != NOTHING) complete(of_product, v_unit);
         if (IN_TURN) {

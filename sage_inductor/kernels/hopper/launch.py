@@ -30,12 +30,12 @@ from .share import part_starts, share
 _LISTING, _SEGMENT_LISTING = (
     {
         (consumers, ascending): {
-            "STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "ASCENDING": ascending, "num_warps": 1,
+            "STRIPES": consumers, "BLOCK_M": TILE, "BLOCK_N": KEY_BLOCK, "ASCENDING": ascending, "num_warps": warps,
         }
         for consumers in (2, 3)
         for ascending in (False, True)
     }
-    for _ in range(2)
+    for warps in (1, 4)
 )  # fmt: skip
 _BITS_WORDS = TILE * KEY_BLOCK // 32  # of the bits of a warpgroup's queries and a block
 
@@ -67,7 +67,7 @@ class _Params(ctypes.Structure):
         + [("skip_bound", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in ("block_list", "mask_bits")]
         + [(name, ctypes.c_longlong) for name in ("list_b", "list_h", "bits_b", "bits_h")]
-        + [(name, ctypes.c_void_p) for name in ("q_ids", "k_ids")]
+        + [(name, ctypes.c_void_p) for name in ("q_ids", "k_ids", "q_bounds")]
     )  # fmt: skip
 
 
@@ -158,11 +158,14 @@ class HopperAttention(TritonAttention):
             # One element behind the lists is read, too, and not used.
             self.block_list = self._part(lists_batch * lists_heads * listed + 1, torch.int32)
             lengths = sizes.q_len, sizes.kv_len, low or 0, high or 0
+            stripes = sizes.batch * -(-sizes.q_len // TILE) if self.has_segments else 0
+            self.row_bounds = self._part(2 * TILE * stripes, torch.int32)
+            made_of = (self.segments, self.row_bounds) if self.has_segments else (self.mask_states,)
             self.listing = Launch(
                 segment_list_kernel if self.has_segments else block_list_kernel,
-                lists_batch * lists_heads * tiles_per_head,
+                lists_batch * lists_heads * tiles_per_head + stripes,
                 dtypes=(),
-                own=(self.segments if self.has_segments else self.mask_states, self.block_list),
+                own=(*made_of, self.block_list),
                 numbers=(sizes.batch, *lengths) if self.has_segments else lengths,
                 specialized=(),
                 variant=(
@@ -340,6 +343,7 @@ def _placed(call: HopperAttention, address: int, packed: int) -> _Placed:
     if call.segments is not None:  # as `segment_sections` has them
         numbers.q_ids = address + call.segments.offset
         numbers.k_ids = numbers.q_ids + 4 * sizes.batch * -(-sizes.q_len // TILE) * TILE
+        numbers.q_bounds = address + call.row_bounds.offset
     return _Placed(numbers, [each.getPtr() for each in maps], maps)
 
 

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from .mask_blocks import _ALL, _SOME, _STEP
-from .segments import are_of_one, segment_sections
+from .segments import are_of_one, meeting_blocks, segment_sections
 
 HEADER = 2  # numbers in front of a tile's entries
 _HEADER = tl.constexpr(HEADER)
@@ -87,6 +87,7 @@ def block_list_kernel(
 @triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "low", "high"])
 def segment_list_kernel(
     segments,
+    row_bounds,
     entries,
     batch,
     q_len,
@@ -103,14 +104,23 @@ def segment_list_kernel(
 ):
     """As `block_list_kernel`, of the ranges of ids that `segments_kernel` has written to `segments`, for all heads: the blocks whose
     range meets that of some BLOCK_M queries. They are whole where all these queries and keys have one id, and, with KEY_MASK, a mask over keys,
-    never."""
+    never. Programs behind those of the lists write the `row_bounds` of BLOCK_M queries each (`_write_row_bounds`)."""
     blocks = tl.cdiv(kv_len, BLOCK_N)
     stripes = tl.cdiv(q_len, BLOCK_M)
     tiles = tl.cdiv(stripes, STRIPES)
     pid = tl.program_id(0)
+    k_ids, q_range, k_range, _spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    if pid >= batch * tiles:
+        slot = pid - batch * tiles
+        b = slot // stripes
+        _write_row_bounds(
+            segments + slot * BLOCK_M, k_ids + b * blocks * BLOCK_N, k_range + b * blocks, batch * blocks, blocks, kv_len,
+            row_bounds + slot * BLOCK_M * 2, tl.load(q_range + slot), tl.load(q_range + batch * stripes + slot),
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        return
     b = pid // tiles
     first_stripe = pid % tiles * STRIPES
-    _k_ids, q_range, k_range, _spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
     q_range += b * stripes + first_stripe
     k_range += b * blocks
     entries += pid.to(tl.int64) * (_HEADER + blocks)
@@ -138,6 +148,46 @@ def segment_list_kernel(
             cut = n >= 0
         whole, others = _append(entries, blocks, whole, others, n, some, every, cut, ASCENDING)
     _finish(entries, blocks, whole, others, ASCENDING)
+
+
+@triton.jit
+def _write_row_bounds(
+    q_ids,
+    k_ids,
+    k_range,
+    slots,
+    blocks,
+    kv_len,
+    row_bounds,
+    lowest,
+    highest,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write for each of BLOCK_M queries the first and the last + 1 key of its id, where those between have it, too, as in packed
+    sequences: ids need not be compared then. 0 and 0 where no key has it; -1 and -1 where other ids are between.
+
+    row_bounds: int32 [BLOCK_M, 2]. The ids of the queries lie in `lowest`..`highest`.
+    """
+    row = tl.arange(0, BLOCK_M)
+    own = tl.load(q_ids + row)
+    first = tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
+    last = tl.full([BLOCK_M], -1, tl.int32)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    begin, end = meeting_blocks(k_range, slots, 0, blocks, lowest, highest)
+    for block in range(begin, end):
+        if (tl.load(k_range + block) <= highest) & (tl.load(k_range + slots + block) >= lowest):
+            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            found = (own[:, None] == tl.load(k_ids + n)[None, :]) & (n < kv_len)[None, :]
+            key = n[None, :] + tl.zeros_like(found).to(tl.int32)
+            first = tl.minimum(first, tl.min(tl.where(found, key, 0x7FFFFFFF), 1))
+            last = tl.maximum(last, tl.max(tl.where(found, key, -1), 1))
+            count += tl.sum(found.to(tl.int32), 1)
+    is_run = count == last + 1 - first
+    first = tl.where(count == 0, 0, tl.where(is_run, first, -1))
+    last = tl.where(count == 0, 0, tl.where(is_run, last + 1, -1))
+    tl.store(row_bounds + 2 * row, first)
+    tl.store(row_bounds + 2 * row + 1, last)
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def segment_spans_kernel(
     if HAS_HIGH:
         end = tl.minimum(end, tl.cdiv(tl.maximum(last_row + high + 1, 0), BLOCK_N))
         full_end = tl.minimum(full_end, tl.maximum(first_row + high + 1, 0) // BLOCK_N)
-    first, last = _meeting_blocks(k_range, batch * blocks, begin, end, lowest, highest)
+    first, last = meeting_blocks(k_range, batch * blocks, begin, end, lowest, highest)
     full_begin = tl.minimum(tl.maximum(full_begin, first), last)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), last)
     full_begin, full_end = _blocks_of_one(k_range, batch * blocks, full_begin, full_end, lowest, highest)
@@ -126,7 +126,7 @@ def segment_spans_kernel(
 
 
 @triton.jit
-def _meeting_blocks(k_range, slots, begin, end, low, high):
+def meeting_blocks(k_range, slots, begin, end, low, high):
     """(first, last + 1) of those blocks of keys in begin..end whose range of ids meets low..high; (begin, begin) if there is none.
     `slots`: how far the largest ids of blocks lie behind the least."""
     first = tl.full([_STEP], 0x7FFFFFFF, tl.int32)

@@ -166,6 +166,7 @@ def test_masks_are_timed_with_and_without_a_look_at_their_blocks(
         masks.main(small)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_the_table_of_masks(load: Any, tmp_path: Path) -> None:
     """Its smallest row, in this process, and what is said of rows."""
     table = load("masks_table")
@@ -188,7 +189,20 @@ def test_the_table_of_masks(load: Any, tmp_path: Path) -> None:
         assert within is fits and f"{ms / 2:.3f} of SDPA" in text
     failed = {key: value for key, value in base.items() if key != "ms"} | {"error": "no memory"}
     assert "no memory" in table.report([failed, ours])[0]
-    for name in ("masks_table", "masks_models", "timing"):
+
+    def model(q: torch.Tensor) -> torch.Tensor:
+        assert torch.compiler.is_compiling(), "run eagerly"
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    on = table.Machine("cpu", True, 1, str(tmp_path))
+    contenders = [
+        table.ours("as it is", model, (torch.randn(1, 2, 64, 32),), on),
+        table.Contender("fails", lambda: model(torch.randn(1, 2, 64, 32))),
+    ]
+    entry, fails = table.measure(contenders, on)
+    assert (entry["masks"], entry["kernels"], entry["relative_l2"]) == (["causal"], ["reference"], 0)
+    assert fails == {"contender": "fails", "error": "AssertionError: run eagerly"}
+    for name in ("masks_table", "masks_models", "found_sites", "timing"):
         sys.modules.pop(name, None)
 
 

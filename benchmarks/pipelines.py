@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import statistics
@@ -45,13 +44,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from found_sites import sites_found
 from timing import machine
 from torch import Tensor, nn
 
@@ -175,29 +175,6 @@ def made(build: Callable[[], nn.Module], on: Machine) -> nn.Module:
             elif weight.dim() > 1:  # what has one dimension scales a normalised value, by 1
                 weight.normal_(0, weight[0].numel() ** -0.5)
     return model.eval()
-
-
-@contextlib.contextmanager
-def sites_found() -> Iterator[list[Any]]:
-    """What the backend says of each attention that it meets."""
-    found: list[Any] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno == logging.DEBUG and isinstance(record.args, tuple) and record.args:
-                found.append(record.args[0])
-
-    log, handler = logging.getLogger("sage_inductor.rewriting.driver"), Handler()
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    log.addHandler(handler)
-    try:
-        yield found
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
 
 
 def use_flash_attention_3(model: Any) -> None:

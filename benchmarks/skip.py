@@ -17,8 +17,13 @@ Scores are planted: where a query and a block of 128 keys are about the same, th
 A row of the JSON has gpu, torch, triton, kernel, D, S, H, precision, pattern, of (one in so many blocks is high), skip_threshold, skip_by,
 share (by the oracle, of the first head), missed (the share of all tiles that a sample leaves out although some query has a weight
 above the threshold there), ms_off, ms_on and ratio (the kernel alone), ms_lists (what a sample costs before it: the lists), with_lists
-(the ratio with them), e2e_off, e2e_on and e2e_ratio (with the quantisation and the lists), added (relative L2 of 128 rows against
-off). All are timed in turns, as often as they fit into --limit seconds for each row.
+(the ratio with them), e2e_off, e2e_on and e2e_ratio (with the quantisation and the lists), added, error_off and error_on. All are timed
+in turns, as often as they fit into --limit seconds for each row.
+
+The last three are relative L2 of 128 rows of the first head. `added` is what leaving out tiles costs by itself: attention in float64
+without the oracle's tiles against that over all keys; no kernel has a part in it. error_off and error_on are the kernel's outputs
+against attention in float64 over all keys: what 8 bits cost, and both together. (The two outputs against each other would not tell
+what skipping adds: they visit keys in different orders, and their roundings differ.)
 """
 
 from __future__ import annotations
@@ -47,8 +52,9 @@ from sage_inductor import kernels
 from sage_inductor.kernels.base import AttentionParams
 from sage_inductor.kernels.reference.algorithm import tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
-from sage_inductor.kernels.skipping import DECIDERS, log2_threshold
+from sage_inductor.kernels.skipping import DECIDERS, SkipTile, log2_threshold
 from sage_inductor.kernels.triton.launch import TritonAttention
+from sage_inductor.measurement.ground_truth import float64_attention
 from sage_inductor.measurement.metrics import relative_l2
 from sage_inductor.tuning.measure import clock_of
 
@@ -132,6 +138,20 @@ def attention_of(kernel: str) -> type[TritonAttention]:
     return HopperAttention
 
 
+def what_tiles_cost(
+    inputs: Inputs, margins: Tensor, tile: SkipTile, threshold: float, rows: Tensor
+) -> tuple[Tensor, float]:
+    """(attention of `rows` of the first head over all keys `[1, 1, rows, head_dim]`, and what leaving out the tiles below `threshold`
+    costs: the relative L2 of attention without them against it). Both in float64. `margins` are the oracle's, of the first head."""
+    q, k, v = (tensor[:1, :1] for tensor in inputs)
+    # Whole blocks of keys: the last one may end behind the last key.
+    kept = (margins[:1, :1] >= log2_threshold(threshold))[:, :, rows // tile.rows]
+    mask = kept.repeat_interleave(tile.keys, 3)[..., : k.shape[2]]
+    whole, _ = float64_attention(q, k, v, rows=rows)
+    without, _ = float64_attention(q[:, :, rows], k, v, mask)
+    return whole, relative_l2(without, whole)
+
+
 def measure(problem: Problem, limit: float) -> dict[str, Any]:
     """Times the calls once, and then in turns for as long as another turn fits into `limit` seconds."""
     q, k, v = problem.inputs()
@@ -155,13 +175,14 @@ def measure(problem: Problem, limit: float) -> dict[str, Any]:
         attend()  # compiles
         if threshold and problem.skip_by == "sample":
             calls["ms_lists"] = lambda call=call, workspace=workspace: call.list_blocks(workspace, None)
-    rows = torch.randperm(problem.seq, device=DEVICE)[:SAMPLES]
-    added = relative_l2(outputs["on"][:, :, rows], outputs["off"][:, :, rows])
     assert tile is not None
     if tile.starts is not None:
         tile = tile._replace(starts=tile.starts[:, :1])
     margins = tile_margins(q[:, :1], k[:, :1], skip_tile=tile, **by)
     share, missed = skipped_share(margins, problem.threshold), 0.0
+    rows = torch.randperm(problem.seq, device=DEVICE)[:SAMPLES]
+    exact, added = what_tiles_cost((q, k, v), margins, tile, problem.threshold, rows)
+    errors = {name: relative_l2(out[:1, :1, rows], exact) for name, out in outputs.items()}
     if problem.skip_by == "sample":
         of_all = tile_margins(q[:, :1], k[:, :1], skip_tile=tile, **by, sample_step=1)
         bound = log2_threshold(problem.threshold)
@@ -192,6 +213,8 @@ def measure(problem: Problem, limit: float) -> dict[str, Any]:
         "with_lists": ms["ms_off"] / (ms["ms_on"] + ms.get("ms_lists", 0.0)),
         "e2e_ratio": ms["e2e_off"] / ms["e2e_on"],
         "added": added,
+        "error_off": errors["off"],
+        "error_on": errors["on"],
     }
 
 
@@ -251,8 +274,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     sys.stdout.write(
         "| kernel | D | tokens | precision | pattern | one in | by | threshold | left out | missed | off, ms | on, ms | lists, ms | "
-        "ratio | with lists | end to end | adds |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "ratio | with lists | end to end | adds | error off | on |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for problem in problems(options):
         row = measure(problem, options.limit)
@@ -261,7 +284,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"| {row['kernel']} | {row['D']} | {row['S']} | {row['precision']} | {row['pattern']} | {row['of']} | "
             f"{row['skip_by']} | {row['skip_threshold']:g} | {row['share']:.1%} | {row['missed']:.2%} | "
             f"{row['ms_off']:.3f} | {row['ms_on']:.3f} | {row.get('ms_lists', 0.0):.3f} | {row['ratio']:.2f} | "
-            f"{row['with_lists']:.2f} | {row['e2e_ratio']:.2f} | {row['added']:.5f} |\n"
+            f"{row['with_lists']:.2f} | {row['e2e_ratio']:.2f} | {row['added']:.5f} | {row['error_off']:.4f} | {row['error_on']:.4f} |\n"
         )
         sys.stdout.flush()
         if options.out is not None:

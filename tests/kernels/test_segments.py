@@ -141,7 +141,18 @@ def test_ranges_of_blocks_are_those_of_their_ids(name: str) -> None:
         count = 4 * len(parts[0])
         assert found[:count].view(2, 2, -1).tolist() == ranges
         found = found[count:]
-    assert found.numel() == 2 * -(-q.shape[2] // call.plan.config.block_m) * SPAN
+    blocks = segments[1].split(call.plan.config.block_n, 1)
+    falls = torch.stack(
+        [(following[:, 1:] < following[:, :-1]).any(1) for following in _with_the_next(segments[1], blocks)], 1
+    )
+    assert found[: falls.numel()].view(2, -1).bool().tolist() == falls.tolist()
+    assert found[falls.numel() :].numel() == 2 * -(-q.shape[2] // call.plan.config.block_m) * SPAN
+
+
+def _with_the_next(ids: Tensor, blocks: tuple[Tensor, ...]) -> list[Tensor]:
+    """Each block with the id behind it, where there is one."""
+    ends = torch.tensor([block.shape[1] for block in blocks]).cumsum(0).tolist()
+    return [torch.cat([block, ids[:, end : end + 1]], 1) for block, end in zip(blocks, ends, strict=True)]
 
 
 @pytest.mark.parametrize(

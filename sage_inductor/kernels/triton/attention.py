@@ -563,7 +563,9 @@ def attention_kernel(
     own_ids = rows
     k_ids = segments
     if SEGMENTS:
-        k_ids, _q_range, _k_range, spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+        k_ids, _q_range, _k_range, _descends, spans = segment_sections(
+            segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N
+        )
         slot = b * tiles + tile
         own_ids = tl.load(segments + slot * BLOCK_M + tl.arange(0, BLOCK_M))
         k_ids += b * tl.cdiv(kv_len, BLOCK_N) * BLOCK_N

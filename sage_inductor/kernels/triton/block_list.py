@@ -109,12 +109,15 @@ def segment_list_kernel(
     stripes = tl.cdiv(q_len, BLOCK_M)
     tiles = tl.cdiv(stripes, STRIPES)
     pid = tl.program_id(0)
-    k_ids, q_range, k_range, _spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    k_ids, q_range, k_range, descends, _spans = segment_sections(
+        segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N
+    )
     if pid >= batch * tiles:
         slot = pid - batch * tiles
         b = slot // stripes
         _write_row_bounds(
-            segments + slot * BLOCK_M, k_ids + b * blocks * BLOCK_N, k_range + b * blocks, batch * blocks, blocks, kv_len,
+            segments + slot * BLOCK_M, k_ids + b * blocks * BLOCK_N, k_range + b * blocks, descends + b * blocks,
+            batch * blocks, blocks, kv_len,
             row_bounds + slot * BLOCK_M * 2, tl.load(q_range + slot), tl.load(q_range + batch * stripes + slot),
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -155,6 +158,7 @@ def _write_row_bounds(
     q_ids,
     k_ids,
     k_range,
+    descends,
     slots,
     blocks,
     kv_len,
@@ -171,23 +175,49 @@ def _write_row_bounds(
     """
     row = tl.arange(0, BLOCK_M)
     own = tl.load(q_ids + row)
-    first = tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
-    last = tl.full([BLOCK_M], -1, tl.int32)
-    count = tl.zeros([BLOCK_M], tl.int32)
-    begin, end = meeting_blocks(k_range, slots, 0, blocks, lowest, highest)
-    for block in range(begin, end):
-        if (tl.load(k_range + block) <= highest) & (tl.load(k_range + slots + block) >= lowest):
-            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            found = (own[:, None] == tl.load(k_ids + n)[None, :]) & (n < kv_len)[None, :]
-            key = n[None, :] + tl.zeros_like(found).to(tl.int32)
-            first = tl.minimum(first, tl.min(tl.where(found, key, 0x7FFFFFFF), 1))
-            last = tl.maximum(last, tl.max(tl.where(found, key, -1), 1))
-            count += tl.sum(found.to(tl.int32), 1)
-    is_run = count == last + 1 - first
-    first = tl.where(count == 0, 0, tl.where(is_run, first, -1))
-    last = tl.where(count == 0, 0, tl.where(is_run, last + 1, -1))
-    tl.store(row_bounds + 2 * row, first)
-    tl.store(row_bounds + 2 * row + 1, last)
+    # Ids that ascend need no search: as many keys lie in front of the first of an id as have smaller ones. First whole blocks are counted.
+    ascends = blocks > 0
+    smaller = tl.zeros([BLOCK_M], tl.int32)  # blocks of which all keys have smaller ids
+    up_to = tl.zeros(
+        [BLOCK_M], tl.int32
+    )  # blocks in front of which, with the first of which, no id is larger
+    for start in range(0, blocks, _STEP):
+        n = start + tl.arange(0, _STEP)
+        exists = n < blocks
+        largest = tl.load(k_range + slots + n, mask=exists, other=0)
+        least = tl.load(k_range + n, mask=exists, other=0)
+        following = tl.load(k_range + n + 1, mask=n + 1 < blocks, other=0x7FFFFFFF)
+        falls = exists & ((largest > following) | (tl.load(descends + n, mask=exists, other=0) != 0))
+        ascends = ascends & (tl.max(falls.to(tl.int32), 0) == 0)
+        smaller += tl.sum((exists[None, :] & (largest[None, :] < own[:, None])).to(tl.int32), 1)
+        up_to += tl.sum((exists[None, :] & (least[None, :] <= own[:, None])).to(tl.int32), 1)
+    if ascends:
+        column = tl.arange(0, BLOCK_N)[None, :]
+        block = tl.minimum(smaller, blocks - 1)[:, None] * BLOCK_N
+        ids = tl.load(k_ids + block + column)
+        first = tl.sum(((ids < own[:, None]) & (block + column < kv_len)).to(tl.int32), 1)
+        first += tl.minimum(smaller, blocks - 1) * BLOCK_N
+        block = tl.maximum(up_to - 1, 0)[:, None] * BLOCK_N
+        ids = tl.load(k_ids + block + column)
+        last = tl.sum(((ids <= own[:, None]) & (block + column < kv_len)).to(tl.int32), 1)
+        last += tl.maximum(up_to - 1, 0) * BLOCK_N
+        count = last - first
+    else:
+        first = tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
+        last = tl.full([BLOCK_M], 0, tl.int32)
+        count = tl.zeros([BLOCK_M], tl.int32)
+        begin, end = meeting_blocks(k_range, slots, 0, blocks, lowest, highest)
+        for block in range(begin, end):
+            if (tl.load(k_range + block) <= highest) & (tl.load(k_range + slots + block) >= lowest):
+                n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                found = (own[:, None] == tl.load(k_ids + n)[None, :]) & (n < kv_len)[None, :]
+                key = n[None, :] + tl.zeros_like(found).to(tl.int32)
+                first = tl.minimum(first, tl.min(tl.where(found, key, 0x7FFFFFFF), 1))
+                last = tl.maximum(last, tl.max(tl.where(found, key + 1, 0), 1))
+                count += tl.sum(found.to(tl.int32), 1)
+    is_run = count == last - first
+    tl.store(row_bounds + 2 * row, tl.where(count == 0, 0, tl.where(is_run, first, -1)))
+    tl.store(row_bounds + 2 * row + 1, tl.where(count == 0, 0, tl.where(is_run, last, -1)))
 
 
 @triton.jit

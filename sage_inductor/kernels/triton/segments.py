@@ -24,20 +24,22 @@ _LARGEST = tl.constexpr(0x7FFFFFFF)
 def segments_size(batch: int, q_len: int, kv_len: int, block_m: int, block_n: int) -> int:
     """Elements of the int32 workspace that `segments_kernel` writes."""
     tiles, blocks = -(-q_len // block_m), -(-kv_len // block_n)
-    return batch * (tiles * (block_m + 2 + SPAN) + blocks * (block_n + 2))
+    return batch * (tiles * (block_m + 2 + SPAN) + blocks * (block_n + 3))
 
 
 @triton.jit
 def segment_sections(segments, batch, q_len, kv_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The parts of the workspace: the ids of the queries [batch, tiles, BLOCK_M] and of the keys [batch, blocks, BLOCK_N], then the
-    least and the largest of each tile [2, batch, tiles] and of each block [2, batch, blocks], then the spans [batch, tiles, SPAN]."""
+    least and the largest of each tile [2, batch, tiles] and of each block [2, batch, blocks], then whether the ids of a block
+    descend somewhere [batch, blocks], then the spans [batch, tiles, SPAN]."""
     tiles = tl.cdiv(q_len, BLOCK_M)
     blocks = tl.cdiv(kv_len, BLOCK_N)
     k_ids = segments + batch * tiles * BLOCK_M
     q_range = k_ids + batch * blocks * BLOCK_N
     k_range = q_range + 2 * batch * tiles
-    spans = k_range + 2 * batch * blocks
-    return k_ids, q_range, k_range, spans
+    descends = k_range + 2 * batch * blocks
+    spans = descends + batch * blocks
+    return k_ids, q_range, k_range, descends, spans
 
 
 @triton.jit(do_not_specialize=["batch", "q_len", "kv_len", "stride_qb", "stride_kb"])
@@ -58,7 +60,9 @@ def segments_kernel(
     """Write the sections of `segment_sections`. A program has one tile of queries, or one block of keys."""
     tiles = tl.cdiv(q_len, BLOCK_M)
     blocks = tl.cdiv(kv_len, BLOCK_N)
-    k_target, q_range, k_range, _spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    k_target, q_range, k_range, descends, _spans = segment_sections(
+        segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N
+    )
     pid = tl.program_id(0)
     if pid < batch * tiles:
         source = q_ids + (pid // tiles).to(tl.int64) * stride_qb
@@ -67,6 +71,10 @@ def segments_kernel(
         pid -= batch * tiles
         source = k_ids + (pid // blocks).to(tl.int64) * stride_kb
         _copy_ids(source, k_target, k_range, pid, pid % blocks, batch * blocks, kv_len, stride_kn, BLOCK_N)
+        n = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        these = tl.load(source + tl.minimum(n, kv_len - 1).to(tl.int64) * stride_kn)
+        following = tl.load(source + tl.minimum(n + 1, kv_len - 1).to(tl.int64) * stride_kn)
+        tl.store(descends + pid, tl.max((following < these).to(tl.int32), 0))
 
 
 @triton.jit
@@ -100,7 +108,9 @@ def segment_spans_kernel(
     b = slot // tiles
     first_row = slot % tiles * BLOCK_M
     last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
-    _k_ids, q_range, k_range, spans = segment_sections(segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N)
+    _k_ids, q_range, k_range, _descends, spans = segment_sections(
+        segments, batch, q_len, kv_len, BLOCK_M, BLOCK_N
+    )
     k_range += b * blocks
     lowest = tl.load(q_range + slot)
     highest = tl.load(q_range + batch * tiles + slot)

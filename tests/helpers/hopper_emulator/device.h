@@ -65,7 +65,7 @@ dim block_index, block_size;
 // ------------------------------------------------------------------------------------------------------- fibers
 
 enum class Event { none, mbarrier, named_barrier, warp, product };
-const char* const EVENTS[] = {"nothing", "mbarrier", "named barrier", "its warp at", "product"};
+const char* const EVENTS[] = {"nothing", "mbarrier", "named barrier", "warp", "products of warpgroup"};
 
 struct Copy { void* target; u32 source, bytes; };
 
@@ -345,7 +345,9 @@ float of_e4m3(u32 b) {
 
 enum class Type { s8, u8, e4m3, bf16, f16 };
 
+struct Accumulator;
 struct Product {  // one instruction: d (+)= A B^T
+    void (*compute)(const Product&, Accumulator&);
     Type a_type, b_type;
     int n, accumulator, issued;
     bool accumulate, a_in_registers;
@@ -440,13 +442,10 @@ template <int n> void compute(const Product& product, Accumulator& accumulator) 
         }
 }
 
-typedef void (*Compute)(const Product&, Accumulator&);
-Compute computes[64];
-
 void run_products(Warpgroup& group, long long until) {
     for (; group.done < until; group.done++) {
         const Product& product = group.products[group.done % 64];
-        computes[group.done % 64](product, group.accumulators[product.accumulator]);
+        product.compute(product, group.accumulators[product.accumulator]);
     }
 }
 
@@ -477,8 +476,7 @@ template <int n, Type a_type, Type b_type, class D> void wgmma(D* d, const u32* 
     Product& product = group.products[self.issued % 64];
     if (self.issued == group.issued) {
         if (group.issued++ - group.done == 64) fail("too many products");
-        product = {a_type, b_type, n, slot, 0, accumulate != 0, words != nullptr, a, b, {}};
-        computes[self.issued % 64] = compute<n>;
+        product = {compute<n>, a_type, b_type, n, slot, 0, accumulate != 0, words != nullptr, a, b, {}};
     } else if (product.a != a || product.b != b || product.accumulate != (accumulate != 0) || product.accumulator != slot || product.n != n) {
         fail("wgmma with other operands than in other threads");
     }
@@ -613,8 +611,8 @@ void report_deadlock(int threads) {
         };
         for (end = first + 1; end < threads && is_same(fibers[end]); end++) {}
         if (fiber.ended) continue;
-        length += snprintf(failure + length, sizeof failure - length, "\n  threads %d to %d: %s %s%d, %lld at @%p", first, end - 1,
-                           EVENTS[(int)fiber.event], fiber.operation, fiber.which, fiber.value,
+        length += snprintf(failure + length, sizeof failure - length, "\n  threads %d to %d: %s %d, %lld %s at @%p", first, end - 1,
+                           EVENTS[(int)fiber.event], fiber.which, fiber.value, fiber.operation,
                            (void*)((char*)fiber.caller - (char*)library.dli_fbase - 1));
         if (length > (int)sizeof failure - 200) break;
     }

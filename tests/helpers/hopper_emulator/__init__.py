@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from sage_inductor.kernels.hopper.compile import HopperVariant
 
 from .translation import DEVICE, UnknownInstruction, translate
 
-__all__ = ["EmulationError", "UnknownInstruction", "build", "emulated", "missing"]
+__all__ = ["EmulationError", "UnknownInstruction", "build_source", "emulated", "missing", "run_kernel"]
 
 # Punning through pointers is what CUDA code does. Of its arrays g++ sees that some would be overrun in branches that no variant takes.
 FLAGS = (
@@ -82,21 +82,19 @@ class TensorMap:
 
 def build(variant: HopperVariant, folder: Path) -> Path:
     """The library of `variant`, compiled unless `folder` has it."""
-    return _build(_program(variant), folder)
+    text = compilation.SOURCE.read_text()
+    macros = "".join(f"#define {name} {value}\n" for name, value in variant.macros().items())
+    source = variant.source().replace(text, f'#line 1 "{compilation.SOURCE.name}"\n{text}')
+    return build_source(f'{macros}#line 1 "wgmma"\n{source}', _kernels(variant), folder)
 
 
 def _kernels(variant: HopperVariant) -> list[str]:
     return ["attention", "combine"] if variant.split else ["attention"]
 
 
-def _program(variant: HopperVariant) -> str:
-    text = compilation.SOURCE.read_text()
-    source = variant.source().replace(text, f'#line 1 "{compilation.SOURCE.name}"\n{text}')
-    macros = "".join(f"#define {name} {value}\n" for name, value in variant.macros().items())
-    return f'#include "{DEVICE}"\n{macros}#line 1 "wgmma"\n{translate(source, _kernels(variant))}'
-
-
-def _build(program: str, folder: Path) -> Path:
+def build_source(source: str, kernels: Sequence[str], folder: Path) -> Path:
+    """The library of these kernels of a CUDA source."""
+    program = f'#include "{DEVICE}"\n{translate(source, kernels)}'
     key = hashlib.sha256("\0".join((program, DEVICE.read_text(), *FLAGS)).encode()).hexdigest()[:32]
     library = folder / f"{key}.so"
     if not library.exists():
@@ -109,6 +107,24 @@ def _build(program: str, folder: Path) -> Path:
                 raise RuntimeError(f"g++: {done.stderr[:4000]}")
             os.replace(Path(own) / "library.so", library)  # several processes may do so at once
     return library
+
+
+def run_kernel(
+    library: Path,
+    name: str,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    arguments: int,
+    seed: int,
+) -> None:
+    """`arguments` is the address of an array of pointers to the kernel's arguments. Raises EmulationError."""
+    kernel: Any = getattr(_loaded(library), f"run_{name}")
+    kernel.restype = ctypes.c_char_p
+    numbers = (*map(ctypes.c_uint, grid), ctypes.c_int(threads), ctypes.c_uint(shared_bytes))
+    message = kernel(ctypes.c_void_p(arguments), *numbers, ctypes.c_ulonglong(seed))
+    if message:
+        raise EmulationError(_with_lines(message.decode(), library))
 
 
 @cache
@@ -150,13 +166,7 @@ def emulated(processors: int = 4, seed: int = 0, folder: Path | None = None) -> 
         function: tuple[Path, str], grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, arguments: int,
         overlap: bool = False,
     ) -> None:  # fmt: skip
-        library, name = function
-        kernel: Any = getattr(_loaded(library), f"run_{name}")
-        kernel.restype = ctypes.c_char_p
-        numbers = (*map(ctypes.c_uint, grid), ctypes.c_int(threads), ctypes.c_uint(shared_bytes))
-        message = kernel(ctypes.c_void_p(arguments), *numbers, ctypes.c_ulonglong(seed))
-        if message:
-            raise EmulationError(_with_lines(message.decode(), library))
+        run_kernel(*function, grid, threads, shared_bytes, arguments, seed)
 
     with ExitStack() as stack:
         for module, name, stand_in in (

@@ -95,7 +95,8 @@ def _kernels(variant: HopperVariant) -> list[str]:
 def build_source(source: str, kernels: Sequence[str], folder: Path) -> Path:
     """The library of these kernels of a CUDA source."""
     program = f'#include "{DEVICE}"\n{translate(source, kernels)}'
-    key = hashlib.sha256("\0".join((program, DEVICE.read_text(), *FLAGS)).encode()).hexdigest()[:32]
+    headers = [header.read_text() for header in sorted(DEVICE.parent.glob("*.h"))]
+    key = hashlib.sha256("\0".join((program, *headers, *FLAGS)).encode()).hexdigest()[:32]
     library = folder / f"{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -370,6 +370,43 @@ def test_what_skipping_adds_is_no_kernels_rounding(load: Any, monkeypatch: pytes
     assert skip.what_tiles_cost(problem.inputs(), margins, skip.SkipTile(), 0.001, rows)[1] > 0.5
 
 
+def test_quality_of_a_language_model(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both scripts with a small model of random weights in the place of the trained one."""
+    transformers = pytest.importorskip("transformers")
+    quality, skip_quality = load("quality"), load("skip_quality")
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=128,
+    )  # fmt: skip
+    ids = torch.randint(128, (1, 400))
+    devices = []
+
+    def small(device: str) -> tuple[Any, Any]:
+        devices.append(device)
+        model = transformers.LlamaForCausalLM(config).eval().to(device)
+        return model, lambda text, return_tensors: types.SimpleNamespace(input_ids=ids)
+
+    file = tmp_path / "found.json"
+    for module, arguments, count in (
+        (quality, ["--smoothings", "mean", "both"], 6),
+        (skip_quality, ["--thresholds", "0.9", "--by", "sample"], 2),
+    ):
+        monkeypatch.setattr(module, "load", small)
+        rows = module.main(["--tokens", "300", "--device", "cpu", "--out", str(file), *arguments])
+        found = json.loads(file.read_text())
+        assert found["rows"] == rows and len(rows) == count and "argparse.py" in found["text"]
+        for row in rows:
+            assert (row["gpu"], row["torch"], row["layers"]) == ("CPU", torch.__version__, 2)
+            assert 0 < row["median_rel_l2"] < 0.1 and row["perplexity_sdpa"] > 1
+    assert rows[1]["skip_threshold"] == 0.9 and 0 <= rows[1]["mean_share"] < 1
+    assert devices == ["cpu", "cpu"]
+
+    # A CPU's rows say so beside a GPU, too.
+    monkeypatch.setattr(quality, "machine", lambda: {"gpu": "NVIDIA H200", "torch": "2"})
+    assert quality.facts("cpu") == {"gpu": "CPU", "torch": "2"}
+    assert quality.facts("cuda") == {"gpu": "NVIDIA H200", "torch": "2"}
+
+
 @pytest.mark.usefixtures("without_inductor")
 def test_where_workspaces_lie(load: Any, tmp_path: Path) -> None:
     pytest.importorskip("triton")

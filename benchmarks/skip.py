@@ -93,9 +93,8 @@ class Problem:
         noise = 1.0 if self.pattern == "none" else NOISE
         q, k, v = (torch.randn(shape, device=DEVICE) * size for size in (noise, noise, 1.0))
         if self.pattern != "none":
-            amplitude = (HEIGHT * self.head_dim**0.5) ** 0.5
-            for tensor, about in zip((q, k), self.directions(), strict=True):
-                tensor += amplitude * about[torch.arange(self.seq, device=DEVICE) // BLOCK][None, :, None]
+            for tensor, planted in zip((q, k), self.planted(), strict=True):
+                tensor += planted[None, :, None]
         q, k, v = (tensor.to(DTYPE).transpose(1, 2) for tensor in (q, k, v))
         return q, k, v
 
@@ -112,6 +111,14 @@ class Problem:
             for size, noise in ((1.2, 0.7), (1.2, 0.7), (1.0, 0.5))
         )
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def planted(self) -> tuple[Tensor, Tensor]:
+        """What is added to the queries, and to the keys, of every head: `[seq, head_dim]`. Scores are HEIGHT where both are about the
+        same."""
+        amplitude = (HEIGHT * self.head_dim**0.5) ** 0.5
+        block = torch.arange(self.seq, device=DEVICE) // BLOCK
+        q, k = (amplitude * about[block] for about in self.directions())
+        return q, k
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """What each block of queries, and each of keys, is about: `[blocks, head_dim]`, 1 in a channel of its own for each topic."""

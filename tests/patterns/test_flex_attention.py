@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -152,6 +153,27 @@ def test_lists_beside_segments_and_rows() -> None:
     sites = sites_of([(None, partial(block_mask, mask_mod)) for mask_mod, _ in BESIDE_BANDS])
     assert [site.mask for site in sites] == [kind for _, kind in BESIDE_BANDS]
     assert all(site.rewritten for site in sites)
+
+
+def under_auto(blocks: BlockMask) -> Site:
+    torch.compiler.reset()
+    backend = RewritingBackend(dataclasses.replace(CONFIG, kernel="auto"))
+    torch.compile(attend(blocks), backend=backend)(*qkv(), blocks)
+    (site,) = backend.sites
+    return site
+
+
+def test_documents_stay_under_auto() -> None:
+    """Nothing is measured against flex_attention, which passes over the blocks of other documents, too."""
+    for mask_mod, mask in ((document, "segments"), (of_documents(causal), "causal + segments")):
+        site = under_auto(block_mask(mask_mod))
+        assert (site.rewritten, site.mask) == (False, mask)
+        assert (
+            'flex_attention with segments (supported: a kernel by name; "auto" has no measurement against it)'
+            in site.reasons
+        )
+    causal_site = under_auto(block_mask(causal))
+    assert not any("flex_attention with segments" in reason for reason in causal_site.reasons)
 
 
 def natten(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

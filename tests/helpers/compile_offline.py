@@ -4,10 +4,11 @@ from that on Hopper, and waits for the kernel in front (programmatic dependent l
     python tests/helpers/compile_offline.py 90 fast 128 none
     python tests/helpers/compile_offline.py 90 fast 128 none both float16
     python tests/helpers/compile_offline.py 90 fast+skip=0.01 128 none
+    python tests/helpers/compile_offline.py 90 fast 128 segments both bfloat16 hopper
 
 Arguments: compute capability, precision (with a skip_threshold, as forms have it), head dim, the mask: none, keys (bool, over keys), bias (float32, over
-keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Behind them may stand the smoothing
-and the dtype ("mean" and "bfloat16" unless they are given). Several such lists are compiled one after the other, with "--"
+keys), queries (bool, a row for each query), segments, or segments+ and one of the others. Behind them may stand the smoothing,
+the dtype and the kernel ("mean", "bfloat16" and "triton" unless they are given; of hopper, what runs before attention.cu). Several such lists are compiled one after the other, with "--"
 between them, and an empty line is printed between. A process of its own, because Triton's interpreter, which the tests run under,
 is chosen when it is imported.
 """
@@ -34,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 
 from sage_inductor.kernels.base import AttentionParams, Segments
 from sage_inductor.kernels.forms import parts_of
+from sage_inductor.kernels.hopper import launch as hopper
 from sage_inductor.kernels.triton import launch, launcher
 
 KERNELS = (
@@ -107,7 +109,9 @@ def main(
     mask_kind: str,
     smoothing: str = "mean",
     dtype: str = "bfloat16",
+    family: str = "triton",
 ) -> None:
+    """`family` hopper: what its Triton kernels do before attention.cu."""
     triton.runtime.driver.set_active(Driver(capability))
     launch.capability = lambda index: divmod(capability, 10)
     launch.multiprocessors = lambda index: 132
@@ -122,6 +126,12 @@ def main(
     form = parts_of(precision)
     out = torch.empty_like(q)
     params = AttentionParams(**{**form.options(), "smoothing": smoothing})
+    if family == "hopper":
+        hopper.multiprocessors = lambda index: 132
+        hopper.HopperAttention(q, k, v, mask, params, out, None, segments=segments).quantize(
+            q, k, v, mask, segments=segments
+        )
+        return
     call = launch.TritonAttention(q, k, v, mask, params, out, None, segments=segments)
     call(q, k, v, mask, out, None, segments=segments)
 
@@ -130,6 +140,8 @@ if __name__ == "__main__":
     torch.cuda.current_device = lambda: None
     for name in KERNELS:
         setattr(launch, name, Compiled(getattr(launch, name)))
+    for name in ("block_list_kernel", "segment_list_kernel"):
+        setattr(hopper, name, Compiled(getattr(hopper, name)))
     lists = [list(items) for is_separator, items in groupby(sys.argv[1:], "--".__eq__) if not is_separator]
     for number, (capability, precision, head_dim, mask, *options) in enumerate(lists):
         if number:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,3 +98,21 @@ def test_lists_are_those_of_the_states(
     for got, (whole, others) in zip(in_order.tolist(), wanted, strict=True):
         assert got[:HEADER] == [len(whole) + len(others), 0]
         assert got[HEADER : HEADER + got[0]] == sorted(whole + others)
+
+
+def test_compiles_where_there_is_no_gpu() -> None:
+    """What Triton compiles, which its interpreter takes more than; of lists of a mask, of segments and of both with a threshold by scores."""
+    helper = Path(__file__).parents[1] / "helpers" / "compile_offline.py"
+    calls = [
+        f"90 {precision} 128 {mask} mean bfloat16 hopper".split()
+        for precision, mask in (("fast", "segments"), ("balanced", "segments+keys"), ("fast", "queries"), ("fast+skip=0.01", "queries"))
+    ]  # fmt: skip
+    command = [sys.executable, str(helper), *calls[0]]
+    for call in calls[1:]:
+        command += ["--", *call]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines() if line]
+    lists = [kernel for kernel in found if kernel["kernel"] in ("segment_list_kernel", "block_list_kernel")]
+    assert len(lists) == len(calls)
+    assert not [kernel for kernel in lists if kernel["stack"] > 0]  # nothing is spilled

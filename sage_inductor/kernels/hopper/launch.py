@@ -35,7 +35,7 @@ _LISTING, _SEGMENT_LISTING = (
         for consumers in (2, 3)
         for ascending in (False, True)
     }
-    for warps in (1, 4)
+    for warps in (1, 2)
 )  # fmt: skip
 _BITS_WORDS = TILE * KEY_BLOCK // 32  # of the bits of a warpgroup's queries and a block
 

@@ -35,6 +35,7 @@ from .segments import are_of_one, meeting_blocks, segment_sections
 
 HEADER = 2  # numbers in front of a tile's entries
 _HEADER = tl.constexpr(HEADER)
+_COLUMNS = tl.constexpr(32)  # ids that are compared at a time, where they have to be
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "low", "high"])
@@ -175,46 +176,47 @@ def _write_row_bounds(
     """
     row = tl.arange(0, BLOCK_M)
     own = tl.load(q_ids + row)
-    # Ids that ascend need no search: as many keys lie in front of the first of an id as have smaller ones. First whole blocks are counted.
     ascends = blocks > 0
-    smaller = tl.zeros([BLOCK_M], tl.int32)  # blocks of which all keys have smaller ids
-    up_to = tl.zeros(
-        [BLOCK_M], tl.int32
-    )  # blocks in front of which, with the first of which, no id is larger
     for start in range(0, blocks, _STEP):
         n = start + tl.arange(0, _STEP)
-        exists = n < blocks
-        largest = tl.load(k_range + slots + n, mask=exists, other=0)
-        least = tl.load(k_range + n, mask=exists, other=0)
+        largest = tl.load(k_range + slots + n, mask=n < blocks, other=0)
         following = tl.load(k_range + n + 1, mask=n + 1 < blocks, other=0x7FFFFFFF)
-        falls = exists & ((largest > following) | (tl.load(descends + n, mask=exists, other=0) != 0))
+        falls = (n < blocks) & (
+            (largest > following) | (tl.load(descends + n, mask=n < blocks, other=0) != 0)
+        )
         ascends = ascends & (tl.max(falls.to(tl.int32), 0) == 0)
-        smaller += tl.sum((exists[None, :] & (largest[None, :] < own[:, None])).to(tl.int32), 1)
-        up_to += tl.sum((exists[None, :] & (least[None, :] <= own[:, None])).to(tl.int32), 1)
+    count = tl.zeros([BLOCK_M], tl.int32)
     if ascends:
-        column = tl.arange(0, BLOCK_N)[None, :]
-        block = tl.minimum(smaller, blocks - 1)[:, None] * BLOCK_N
-        ids = tl.load(k_ids + block + column)
-        first = tl.sum(((ids < own[:, None]) & (block + column < kv_len)).to(tl.int32), 1)
-        first += tl.minimum(smaller, blocks - 1) * BLOCK_N
-        block = tl.maximum(up_to - 1, 0)[:, None] * BLOCK_N
-        ids = tl.load(k_ids + block + column)
-        last = tl.sum(((ids <= own[:, None]) & (block + column < kv_len)).to(tl.int32), 1)
-        last += tl.maximum(up_to - 1, 0) * BLOCK_N
+        first = count  # of the keys whose ids are not smaller,
+        last = count  # and of those whose are larger: kv_len where there are none
+        first_end = count + kv_len
+        last_end = first_end
+        left = kv_len
+        while left > 0:
+            middle = (first + first_end) // 2
+            goes_on = first < first_end
+            is_before = goes_on & (tl.load(k_ids + middle, mask=goes_on, other=0) < own)
+            first = tl.where(is_before, middle + 1, first)
+            first_end = tl.where(goes_on & (is_before == 0), middle, first_end)
+            centre = (last + last_end) // 2
+            searches = last < last_end
+            is_within = searches & (tl.load(k_ids + centre, mask=searches, other=0) <= own)
+            last = tl.where(is_within, centre + 1, last)
+            last_end = tl.where(searches & (is_within == 0), centre, last_end)
+            left = left // 2
         count = last - first
     else:
         first = tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
-        last = tl.full([BLOCK_M], 0, tl.int32)
-        count = tl.zeros([BLOCK_M], tl.int32)
+        last = tl.zeros([BLOCK_M], tl.int32)
         begin, end = meeting_blocks(k_range, slots, 0, blocks, lowest, highest)
         for block in range(begin, end):
             if (tl.load(k_range + block) <= highest) & (tl.load(k_range + slots + block) >= lowest):
-                n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                found = (own[:, None] == tl.load(k_ids + n)[None, :]) & (n < kv_len)[None, :]
-                key = n[None, :] + tl.zeros_like(found).to(tl.int32)
-                first = tl.minimum(first, tl.min(tl.where(found, key, 0x7FFFFFFF), 1))
-                last = tl.maximum(last, tl.max(tl.where(found, key + 1, 0), 1))
-                count += tl.sum(found.to(tl.int32), 1)
+                for column in range(0, BLOCK_N, _COLUMNS):
+                    key = (block * BLOCK_N + column + tl.arange(0, _COLUMNS))[None, :]
+                    found = (own[:, None] == tl.load(k_ids + key)) & (key < kv_len)
+                    first = tl.minimum(first, tl.min(tl.where(found, key, 0x7FFFFFFF), 1))
+                    last = tl.maximum(last, tl.max(tl.where(found, key + 1, 0), 1))
+                    count += tl.sum(found.to(tl.int32), 1)
     is_run = count == last - first
     tl.store(row_bounds + 2 * row, tl.where(count == 0, 0, tl.where(is_run, first, -1)))
     tl.store(row_bounds + 2 * row + 1, tl.where(count == 0, 0, tl.where(is_run, last, -1)))

@@ -24,13 +24,13 @@ from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.report.site import Names, Site, TensorInfo
 from sage_inductor.rewriting.block_lists import BlockLists
 from sage_inductor.rewriting.eligibility import (
-    flex_reasons,
     gradient_reasons,
     ineligible_reasons,
     make_problem,
     make_sdpa_call,
     varlen_reasons,
 )
+from sage_inductor.rewriting.flex_baseline import standing_flex
 from sage_inductor.rewriting.found import Found
 from sage_inductor.rewriting.masks import classify
 from sage_inductor.rewriting.masks.mask import Mask
@@ -77,11 +77,15 @@ def judge(found: Found, walk: Walk) -> Decision:
     flex = FlexCall.of(found.node)
     lists = None if flex is None else BlockLists(flex, mask, found.region.writes)
     if lists is not None:
-        reasons += lists.reasons(call, walk.values) + flex_reasons(mask, walk.config)
+        reasons += lists.reasons(call, walk.values)
     as_found = found.match.as_found
     if flex is not None and str(mask) == "causal":
         # a baseline as good as flex_attention, which passes over blocks
         as_found = dataclasses.replace(as_found, attn_mask=None, is_causal=True)
+    elif flex is not None and as_found.attn_mask is not None:
+        standing = standing_flex(mask, as_found.scale)
+        if standing is not None:
+            as_found = dataclasses.replace(as_found, attn_mask=None, standing=standing)
     site, choice, mask, moves_to = _decide(as_found, call, mask, walk, found.around, found.node, reasons)
     insert = None
     if site.rewritten:

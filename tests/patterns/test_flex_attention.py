@@ -21,8 +21,12 @@ from torch.nn.attention.flex_attention import (
 
 from sage_inductor import Config, explain
 from sage_inductor.report.site import Site
+from sage_inductor.rewriting import decision
 from sage_inductor.rewriting.driver import rewrite_graph
 from sage_inductor.testing import RewritingBackend, capture, graph_text, max_error, relative_l2
+from sage_inductor.torch_internals.dispatch import outside_tracing
+from sage_inductor.tuning import Choice, Comparison
+from sage_inductor.tuning.measure import usual_segments
 
 CONFIG = Config(kernel="reference", precision="accurate")
 LENGTH, BLOCK = 96, 32
@@ -155,25 +159,70 @@ def test_lists_beside_segments_and_rows() -> None:
     assert all(site.rewritten for site in sites)
 
 
-def under_auto(blocks: BlockMask) -> Site:
+@pytest.mark.parametrize(
+    ("mask_mod", "kind"),
+    [
+        (and_masks(causal, window), "sliding_window left=40 right=0"),
+        (of_documents(causal), "causal + segments"),
+        (document, "segments"),
+    ],
+)
+def test_what_a_kernel_has_to_be_faster_than_is_flex_attention(
+    monkeypatch: pytest.MonkeyPatch, mask_mod: Any, kind: str
+) -> None:
+    """Not SDPA with the mask as a tensor. Its values: over documents of usual lengths, where the mask has documents."""
+    seen: list[Comparison] = []
+
+    def choose(comparison: Comparison, *_: Any) -> Choice:
+        seen.append(comparison)
+        return Choice(None, ("only looked at",))
+
+    monkeypatch.setattr(decision, "choose", choose)
     torch.compiler.reset()
+    blocks, tensors = block_mask(mask_mod), qkv(4, 2)
     backend = RewritingBackend(dataclasses.replace(CONFIG, kernel="auto"))
-    torch.compile(attend(blocks), backend=backend)(*qkv(), blocks)
+    torch.compile(attend(blocks, enable_gqa=True), backend=backend)(*tensors, blocks)
     (site,) = backend.sites
-    return site
+    assert site.mask == kind
+    sdpa = seen[0].sdpa
+    assert sdpa.standing is not None and (sdpa.standing.name, sdpa.attn_mask) == ("flex_attention", None)
+    i, j, ids = torch.arange(LENGTH)[:, None], torch.arange(LENGTH), usual_segments(LENGTH)
+    allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    if kind != "segments":
+        allowed &= j <= i
+    if kind.startswith("sliding"):
+        allowed &= i - j <= 40
+    if kind.endswith("segments"):
+        allowed &= ids[:, None] == ids
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(item.double() for item in tensors), allowed, enable_gqa=True
+    )
+    nested = []
+
+    def measuring(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        """As a measurement is made: while a model is compiled."""
+        with outside_tracing():
+            nested.append(sdpa.standing.run(*tensors))
+        return module
+
+    assert torch.equal(torch.compile(lambda x: x + 1, backend=measuring)(tensors[0]), tensors[0] + 1)
+    assert relative_l2(nested[0], expected) < 1e-5
 
 
-def test_documents_stay_under_auto() -> None:
-    """Nothing is measured against flex_attention, which passes over the blocks of other documents, too."""
-    for mask_mod, mask in ((document, "segments"), (of_documents(causal), "causal + segments")):
-        site = under_auto(block_mask(mask_mod))
-        assert (site.rewritten, site.mask) == (False, mask)
-        assert (
-            'flex_attention with segments (supported: a kernel by name; "auto" has no measurement against it)'
-            in site.reasons
-        )
-    causal_site = under_auto(block_mask(causal))
-    assert not any("flex_attention with segments" in reason for reason in causal_site.reasons)
+def test_a_mask_that_reads_more_is_compared_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Comparison] = []
+    monkeypatch.setattr(
+        decision,
+        "choose",
+        lambda comparison, *_: seen.append(comparison) or Choice(None, ("only looked at",)),
+    )
+    for mask_mod in (and_masks(causal, padding), causal):
+        torch.compiler.reset()
+        blocks = block_mask(mask_mod)
+        backend = RewritingBackend(dataclasses.replace(CONFIG, kernel="auto"))
+        torch.compile(attend(blocks), backend=backend)(*qkv(), blocks)
+    assert [comparison.sdpa.standing for comparison in seen] == [None, None]
+    assert seen[0].sdpa.attn_mask is not None and seen[1].sdpa.is_causal
 
 
 def natten(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

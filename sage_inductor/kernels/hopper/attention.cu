@@ -743,9 +743,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     };
 #endif
 #if SEGMENTS
-    bool by_bounds = false;  // the bits have causality and the window in them, too
-    // The bits of block i, of which some query sees a part. While its scores are computed: no id is kept in a register, and only few
-    // are read at a time.
+    // The bits of block i, of which some query sees a part, by its ids. While its scores are computed: no id is kept in a register, and
+    // only few are read at a time.
     auto compare_ids = [&](int i) {
         const int* const q_ids = query_ids(p, t.b);
         const int row0 = t.m0 + row_in_tile;
@@ -771,6 +770,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         const int own = max(column - 2 * quad, 0), count = (own >> 3) * 2 + min(own & 7, 2);
         return count >= 32 ? ~0u : (1u << count) - 1;
     };
+    bool by_bounds = false;  // the bits come from bounds of rows, and have causality and the window in them, too
+    // Where the keys of all the warp's ids lie together, first and last say all; else ids are compared.
     auto find_bits = [&](int i) {
         const int2* const bounds = p.q_bounds + t.b * ((p.q_len + 63) / 64 * 64);
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;

@@ -24,6 +24,7 @@ from sage_inductor.patterns.varlen_attention import VarlenAttention
 from sage_inductor.report.site import Names, Site, TensorInfo
 from sage_inductor.rewriting.block_lists import BlockLists
 from sage_inductor.rewriting.eligibility import (
+    flex_reasons,
     gradient_reasons,
     ineligible_reasons,
     make_problem,
@@ -77,7 +78,7 @@ def judge(found: Found, walk: Walk) -> Decision:
     flex = FlexCall.of(found.node)
     lists = None if flex is None else BlockLists(flex, mask, found.region.writes)
     if lists is not None:
-        reasons += lists.reasons(call, walk.values)
+        reasons += lists.reasons(call, walk.values) + flex_reasons(mask, walk.config)
     as_found = found.match.as_found
     if flex is not None and str(mask) == "causal":
         # a baseline as good as flex_attention, which passes over blocks

@@ -134,6 +134,17 @@ def varlen_reasons(node: fx.Node, mask: Mask, config: Config, around: Surroundin
     return reasons
 
 
+def flex_reasons(mask: Mask, config: Config) -> list[str]:
+    """Why a flex_attention with `mask` has to stay. It passes over the blocks of other documents, as kernels do, and needs none of what
+    the graph computes for them: ids of 32 bits, and whether the lists of the block_mask fit. No measurement has that in it."""
+    if config.kernel == "auto" and mask.query_segments is not None:
+        what = (
+            'flex_attention with segments (supported: a kernel by name; "auto" has no measurement against it)'
+        )
+        return [what]
+    return []
+
+
 def _shape_reasons(call: AttentionCall, tensors: dict[str, Tensor]) -> list[str]:
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dims = {tensor.dim() for tensor in tensors.values()}

@@ -12,19 +12,17 @@ from torch import Tensor
 
 from sage_inductor.graph.call import Standing
 from sage_inductor.kernels import AttentionParams
-from sage_inductor.rewriting.block_rows import Blocks, Grid
+from sage_inductor.rewriting.block_rows import Grid
 from sage_inductor.rewriting.masks.mask import Mask
-from sage_inductor.tuning.measure import usual_segments
 
 NAME = "flex_attention"
 BLOCK_SIZE = 128  # create_block_mask's
 
 
 def standing_flex(mask: Mask, scale: object) -> Standing | None:
-    """What stands for a flex_attention with `mask`: it, with the same band, and documents as models have them where the mask has segments. None where the
-    mask is more than that."""
+    """What stands for a flex_attention with `mask`, a band: it, compiled. None where the mask is more than that."""
     is_computed = mask.left_bound is not None or mask.right_bound is not None
-    if is_computed or mask.attn_mask is not None:
+    if is_computed or mask.attn_mask is not None or mask.query_segments is not None:
         return None
     band = AttentionParams(mask.is_causal, mask.bottom_right, mask.window_left, mask.window_right)
     number = float(scale) if isinstance(scale, (int, float)) else None
@@ -34,11 +32,12 @@ def standing_flex(mask: Mask, scale: object) -> Standing | None:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
         lengths = query.shape[-2], key.shape[-2]
         if lengths not in masks:
-            masks[lengths] = block_mask(band, mask.query_segments is not None, *lengths, query.device)
+            masks[lengths] = block_mask(band, *lengths, query.device)
         if not compiled:
             # Of a code object of its own: Dynamo limits how often one is compiled, and a model may compile flex_attention itself.
             copy = types.FunctionType(_attend.__code__.replace(), _attend.__globals__)
-            compiled.append(torch.compile(copy, dynamic=False))
+            # And whole: run eagerly, flex_attention writes all scores.
+            compiled.append(torch.compile(copy, dynamic=False, fullgraph=True))
         return compiled[0](query, key, value, masks[lengths], number)
 
     return Standing(NAME, run)
@@ -51,21 +50,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float
     return flex_attention(query, key, value, block_mask=blocks, scale=scale, enable_gqa=grouped)
 
 
-def block_mask(
-    band: AttentionParams, has_segments: bool, q_len: int, kv_len: int, device: torch.device
-) -> Any:
-    """torch's BlockMask of `band`, and of documents of usual lengths, made without the mask: `create_block_mask` writes one of
-    q_len times kv_len numbers of 64 bits first."""
+def block_mask(band: AttentionParams, q_len: int, kv_len: int, device: torch.device) -> Any:
+    """torch's BlockMask of `band`, made without the mask: `create_block_mask` writes one of q_len times kv_len numbers of 64 bits
+    first."""
     from torch.nn.attention.flex_attention import BlockMask
 
     low, high = bounds = band.bounds(q_len, kv_len)
-    grid = Grid(
-        q_len, kv_len, (-(-q_len // BLOCK_SIZE), -(-kv_len // BLOCK_SIZE)), (BLOCK_SIZE, BLOCK_SIZE), device
-    )
-    query_ids, key_ids = (usual_segments(length, device) for length in (q_len, kv_len))
-    blocks: Blocks = grid.of_band(bounds)
-    if has_segments:
-        blocks, _ = grid.of_band_and(bounds, None, query_ids[None], key_ids[None])
+    counts_of_blocks = -(-q_len // BLOCK_SIZE), -(-kv_len // BLOCK_SIZE)
+    grid = Grid(q_len, kv_len, counts_of_blocks, (BLOCK_SIZE, BLOCK_SIZE), device)
+    blocks = grid.of_band(bounds)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = query >= 0
@@ -73,16 +66,19 @@ def block_mask(
             seen = seen & (key >= query + low)
         if high is not None:
             seen = seen & (key <= query + high)
-        return seen & (query_ids[query] == key_ids[key]) if has_segments else seen
+        return seen
 
     shape = 1, 1, *grid.blocks
-    lists = [
-        item
-        for found in (blocks.needed & ~blocks.whole, blocks.needed & blocks.whole)
-        for item in _lists(found.expand(shape))
-    ]
+    counts, indices = _lists((blocks.needed & ~blocks.whole).expand(shape))
+    full_counts, full_indices = _lists((blocks.needed & blocks.whole).expand(shape))
     return BlockMask.from_kv_blocks(
-        *lists, BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=mask_mod, seq_lengths=(q_len, kv_len)
+        counts,
+        indices,
+        full_counts,
+        full_indices,
+        BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+        mask_mod=mask_mod,
+        seq_lengths=(q_len, kv_len),
     )
 
 

@@ -181,7 +181,10 @@ def under_auto(blocks: BlockMask, *tensors: Tensor, **options: Any) -> Site:
 
 @pytest.mark.parametrize(
     ("mask_mod", "left", "right"),
-    [(and_masks(causal, window), 40, 0), (lambda b, h, q, k: (q - k).abs() <= 9, 9, 9)],
+    [
+        (and_masks(causal, window), 40, 0),
+        pytest.param(lambda b, h, q, k: (q - k).abs() <= 9, 9, 9, marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_kernel_has_to_be_faster_than_is_flex_attention(
     compared: list[Comparison], mask_mod: Any, left: int, right: int

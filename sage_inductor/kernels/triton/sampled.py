@@ -223,14 +223,14 @@ def sampled_list_kernel(
         tl.store(target, whole + others, mask=exists)
         tl.store(target + 1, whole, mask=exists)
         tl.store(target + _HEADER, tl.zeros_like(tile), mask=exists & (whole + others == 0))
-        tl.debug_barrier()
+        tl.debug_barrier()  # other threads have written what a thread moves, and all have read the slab, which is written again next
         gap = blocks - whole - others
         for start in range(0, tl.max(others, 0), _STEP):
             place = (start + tl.arange(0, _STEP))[None, :]
             moved = target[:, None] + (_HEADER + whole[:, None] + place)
             is_there = (place < others[:, None]) & (gap > 0)[:, None]
             x = tl.load(moved + gap[:, None], mask=is_there, other=0)
-            tl.debug_barrier()
+            tl.debug_barrier()  # all have read what others overwrite
             tl.store(moved, x, mask=is_there)
 
 

@@ -73,6 +73,18 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
     return math.exp(F.cross_entropy(logits.float(), ids[0, 1:]).item())
 
 
+def perplexity_by(config: sage_inductor.Config, model: Any, ids: torch.Tensor) -> float:
+    """`perplexity` with all attention of the model by `config`. Behind it the model has SDPA again."""
+    name = "sage_quality"
+    integration.register(config, name=name)
+    try:
+        model.set_attn_implementation(name)
+        return perplexity(model, ids)
+    finally:
+        model.set_attn_implementation("sdpa")
+        integration.unregister(name)
+
+
 def layer_errors(model: Any, ids: torch.Tensor, smoothings: list[str]) -> dict[str, list[float]]:
     """Precision with smoothing -> the error of each layer."""
     model.set_attn_implementation("sdpa")
@@ -117,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for form in forms_of(options.smoothings):
             parts = parts_of(form)
             config = sage_inductor.Config(kernel="reference", **parts.options())
-            integration.register(config, name="sage_quality")
-            model.set_attn_implementation("sage_quality")
-            change = perplexity(model, part) / exact - 1
+            change = perplexity_by(config, model, part) / exact - 1
             row = {
                 **facts(options.device),
                 "tokens": tokens,

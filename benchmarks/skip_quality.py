@@ -19,17 +19,17 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quality import about, document, facts, load, perplexity
+from quality import about, document, facts, load, perplexity, perplexity_by
 from torch import Tensor
 
 import sage_inductor
-from sage_inductor.integrations import transformers as integration
 from sage_inductor.kernels.reference.algorithm import attention, tile_margins
 from sage_inductor.kernels.reference.tiles import skipped_share
 from sage_inductor.kernels.skipping import DECIDERS, LADDER, SAMPLED_TILE, SKIP_TILE, log2_threshold
@@ -41,10 +41,12 @@ TILES = {"scores": SKIP_TILE, "sample": SAMPLED_TILE}
 Way = tuple[str, float]  # skip_by and skip_threshold
 
 
-def use(model: Any, attend: Attention) -> None:
-    """Let the model's attention be `attend`, of query, key, value and the scale: it is causal, without padding."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+@contextmanager
+def attention_by(attend: Attention, model: Any) -> Iterator[None]:
+    """The model's attention is `attend`, of query, key, value and the scale: it is causal, without padding. Behind it the model
+    has SDPA again."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def forward(
         module: Any,
@@ -59,9 +61,15 @@ def use(model: Any, attend: Attention) -> None:
         assert attention_mask is None, "a mask beside causality"
         return attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("sage_skip", forward)
-    AttentionMaskInterface.register("sage_skip", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation("sage_skip")
+    name = "sage_skip"
+    ALL_ATTENTION_FUNCTIONS[name] = forward
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -112,8 +120,7 @@ def layers(
         found.append(of_layer)
         return result
 
-    use(model, attend)
-    with torch.no_grad():
+    with attention_by(attend, model), torch.no_grad():
         model(ids, use_cache=False)
     return found
 
@@ -135,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"--tokens {tokens} (valid: up to {ids.shape[1]})")
         part = ids[:, :tokens]
         by_layer = layers(model, part, options.by, options.thresholds)
-        use(model, exact)
-        plain = perplexity(model, part)
+        with attention_by(exact, model):
+            plain = perplexity(model, part)
         sys.stdout.write(
             f"\n{tokens} tokens, perplexity {plain:.4f}\n\n"
             "| skip_by | skip_threshold | tiles, mean (least to most) | missed | added, median / largest | with `fast` | perplexity, "
@@ -148,14 +155,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 [layer[skip_by, threshold][name] for layer in by_layer]
                 for name in ("share", "missed", "added", "rel_l2")
             )
-            use(model, exact_without_tiles(skip_by, threshold) if threshold else exact)
-            change = perplexity(model, part) / plain - 1
+            with attention_by(exact_without_tiles(skip_by, threshold) if threshold else exact, model):
+                change = perplexity(model, part) / plain - 1
             config = sage_inductor.Config(
                 kernel="reference", precision="fast", skip_threshold=threshold, skip_by=skip_by
             )
-            integration.register(config, name="sage_skip_fast")
-            model.set_attn_implementation("sage_skip_fast")
-            change_fast = perplexity(model, part) / plain - 1
+            change_fast = perplexity_by(config, model, part) / plain - 1
             rows.append(
                 {
                     **facts(options.device),

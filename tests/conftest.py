@@ -100,6 +100,30 @@ def new_process() -> Iterator[Callable[[], None]]:
     forget()
 
 
+# What is registered with other libraries, by the module that did it: names or replaced functions.
+REGISTERED = {
+    "sage_inductor.integrations.diffusers.dispatch": "_registered",
+    "sage_inductor.integrations.fastvideo": "_original",
+    "sage_inductor.integrations.transformers": "_replaced",
+    "sage_inductor.integrations.xdit": "_replaced",
+}
+
+
+def registered() -> dict[str, list[object]]:
+    return {
+        module: list(getattr(sys.modules[module], name)) if module in sys.modules else []
+        for module, name in REGISTERED.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered() -> Iterator[None]:
+    """A registration holds for the whole process: one that a test leaves behind is found by whichever test comes next in it."""
+    before = registered()
+    yield
+    assert registered() == before, "registered by this test, and not unregistered"
+
+
 @pytest.fixture
 def inference() -> Iterator[None]:
     """No gradients."""

@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ..skipping import SAMPLED_TILE
+from .band import band_blocks
 from .block_list import _HEADER
 from .mask_blocks import add_bits, used_blocks, whole_blocks
 from .numerics import (
@@ -544,18 +545,9 @@ def attention_kernel(
         # A list is of the queries of this program and, where it has 64, of those beside them: so are the bounds, then.
         first_row = first_row // _LISTED * _LISTED
         last_row = tl.minimum(first_row + _LISTED, q_len) - 1
-    end_key = kv_len
-    full_end_key = kv_len
-    if HAS_HIGH:
-        end_key = tl.minimum(kv_len, tl.maximum(last_row + high + 1, 0))
-        full_end_key = tl.minimum(kv_len, tl.maximum(first_row + high + 1, 0))
-    begin = 0
-    end = tl.cdiv(end_key, BLOCK_N)
-    full_begin = 0
-    full_end = full_end_key // BLOCK_N
-    if HAS_LOW:
-        begin = tl.maximum(first_row + low, 0) // BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last_row + low, 0), BLOCK_N)
+    begin, end, full_begin, full_end = band_blocks(
+        first_row, last_row, kv_len, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+    )
     if SKIP_BLOCKS:
         used_keys = (used_keys + _USED_KEYS * b).to(tl.pointer_type(tl.int32))
         begin = tl.maximum(begin, tl.load(used_keys) // BLOCK_N)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..skipping import GROUP_ROWS, PROBE_SHARE, SAMPLE_STEP, SAMPLED_TILE
+from .band import band_blocks
 from .block_list import _HEADER, are_cut
 from .workspace import _KEY_BLOCK, _USED_KEYS, sections
 
@@ -137,16 +138,10 @@ def sampled_list_kernel(
             q1 = tl.load(q8 + q_row[:, None] * D + D0 + tl.arange(0, D1)[None, :])
         block0 = kv_h * kv_blocks + b * tl.cdiv(kv_len, _KEY_BLOCK)
         keys = k8 + (block0.to(tl.int64) * _KEY_BLOCK + column)[:, None] * D
-        begin = 0
-        end = blocks
-        full_begin = 0
-        full_end = kv_len // _KEY_BLOCK
-        if HAS_LOW:
-            begin = tl.minimum(tl.maximum(first + low, 0) // _KEY_BLOCK, blocks)
-            full_begin = tl.cdiv(tl.maximum(last + low, 0), _KEY_BLOCK)
-        if HAS_HIGH:
-            end = tl.minimum(end, tl.cdiv(tl.maximum(last + high + 1, 0), _KEY_BLOCK))
-            full_end = tl.minimum(full_end, tl.maximum(first + high + 1, 0) // _KEY_BLOCK)
+        begin, end, full_begin, full_end = band_blocks(
+            first, last, kv_len, low, high, HAS_LOW, HAS_HIGH, _KEY_BLOCK
+        )
+        begin = tl.minimum(begin, blocks)
         row_max = tl.full([_SAMPLES], _LOWEST, tl.float32)
         for block in tl.range(begin, tl.where(looks, end, begin)):
             tile = keys + block * (_KEY_BLOCK * D)
@@ -172,14 +167,12 @@ def sampled_list_kernel(
         tile = first // _TILE + tl.arange(0, _SAMPLES // _TILE_SAMPLES)
         exists = tile < tiles
         target = entries + (bh.to(tl.int64) * tiles + tile) * (_HEADER + blocks)
-        # Of each tile, as of the group above.
-        tile_begin = tl.zeros_like(tile)
-        tile_end = tile_begin + blocks
         tile_last = tl.minimum(tile * _TILE + _TILE, q_len) - 1
-        if HAS_LOW:
-            tile_begin = tl.maximum(tile * _TILE + low, 0) // _KEY_BLOCK
-        if HAS_HIGH:
-            tile_end = tl.minimum(tile_end, tl.cdiv(tl.maximum(tile_last + high + 1, 0), _KEY_BLOCK))
+        tile_begin, tile_end, _tile_full_begin, _tile_full_end = band_blocks(
+            tile * _TILE, tile_last, kv_len, low, high, HAS_LOW, HAS_HIGH, _KEY_BLOCK
+        )
+        tile_begin = tl.zeros_like(tile) + tile_begin  # one of each tile, where there is no bound, too
+        tile_end = tl.zeros_like(tile) + tile_end
         whole = tl.zeros_like(tile)
         others = tl.zeros_like(tile)
         within = 0

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .band import band_blocks
+
 SPAN = 4  # numbers of a tile: first and last + 1 block of keys that it reads, and of those of one id
 _SPAN = tl.constexpr(SPAN)
 _STEP = tl.constexpr(128)  # ranges read at a time
@@ -114,16 +116,9 @@ def segment_spans_kernel(
     k_range += b * blocks
     lowest = tl.load(q_range + slot)
     highest = tl.load(q_range + batch * tiles + slot)
-    begin = 0
-    end = blocks
-    full_begin = 0
-    full_end = kv_len // BLOCK_N
-    if HAS_LOW:
-        begin = tl.maximum(first_row + low, 0) // BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last_row + low, 0), BLOCK_N)
-    if HAS_HIGH:
-        end = tl.minimum(end, tl.cdiv(tl.maximum(last_row + high + 1, 0), BLOCK_N))
-        full_end = tl.minimum(full_end, tl.maximum(first_row + high + 1, 0) // BLOCK_N)
+    begin, end, full_begin, full_end = band_blocks(
+        first_row, last_row, kv_len, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+    )
     first, last = meeting_blocks(k_range, batch * blocks, begin, end, lowest, highest)
     full_begin = tl.minimum(tl.maximum(full_begin, first), last)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), last)

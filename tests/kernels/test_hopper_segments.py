@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -288,13 +289,25 @@ def test_a_mask_of_more_than_keys_beside_segments_goes_to_triton() -> None:
 # --------------------------------------------------------------------------------------------- what is compiled
 
 
+# Each precision at the head dims of most models, and the widest.
+COMPILED = (
+    ("segments", 64, "fast"), ("segments", 64, "accurate"),
+    ("segments", 128, "fast"), ("segments", 128, "balanced"), ("segments", 128, "accurate"),
+    ("segments", 256, "balanced"),
+    ("mask_bits", 128, "fast"),
+)  # fmt: skip
+
+
 @pytest.mark.xdist_group("hopper segments, compiled")
-@pytest.mark.parametrize("precision", agreement.PRECISIONS)
 @pytest.mark.parametrize(
-    ("part", "dim"),
-    [("segments", dim) for dim in (64, 128, 256)]
-    + [("mask_bits", 128)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("segments", 96), ("mask_bits", 64))],
+    ("part", "dim", "precision"),
+    [
+        pytest.param(*case, marks=[] if case in COMPILED else [pytest.mark.slow])
+        for case in (
+            *product(("segments",), (64, 96, 128, 256), agreement.PRECISIONS),
+            *product(("mask_bits",), (64, 128), agreement.PRECISIONS),
+        )
+    ],
 )
 def test_main_loop(part: str, dim: int, precision: str, tmp_path: Path) -> None:
     """The iteration over a whole block keeps all but one word of `fast` in registers, waits for two scales and an entry only, and compares no ids."""

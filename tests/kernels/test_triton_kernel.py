@@ -809,6 +809,8 @@ COMPILED = (
 )
 # Whose precision, head dim, mask and smoothing the others have, in other company.
 SELDOM_COMPILED = (
+    (90, "fast", 64, "keys", "mean"),
+    (90, "fast", 128, "none", "mean"),
     (80, "balanced", 64, "none", "mean"),
     (80, "accurate", 64, "keys", "mean"),
     (90, "accurate", 128, "queries", "mean"),

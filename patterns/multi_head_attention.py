@@ -21,7 +21,8 @@ FORWARD = F.multi_head_attention_forward
 class MultiHeadAttention(OpaquePattern):
     """`F.multi_head_attention_forward`, which `nn.MultiheadAttention` calls: projections, SDPA, projection.
 
-    With `need_weights=True` the weights are computed and returned; where nothing reads them they need not be.
+    With `need_weights=True` the weights are computed and returned; where nothing reads them they need not be. The function
+    goes by `is_causal` without weights only: with them `attn_mask` counts, be it causal or not.
     """
 
     name = "multi_head_attention"
@@ -29,7 +30,10 @@ class MultiHeadAttention(OpaquePattern):
     def expand(self, node: fx.Node) -> Expansion | None:
         if not self._holds(node) or self.closed_reasons(node):
             return None
-        return _traced(FORWARD, {**_arguments(node), "need_weights": False}, _autocast_of(node))
+        arguments = _arguments(node)
+        if arguments["need_weights"]:
+            arguments |= {"need_weights": False, "is_causal": False}
+        return _traced(FORWARD, arguments, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
         if not self._holds(node) or not _arguments(node)["need_weights"]:

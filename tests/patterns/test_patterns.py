@@ -510,6 +510,10 @@ def square() -> Tensor:
     return nn.Transformer.generate_square_subsequent_mask(24)
 
 
+def window() -> Tensor:
+    return torch.full((24, 24), -math.inf).tril(-4)
+
+
 def encoder(**kwargs: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True, **kwargs)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -534,6 +538,11 @@ OPAQUE_FORMS: dict[str, tuple[Callable[..., Any], str, int]] = {
     "no biases": (calls(mha(bias=False)), "none", 1),
     "key padding": (calls(mha(), key_padding_mask=PADDED), "key_padding", 1),
     "causal": (calls(mha(), attn_mask=square(), is_causal=True, need_weights=False), "causal", 1),
+    "a window, said to be causal": (
+        calls(mha(), attn_mask=square() + window(), is_causal=True),
+        "additive",
+        1,
+    ),
     "encoder": (calls(encoder()), "none", 2),
     "encoder, gelu, norm first": (calls(encoder(activation="gelu", norm_first=True)), "none", 2),
     "encoder, key padding": (calls(encoder(), src_key_padding_mask=PADDED), "key_padding", 2),

@@ -148,7 +148,12 @@ def test_what_cannot_be_told_apart_is_read_as_it_is() -> None:
     def from_data(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         return by_hand(q, k, v, torch.where(band(-99, 0) & p[:, None, None], q[0, 0, 0, 0], LOWEST))
 
-    for attend in (two, small, written, from_data):
+    def bias(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        """A row that hides keys itself: a query that sees no others attends to those behind the band, too."""
+        row = p.float().log().clamp(min=LOWEST)
+        return by_hand(q, k, v, torch.where(band(-99, 0), row[:, None, None], LOWEST))
+
+    for attend in (two, small, written, from_data, bias):
         assert mask_of(attend, *qkv(), padding()) == "additive"
 
 

@@ -123,12 +123,12 @@ def _beside_bias(call: AttentionCall, understood: Understood, meaning: Meaning, 
     """`band` with what is added to the scores of its keys, where that is a row: ALiBi."""
     bias, reader = understood.allowed.bias, understood.reader
     lengths = reader.ranges.sizes[QUERY], reader.ranges.sizes[KEY]
-    # -inf, or beside it a number that hides: all the same where every query sees a key.
     if bias is None or meaning.keys != TRUE or band.kind in ("all_true", "zero_bias"):
         return None
-    if max(understood.allowed.hidden) > FINAL or not _every_query_sees_a_key(
-        meaning, *lengths, reader.ranges
-    ):
+    # A bias may hide keys itself. A query whose keys it hides attends to those that a finite number hides as well.
+    if understood.allowed.hidden != {-math.inf}:
+        return None
+    if not _every_query_sees_a_key(meaning, *lengths, reader.ranges):
         return None
     try:
         row = RowBuilder(call, reader).read(bias)

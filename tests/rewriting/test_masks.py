@@ -75,6 +75,10 @@ def test_constant_masks_of_unequal_lengths() -> None:
         (lambda: torch.arange(24 * 24).view(24, 24) % 3 != 0, "bool"),  # constant, but no band
         (lambda: triangle() | (torch.arange(24) == 23), "bool"),  # causal and one more key
         (
+            lambda: torch.eye(24, dtype=torch.bool).roll(1, 1),
+            "bool",
+        ),  # the first query sees not the first key
+        (
             lambda: torch.stack([triangle(), ~triangle(diagonal=-1)])[:, None],
             "bool",
         ),  # differs between batches
@@ -205,6 +209,8 @@ def test_causality_joined_with_padding_is_taken_apart() -> None:
     no_band = lambda p: (torch.arange(576).view(24, 24) % 3 != 0) & p[:, None, None]  # noqa: E731
     assert attend(no_band, 24, 24, padding) == "bool"
     assert attend(lambda p: triangle() | p[:, None, None], 24, 24, padding) == "bool"
+    filled_up = lambda p: triangle() & F.pad(p, (0, 4))[:, None, None] & (torch.arange(24) != 2)  # noqa: E731
+    assert attend(filled_up, 24, 24, padding[:, :20]) == "bool"
 
 
 def test_a_joined_mask_that_is_written_later_is_not_taken_apart() -> None:
@@ -213,4 +219,10 @@ def test_a_joined_mask_that_is_written_later_is_not_taken_apart() -> None:
         both[:, :, 3] = True
         return both
 
-    assert attend(written, 24, 24, torch.rand(2, 24) > 0.3) == "bool"
+    def written_through_new_dims(padding: Tensor) -> Tensor:
+        both = triangle() & padding[:, None, None, :]
+        both[..., None] = True
+        return both
+
+    for make_mask in (written, written_through_new_dims):
+        assert attend(make_mask, 24, 24, torch.rand(2, 24) > 0.3) == "bool"

@@ -66,9 +66,11 @@ class RowEnds:
 
     def chunk(self, kv_len: int) -> int | None:
         """The size of the chunks within which the mask is causal, as in Llama 4's local layers. None where it is another."""
-        if len(self.first) != kv_len or not bool((self.first > 0).any()) or bool((self.count == 0).any()):
+        if len(self.first) != kv_len or bool((self.count == 0).any()):
             return None
         size = int((self.first > 0).int().argmax())
+        if size == 0:  # the first chunk has a query, and the last one ends
+            return None
         positions = torch.arange(kv_len, device=self.first.device)
         first = positions // size * size
         causal = (self.first == first) & (self.last == positions) & (self.count == positions - first + 1)

@@ -223,8 +223,11 @@ def _repeat(reader: Reads, item: Value, index: Index, place: Standpoint) -> Scal
 
 
 def whole_index(key: Any, rank: int) -> list[Any]:
-    """An index with an item for each of `rank` dims, and None for each new one."""
+    """An index with an item for each of `rank` dims, and None for each new one. Raises NotUnderstood for bools, which are new
+    dims, too."""
     items = list(key) if isinstance(key, tuple) else [key]
+    if any(isinstance(item, bool) for item in items):
+        raise NotUnderstood("a bool as an index")
     missing = [WHOLE] * (rank - sum(item is not None and item is not Ellipsis for item in items))
     at = next((place for place, item in enumerate(items) if item is Ellipsis), None)
     return [*items, *missing] if at is None else [*items[:at], *missing, *items[at + 1 :]]
@@ -247,6 +250,8 @@ def _out_of_level(reader: Reads, item: Value, index: Index, place: Standpoint) -
 
 def within(parts: list[Any], index: Index, tensor: Tensor, ranges: Ranges) -> tuple[Condition, Index]:
     """Whether the place `index` of `tensor` is one of those that `parts`, slices and numbers, take, and where among them."""
+    if len(parts) != len(index):
+        raise NotUnderstood("new dims in what is written to")
     conditions, inner = list[Condition](), list[Scalar]()
     for part, at, length in zip(parts, index, sizes_of(tensor), strict=True):
         if isinstance(part, int):

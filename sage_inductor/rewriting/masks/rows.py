@@ -29,6 +29,7 @@ from sage_inductor.rewriting.masks.formula import (
     Quantity,
     Quotient,
     constant_of,
+    plain,
 )
 from sage_inductor.rewriting.masks.reading import Reader
 from sage_inductor.rewriting.masks.views import Index
@@ -132,9 +133,11 @@ class RowBuilder:
         found: Value = node
         lengths = sizes_of(tensor)
         at = names.index(KEY) if KEY in names else None
-        if (
-            at is not None and lengths[at] != self.reader.ranges.sizes[KEY]
-        ):  # there may be more than there are keys
+        if at is not None and lengths[at] != self.reader.ranges.sizes[KEY]:
+            # There may be more than there are keys. Where there may be fewer, as in front of what was padded, the rest is none.
+            more = self.reader.ranges.of_size(plain(lengths[at] - self.reader.ranges.sizes[KEY]))[0]
+            if more is None or more < 0:
+                raise NotUnderstood("a row of fewer keys")
             found = Expr.of("narrow", found, at, 0, self._kv_len())
         if len(kept) != len(names):
             chosen = tuple(slice(None) if isinstance(name, str) else name for name in names)

@@ -7,6 +7,7 @@ The outermost of them that holds the block gives its full path, and the other mo
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -65,19 +66,21 @@ class Places:
             for chain in _chains(self.outermost):
                 self._of_id.setdefault(id(chain[-1][1]), []).append(chain)
 
-    def of(self, node: fx.Node) -> tuple[Place, ...]:
+    def of(self, node: fx.Node, shared: fx.Graph | None = None) -> tuple[Place, ...]:
         """The place of `node`, followed by the other places where the same code may run. Dynamo keeps one graph for all modules
-        of a class that its guards cannot tell apart, such as the blocks of a transformer compiled one by one."""
+        of a class that its guards cannot tell apart, such as the blocks of a transformer compiled one by one. `shared`: a graph
+        around `node` that several calls run, for such modules, too."""
         chain = self._chain(node)
         if chain is None:
             return (_place_by_name(node),)
         compiled = self._compiled(chain)
-        within = _path(chain[len(compiled) :])
+        held = compiled if shared is None else self._front(shared, chain, len(compiled))
+        within = _path(chain[len(held) :])
         holders = [
             other
             for chains in self._of_id.values()
             for other in chains
-            if type(other[-1][1]) is type(compiled[-1][1]) and other != compiled
+            if type(other[-1][1]) is type(held[-1][1]) and other != held
         ]
         is_open = compiled[-1][1] is _unwrapped(self.outermost)
         places = [_place(chain, compiled, is_open)]
@@ -85,7 +88,7 @@ class Places:
             # The same module below the other holder, if it has one.
             below = next((c for c in self._below(holder) if _path(c[len(holder) :]) == within), None)
             if below is not None:
-                places.append(_place(below, holder, is_open))
+                places.append(_place(below, holder[: len(compiled)], is_open))
         by_path: dict[str, Place] = {}
         for place in places:
             by_path.setdefault(place.path, place)
@@ -134,6 +137,15 @@ class Places:
         while length < len(chain) and _is_wrapper(chain[length - 1][1], chain[length][0]):
             length += 1
         return chain[:length]
+
+    def _front(self, shared: fx.Graph, chain: Chain, at_least: int) -> Chain:
+        """The front part of `chain` that leads to the module whose calls `shared` holds: what all of its nodes have in common."""
+        length = len(chain)
+        for other in (self._chain(node) for node in shared.nodes if node.op.startswith("call_")):
+            if other is not None:
+                same = (one == another for one, another in zip(chain, other, strict=False))
+                length = min(length, sum(itertools.takewhile(bool, same)))
+        return chain[: max(length, at_least)]
 
     def _below(self, holder: Chain) -> Iterator[Chain]:
         for chain in _chains(holder[-1][1]):

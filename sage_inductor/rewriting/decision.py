@@ -68,7 +68,7 @@ class Decision:
 
 def judge(found: Found, walk: Walk) -> Decision:
     if found.match is None:
-        return Decision(found, _closed_site(found.node, found.pattern, list(found.closed), walk))
+        return Decision(found, _closed_site(found, walk))
     call = dataclasses.replace(found.match.call, pattern=found.pattern)
     mask = classify.classify(call, found.region.masks)
     reasons = gradient_reasons(found.node, walk.config) if found.opening is not None else []
@@ -87,22 +87,23 @@ def judge(found: Found, walk: Walk) -> Decision:
         standing = standing_flex(mask, as_found.scale)
         if standing is not None:
             as_found = dataclasses.replace(as_found, attn_mask=None, standing=standing)
-    site, choice, mask, moves_to = _decide(as_found, call, mask, walk, found.around, found.node, reasons)
+    site, choice, mask, moves_to = _decide(as_found, call, mask, walk, found, reasons)
     insert = None
     if site.rewritten:
         insert = partial(insert_substitute, call, mask, site, choice, moves_to, walk.config.wires)
     return Decision(found, site, insert, lists if flex is not None and flex.has_lists else None)
 
 
-def _closed_site(node: fx.Node, pattern: str, reasons: list[str], walk: Walk) -> Site:
-    places, config = walk.places.of(node), walk.config
+def _closed_site(found: Found, walk: Walk) -> Site:
+    node, config = found.node, walk.config
+    places = walk.places.of(node, found.region.shared)
     path = places[0].path
-    reasons = selection_reasons(config, places) + reasons
+    reasons = [*selection_reasons(config, places), *found.closed]
     return Site(
         name=walk.names.next(path),
         module=path,
         source=source_line(node),
-        pattern=pattern,
+        pattern=found.pattern,
         query=None,
         key=None,
         value=None,
@@ -124,14 +125,14 @@ def _decide(
     call: AttentionCall,
     mask: Mask,
     walk: Walk,
-    around: Surroundings,
-    node: fx.Node,
+    found: Found,
     reasons: Sequence[str] = (),
 ) -> tuple[Site, Choice, Mask, tuple[int, ...] | None]:
-    """The decision about `call`, which the model makes at `node`; its mask as the kernel is to read it; and the dims by which
+    """The decision about `call`, which the model makes at the node of `found`; its mask as the kernel is to read it; and the dims by which
     the output is to be sharded (`Seen.moves_to`). `as_found` is the same call with its heads still repeated. `reasons` speak
     against it already."""
-    places, config = walk.places.of(node), walk.config
+    node, around, config = found.node, found.around, walk.config
+    places = walk.places.of(node, found.region.shared)
     path, seen = places[0].path, on_this_rank(call, mask)
     site = Site(
         name=walk.names.next(path),

@@ -57,10 +57,11 @@ def rewrite_sites(
     site as `meta["sage_site"]`. Raises NotEligibleError where a kernel asked for by name cannot run here."""
     places = Places() if places is None else places
     regions: list[Region] = []
-    found = list(collect(graph, Surroundings.ambient(), regions, set()))
+    found = list(collect(graph, Surroundings.ambient(), regions, {}))
     placeholders = graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, inputs, strict=True)) if len(placeholders) == len(inputs) else {}
-    walk = Walk(config, Names(), places, Counter(places.of(item.node)[0].path for item in found), values)
+    calls = Counter(places.of(item.node, item.region.shared)[0].path for item in found)
+    walk = Walk(config, Names(), places, calls, values)
     decisions = [judge(item, walk) for item in found]
     for region in regions:
         _carry_out(region, [decision for decision in decisions if decision.found.region is region])

@@ -33,6 +33,17 @@ class Region:
     transformed: set[fx.Node] = field(default_factory=set)
     """Nodes inside functorch transforms."""
     openings: list[Opening] = field(default_factory=list)
+    within: Region | None = None
+    """The region whose node refers to it first; None for the root."""
+    references: list[fx.Node] = field(default_factory=list)
+    """The nodes that refer to it."""
+
+    @property
+    def shared(self) -> fx.Graph | None:
+        """The outermost graph, this one or one around it, that several calls run, as `nested_compile_region` makes them. None where
+        each call has its own."""
+        around = None if self.within is None else self.within.shared
+        return around or (self.graph if len(self.references) > 1 else None)
 
     @cached_property
     def masks(self) -> Masks:
@@ -73,25 +84,30 @@ def collect(
     graph: fx.Graph,
     around: Surroundings,
     regions: list[Region],
-    visited: set[int],
+    visited: dict[int, Region],
     owner: fx.GraphModule | None = None,
+    within: Region | None = None,
 ) -> Iterator[Found]:
     """Every attention of `graph` in the order of its nodes.
 
     Those of a subgraph come where it is first referred to, with the surroundings there. Nothing is rewritten, but afterwards
-    the expansions of opaque nodes stand in front of them. `regions` receives `graph` and all graphs below it.
+    the expansions of opaque nodes stand in front of them. `regions` receives `graph` and all graphs below it; `visited` those
+    below it, by the id of their module.
     """
     follow_in_place(graph)
-    region = Region(graph, owner, Writes(graph))
+    region = Region(graph, owner, Writes(graph), within=within)
     regions.append(region)
+    if owner is not None:
+        visited[id(owner)] = region
     for node in list(graph.nodes):
         around = enter(node, around)
         if around.transforms:
             region.transformed.add(node)
         submodule = submodule_of(node)
-        if submodule is not None and id(submodule) not in visited:
-            visited.add(id(submodule))
-            yield from collect(submodule.graph, inside(node, around), regions, visited, submodule)
+        if submodule is not None:
+            if id(submodule) not in visited:
+                yield from collect(submodule.graph, inside(node, around), regions, visited, submodule, region)
+            visited[id(submodule)].references.append(node)
             continue
         yield from _opened(node, region, around)
         match = _match(node, region.writes, around)

@@ -116,6 +116,15 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return model
 
 
+def regions(model: nn.Module) -> nn.Module:
+    class Region(Block):
+        forward = torch.compiler.nested_compile_region(Block.forward)
+
+    for block in model.blocks:
+        block.__class__ = Region
+    return model
+
+
 def fsdp(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -146,9 +155,10 @@ WAYS: dict[str, Callable[[nn.Module, Compile], Any]] = {
     "hooks, by block": lambda m, c: by_block(with_hooks(m), c),
     "forward wrapped": lambda m, c: whole(wrapped_forward(m), c),
     "checkpoints": lambda m, c: whole(checkpointed(m), c),
+    "regions": lambda m, c: whole(regions(m), c),
 }
 NEED_GROUP = ("fully_shard", "DDP outside", "DDP inside")
-BY_BLOCK = ("block.compile()", "blocks replaced", "fully_shard", "hooks, by block")
+BY_BLOCK = ("block.compile()", "blocks replaced", "fully_shard", "hooks, by block", "regions")
 
 
 @pytest.fixture(scope="module")

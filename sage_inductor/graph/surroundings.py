@@ -18,6 +18,8 @@ class Surroundings:
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
+    own_gradients: bool = False
+    """Whether this is the forward or the backward of a `torch.autograd.Function` whose gradients are wanted."""
     autocast: tuple[tuple[str, torch.dtype | None], ...] = ()
     """(device type, dtype that it casts to, None where it is off) of each autocast region, the innermost last."""
 
@@ -76,8 +78,11 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
 def inside(node: fx.Node, around: Surroundings) -> Surroundings:
     """The surroundings within the graph that `node` refers to, which an exported program may run under autocast."""
     for user in node.users:
-        if getattr(user.target, "__name__", "") == "wrap_with_autocast":
+        name = getattr(user.target, "__name__", "")
+        if name == "wrap_with_autocast":
             return _under_autocast(user, around)
+        if name == "autograd_function_apply":  # of no_grad code, Dynamo traces the forward alone
+            return replace(around, own_gradients=True)
     return around
 
 

@@ -27,6 +27,9 @@ def ineligible_reasons(call: AttentionCall, mask: Mask, config: Config, around: 
         reasons.append(reason("transform", around.transforms, "none"))
     if around.pinned is not None:
         reasons.append(reason("sdpa_kernel", around.pinned, "no explicit choice of an SDPA backend"))
+    if around.own_gradients:
+        # Its backward may take what the forward gave for exact, as one that reads saved outputs does.
+        reasons.append(reason("gradients", "of an autograd.Function", "none; torch.no_grad()"))
     dropout_p = call.dropout_p
     if isinstance(dropout_p, fx.Node):  # a float argument of a model that is compiled for dynamic shapes
         dropout_p = number_of(example_value(dropout_p))

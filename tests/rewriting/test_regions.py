@@ -124,6 +124,37 @@ def test_checkpointed_training(fresh_compile: None) -> None:
     assert relative_l2(weight.grad, expected) < BOUND
 
 
+class OwnGradient(torch.autograd.Function):
+    """Its backward reads what the forward gave."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = attend(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (out,) = ctx.saved_tensors
+        return attend(grad * out)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_autograd_function_is_exact_where_its_gradients_are_wanted(training: bool) -> None:
+    backend = RewritingBackend(Config(kernel="reference", training=training))
+    compiled, values = torch.compile(OwnGradient.apply, backend=backend), x()
+    assert 0 < relative_l2(compiled(values), OwnGradient.apply(values)) < BOUND
+    assert [site.rewritten for site in backend.sites] == [True]
+    with torch.enable_grad():
+        values.requires_grad_()
+        pairs = [(run(values), run) for run in (compiled, OwnGradient.apply)]
+        (out, _), (expected, _) = pairs
+        grads = [torch.autograd.grad(result.sum(), values)[0] for result, _ in pairs]
+    assert torch.equal(out, expected) and torch.equal(*grads)
+    assert all("gradients=of an autograd.Function" in str(site.reasons) for site in backend.sites[1:])
+    assert not any(site.rewritten for site in backend.sites[1:])
+
+
 class Tower(nn.Module):
     def __init__(self, blocks: int, dim: int = 64, heads: int = 2) -> None:
         super().__init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sage_inductor import kernels
@@ -16,6 +15,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
+from sage_inductor.operators.inputs import wanting_gradients
 
 # The memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`.
 NHD_MEMORY = [0, 2, 1, 3]
@@ -118,10 +118,9 @@ class SageAttentionImpl(AttentionImpl):
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal
-        if _needs_gradients(query, key, value, attn_mask):
+        if wanting := wanting_gradients(query, key, value, attn_mask):
             if self.kernel != "auto":
-                reasons = [reason("requires_grad", True, "none; use torch.no_grad()")]
-                raise NotEligibleError(self.prefix or "SageAttentionImpl", reasons)
+                raise NotEligibleError(self.prefix or "SageAttentionImpl", [wanting])
             exact = exact_attention(query, key, value, attn_mask, is_causal, self.softmax_scale)
             return exact.contiguous() if output is None else output.copy_(exact)
 
@@ -140,7 +139,3 @@ class SageAttentionImpl(AttentionImpl):
             return output
         result: Tensor = inference.attention(*inputs, **options, memory_order=NHD_MEMORY)
         return result.transpose(1, 2)
-
-
-def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

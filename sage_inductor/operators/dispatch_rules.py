@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor.torch_internals.dispatch import below_autograd, past_autocast, runs_eagerly
+from sage_inductor.torch_internals.dispatch import (
+    autograd_records,
+    below_autograd,
+    has_tangent,
+    past_autocast,
+    runs_eagerly,
+    within_dual_level,
+)
 
 
 def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,7 +24,7 @@ def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) ->
 
     def rule(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         tensors = (query, key, value, *args, *kwargs.values())
-        if runs_eagerly(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, tensors))):
+        if runs_eagerly(tensors) or (autograd_records() and any(map(_wants_gradient, tensors))):
             return implementation(query, key, value, *args, **kwargs)
         with below_autograd():
             return op(query, key, value, *args, **kwargs)
@@ -25,8 +32,10 @@ def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) ->
     return rule
 
 
-def _requires_grad(item: object) -> bool:
-    return isinstance(item, Tensor) and item.requires_grad
+def _wants_gradient(item: object) -> bool:
+    return isinstance(item, Tensor) and (
+        (item.requires_grad and torch.is_grad_enabled()) or (within_dual_level() and has_tangent(item))
+    )
 
 
 def autocast_rule(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:

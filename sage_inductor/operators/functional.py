@@ -261,5 +261,5 @@ def _needs_of_exact_attention(
     ]
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))
-    wanting = wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    wanting = wanting_gradients(query, key, value, attn_mask)
     return reasons if wanting is None else [*reasons, wanting]

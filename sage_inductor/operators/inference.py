@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
@@ -43,6 +45,7 @@ from sage_inductor.operators.inputs import (
 from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, WIRES
 from sage_inductor.operators.unquantised import exact_lse, sdpa
 from sage_inductor.operators.validation import misfit, validate
+from sage_inductor.torch_internals.dispatch import autograd_records, within_dual_level
 
 
 def _attention(
@@ -147,7 +150,7 @@ def _run(
         out = empty_output(query, value, memory_order) if out is None else out
         return out.zero_(), empty_lse(query).fill_(-math.inf) if return_lse else None
     given_segments = query_segments, key_segments
-    if torch.is_grad_enabled() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
+    if autograd_records() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
         if out is not None:
             raise NotEligibleError(f"kernel={kernel_name}", [wanting])
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
@@ -280,7 +283,10 @@ def _differentiable(
     """Exact attention that autograd records, and its LSE if asked for. The output has the strides that the operator's has."""
     q, k, v = map(as_4d, (query, key, value))
     mask = None if attn_mask is None else as_4d(attn_mask)
-    out = sdpa(q, k, v, mask, params, segments).view(*query.shape[:-1], value.shape[-1])
+    # No other backend of SDPA has forward-mode gradients.
+    backends = sdpa_kernel(SDPBackend.MATH) if within_dual_level() else nullcontext()
+    with backends:
+        out = sdpa(q, k, v, mask, params, segments).view(*query.shape[:-1], value.shape[-1])
     expected = empty_output(query.detach(), value.detach(), memory_order)
     if out.stride() != expected.stride():
         out = expected.copy_(out)

@@ -27,7 +27,12 @@ from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS
 from sage_inductor.operators.validation import misfit, validate
-from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
+from sage_inductor.torch_internals.dispatch import (
+    below_autograd,
+    has_tangent,
+    runs_eagerly,
+    within_dual_level,
+)
 
 DIMS = 4
 ALIGNMENT = 16  # bytes, of what kernels read
@@ -258,6 +263,8 @@ def inference_only(
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise NotEligibleError(what, [reason("requires_grad", True, "none; use torch.no_grad()")])
+        if within_dual_level() and any(map(has_tangent, tensors)):
+            raise NotEligibleError(what, [reason("tangent", True, "none")])
         if runs_eagerly((*args, *kwargs.values())):
             return implementation(*args, **kwargs)
         with below_autograd():

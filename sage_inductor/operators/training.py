@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_inductor.errors import NotEligibleError
 from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams
+from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import autocast_rule
 from sage_inductor.operators.inputs import as_4d, as_segments
 from sage_inductor.operators.schemas import INPUTS, LIBRARY, NAMESPACE, PARAMS, SEGMENTS, TAGS
 from sage_inductor.operators.unquantised import sdpa
-from sage_inductor.torch_internals.dispatch import above_autograd
+from sage_inductor.torch_internals.dispatch import above_autograd, has_tangent, within_dual_level
 
 # The segments are positional: torch registers gradients for no operator whose tensors are keywords.
 _INPUTS = INPUTS.replace("*", f"{SEGMENTS}, *")
@@ -54,6 +56,9 @@ def _attention_training(
 ) -> Tensor:
     if query_segments is not None or key_segments is not None:
         kwargs |= {"query_segments": query_segments, "key_segments": key_segments}
+    if within_dual_level() and any(map(has_tangent, (query, key, value))):
+        reasons = [reason("tangent", "of query, key or value", "none; gradients backward")]
+        raise NotEligibleError("attention_training", reasons)
     with torch.no_grad():
         out: Tensor = inference.attention(query, key, value, attn_mask, is_causal, **kwargs)
     return out

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
+from torch.autograd import forward_ad
 
 
 def above_autograd() -> AbstractContextManager[Any]:
@@ -25,6 +26,21 @@ def past_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]
     key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
     keys = torch._C.DispatchKeySet(key)
     return lambda: torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def autograd_records() -> bool:
+    """Whether autograd looks at what is computed now, backward or, within a dual level (`torch.func.jvp` opens one), forward."""
+    return torch.is_grad_enabled() or within_dual_level()
+
+
+def within_dual_level() -> bool:
+    """Whether tensors may have tangents. Not while Dynamo traces: it records operators, which look again when they run."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has a tangent in forward-mode autograd."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def runs_eagerly(arguments: Iterable[object]) -> bool:

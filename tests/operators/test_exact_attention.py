@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sage_inductor.operators.inference as ops
-from sage_inductor import Config, calibrate, rewrite_exported, sage_attention
+from sage_inductor import Config, NotEligibleError, calibrate, rewrite_exported, sage_attention
 from sage_inductor.kernels import AttentionParams
 from sage_inductor.measurement.ground_truth import EPS, float64_attention
 from sage_inductor.operators.inputs import as_4d
@@ -229,6 +230,33 @@ def test_gradients_reach_the_lse_and_the_sink() -> None:
     right = torch.autograd.grad(expected.sum() + scores.logsumexp(-1).sum(), (q, k, v, sink))
     for one, other in zip(grads, right, strict=True):
         assert relative_l2(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tangents(grad: bool) -> None:
+    """Forward-mode gradients: exact where an operator is called, an error where a kernel is named that has none."""
+    q, k, v = (tensor[:1, :2, :32] for tensor in qkv(torch.float32))
+    tangent = torch.randn_like(k)
+
+    def by_hand(k: Tensor) -> Tensor:
+        return (q @ k.mT * DIM**-0.5).softmax(-1) @ v
+
+    def named(k: Tensor) -> Tensor:
+        return sage_attention(q, k, v, kernel="reference")  # type: ignore[return-value]
+
+    with torch.set_grad_enabled(grad):
+        expected = torch.func.jvp(by_hand, (k,), (tangent,))
+        found = torch.func.jvp(lambda k: ops.attention(q, k, v, **REFERENCE), (k,), (tangent,))
+        with pytest.raises(NotEligibleError, match="tangent=key"):
+            torch.func.jvp(named, (k,), (tangent,))
+        with fwAD.dual_level():
+            dual = fwAD.make_dual(k, tangent)
+            found += fwAD.unpack_dual(ops.attention(q, dual, v, **REFERENCE))
+            with pytest.raises(NotEligibleError, match="tangent=of query, key or value"):
+                attention_training(q, dual, v, **REFERENCE)
+            assert relative_l2(ops.attention(q, k, v, **REFERENCE), expected[0]) > 1e-3  # in 8 bits
+    for one, other in zip(found, (*expected, *expected), strict=True):
+        assert relative_l2(one, other) < 1e-5
 
 
 def test_bands_and_masks_together_are_exact() -> None:

@@ -55,7 +55,7 @@ def attention_of_ranks(
         ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
     """
     reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
-    wanting = wanting_gradients(query, key, value, attn_mask) if torch.is_grad_enabled() else None
+    wanting = wanting_gradients(query, key, value, attn_mask)
     if wanting is not None:
         reasons.append(wanting)
     if reasons:

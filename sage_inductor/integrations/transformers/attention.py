@@ -26,6 +26,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference, training
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.functional import refuse_context_parallel
+from sage_inductor.torch_internals.dispatch import autograd_records, has_tangent, within_dual_level
 
 NHD = (0, 2, 1, 3)  # models turn the output into [batch, seq, heads, head_dim], which then is no copy
 ONE_QUERY = "q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)"
@@ -163,13 +164,17 @@ def _exact_reasons(call: _Call, config: Config) -> list[str]:
         reasons.append(reason("batch", batches, "alike for query, key and value"))
     if config.kernel == "auto" and call.query.device.type == "cpu":
         reasons.append(reason("device", "cpu", "cuda; or a kernel named"))
-    if torch.is_grad_enabled():
+    if autograd_records():
         reasons += _gradient_reasons(call, config)
     return reasons
 
 
 def _gradient_reasons(call: _Call, config: Config) -> list[str]:
     added = [tensor for tensor in (call.mask, call.position_bias, call.sink) if tensor is not None]
+    if within_dual_level() and any(map(has_tangent, (call.query, call.key, call.value, *added))):
+        return [reason("tangent", "of the inputs", "none")]
+    if not torch.is_grad_enabled():
+        return []
     if any(tensor.requires_grad for tensor in added):
         return [
             reason("requires_grad", "mask, position bias or sink", "query, key and value, with training=True")

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from sage_inductor.graph.call import SDPA, Expansion, OpaquePattern, example_tensor, example_value, trace
 from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.torch_internals.operators import FUSED_ENCODER_LAYER
+from sage_inductor.torch_internals.sizes import number_of
 
 FORWARD = F.multi_head_attention_forward
 
@@ -33,6 +34,8 @@ class MultiHeadAttention(OpaquePattern):
         arguments = _arguments(node)
         if arguments["need_weights"]:
             arguments |= {"need_weights": False, "is_causal": False}
+        if arguments["training"] is False:
+            arguments["dropout_p"] = 0.0  # not read, and a symbol where the model is compiled for dynamic shapes
         return _traced(FORWARD, arguments, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
@@ -99,7 +102,9 @@ def _autocast_of(node: fx.Node) -> torch.dtype | None:
 def _traced(
     function: Any, arguments: dict[str, Any], autocast: torch.dtype | None = None
 ) -> Expansion | None:
-    """`function` traced as a function of the nodes among its arguments; the others are constants."""
+    """`function` traced as a function of the nodes among its arguments; the others are constants, as are symbols of floats that
+    are known for a number."""
+    arguments = {name: _number(value) for name, value in arguments.items()}
     names = [name for name, value in arguments.items() if isinstance(value, fx.Node)]
     constants = {name: value for name, value in arguments.items() if name not in names}
 
@@ -107,6 +112,11 @@ def _traced(
         return function(**constants, **dict(zip(names, values, strict=True)))
 
     return trace(of_nodes, tuple(arguments[name] for name in names), autocast)
+
+
+def _number(argument: Any) -> Any:
+    found = number_of(example_value(argument)) if isinstance(argument, fx.Node) else None
+    return found if isinstance(found, float) else argument
 
 
 def _encoder_layer(

@@ -138,14 +138,17 @@ class Places:
             length += 1
         return chain[:length]
 
-    def _front(self, shared: fx.Graph, chain: Chain, at_least: int) -> Chain:
-        """The front part of `chain` that leads to the module whose calls `shared` holds: what all of its nodes have in common."""
+    def _front(self, shared: fx.Graph, chain: Chain, compiled: int) -> Chain:
+        """The front part of `chain`, whose first `compiled` modules lead to the one that is compiled, that leads to the module whose
+        calls `shared` holds: what its nodes have in common, but for those of the compiled module itself. All of `chain` where
+        they have nothing in common."""
         length = len(chain)
         for other in (self._chain(node) for node in shared.nodes if node.op.startswith("call_")):
-            if other is not None:
+            if other is not None and len(other) > compiled:
                 same = (one == another for one, another in zip(chain, other, strict=False))
                 length = min(length, sum(itertools.takewhile(bool, same)))
-        return chain[: max(length, at_least)]
+        is_call = length > compiled and not isinstance(chain[length - 1][1], (nn.ModuleList, nn.ModuleDict))
+        return chain[:length] if is_call else chain
 
     def _below(self, holder: Chain) -> Iterator[Chain]:
         for chain in _chains(holder[-1][1]):

@@ -35,15 +35,15 @@ class Region:
     openings: list[Opening] = field(default_factory=list)
     within: Region | None = None
     """The region whose node refers to it first; None for the root."""
-    references: list[fx.Node] = field(default_factory=list)
-    """The nodes that refer to it."""
+    callers: list[fx.Node] = field(default_factory=list)
+    """The nodes that call it."""
 
     @property
     def shared(self) -> fx.Graph | None:
         """The outermost graph, this one or one around it, that several calls run, as `nested_compile_region` makes them. None where
         each call has its own."""
         around = None if self.within is None else self.within.shared
-        return around or (self.graph if len(self.references) > 1 else None)
+        return around or (self.graph if len(self.callers) > 1 else None)
 
     @cached_property
     def masks(self) -> Masks:
@@ -107,7 +107,7 @@ def collect(
         if submodule is not None:
             if id(submodule) not in visited:
                 yield from collect(submodule.graph, inside(node, around), regions, visited, submodule, region)
-            visited[id(submodule)].references.append(node)
+            visited[id(submodule)].callers.extend(node.users if node.op == "get_attr" else [node])
             continue
         yield from _opened(node, region, around)
         match = _match(node, region.writes, around)

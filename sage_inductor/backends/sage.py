@@ -16,6 +16,7 @@ from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
 from sage_inductor.operators.inputs import wanting_gradients
+from sage_inductor.operators.sharded import are_taught, is_dtensor
 
 # The memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`.
 NHD_MEMORY = [0, 2, 1, 3]
@@ -134,6 +135,10 @@ class SageAttentionImpl(AttentionImpl):
             "skip_threshold": self.skip_threshold,
             "skip_by": self.skip_by,
         }
+        if is_dtensor(query):
+            are_taught()
+            if output is not None:
+                return output.copy_(inference.attention(*inputs, **options).transpose(1, 2))
         if output is not None:
             inference.attention_out(*inputs, **options, output=output.transpose(1, 2))
             return output

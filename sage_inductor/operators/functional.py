@@ -21,7 +21,11 @@ from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.operators.unquantised import combined_mask, same_segment
 from sage_inductor.operators.validation import validate_segments
 from sage_inductor.torch_internals.dispatch import dispatches_itself
-from sage_inductor.torch_internals.distributed import context_parallel_is_active, context_parallel_mesh
+from sage_inductor.torch_internals.distributed import (
+    context_parallel_is_active,
+    context_parallel_mesh,
+    is_replicated_implicitly,
+)
 from sage_inductor.torch_internals.sdpa import builtin_sdpa
 
 # The end of errors about a rank that would attend to its own shard of the sequence.
@@ -155,7 +159,8 @@ def sage_attention(
         return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if is_dtensor(query):
+    has_dtensors = any(map(is_dtensor, required.values()))
+    if has_dtensors:
         are_taught()
     given = folded(query, key, value, cast_as_sdpa(attn_mask), enable_gqa)
     inputs = (given.query, given.key, given.value, given.attn_mask, is_causal)
@@ -169,7 +174,7 @@ def sage_attention(
         "skip_threshold": skip_threshold,
         "skip_by": skip_by,
     }
-    if is_dtensor(query):
+    if has_dtensors:
         options["wires"] = wires
     if has_segments:
         options |= {"query_segments": query_segments, "key_segments": key_segments}
@@ -253,9 +258,13 @@ def _needs_of_exact_attention(
     """Reasons for exact attention: dropout, gradients, and subclasses of Tensor, which carry out SDPA in their own way."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    sharded = all(is_dtensor(tensor) for tensor in present.values())
+    are_sharded = [is_dtensor(tensor) for tensor in present.values()]
+    sharded = all(are_sharded) or (any(are_sharded) and is_replicated_implicitly())
+    valid = "plain tensors, or DTensors alone"
+    if any(are_sharded):
+        valid += ", but for implicit_replication()"
     reasons = [
-        reason(f"type of {name}", type(tensor).__name__, "plain tensors, or DTensors alone")
+        reason(f"type of {name}", type(tensor).__name__, valid)
         for name, tensor in present.items()
         if not sharded and dispatches_itself(tensor)
     ]

@@ -14,6 +14,7 @@ from sage_inductor.kernels.key_value import KeyValueForm
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
+    check_are_plain,
     check_inputs,
     check_names,
     family_for,
@@ -139,6 +140,7 @@ def attention_prequantized(
         RuntimeError: the inputs do not fit together.
     """
     form = key_value.form
+    check_are_plain(query=query, packed=key_value.packed)
     if query.dtype != form.dtype:
         raise misfit(f"query is {query.dtype}, keys were {form.dtype}")
     out, lse = attention_prequantized_op(

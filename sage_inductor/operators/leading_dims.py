@@ -5,8 +5,12 @@ Query `[2, 3, heads, q_len, head_dim]` beside key `[3, heads, kv_len, head_dim]`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sage_inductor.torch_internals.distributed import is_dtensor
 
 __all__ = ["Folded", "folded"]
 
@@ -48,6 +52,10 @@ class Folded:
         `rows_only` it is the LSE, `[batch, heads, q_len]`."""
         if self.leading is None:
             return output
+        if is_dtensor(output):
+            folded_dim = 1 if self.into_heads else 0
+            folded_sizes = self.leading[1:] if self.into_heads else self.leading[:-1]
+            output = _ready_for_view(output, [folded_dim], folded_sizes)
         return output.view(*self.leading, *output.shape[-1 if rows_only else -2 :])
 
     def buffer(self, out: Tensor) -> Tensor | None:
@@ -131,7 +139,18 @@ def _with_dims(tensor: Tensor, dims: int) -> Tensor:
 def _fold(tensor: Tensor, into_heads: bool) -> Tensor:
     """`[..., heads, seq, dim]` as four dims. The dims in front of the heads become the batch; with `into_heads` all of them but the
     first become heads."""
-    return tensor.flatten(1, -3) if into_heads else tensor.flatten(0, -4)
+    first, last = (1, tensor.dim() - 3) if into_heads else (0, tensor.dim() - 4)
+    if last > first and is_dtensor(tensor):
+        tensor = _ready_for_view(tensor, range(first, last + 1), tensor.shape[first : last + 1])
+    return tensor.flatten(first, last)
+
+
+def _ready_for_view(tensor: Tensor, dims: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """A DTensor so placed that torch can flatten `dims`, of `sizes`, or unflatten one to `sizes`."""
+    from sage_inductor.operators.distributed.handler import for_view
+
+    ready: Tensor = for_view(tensor, dims, sizes)
+    return ready
 
 
 def _folds_to_view(tensor: Tensor, into_heads: bool) -> bool:

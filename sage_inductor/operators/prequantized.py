@@ -26,6 +26,7 @@ from sage_inductor.kernels.key_value import Attend, KeyValueForm, Quantize
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS
+from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.operators.validation import misfit, validate
 from sage_inductor.torch_internals.dispatch import (
     below_autograd,
@@ -227,7 +228,15 @@ def check_names(kernel: str, precision: str, smoothing: str) -> None:
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(named)})")
 
 
+def check_are_plain(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError for DTensors: what is quantised apart is one rank's own, to be sent by whoever wants it elsewhere."""
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            raise misfit(f"{name} is a DTensor (valid: a plain tensor, such as its to_local())")
+
+
 def check_inputs(key: Tensor, value: Tensor, query: Tensor | None, smoothing: str) -> None:
+    check_are_plain(key=key, value=value, query=query)
     if key.dim() != DIMS:
         raise misfit(f"key has {key.dim()} dimensions (valid: {DIMS}: batch, heads, kv_len, head_dim)")
     if smoothing in EQUALISING and query is None:

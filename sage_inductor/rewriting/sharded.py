@@ -59,8 +59,10 @@ def on_this_rank(call: AttentionCall, mask: Mask) -> Seen:
             seen, reasons=(reason("placements of the output", _described(output), "Shard and Replicate"),)
         )
     are_taught()
-    from sage_inductor.operators.distributed.handler import layout_of
+    from sage_inductor.operators.distributed.handler import is_outside, layout_of
 
+    if is_outside(output.device_mesh):
+        return replace(seen, reasons=(reason("this rank", "outside", f"those of {output.device_mesh}"),))
     options = {
         "is_causal": mask.is_causal,
         "window_left": mask.window_left,

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from ranks import main, on_every_rank, on_ranks, teach_dtensors_sdpa_of_cpus
 from torch import Tensor, nn
 
-from sage_inductor import Config, calibrate, explain, sage_attention
+from sage_inductor import (
+    Config,
+    attention_prequantized,
+    calibrate,
+    explain,
+    quantize_key_value,
+    sage_attention,
+)
+from sage_inductor.backends import SageAttentionBackend
 from sage_inductor.operators.sharded import are_taught
 from sage_inductor.testing import RewritingBackend, relative_l2
 
@@ -188,9 +196,127 @@ def a_mixture_raises(mesh: Any) -> None:
             assert "DTensor" in str(error), error
         else:
             raise AssertionError("no error")
+    one = sage_attention(q, k, v, kernel="reference")
     with implicit_replication():
-        out = torch.ops.sage_inductor.attention(part, k, v, kernel_name="reference")
-    assert torch.equal(out.full_tensor(), sage_attention(q, k, v, kernel="reference"))
+        for out in (
+            torch.ops.sage_inductor.attention(part, k, v, kernel_name="reference"),
+            sage_attention(part, k, v, kernel="reference"),
+            sage_attention(q, *sharded((k, v), mesh, Replicate()), kernel="reference"),
+        ):
+            assert torch.equal(out.full_tensor(), one)
+
+
+@on_every_rank
+def inputs_that_fit_in_parts_only(mesh: Any) -> None:
+    """Each rank's part of a mask of one sequence a rank broadcasts to its part of the query; the whole does not."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    are_taught()
+    q, k, v = (torch.randn(4, 6, 8, 16) for _ in range(3))
+    three, four = k[:, :3], k[:, :4]
+    for dim, keys, options, message in (
+        (0, k, {"attn_mask": torch.zeros(2, 1, 8, 8)}, "attn_mask (2, 1, 8, 8) does not broadcast"),
+        (1, k, {"attn_mask": torch.zeros(1, 2, 1, 8)}, "attn_mask (1, 2, 1, 8) does not broadcast"),
+        (1, k, {"sink": torch.zeros(2, 1)}, "sink (2, 1) does not broadcast"),
+        (0, k[:2], {}, "key has batch 2, query 4"),
+        (1, three, {}, "query has 6 heads, key has 3"),
+        (1, four, {"enable_gqa": True}, "6 query heads are not a multiple of 4 key heads"),
+    ):
+        parts = sharded((q, keys, keys), mesh, Shard(dim))
+        for name, item in options.items():
+            if isinstance(item, Tensor):
+                options[name] = sharded((item,), mesh, Replicate())[0]
+        try:
+            torch.ops.sage_inductor.attention(*parts, **options, kernel_name="reference")
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"no error: {message}")
+
+
+@on_every_rank
+def a_rank_that_is_not_in_the_mesh(mesh: Any) -> None:
+    """It gets an empty part, as from torch's operators."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    are_taught()
+    alone = DeviceMesh("cpu", [0])
+    parts = [part.requires_grad_() for part in sharded(inputs(), alone, placements()["heads"])]
+    with torch.no_grad(), written_out():
+        out, lse = sage_attention(*parts, kernel="reference", return_lse=True)
+        found, (site,) = compiled(plain_sdpa, *parts)
+    trained = torch.ops.sage_inductor.attention_training(*parts, kernel_name="reference")
+    gradients = torch.autograd.grad(trained.sum(), parts)
+    is_here = mesh.get_local_rank() == 0
+    assert site.rewritten == is_here and (is_here or "this rank=outside" in site.reasons[0]), site
+    for tensor in (out, found, trained, *gradients):
+        assert tensor.shape == (B, H, N, D) and tensor.to_local().numel() == is_here * tensor.numel()
+    assert lse.shape == (B, H, N)
+
+
+@on_every_rank
+def in_the_memory_order_of_whole_inputs(mesh: Any) -> None:
+    """What is sent to where it is computed lies in memory otherwise; a view behind attention, and behind its gradient, would fail."""
+    are_taught()
+    x = torch.randn(B, N, H * D)
+
+    def attend(x: Tensor, operator: Any) -> Tensor:
+        q, k, v = (part.view(B, N, H, D).transpose(1, 2) for part in (x * 1.1, x * 0.9, x + 1))
+        return operator(q, k, v, is_causal=True).transpose(1, 2).view(B, N, H * D)
+
+    exact_x = x.clone().requires_grad_()
+    exact = attend(exact_x, F.scaled_dot_product_attention)
+    (expected,) = torch.autograd.grad(exact.square().sum(), exact_x)
+    for name in ("batch", "heads", "queries"):  # dims 0, 1, 2 of x
+        (part,) = sharded((x,), mesh, placements()[name])
+        out = attend(part, lambda *args, **options: sage_attention(*args, **options, kernel="reference"))
+        assert relative_l2(out.full_tensor(), exact.detach()) < 0.03
+        part.requires_grad_()
+        out = attend(
+            part,
+            lambda *args, **options: torch.ops.sage_inductor.attention_training(
+                *args, **options, kernel_name="reference"
+            ),
+        )
+        (gradient,) = torch.autograd.grad(out.square().sum(), part)
+        assert relative_l2(gradient.full_tensor(), expected) < 0.03, name
+
+
+@on_every_rank
+def more_dims_than_four(mesh: Any) -> None:
+    """Those in front are folded, and sharded so that they can be."""
+    from torch.distributed.tensor import Shard
+
+    for leading, dim in (((2, 1), 1), ((3, 2), 0), ((3, 2), 4), ((1, 3), 0)):
+        q = torch.randn(*leading, 2, 8, 16)
+        (part,) = sharded((q,), mesh, Shard(dim))
+        out = sage_attention(part, part, part, kernel="reference")
+        check(out, sage_attention(q, q, q, kernel="reference"), F.scaled_dot_product_attention(q, q, q))
+
+
+@on_every_rank
+def the_other_ways_in(mesh: Any) -> None:
+    """The backend classes take DTensors; the two halves of attention do not, and say so."""
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs())
+    parts = sharded((q, k, v), mesh, placements()["queries"])  # which is their dim of heads
+    impl = SageAttentionBackend.get_impl_cls()(H, D, False, None, kernel="reference")
+    one = impl.forward(q, k, v)
+    exact = F.scaled_dot_product_attention(*inputs()).transpose(1, 2)
+    check(impl.forward(*parts), one, exact)
+    into = torch.empty_like(parts[0])
+    assert impl.forward(*parts, None, into) is into
+    check(into, one, exact)
+    of_whole = quantize_key_value(k, v, kernel="reference")
+    for call in (
+        lambda: quantize_key_value(*parts[1:], kernel="reference"),
+        lambda: attention_prequantized(parts[0], of_whole),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "is a DTensor (valid: a plain tensor" in str(error), error
+        else:
+            raise AssertionError("no error")
 
 
 @contextmanager

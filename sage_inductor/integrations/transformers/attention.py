@@ -26,6 +26,7 @@ from sage_inductor.kernels.base import reason
 from sage_inductor.operators import inference, training
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.functional import refuse_context_parallel
+from sage_inductor.operators.sharded import are_taught, is_dtensor
 from sage_inductor.torch_internals.dispatch import autograd_records, has_tangent, within_dual_level
 
 NHD = (0, 2, 1, 3)  # models turn the output into [batch, seq, heads, head_dim], which then is no copy
@@ -209,6 +210,8 @@ def _quantised(call: _Call, config: Config) -> AttentionResult:
     if call.sink is not None:
         options["sink"] = call.sink
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, call.value))
+    if is_dtensor(query):
+        are_taught()
     operator = training.attention_training if wanted else inference.attention
     if not wanted:
         options |= {"skip_threshold": config.skip_threshold, "skip_by": config.skip_by}

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from sage_inductor.graph.sizes import all_in_memory_order
+from sage_inductor.graph.sizes import all_in_memory_order, differ, known, memory_order
 from sage_inductor.operators.distributed import ring
 from sage_inductor.operators.distributed.layouts import Layout, choose, ring_dim
+from sage_inductor.operators.validation import misfit, validate
 from sage_inductor.torch_internals.distributed import handle_dtensors, is_replicated_implicitly, rings_are_on
 from sage_inductor.torch_internals.operators import bound_arguments
 
@@ -44,32 +45,70 @@ def _handle(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     bound = bound_arguments(operator, args, kwargs)
     tensors = _tensors(bound)
     options = {name: value for name, value in bound.items() if name not in TENSORS}
-    layout = layout_of(tensors, options)
-    dims = tensors["query"].dim()
-    with torch.no_grad():
-        local = {
-            name: _part(tensor, layout.placements(name, tensor.shape, dims))
-            for name, tensor in tensors.items()
-        }
-    if "ring" in layout.divisions:
-        results = ring.attend(operator, local, options, tensors["query"].device_mesh, layout)
-    elif operator is torch.ops.sage_inductor.attention_backward.default:
-        without_mask = {name: tensor for name, tensor in local.items() if name != "attn_mask"}
-        results = operator(attn_mask=local.get("attn_mask"), **without_mask, **options)
+    is_backward = operator is torch.ops.sage_inductor.attention_backward.default
+    # In memory, results lie as the whole inputs do: what has been sent lies in an order of its own.
+    orders = {name: memory_order(tensors[name], guarded=True) for name in _DIFFERENTIABLE}
+    if is_backward:
+        if options["gradient_order"] is None:
+            options["gradient_order"] = [dim for order in orders.values() for dim in order]
     else:
-        results = operator(**local, **options)
-    if operator is torch.ops.sage_inductor.attention_backward.default:
+        _validate(tensors, bool(options["enable_gqa"]))
+        if options["memory_order"] is None:
+            options["memory_order"] = orders["query"]
+    layout = layout_of(tensors, options)
+    mesh, dims = tensors["query"].device_mesh, tensors["query"].dim()
+    if is_outside(mesh):
+        empty = tensors["query"].to_local().new_empty(0)
+        results: Any = (empty,) * len(operator._schema.returns)
+    else:
+        results = _of_parts(operator, tensors, options, layout)
+    if is_backward:
+        given = options["gradient_order"]
         return tuple(
-            _gradient(gradient, tensors[name], layout, name)
-            for name, gradient in zip(_DIFFERENTIABLE, results, strict=True)
+            _gradient(gradient, tensors[name], layout, name, given[start : start + dims])
+            for gradient, name, start in zip(results, _DIFFERENTIABLE, range(0, 3 * dims, dims), strict=True)
         )
     shape = (*tensors["query"].shape[:-1], tensors["value"].shape[-1])
     placements = layout.placements("output", shape, dims)
-    mesh = tensors["query"].device_mesh
-    if isinstance(results, Tensor):
-        return _wrapped(results, mesh, placements, shape)
-    output, lse = results
-    return _wrapped(output, mesh, placements, shape), _wrapped(lse, mesh, placements, shape[:-1])
+    output, *lse = (results,) if isinstance(results, Tensor) else results
+    wrapped = _wrapped(output, mesh, placements, shape, options["memory_order"])
+    if len(operator._schema.returns) == 1:
+        return wrapped
+    return wrapped, _wrapped(lse[0], mesh, placements, shape[:-1], range(dims - 1))
+
+
+def _of_parts(operator: Any, tensors: Mapping[str, Any], options: Mapping[str, Any], layout: Layout) -> Any:
+    """What `operator` gives for this rank's parts of `tensors`."""
+    query = tensors["query"]
+    with torch.no_grad():
+        local = {
+            name: _part(tensor, layout.placements(name, tensor.shape, query.dim()))
+            for name, tensor in tensors.items()
+        }
+    if "ring" in layout.divisions:
+        return ring.attend(operator, local, options, query.device_mesh, layout)
+    if operator is torch.ops.sage_inductor.attention_backward.default:
+        without_mask = {name: tensor for name, tensor in local.items() if name != "attn_mask"}
+        return operator(attn_mask=local.get("attn_mask"), **without_mask, **options)
+    return operator(**local, **options)
+
+
+def is_outside(mesh: Any) -> bool:
+    """Whether this rank has no part of the DTensors on `mesh`: it is none of its ranks."""
+    return mesh.get_coordinate() is None
+
+
+def _validate(tensors: Mapping[str, Any], enable_gqa: bool) -> None:
+    """Raise RuntimeError for whole inputs that do not fit together. Their parts may: of a mask of 2 sequences beside a query of
+    4 each of two ranks has one, which broadcasts."""
+    query, key, value = (tensors[name] for name in _DIFFERENTIABLE)
+    optional = (tensors.get(name) for name in ("query_segments", "key_segments"))
+    validate(query, key, value, tensors.get("attn_mask"), enable_gqa, None, *optional)
+    if (sink := tensors.get("sink")) is not None:
+        rows = query.shape[:-1]
+        sizes = zip(reversed(sink.shape), reversed(rows), strict=False)
+        if sink.dim() > len(rows) or any(known(size) != 1 and differ(size, row) for size, row in sizes):
+            raise misfit(f"sink {tuple(sink.shape)} does not broadcast to the rows {tuple(rows)}")
 
 
 def _part(tensor: Any, placements: Sequence[Placement]) -> Tensor:
@@ -124,19 +163,21 @@ def _tensors(bound: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _gradient(gradient: Tensor, of: Any, layout: Layout, name: str) -> Any:
+def _gradient(gradient: Tensor, of: Any, layout: Layout, name: str, order: Sequence[int]) -> Any:
     """The gradient of the DTensor `of`, placed as that is; what is only a sum over ranks then is added up."""
     mesh, shape = of.device_mesh, tuple(of.shape)
-    placed = _wrapped(gradient, mesh, layout.gradients(name, shape, of.dim()), shape)
-    known = all(type(placement) in (Shard, Replicate) for placement in of.placements)
-    return placed.redistribute(placements=of.placements) if known else placed
+    whole = _wrapped(gradient, mesh, layout.gradients(name, shape, of.dim()), shape, order)
+    is_known = all(type(placement) in (Shard, Replicate) for placement in of.placements)
+    return _brought_to(whole, tuple(of.placements)) if is_known else whole
 
 
-def _wrapped(local: Tensor, mesh: Any, placements: Sequence[Placement], shape: Sequence[Any]) -> Any:
-    """`local` as this rank's part of a dense tensor of `shape`, whose dims lie in memory in the same order."""
+def _wrapped(
+    local: Tensor, mesh: Any, placements: Sequence[Placement], shape: Sequence[Any], order: Sequence[int]
+) -> Any:
+    """`local` as this rank's part of a dense tensor of `shape`, whose dims lie in memory in `order`, from outermost to innermost."""
     strides: list[Any] = [0] * len(shape)
     step: Any = 1
-    for dim in reversed(all_in_memory_order(local)):
+    for dim in reversed(order):
         strides[dim] = step
         step = step * shape[dim]
     return DTensor.from_local(
@@ -147,12 +188,35 @@ def _wrapped(local: Tensor, mesh: Any, placements: Sequence[Placement], shape: S
 def placed(output: Any, dims: Sequence[int]) -> Any:
     """`output` sharded, along each dim of its mesh, by the dim in `dims`; -1 for replicated. Those are the placements that the
     graph's own attention had, by which the nodes behind it were traced. Differentiable."""
-    placements = tuple(Replicate() if dim < 0 else Shard(dim) for dim in dims)
-    if output.placements == placements:
-        return output
-    local = output.redistribute(placements=placements).to_local()
+    return _brought_to(output, tuple(Replicate() if dim < 0 else Shard(dim) for dim in dims))
+
+
+def _brought_to(tensor: Any, placements: tuple[Placement, ...]) -> Any:
+    """The dense DTensor `tensor` with `placements`. Its dims lie in memory in the order in which they did. Differentiable."""
+    if tuple(tensor.placements) == placements:
+        return tensor
+    local = tensor.redistribute(placements=placements).to_local()
     # What is gathered is contiguous, whatever strides DTensor goes on to say it has: a view behind would fail.
-    order = all_in_memory_order(output)
-    if all_in_memory_order(local) != order:
+    order = all_in_memory_order(tensor)
+    if not is_outside(tensor.device_mesh) and all_in_memory_order(local) != order:
         local = local.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
-    return _wrapped(local, output.device_mesh, placements, tuple(output.shape))
+    return _wrapped(local, tensor.device_mesh, placements, tuple(tensor.shape), order)
+
+
+def for_view(tensor: Any, dims: Sequence[int], sizes: Sequence[int]) -> Any:
+    """`tensor` so placed that torch can flatten its adjacent `dims`, which have `sizes`, or unflatten the one of them to `sizes`.
+    Shards of those dims stay shards only of the outermost that is more than 1, where they are even, as torch asks. Dims of 1 are
+    not sharded behind."""
+    size = next((size for size in sizes if size != 1), 1)
+    outermost = next((dim for dim in dims if tensor.shape[dim] != 1), None)
+    placements = list(tensor.placements)
+    ranks = 1
+    for mesh_dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            if placement.dim == outermost and size % (ranks * tensor.device_mesh.size(mesh_dim)) == 0:
+                ranks *= tensor.device_mesh.size(mesh_dim)
+            elif placement.dim in dims or tensor.shape[placement.dim] == 1:
+                placements[mesh_dim] = Replicate()
+        elif not isinstance(placement, (Replicate, Partial)):
+            placements[mesh_dim] = Replicate()
+    return _brought_to(tensor, tuple(placements))

@@ -35,7 +35,9 @@ class MultiHeadAttention(OpaquePattern):
         if arguments["need_weights"]:
             arguments |= {"need_weights": False, "is_causal": False}
         if arguments["training"] is False:
-            arguments["dropout_p"] = 0.0  # not read, and a symbol where the model is compiled for dynamic shapes
+            arguments["dropout_p"] = (
+                0.0  # not read, and a symbol where the model is compiled for dynamic shapes
+            )
         return _traced(FORWARD, arguments, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:

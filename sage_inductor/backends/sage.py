@@ -11,11 +11,10 @@ from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
 from sage_inductor.backends.sdpa import exact_attention, is_grouped
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels.base import reason
+from sage_inductor.kernels.base import gradient_problem, reason
 from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.functional import refuse_context_parallel
-from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.operators.sharded import are_taught, is_dtensor
 
 # The memory order of a `[batch, heads, seq, dim]` tensor that is contiguous as `[batch, seq, heads, dim]`.
@@ -80,11 +79,11 @@ class SageAttentionImpl(AttentionImpl):
         self.smoothing: str = extra_impl_args.get("smoothing", "auto")
         self.skip_threshold: float = extra_impl_args.get("skip_threshold", 0.0)
         self.skip_by: str = extra_impl_args.get("skip_by", "scores")
-        if self.kernel != "auto" and self.kernel not in kernels.KERNELS:
+        if self.kernel not in ("auto", *kernels.KERNELS):
             raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
         if self.precision not in kernels.PRECISION_CHOICES:
             raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-        if self.smoothing not in kernels.SMOOTHINGS:
+        if self.smoothing not in tuple(kernels.SMOOTHINGS):
             raise ValueError(f"smoothing={self.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
         if problem := threshold_problem(self.skip_threshold) or decider_problem(self.skip_by):
             raise ValueError(problem)
@@ -119,7 +118,7 @@ class SageAttentionImpl(AttentionImpl):
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal
-        if wanting := wanting_gradients(query, key, value, attn_mask):
+        if wanting := gradient_problem(query, key, value, attn_mask):
             if self.kernel != "auto":
                 raise NotEligibleError(self.prefix or "SageAttentionImpl", [wanting])
             exact = exact_attention(query, key, value, attn_mask, is_causal, self.softmax_scale)

@@ -13,8 +13,8 @@ from sage_inductor.torch_internals.sdpa import allowed_sdpa_backends, is_inside_
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What surrounds a point of the graph: the SDPA backends pinned there, and the functorch transforms and autocast regions
-    that were entered before it."""
+    """What surrounds a point of the graph: the SDPA backends pinned there, and the functorch transforms, levels of forward-mode AD
+    among them, and autocast regions that were entered before it."""
 
     pinned: tuple[str, ...] | None = None
     transforms: tuple[str, ...] = ()
@@ -61,6 +61,10 @@ def enter(node: fx.Node, around: Surroundings) -> Surroundings:
         transform = name.removeprefix("_").removesuffix("_increment_nesting")
         return replace(around, transforms=(*around.transforms, transform))
     if name.endswith("_decrement_nesting"):
+        return replace(around, transforms=around.transforms[:-1])
+    if name == "_enter_dual_level":  # forward-mode AD: tensors may carry tangents
+        return replace(around, transforms=(*around.transforms, "dual_level"))
+    if name == "_exit_dual_level":
         return replace(around, transforms=around.transforms[:-1])
     if name == "_sdpa_kernel":
         backends = tuple(_backend_name(item) for item in node.args[0])  # type: ignore[union-attr]

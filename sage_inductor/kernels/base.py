@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sage_inductor.graph.sizes import known, size_hint
 from sage_inductor.kernels.key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
+from sage_inductor.torch_internals.dispatch import has_tangent
 
 # What each precision means, the fastest first; errors are in README.md.
 PRECISIONS: dict[str, str] = {
@@ -333,6 +334,15 @@ def output_problem(out: Tensor, **inputs: Tensor | None) -> str | None:
         if tensor is not None and _share_memory(out, tensor):
             return f"out shares memory with {name}, which is read while out is written"
     return None
+
+
+def gradient_problem(*inputs: Tensor | None) -> str | None:
+    """The reason against a kernel that has no derivative: an input requires gradients, where those are enabled, or carries a tangent of
+    forward-mode AD. None where none does."""
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return reason("requires_grad", True, "none; use torch.no_grad()")
+    return reason("forward-mode tangent", True, "none") if any(map(has_tangent, tensors)) else None
 
 
 def mark_written(out: Tensor) -> None:

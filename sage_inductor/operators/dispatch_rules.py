@@ -8,14 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_inductor.torch_internals.dispatch import (
-    autograd_records,
-    below_autograd,
-    has_tangent,
-    past_autocast,
-    runs_eagerly,
-    within_dual_level,
-)
+from sage_inductor.torch_internals.dispatch import below_autograd, has_tangent, past_autocast, runs_eagerly
 
 
 def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +17,7 @@ def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) ->
 
     def rule(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         tensors = (query, key, value, *args, *kwargs.values())
-        if runs_eagerly(tensors) or (autograd_records() and any(map(_wants_gradient, tensors))):
+        if runs_eagerly(tensors) or any(map(_wants_gradients, tensors)):
             return implementation(query, key, value, *args, **kwargs)
         with below_autograd():
             return op(query, key, value, *args, **kwargs)
@@ -32,9 +25,9 @@ def autograd_rule(op: Callable[..., Any], implementation: Callable[..., Any]) ->
     return rule
 
 
-def _wants_gradient(item: object) -> bool:
+def _wants_gradients(item: object) -> bool:
     return isinstance(item, Tensor) and (
-        (item.requires_grad and torch.is_grad_enabled()) or (within_dual_level() and has_tangent(item))
+        (item.requires_grad and torch.is_grad_enabled()) or has_tangent(item)
     )
 
 

@@ -89,15 +89,21 @@ def sage_attention(
         `[batch, heads, q_len, value_head_dim]` in query's dtype and memory order; with `return_lse` a pair.
 
     Raises:
-        NotEligibleError: a kernel asked for by name cannot run; it holds every reason.
-        RuntimeError: the inputs do not fit together, as from SDPA, or are nested or sparse; or the call is compiled inside
+        NotEligibleError: a kernel asked for by name cannot run; it holds every reason. So do `return_lse` and `out` where exact attention is
+            needed: for dropout, gradients and tangents of forward-mode AD.
+        RuntimeError: the inputs or out do not fit together, as from SDPA, or are nested or sparse; or the call is compiled inside
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
-        TypeError: an input is no tensor.
+        TypeError: an input or out is no tensor.
         ValueError: an unknown kernel, precision, smoothing, wires or skip_by, or a skip_threshold that is none.
     """
     required = {"query": query, "key": key, "value": value}
-    optional = {"attn_mask": attn_mask, "query_segments": query_segments, "key_segments": key_segments}
+    optional = {
+        "attn_mask": attn_mask,
+        "query_segments": query_segments,
+        "key_segments": key_segments,
+        "out": out,
+    }
     for name, tensor in (required | optional).items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
             raise TypeError(f"{name} is a {type(tensor).__name__} (valid: a tensor)")
@@ -107,7 +113,7 @@ def sage_attention(
         raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
     if precision not in kernels.PRECISION_CHOICES:
         raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-    if smoothing not in kernels.SMOOTHINGS:
+    if smoothing not in tuple(kernels.SMOOTHINGS):
         raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
     if wires not in WIRES:
         raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")

@@ -45,7 +45,7 @@ from sage_inductor.operators.inputs import (
 from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, WIRES
 from sage_inductor.operators.unquantised import exact_lse, sdpa
 from sage_inductor.operators.validation import misfit, validate
-from sage_inductor.torch_internals.dispatch import autograd_records, within_dual_level
+from sage_inductor.torch_internals.dispatch import in_forward_ad
 
 
 def _attention(
@@ -150,7 +150,7 @@ def _run(
         out = empty_output(query, value, memory_order) if out is None else out
         return out.zero_(), empty_lse(query).fill_(-math.inf) if return_lse else None
     given_segments = query_segments, key_segments
-    if autograd_records() and (wanting := wanting_gradients(query, key, value, attn_mask, sink)):
+    if wanting := wanting_gradients(query, key, value, attn_mask, sink):
         if out is not None:
             raise NotEligibleError(f"kernel={kernel_name}", [wanting])
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)
@@ -284,7 +284,7 @@ def _differentiable(
     q, k, v = map(as_4d, (query, key, value))
     mask = None if attn_mask is None else as_4d(attn_mask)
     # No other backend of SDPA has forward-mode gradients.
-    backends = sdpa_kernel(SDPBackend.MATH) if within_dual_level() else nullcontext()
+    backends = sdpa_kernel(SDPBackend.MATH) if in_forward_ad() else nullcontext()
     with backends:
         out = sdpa(q, k, v, mask, params, segments).view(*query.shape[:-1], value.shape[-1])
     expected = empty_output(query.detach(), value.detach(), memory_order)

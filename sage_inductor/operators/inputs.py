@@ -13,7 +13,7 @@ from sage_inductor.kernels.base import (
     reason,
 )
 from sage_inductor.operators.validation import misfit
-from sage_inductor.torch_internals.dispatch import autograd_records, has_tangent, within_dual_level
+from sage_inductor.torch_internals.dispatch import has_tangent, in_forward_ad
 
 
 def as_4d(tensor: Tensor) -> Tensor:
@@ -51,18 +51,17 @@ def make_problem(
 def wanting_gradients(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sink: Tensor | None = None
 ) -> str | None:
-    """The reason against an inference kernel: it names the inputs that gradients are wanted of, backward or forward. None where
-    there is none, or autograd does not record."""
-    if not autograd_records():
+    """The reason against an inference kernel: it names the inputs that require gradients, where those are enabled, or carry a tangent
+    of forward-mode AD. None where none does."""
+    backward, forward = torch.is_grad_enabled(), in_forward_ad()
+    if not backward and not forward:
         return None
-    given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "sink": sink}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    if torch.is_grad_enabled() and (
-        wanting := [name for name, tensor in tensors.items() if tensor.requires_grad]
-    ):
+    named = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "sink": sink}
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    if backward and (wanting := [name for name, tensor in tensors.items() if tensor.requires_grad]):
         return reason("requires_grad", wanting, "none; use torch.no_grad()")
-    if within_dual_level() and (wanting := [name for name, tensor in tensors.items() if has_tangent(tensor)]):
-        return reason("tangent", wanting, "none; F.scaled_dot_product_attention under sdpa_kernel(MATH)")
+    if forward and (wanting := [name for name, tensor in tensors.items() if has_tangent(tensor)]):
+        return reason("forward-mode tangent", wanting, "none")
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
-from sage_inductor.kernels.base import Kernel, reason
+from sage_inductor.kernels.base import Kernel, gradient_problem, reason
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.kernels.key_value import Attend, KeyValueForm, Quantize
 from sage_inductor.kernels.smoothing import EQUALISING
@@ -28,12 +28,7 @@ from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS
 from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.operators.validation import misfit, validate
-from sage_inductor.torch_internals.dispatch import (
-    below_autograd,
-    has_tangent,
-    runs_eagerly,
-    within_dual_level,
-)
+from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
 
 DIMS = 4
 ALIGNMENT = 16  # bytes, of what kernels read
@@ -270,10 +265,8 @@ def inference_only(
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise NotEligibleError(what, [reason("requires_grad", True, "none; use torch.no_grad()")])
-        if within_dual_level() and any(map(has_tangent, tensors)):
-            raise NotEligibleError(what, [reason("tangent", True, "none")])
+        if wanting := gradient_problem(*tensors):
+            raise NotEligibleError(what, [wanting])
         if runs_eagerly((*args, *kwargs.values())):
             return implementation(*args, **kwargs)
         with below_autograd():

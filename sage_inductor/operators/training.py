@@ -25,7 +25,7 @@ from sage_inductor.operators.dispatch_rules import autocast_rule
 from sage_inductor.operators.inputs import as_4d, as_segments
 from sage_inductor.operators.schemas import INPUTS, LIBRARY, NAMESPACE, PARAMS, SEGMENTS, TAGS
 from sage_inductor.operators.unquantised import sdpa
-from sage_inductor.torch_internals.dispatch import above_autograd, has_tangent, within_dual_level
+from sage_inductor.torch_internals.dispatch import above_autograd, has_tangent
 
 # The segments are positional: torch registers gradients for no operator whose tensors are keywords.
 _INPUTS = INPUTS.replace("*", f"{SEGMENTS}, *")
@@ -56,8 +56,8 @@ def _attention_training(
 ) -> Tensor:
     if query_segments is not None or key_segments is not None:
         kwargs |= {"query_segments": query_segments, "key_segments": key_segments}
-    if within_dual_level() and any(map(has_tangent, (query, key, value))):
-        reasons = [reason("tangent", "of query, key or value", "none; gradients backward")]
+    if any(map(has_tangent, (query, key, value))):
+        reasons = [reason("forward-mode tangent", "of query, key or value", "none; gradients backward")]
         raise NotEligibleError("attention_training", reasons)
     with torch.no_grad():
         out: Tensor = inference.attention(query, key, value, attn_mask, is_causal, **kwargs)

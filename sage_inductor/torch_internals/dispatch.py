@@ -28,21 +28,6 @@ def past_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]
     return lambda: torch._C._ExcludeDispatchKeyGuard(keys)
 
 
-def autograd_records() -> bool:
-    """Whether autograd looks at what is computed now, backward or, within a dual level (`torch.func.jvp` opens one), forward."""
-    return torch.is_grad_enabled() or within_dual_level()
-
-
-def within_dual_level() -> bool:
-    """Whether tensors may have tangents. Not while Dynamo traces: it records operators, which look again when they run."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` has a tangent in forward-mode autograd."""
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
 def runs_eagerly(arguments: Iterable[object]) -> bool:
     """Whether an operator called with `arguments` computes numbers now: no mode or transform records or fakes it, and its
     tensors are no subclass with a dispatch of its own, nor functionalised, nor to be negated before they are read."""
@@ -57,6 +42,17 @@ def runs_eagerly(arguments: Iterable[object]) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def in_forward_ad() -> bool:
+    """Whether a level of forward-mode AD is open, by `dual_level()` or `torch.func.jvp`. Tensors may carry tangents then, also under
+    `torch.no_grad()`. Not while Dynamo traces: it records operators, which look again when they run."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode AD carries a tangent along with `tensor`."""
+    return in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @contextmanager

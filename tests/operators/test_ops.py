@@ -218,6 +218,7 @@ def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, messa
         ({"dropout_p": "none"}, r"dropout_p='none' \(valid: 0 to 1\)"),
         ({"kernel": ["auto"]}, r"kernel=\['auto'\] \(valid: auto, "),
         ({"precision": ["fast"]}, "valid: auto, fast, balanced, accurate"),
+        ({"smoothing": ["mean"]}, r"smoothing=\['mean'\] \(valid: mean, "),
     ],
 )
 def test_unknown_values_list_the_valid_ones(kwargs: Any, message: str) -> None:
@@ -234,6 +235,8 @@ def test_what_is_no_tensor_is_named(kernel: str) -> None:
     ):
         with pytest.raises(TypeError, match=message):
             sage_attention(*arguments, kernel=kernel)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="out is a ndarray"):
+        sage_attention(hnd(), hnd(), hnd(), kernel=kernel, out=hnd().numpy())  # type: ignore[arg-type]
 
 
 def test_causal_biases_are_seen_through() -> None:

@@ -386,14 +386,24 @@ def test_functorch_transforms_are_left_alone() -> None:
     def differentiated(x: Tensor) -> Tensor:
         return torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q).sum())(x)
 
+    def with_tangents(x: Tensor) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            q = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = torch.autograd.forward_ad.unpack_dual(torch.softmax(q @ x.mT, -1) @ x).tangent
+        assert tangent is not None
+        return tangent
+
     def after(x: Tensor) -> Tensor:
         y = torch.vmap(lambda q: q * 2)(x)
+        with torch.autograd.forward_ad.dual_level():
+            pass
         return F.scaled_dot_product_attention(y, y, y)
 
     assert "transform=vmap (supported: none)" in refused(batched, x)
     assert "transform=grad (supported: none)" in refused(differentiated, x)
     assert judge(after, x)[0].rewritten
-    for function in (batched, differentiated, after):
+    assert not judge(with_tangents, x)
+    for function in (batched, differentiated, with_tangents, after):
         assert relative_l2(run(function, x)[0], function(x)) < 0.03
 
 

@@ -27,7 +27,7 @@ from sage_inductor.operators import inference, training
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.functional import refuse_context_parallel
 from sage_inductor.operators.sharded import are_taught, is_dtensor
-from sage_inductor.torch_internals.dispatch import autograd_records, has_tangent, within_dual_level
+from sage_inductor.torch_internals.dispatch import has_tangent
 
 NHD = (0, 2, 1, 3)  # models turn the output into [batch, seq, heads, head_dim], which then is no copy
 ONE_QUERY = "q_len=1 (supported: 2 and more; a decode step is bound by reading K and V, not by arithmetic)"
@@ -165,17 +165,16 @@ def _exact_reasons(call: _Call, config: Config) -> list[str]:
         reasons.append(reason("batch", batches, "alike for query, key and value"))
     if config.kernel == "auto" and call.query.device.type == "cpu":
         reasons.append(reason("device", "cpu", "cuda; or a kernel named"))
-    if autograd_records():
+    if torch.is_grad_enabled():
         reasons += _gradient_reasons(call, config)
+    inputs = (call.query, call.key, call.value, call.mask, call.position_bias, call.sink)
+    if any(tensor is not None and has_tangent(tensor) for tensor in inputs):
+        reasons.append(reason("forward-mode tangent", True, "none"))
     return reasons
 
 
 def _gradient_reasons(call: _Call, config: Config) -> list[str]:
     added = [tensor for tensor in (call.mask, call.position_bias, call.sink) if tensor is not None]
-    if within_dual_level() and any(map(has_tangent, (call.query, call.key, call.value, *added))):
-        return [reason("tangent", "of the inputs", "none")]
-    if not torch.is_grad_enabled():
-        return []
     if any(tensor.requires_grad for tensor in added):
         return [
             reason("requires_grad", "mask, position bias or sink", "query, key and value, with training=True")

@@ -624,6 +624,27 @@ def test_varlen_says_what_is_wrong() -> None:
         attention_varlen(q, q, q, cu, cu, 10, 10, precision="quick")
     with pytest.raises(ValueError, match="out is expanded in dim 0: its 10 elements are one in memory"):
         attention_varlen(q, q, q, cu.int(), cu.int(), 10, 10, precision="accurate", out=q[:1].expand_as(q))
+    with pytest.raises(ValueError, match=r"devices=.*meta.*max_seqlen_k=-1 \(supported: an int from 0\)"):
+        attention_varlen(q, q, q, cu.int(), cu.int().to("meta"), 10, -1)
+    with pytest.raises(
+        ValueError, match=r"shapes do not fit.*window=\(1, 2, 3\) \(supported: \(left, right\)\)"
+    ):
+        attention_varlen(q, q[:, :0], q[:, :0], cu.int(), cu.int(), 10, 10, window=(1, 2, 3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        attention_varlen(q.clone().requires_grad_(), q, q, cu.int(), cu.int(), 10, 10, precision="accurate")
+
+
+def test_varlen_reads_lengths_and_signs_as_they_are_meant() -> None:
+    q, k, v = (randn(length, 1, 16).float() for length in (12, 20, 20))
+    lengths = torch.tensor([[0, 99], [5, 99], [12, 99]], dtype=torch.int32, device=DEVICE)[:, 0]
+    keys = torch.tensor([0, 9, 20], dtype=torch.int32, device=DEVICE)
+    negative = torch.complex(torch.zeros_like(q), -q).conj().imag
+    assert negative.is_neg() and torch.equal(negative, q)
+    found, expected = (
+        attention_varlen(query, k, v, ids, keys, 7, 11, precision="accurate", smoothing="mean")
+        for query, ids in ((negative, lengths), (q, lengths.clone()))
+    )
+    assert torch.equal(found, expected)
 
 
 # --------------------------------------------------------------------------------------- reasons and imports

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from importlib.util import find_spec
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from ..base import (
     Kernel,
     Prepared,
     Segments,
+    gradient_problem,
     mark_written,
     output_problem,
     reason,
@@ -192,22 +194,26 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of several sequences of different lengths, packed one after another.
 
-    query `[total_q, heads, head_dim]`, key `[total_k, kv_heads, head_dim]`, value `[total_k, kv_heads,
+    Inference only. query `[total_q, heads, head_dim]`, key `[total_k, kv_heads, head_dim]`, value `[total_k, kv_heads,
     value_head_dim]`, in any strides; sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of query
     and likewise of key and value (int32 `[batch + 1]`, on the inputs' device, never read by the host).
-    `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths. K and V are smoothed and quantised
+    `max_seqlen_q` and `max_seqlen_k` are upper bounds of the lengths: queries and keys beyond them are not looked at. K and V are smoothed and quantised
     per sequence, K as `smoothing` says (`Config.smoothing`). `is_causal`, `bottom_right`, `window` (left, right; negative: no bound) and
     `skip_threshold` as in `AttentionParams`.
 
     Returns the output `[total_q, heads, value_head_dim]` in query's dtype (`out` if given), and with
     `return_lse` the natural-log LSE, fp32 `[heads, total_q]`. Rows that belong to no sequence are left as
-    they were. Raises ValueError for what the kernel does not support.
+    they were. Raises ValueError for what the kernel does not support, gradients among it.
     """
+    # The kernels read memory as it is: numbers without a sign that is still to be turned, and lengths one behind the other.
+    query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     kind = (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.shape, cu_seqlens_k.dtype,
+        cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_q.device,
+        cu_seqlens_k.shape, cu_seqlens_k.dtype, cu_seqlens_k.device,
         max_seqlen_q, max_seqlen_k, is_causal, bottom_right, *window, scale, precision, smoothing, return_lse,
         skip_threshold,
         None if out is None else (out.shape, out.stride(), out.dtype),
@@ -215,9 +221,23 @@ def attention_varlen(
     call = _varlen_calls.get(kind)
     shape = (*query.shape[:2], value.shape[-1])
     if call is None:
-        _check_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, precision, smoothing, skip_threshold)
+        longest = max_seqlen_q, max_seqlen_k
+        _check_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            longest,
+            window,
+            precision,
+            smoothing,
+            skip_threshold,
+        )
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
+    if problem := gradient_problem(query, key, value):
+        raise ValueError(f"attention_varlen: {problem}")
     given = out is not None
     if out is None:
         out = query.new_empty(shape)
@@ -250,6 +270,8 @@ def _check_varlen(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    longest: tuple[int, int],
+    window: tuple[int, int],
     precision: str,
     smoothing: str,
     skip_threshold: float,
@@ -257,7 +279,12 @@ def _check_varlen(
     problems = []
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
         problems.append("query, key and value must be [total, heads, head_dim]")
-    elif key.shape[:2] != value.shape[:2] or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[2]:
+    elif (
+        key.shape[:2] != value.shape[:2]
+        or not key.shape[1]
+        or query.shape[1] % key.shape[1]
+        or query.shape[2] != key.shape[2]
+    ):
         problems.append(f"shapes do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     else:
         for name, tensor in (("query", query), ("value", value)):
@@ -269,11 +296,19 @@ def _check_varlen(
         problems.append(reason("cu_seqlens dtype", (cu_seqlens_q.dtype, cu_seqlens_k.dtype), torch.int32))
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         problems.append("cu_seqlens_q and cu_seqlens_k must be [batch + 1]")
+    devices = [tensor.device for tensor in (query, key, value, cu_seqlens_q, cu_seqlens_k)]
+    if any(device != query.device for device in devices):
+        problems.append(reason("devices", devices, "one"))
+    if len(window) != 2:
+        problems.append(f"window={window} (supported: (left, right))")
+    for name, length in zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True):
+        if not isinstance(length, Integral) or length < 0:
+            problems.append(f"{name}={length!r} (supported: an int from 0)")
     if problem := threshold_problem(skip_threshold):
         problems.append(problem)
-    if smoothing not in SMOOTHINGS:
+    if smoothing not in tuple(SMOOTHINGS):
         problems.append(reason("smoothing", smoothing, SMOOTHINGS))
-    if precision not in MIN_CAPABILITY:
+    if precision not in tuple(MIN_CAPABILITY):
         problems.append(reason("precision", precision, TritonKernel.precisions))
     elif query.device.type == "cuda":
         problems += capability_reasons(capability(query.device.index), MIN_CAPABILITY[precision])

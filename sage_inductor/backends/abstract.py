@@ -124,11 +124,15 @@ class AttentionImpl(ABC):
         """Called on the output of `forward`; returns it unchanged."""
         return output
 
-    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raise RuntimeError for tensors that do not have 4 dims, and for a query whose head_size is not the layer's:
-        softmax_scale would be wrong for it."""
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.dim() != 4:
+    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor | None = None) -> None:
+        """Raise TypeError for what is no tensor, RuntimeError for inputs that do not have 4 dims, and for a query whose head_size is not
+        the layer's: softmax_scale would be wrong for it."""
+        for name, tensor in (("query", query), ("key", key), ("value", value), ("output", output)):
+            if not isinstance(tensor, Tensor) and (tensor is not None or name != "output"):
+                raise TypeError(
+                    f"{self.prefix or type(self).__name__}: {name} is a {type(tensor).__name__} (valid: a tensor)"
+                )
+            if tensor is not None and tensor.dim() != 4:
                 raise RuntimeError(
                     f"{self.prefix or type(self).__name__}: {name} has {tensor.dim()} dimensions "
                     "(valid: 4, [batch, seq, heads, head_size])"
@@ -158,7 +162,7 @@ class AttentionImpl(ABC):
 
         Raises:
             RuntimeError: tensors that do not fit together, or not to head_size.
-            TypeError: metadata in a dict, or a mask that is no tensor.
+            TypeError: metadata in a dict; an input, output or mask that is no tensor.
             ValueError: a mask that does not fit (see `AttentionMetadata`).
         """
 
@@ -204,7 +208,7 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
     """The dropout probability among `extra_impl_args`: `dropout_p`, or `dropout_rate` as FastVideo's models also spell it.
 
     Hosts pass arguments of their own to every backend. Those of `IGNORED_IMPL_ARGS` are logged. Any other one that is not
-    in `valid` gives a warning, once for each name. Raises ValueError for a dropout outside 0 to 1.
+    in `valid` gives a warning, once for each name. Raises ValueError for a dropout that is no number from 0 to 1.
     """
     known = (*valid, "dropout_p", "dropout_rate")
     for name, value in extra_impl_args.items():
@@ -212,10 +216,11 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
             log.debug("%s=%r has no meaning for dense attention: ignored", name, value)
         elif name not in known:
             _warn_of_unused("extra_impl_args", name, f"{name}={value!r}", known, 4)
-    dropout = max(float(extra_impl_args.get(name) or 0.0) for name in ("dropout_p", "dropout_rate"))
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout_p={dropout} (valid: 0 to 1)")
-    return dropout
+    given = {name: extra_impl_args.get(name) or 0.0 for name in ("dropout_p", "dropout_rate")}
+    for name, value in given.items():
+        if not isinstance(value, Real) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value!r} (valid: 0 to 1)")
+    return max(map(float, given.values()))
 
 
 def _warn_of_unused(where: str, name: str, shown: str, valid: tuple[str, ...], stacklevel: int) -> None:

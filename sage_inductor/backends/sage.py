@@ -114,7 +114,7 @@ class SageAttentionImpl(AttentionImpl):
         """As `AttentionImpl.forward`, for float16, bfloat16 and float32. Inputs that need gradients get exact attention with
         kernel="auto". Raises NotEligibleError, with every reason, where a kernel asked for by name cannot run the call."""
         refuse_context_parallel()
-        self.check_inputs(query, key, value)
+        self.check_inputs(query, key, value, output)
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal

@@ -53,7 +53,7 @@ class SDPAImpl(AttentionImpl):
         attn_metadata: AttentionMetadata | None = None,
         output: Tensor | None = None,
     ) -> Tensor:
-        self.check_inputs(query, key, value)
+        self.check_inputs(query, key, value, output)
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal

@@ -53,8 +53,12 @@ def get_attn_backend(
     Raises:
         NotEligibleError: SAGE_ATTN is requested and no kernel can run this head_size and dtype here; or it is the only
             backend that the layer allows, and "auto" would choose no kernel. It has the reasons of the kernels.
-        ValueError: an unknown backend, one that the layer does not support, or none left.
+        ValueError: a head_size or dtype that is none; an unknown backend, one that the layer does not support, or none left.
     """
+    if not isinstance(head_size, int) or head_size < 1:
+        raise ValueError(f"head_size={head_size!r} (valid: an int from 1)")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} (valid: a torch.dtype)")
     allowed = _allowed(supported_attention_backends)
     if requested is not None:
         backend = _known(requested, "requested")
@@ -99,6 +103,8 @@ def _known(backend: BackendLike, argument: str) -> type[AttentionBackend]:
 def _allowed(supported: Sequence[BackendLike] | None) -> list[type[AttentionBackend]]:
     if supported is None:
         return list(BACKENDS.values())
+    if isinstance(supported, str):
+        raise ValueError(f"supported_attention_backends={supported!r} (valid: a list of backends)")
     names = [_name(backend) for backend in supported]
     allowed = [backend for name, backend in BACKENDS.items() if name in names]
     if not allowed:

@@ -242,6 +242,10 @@ def test_what_would_be_taken_for_something_else_is_refused(impl: str) -> None:
         attention.forward(query, key, value, {"attn_mask": torch.zeros(2, 33)})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="attn_mask is a list"):
         attention.forward(query, key, value, AttentionMetadata(0, [[1] * 33] * 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"key is a NoneType \(valid: a tensor\)"):
+        attention.forward(query, None, value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"output is a list \(valid: a tensor\)"):
+        attention.forward(query, key, value, output=[])  # type: ignore[arg-type]
 
 
 @every_impl
@@ -369,6 +373,7 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         ({"num_kv_heads": 1.0}, r"num_kv_heads=1.0 \(valid: an int\)"),
         ({"softmax_scale": "x"}, r"softmax_scale='x' \(valid: a finite number, None\)"),
         ({"softmax_scale": math.nan}, "softmax_scale=nan"),
+        ({"dropout_rate": "none"}, r"dropout_rate='none' \(valid: 0 to 1\)"),
     ],
 )
 def test_sizes_and_scales(implementation: type[AttentionImpl], change: dict[str, Any], message: str) -> None:
@@ -565,11 +570,14 @@ def test_default_gives_way_to_request_and_to_what_runs(fast_kernel: FastKernel) 
         ({"default_backend": "NABLA"}, r"default_backend='NABLA' \(valid"),
         ({"supported_attention_backends": ()}, r"\[\] \(valid: at least one of SAGE_ATTN, TORCH_SDPA\)"),
         ({"supported_attention_backends": (Theirs.FLASH_ATTN,)}, r"\['FLASH_ATTN'\] \(valid"),
+        ({"supported_attention_backends": "SAGE_ATTN"}, r"='SAGE_ATTN' \(valid: a list of backends\)"),
+        ({"head_size": "64"}, r"head_size='64' \(valid: an int from 1\)"),
+        ({"dtype": "bfloat16"}, r"dtype='bfloat16' \(valid: a torch.dtype\)"),
     ],
 )
 def test_unknown_backends(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        get_attn_backend(64, torch.bfloat16, **arguments)
+        get_attn_backend(**{"head_size": 64, "dtype": torch.bfloat16, **arguments})
 
 
 def test_request_without_a_gpu(no_gpu: None) -> None:

@@ -26,9 +26,9 @@ from sage_inductor.kernels.key_value import Attend, KeyValueForm, Quantize
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.inputs import empty_lse, empty_output
 from sage_inductor.operators.schemas import LIBRARY, NAMESPACE, TAGS
-from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.operators.validation import misfit, validate
 from sage_inductor.torch_internals.dispatch import below_autograd, runs_eagerly
+from sage_inductor.torch_internals.distributed import is_dtensor
 
 DIMS = 4
 ALIGNMENT = 16  # bytes, of what kernels read

@@ -31,7 +31,6 @@ from sage_inductor.graph.sizes import (
     sizes_of,
 )
 from sage_inductor.operators import inference, training
-from sage_inductor.operators.sharded import is_dtensor
 from sage_inductor.patterns.axes import permutation
 from sage_inductor.patterns.nodes import reads_nothing
 from sage_inductor.report.site import Site
@@ -39,6 +38,7 @@ from sage_inductor.rewriting.eligibility import output_order
 from sage_inductor.rewriting.masks.additive import with_uniform_rows
 from sage_inductor.rewriting.masks.mask import Mask
 from sage_inductor.rewriting.masks.segments import insert_once
+from sage_inductor.torch_internals.distributed import is_dtensor
 from sage_inductor.torch_internals.sizes import hinted, is_backed
 from sage_inductor.torch_internals.traced import is_erased, tensors_of
 from sage_inductor.tuning import Choice

@@ -36,7 +36,7 @@ from sage_inductor.patterns.nodes import (
     operands,
     shape_of,
 )
-from sage_inductor.patterns.numbers import filled_with, number
+from sage_inductor.patterns.numbers import filled_with, is_symbol, number
 from sage_inductor.patterns.products import Scores, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
@@ -49,13 +49,15 @@ SHIFT = 1e3
 
 @dataclass(frozen=True)
 class Logits:
-    """`scale * factor * query @ key^T`, plus terms, with keys hidden; `factor` is a tensor of one number a row."""
+    """`scale * symbols * factor * query @ key^T`, plus terms, with keys hidden; `factor` is a tensor of one number a row."""
 
     order: Order
     """Which dims of the node at hand are `[*batch, queries, keys]`; all else here is in that order."""
     product: Scores | None = None
     scale: float = 1.0
     factor: Value | None = None
+    symbols: tuple[tuple[str, fx.Node], ...] = ()
+    """Methods, "mul" or "div", by symbolic numbers: floats of modules that are compiled for dynamic shapes."""
     terms: tuple[Term, ...] = ()
     """What is added to logits, and what finite numbers overwrite; what is done last comes first."""
     allowed: tuple[Term, ...] = ()
@@ -71,6 +73,8 @@ class Logits:
         added = self._term(arranged(term, self.order), node)
         if self.scale != 1.0:
             added = replace(added, value=Expr.of("mul", added.promoted(), self.scale))
+        for method, symbol in self.symbols:
+            added = replace(added, value=Expr.of(method, added.promoted(), symbol))
         if self.factor is not None:
             added = replace(added, value=Expr.of("mul", added.promoted(), self.factor))
         if self.floor is not None:
@@ -80,7 +84,7 @@ class Logits:
     def hiding(self, hidden: Value, value: float, node: fx.Node) -> Logits | None:
         """With the logits overwritten by `value` at `hidden`, as `node` does. None where that cannot be told in masks."""
         final = value * self.scale  # what later factors make of it
-        if final > HIDES or self.factor is not None:
+        if final > HIDES or self.factor is not None or self.symbols:
             return None
         final = final if final >= LOWEST else -math.inf
         hides_for_good = final == -math.inf and self.floor is None
@@ -256,8 +260,13 @@ def _scaling(node: fx.Node, order: Order) -> _Step | None:
             first, second, constant = second, first, number(first)
         elif isinstance(second, fx.Node) and _holds_product(second):
             first, second = second, first
+    if node in MUL and is_symbol(first):
+        first, second = second, first
     if not isinstance(first, fx.Node):
         return None
+    if is_symbol(second):
+        symbol = ("div" if node in DIV else "mul", second)
+        return first, lambda logits: replace(logits, symbols=(*logits.symbols, symbol))
     if constant is None:
         return _row_factor(node, first, second, order)
     if constant == 0 and node in DIV:
@@ -328,7 +337,8 @@ def _holds_product(node: fx.Node, broadcast: bool = False) -> bool:
             )
         if not is_known_step(current):
             return False
-        current = next((arg for arg in current.args if isinstance(arg, fx.Node)), None)
+        nodes = (arg for arg in current.args if isinstance(arg, fx.Node))
+        current = next((arg for arg in nodes if not is_symbol(arg)), None)
     return False
 
 
@@ -351,7 +361,7 @@ def _flooring(node: fx.Node) -> _Step | None:
 
     def update(logits: Logits) -> Logits | None:
         floor = max(least * logits.scale, LOWEST)
-        if floor > HIDES or logits.factor is not None:
+        if floor > HIDES or logits.factor is not None or logits.symbols:
             return None
         return replace(logits, floor=floor if logits.floor is None else max(floor, logits.floor))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import fx
 
 from sage_inductor.graph.call import example_tensor, example_value
 from sage_inductor.graph.facts import fill
 from sage_inductor.patterns.nodes import DIV, MUL, casts_floats, operands
+from sage_inductor.torch_internals.sizes import number_of
 
 
 def number(item: Any) -> float | None:
@@ -18,11 +20,18 @@ def number(item: Any) -> float | None:
         return float(item)
     if isinstance(item, fx.Node):
         tensor = example_tensor(item)
-        if tensor is None and isinstance(example_value(item), (int, float)):
-            return float(example_value(item))
+        if tensor is None and isinstance(found := number_of(example_value(item)), (int, float)):
+            return float(found)
         if tensor is not None and tensor.dim() == 0:
             return _constant_scalar(item)
     return None
+
+
+def is_symbol(item: Any) -> TypeGuard[fx.Node]:
+    """Whether `item` is a number that is not known while compiling."""
+    return isinstance(item, fx.Node) and isinstance(
+        number_of(example_value(item)), (torch.SymFloat, torch.SymInt)
+    )
 
 
 def _constant_scalar(node: fx.Node) -> float | None:

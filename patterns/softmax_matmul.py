@@ -98,7 +98,7 @@ class Weights:
 
     softmax: Softmax
     order: Order
-    dropout: float
+    dropout: float | fx.Node
     zeroed: Value | None
     sink_at: int | None
 
@@ -106,7 +106,8 @@ class Weights:
 def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None = None) -> Weights | None:
     """The weights that the second product, `reader`, takes; None at anything unknown on the way to their softmax. The nodes
     on the way are appended to `trail`; where the result is None, its last node is the unknown one."""
-    dropout, order = 0.0, outer.order
+    order = outer.order
+    dropout: float | fx.Node = 0.0
     zeroed: Value | None = None
     sink_at: int | None = None
     readers: tuple[fx.Node, ...] = (reader,)
@@ -130,7 +131,7 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
             order = ordered(moved[1], order)
         elif current in DROPOUT:
             p, training = argument(current, 1, "p", 0.5), argument(current, 2, "training", True)
-            dropout = float(p) if training else dropout
+            dropout = p if training else dropout
         elif (emptied := zeros(current)) is not None:
             if emptied.mask is not None:
                 if zeroed is not None:
@@ -153,7 +154,9 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
     return None
 
 
-def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> AttentionCall | None:
+def _call(
+    node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float | fx.Node
+) -> AttentionCall | None:
     output = example_tensor(node)
     assert output is not None and logits.product is not None
     left, key, value = logits.product.query, logits.product.key, outer.value
@@ -164,6 +167,8 @@ def _call(node: fx.Node, outer: WeightedSum, logits: Logits, dropout: float) -> 
     if shapes[0][-1] != shapes[1][-1] or shapes[1][-2] != shapes[2][-2]:
         return None  # einsum broadcasts what it sums over
     query: Value = left if logits.factor is None else Expr.of("mul", left, logits.factor)
+    for method, symbol in logits.symbols:
+        query = Expr.of(method, query, symbol)
     if shape_of(query) != shapes[0]:
         return None
     restore, undo = outer.restore, outer.undo

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import fx
 
-from sage_inductor.graph.call import Expr, Value, node_name
+from sage_inductor.graph.call import Expr, Value, example_value, node_name
 from sage_inductor.torch_internals.operators import draws_random_numbers, is_overload, operator_name
+from sage_inductor.torch_internals.sizes import number_of
 
 
 class Fact(Flag):
@@ -150,6 +151,8 @@ def is_random(node: fx.Node) -> bool:
     name = operation(node)
     if name == "dropout":
         p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        p = number_of(example_value(p)) if isinstance(p, fx.Node) else p
+        p = p if isinstance(p, (int, float)) else 1.0
         training = node.kwargs.get("training", node.kwargs.get("train", True))
         return bool(p) and bool(node.args[2] if len(node.args) > 2 else training)
     return RANDOM in facts_of(node) or draws_random_numbers(node.target, name)

@@ -27,12 +27,27 @@ from sage_inductor.rewriting.masks.segments import PackedMask, packed_mask
 from sage_inductor.rewriting.masks.understood import Masks, Understood
 from sage_inductor.rewriting.masks.views import broadcast
 from sage_inductor.rewriting.masks.whole import classify_constant, ends_of_constant
+from sage_inductor.torch_internals.distributed import is_dtensor
 
 
 def classify(call: AttentionCall, masks: Masks) -> Mask:
     """The meaning of `call`'s mask, which is one of `masks`."""
     if call.attn_mask is None and call.band is not None:
         return of_band(call, call.band)
+    mask = example_tensor(call.attn_mask)
+    try:
+        return _classify_with_ids(call, masks)
+    except (RuntimeError, ValueError):
+        # DTensor has rules for some operations alone, and rows may be made by others: ids of 64 bits by searchsorted.
+        if mask is None or not is_dtensor(mask):
+            raise
+    query = example_tensor(call.query)
+    q_len = None if query is None else plain(sizes_of(query)[-2])
+    return Mask(runtime_kind(mask, q_len), call.attn_mask)
+
+
+def _classify_with_ids(call: AttentionCall, masks: Masks) -> Mask:
+    """The meaning of `call`'s mask, the ids of packed sequences apart."""
     as_read = _classify(call, masks)
     packed = None if as_read.attn_mask is None else packed_mask(call, masks.writes)
     if packed is None or as_read.query_segments is not None:

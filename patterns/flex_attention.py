@@ -213,7 +213,7 @@ def _score_reason(call: FlexCall) -> str | None:
     scores = call.scores
     if isinstance(scores, str):
         supported = (
-            "none, a sum of what depends on the key and of what depends on the query, bias[b, h, q, k]"
+            "none, a sum of what depends on the key and of finite numbers of the query, bias[b, h, q, k]"
         )
         return _reason("score_mod", scores, supported)
     if scores.tensor is None:

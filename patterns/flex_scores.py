@@ -1,6 +1,6 @@
 """What a score_mod of `flex_attention` adds to scores, where that is known by its form.
 
-A number that is the same for all keys of a query changes no weight of its softmax. So a sum of what depends on the key and of what
+A finite number that is the same for all keys of a query changes no weight of its softmax. So a sum of what depends on the key and of what
 depends on the query is, for attention, a row over keys, of any length: ALiBi, `score + slope[head] * (key - query)`, is
 `slope[head] * key`. A sum that both are in together is as large as the scores. It is taken only where a tensor holds it already.
 """
@@ -24,7 +24,9 @@ BY_ELEMENT = {
     *AND, *OR, *NOT, *XOR, *CASTS, "add", "sub", "rsub", "mul", "neg", "abs", "floordiv", "floor_divide", "mod", "remainder",
     "ge", "gt", "le", "lt", "eq", "ne", "where", "minimum", "maximum", "clamp", "getitem", "index",
 }  # fmt: skip
-_OF_FLOATS = {"truediv", "div", "true_divide", "exp", "exp2", "log", "log2", "pow", "sqrt", "rsqrt"}
+_DIVISIONS = {"truediv", "div", "true_divide"}
+_FUNCTIONS = {"exp", "exp2", "log", "log2", "pow", "sqrt", "rsqrt"}
+_OF_FLOATS = _DIVISIONS | _FUNCTIONS
 INDICES = ("batch", "head", "query", "key")
 
 
@@ -184,6 +186,8 @@ def _depends(node: fx.Node, scores: ModifiedScores, depends: Mapping[fx.Node, De
     if Depends.SCORE in found:
         return Depends.SCORE
     kinds = {item for item in found if item is not Depends.NEITHER}
+    if kinds == {Depends.QUERY} and _may_be_infinite(node, depends):
+        return Depends.BOTH  # -inf hides a query, and is no shift
     if len(kinds) < 2 and Depends.SUM not in kinds:
         return kinds.pop() if kinds else Depends.NEITHER
     name, result = plain_name(node), example_tensor(node)
@@ -195,11 +199,28 @@ def _depends(node: fx.Node, scores: ModifiedScores, depends: Mapping[fx.Node, De
     is_multiple = name == "mul" and Depends.NEITHER in found + [
         Depends.NEITHER for arg in node.args if not isinstance(arg, fx.Node)
     ]
-    divisor = node.args[1] if name in ("truediv", "div", "true_divide") and len(node.args) == 2 else None
+    divisor = node.args[1] if name in _DIVISIONS and len(node.args) == 2 else None
     is_share = divisor is not None and not (
         isinstance(divisor, fx.Node) and depends[divisor] is not Depends.NEITHER
     )
     return Depends.SUM if is_sum or is_multiple or is_share else Depends.BOTH
+
+
+def _may_be_infinite(node: fx.Node, depends: Mapping[fx.Node, Depends]) -> bool:
+    """Whether that is so of `node`, which depends on the query, where what it is made of is finite."""
+    name, result = plain_name(node), example_tensor(node)
+    if result is None or not result.is_floating_point():
+        return False
+    if name in ("getitem", "index", *_FUNCTIONS):  # a row of floats may hold anything
+        return True
+    of_query = [isinstance(arg, fx.Node) and depends[arg] is Depends.QUERY for arg in node.args]
+    if name in _DIVISIONS and of_query[1:] != [False]:
+        return True
+    if name == "where" and any(
+        isinstance(arg, fx.Node) and not known for arg, known in zip(node.args[1:], of_query[1:], strict=True)
+    ):
+        return True
+    return any(isinstance(arg, float) and not math.isfinite(arg) for arg in node.args)
 
 
 def _held(term: fx.Node, scores: ModifiedScores) -> Held | None:

@@ -274,7 +274,7 @@ ADDED: list[tuple[Any, Any, str | None]] = [
     (lambda s, b, h, q, k: s - (q - k) * torch.exp2(-((h + 1) * 2.0)), causal, "causal + key_bias"),
     (lambda s, b, h, q, k: torch.where(q >= k, alibi(s, b, h, q, k), -float("inf")), None, "causal + key_bias"),
     (lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")), None, "causal"),
-    (lambda s, b, h, q, k: s + KEPT[k] + KEPT[q], None, "key_padding"),
+    (lambda s, b, h, q, k: s + KEPT[k] - (q + 1) / SLOPES[h], None, "key_padding"),
     (lambda s, b, h, q, k: s + BIAS[b, h, q, k], None, "additive"),
     (lambda s, b, h, q, k: s + BIAS[0][h, q, k], None, None),
 ]  # fmt: skip
@@ -310,6 +310,10 @@ CHANGED: list[tuple[Any, Any, str]] = [
     (lambda s, b, h, q, k: s + KEPT[(q - k).abs()], None, "score_mod=sub, abs, getitem, add"),
     (lambda s, b, h, q, k: s + SLOPES[h] * (k - q).abs(), None, "score_mod=getitem, sub, abs, mul, add"),
     (lambda s, b, h, q, k: s + BIAS[b, h, k, q], None, "score_mod=getitem, add"),
+    # What may be -inf hides a query.
+    (lambda s, b, h, q, k: s + torch.where(q > 3, 0.0, -float("inf")), None, "score_mod=gt, where, add"),
+    (lambda s, b, h, q, k: s + KEPT[k] + KEPT[q], None, "score_mod=getitem, add"),
+    (lambda s, b, h, q, k: s + (k - torch.log(q + 1.0)), None, "score_mod=add, log, sub"),
     (lambda s, b, h, q, k: s + BIAS[b, h, q, k], causal, "score_mod=a tensor beside a mask"),
     (lambda s, b, h, q, k: torch.where(s > 0, s, -float("inf")), None, "score_mod=gt, where"),
     (alibi, document, "mask_mod=additive"),

@@ -41,10 +41,14 @@ class MultiHeadAttention(OpaquePattern):
         return _traced(FORWARD, arguments, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
-        if not self._holds(node) or not _arguments(node)["need_weights"]:
+        if not self._holds(node):
             return []
-        weights_read = not all(_reads_output_only(user) for user in node.users)
-        return ["need_weights=True (supported: weights that nothing reads)"] if weights_read else []
+        reasons, arguments = [], _arguments(node)
+        if arguments["need_weights"] and not all(_reads_output_only(user) for user in node.users):
+            reasons.append("need_weights=True (supported: weights that nothing reads)")
+        if isinstance(arguments["dropout_p"], fx.Node):
+            reasons.append(f"dropout_p={arguments['dropout_p']} (supported: 0.0)")
+        return reasons
 
     def _holds(self, node: fx.Node) -> bool:
         return node.op == "call_function" and node.target is FORWARD
@@ -63,12 +67,11 @@ class TransformerEncoderLayer(OpaquePattern):
     def expand(self, node: fx.Node) -> Expansion | None:
         if node.op != "call_function" or node.target not in FUSED_ENCODER_LAYER:
             return None
-        bound = inspect.signature(_encoder_layer).bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        source = example_tensor(bound.arguments["source"])
+        arguments = _bound(_encoder_layer, node)
+        source = example_tensor(arguments["source"])
         if source is None or source.is_nested:
             return None
-        return _traced(_encoder_layer, bound.arguments)
+        return _traced(_encoder_layer, arguments)
 
     def examples(self) -> Iterable[tuple[Any, tuple[Tensor, ...]]]:
         layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True).eval()
@@ -80,9 +83,23 @@ class TransformerEncoderLayer(OpaquePattern):
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    bound = inspect.signature(FORWARD).bind(*node.args, **node.kwargs)
+    arguments = _bound(FORWARD, node)
+    return arguments if arguments["training"] else arguments | {"dropout_p": 0.0}
+
+
+def _bound(function: Any, node: fx.Node) -> dict[str, Any]:
+    """The arguments of `node`, a call of `function`. A float of a module that is compiled for dynamic shapes is a node; where it
+    was specialised it is a number here."""
+    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    return bound.arguments
+    known = {
+        name: number_of(example_value(value)) if isinstance(value, fx.Node) else None
+        for name, value in bound.arguments.items()
+    }
+    return {
+        name: known[name] if isinstance(known[name], float) else value
+        for name, value in bound.arguments.items()
+    }
 
 
 def _reads_output_only(user: fx.Node) -> bool:

@@ -569,6 +569,17 @@ def test_opaque_nodes(name: str) -> None:
     assert out.stride() == torch.compile(function, backend="eager")(X).stride()
 
 
+@pytest.mark.parametrize("layer", [mha(dropout=0.1), encoder()])
+def test_opaque_nodes_of_symbolic_sizes(layer: nn.Module) -> None:
+    """Floats of modules (dropout, eps) are symbols then, beside the sizes."""
+    backend = RewritingBackend(CONFIG)
+    compiled = torch.compile(calls(layer), backend=backend, dynamic=True)
+    for length in (24, 17):
+        x = torch.randn(2, length, 64)
+        assert relative_l2(compiled(x), calls(layer)(x)) < BOUND
+    assert len(backend.graphs) == 1 and backend.sites and all(site.rewritten for site in backend.sites)
+
+
 def test_weights_that_are_read_keep_the_node() -> None:
     layer = mha()
     out, (site,) = run(lambda x: layer(x, x, x), X)

@@ -131,6 +131,16 @@ def test_low_precision(dtype: torch.dtype, kind: str) -> None:
     assert mask_of(attend, *(tensor.to(dtype) for tensor in qkv()), seeing) == kind
 
 
+def test_keys_that_all_sequences_lack() -> None:
+    """The row is one dim then, and read from the places of the keys."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = band(-3, 0) & (torch.arange(LENGTH) > 6)
+        return by_hand(q, k, v, torch.where(seen, 0.0, LOWEST))
+
+    assert mask_of(attend, *qkv()) == "sliding_window left=3 right=0 + key_padding"
+
+
 def test_what_cannot_be_told_apart_is_read_as_it_is() -> None:
     def two(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         """Two finite minima make -inf: a query that sees nothing attends to some of the keys only."""

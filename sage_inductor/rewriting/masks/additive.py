@@ -27,6 +27,8 @@ def seeing_rows(padding: Value, low: Size | None, high: Size | None, call: Atten
         return Expr.of("any", padding, -1, True)
     query, row = example_tensor(call.query), example_tensor(padding)
     assert query is not None and row is not None
+    if row.dim() == 1:  # the same keys for all, by their places alone
+        padding = Expr.of("unsqueeze", padding, 0)
     q_len, kv_len = sizes_of(query)[-2], sizes_of(row)[-1]
     last = plain(kv_len - 1) if high is None else high
     # Windows that hang over the last key are not counted.

@@ -37,7 +37,7 @@ from sage_inductor.patterns.nodes import (
     shape_of,
 )
 from sage_inductor.patterns.numbers import filled_with, is_symbol, number
-from sage_inductor.patterns.products import Scores, is_product, scores
+from sage_inductor.patterns.products import Scores, Symbols, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
 from sage_inductor.patterns.terms import LOWEST, Term, floor_of, tells_keys_apart
@@ -56,8 +56,8 @@ class Logits:
     product: Scores | None = None
     scale: float = 1.0
     factor: Value | None = None
-    symbols: tuple[tuple[str, fx.Node], ...] = ()
-    """Methods, "mul" or "div", by symbolic numbers: floats of modules that are compiled for dynamic shapes."""
+    symbols: Symbols = ()
+    """Floats of modules that are compiled for dynamic shapes, and the like."""
     terms: tuple[Term, ...] = ()
     """What is added to logits, and what finite numbers overwrite; what is done last comes first."""
     allowed: tuple[Term, ...] = ()
@@ -181,7 +181,13 @@ def _complete(logits: Logits, node: fx.Node) -> Logits | None:
         logits = logits.plus(found.bias, node)
     if logits.zeroed is not None or (logits.zeroed_alone and (logits.terms or len(logits.allowed) > 1)):
         return None
-    return replace(logits, product=found, scale=logits.scale * found.scale, views=(*logits.views, shape))
+    return replace(
+        logits,
+        product=found,
+        scale=logits.scale * found.scale,
+        symbols=(*logits.symbols, *found.symbols),
+        views=(*logits.views, shape),
+    )
 
 
 def _new_zeros(bias: Value, node: fx.Node) -> bool:

@@ -15,13 +15,16 @@ from torch import fx
 from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.patterns.axes import Order, untransposed
 from sage_inductor.patterns.nodes import BADDBMM, EINSUM, MATMUL, argument, shape_of
+from sage_inductor.patterns.numbers import is_symbol, number
 
 Methods: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
+# Methods, "mul" or "div", by numbers that are not known while compiling.
+Symbols: TypeAlias = tuple[tuple[str, fx.Node], ...]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`scale * query @ key^T + bias`.
+    """`scale * symbols * query @ key^T + bias`.
 
     query is `[*batch, queries, dim]`. key is `[*batch, keys, dim]`, with a dim of 1 where it lacks one, as for heads that
     share it. bias broadcasts to the node as it is.
@@ -31,6 +34,7 @@ class Scores:
     key: Value
     scale: float
     bias: Value | None
+    symbols: Symbols = ()
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,14 @@ def scores(node: Any, order: Order) -> Scores | None:
             continue
         if query.has({*batch, row, *inner}) and key.has({column, *inner}, batch):
             left, right = query.aligned([*batch, row, *inner]), key.aligned([*batch, column, *inner])
-            return Scores(left, right, read.scale, read.bias)
+            return Scores(left, right, read.scale, read.bias, read.symbols)
     return None
 
 
 def weighted_sums(node: Any) -> Iterator[WeightedSum]:
     """`node` as weights times values, with either of its operands as the weights."""
     read = _product(node)
-    if read is None or read.bias is not None or read.scale != 1.0:
+    if read is None or read.bias is not None or read.scale != 1.0 or read.symbols:
         return
     for weights, value in (read.operands, read.operands[::-1]):
         shared = [letter for letter in read.output if letter in weights.letters and letter in value.letters]
@@ -126,12 +130,13 @@ class _Operand:
 
 @dataclass(frozen=True)
 class _Product:
-    """`scale * einsum(operands -> output) + bias`."""
+    """`scale * symbols * einsum(operands -> output) + bias`."""
 
     operands: tuple[_Operand, _Operand]
     output: str
     scale: float = 1.0
     bias: Value | None = None
+    symbols: Symbols = ()
 
 
 def _product(node: Any) -> _Product | None:
@@ -142,15 +147,19 @@ def _product(node: Any) -> _Product | None:
     return _einsum(node) if node in EINSUM else None
 
 
-def _of_rows(left: Any, right: Any, scale: float = 1.0, bias: Value | None = None) -> _Product | None:
-    """`scale * left @ right + bias`."""
+def _of_rows(
+    left: Any, right: Any, scale: float = 1.0, bias: Value | None = None, symbols: Symbols = ()
+) -> _Product | None:
+    """`scale * symbols * left @ right + bias`."""
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     rank = len(shape_of(left))
     if rank != len(shape_of(right)) or not 2 <= rank <= 22:
         return None
     batch = "abcdefghijklmnopqrst"[: rank - 2]
-    return _Product((_Operand(left, batch + "xy"), _Operand(right, batch + "yz")), batch + "xz", scale, bias)
+    return _Product(
+        (_Operand(left, batch + "xy"), _Operand(right, batch + "yz")), batch + "xz", scale, bias, symbols
+    )
 
 
 def _baddbmm(node: fx.Node) -> _Product | None:
@@ -159,10 +168,12 @@ def _baddbmm(node: fx.Node) -> _Product | None:
     beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     if not isinstance(bias, fx.Node):
         return None
-    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
+    symbols: Symbols = (("mul", alpha),) if is_symbol(alpha) else ()
+    scale, kept = 1.0 if symbols else number(alpha), number(beta)
+    if scale is None or kept is None:  # a beta of 0 would not even read `bias`, which may hold NaN
         return None
-    term: Value | None = None if beta == 0 else bias if beta == 1 else Expr.of("mul", bias, beta)
-    return _of_rows(left, right, float(alpha), term)
+    term: Value | None = None if kept == 0 else bias if kept == 1 else Expr.of("mul", bias, beta)
+    return _of_rows(left, right, scale, term, symbols)
 
 
 def _einsum(node: fx.Node) -> _Product | None:

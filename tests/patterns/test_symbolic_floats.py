@@ -26,6 +26,9 @@ class Scaled(nn.Module):
             self.scale * (q @ keys) + bias,
             (q @ keys + bias) / self.divisor,
             (q @ keys + bias) * self.temperature * self.scale / self.divisor,
+            torch.baddbmm(
+                bias.expand(6, 40, 40), q.flatten(0, 1), keys.flatten(0, 1), beta=0.5, alpha=self.scale
+            ).view(2, 3, 40, 40),
         ]
         return [self.dropout(item.softmax(-1)) @ v for item in scores]
 
@@ -43,7 +46,7 @@ def test_a_scale_is_found_and_another_needs_no_other_graph() -> None:
             for found, expected in zip(compiled(*values), model(*values), strict=True):
                 assert relative_l2(found, expected) < 0.025
     assert len(backend.graphs) == 1
-    assert [site.rewritten for site in backend.sites] == [True] * 4
+    assert [site.rewritten for site in backend.sites] == [True] * 5
 
 
 def test_active_dropout_is_refused() -> None:
@@ -52,4 +55,4 @@ def test_active_dropout_is_refused() -> None:
         torch.compile(Scaled(), backend=backend, dynamic=True)(*inputs())
     assert [reason for site in backend.sites for reason in site.reasons] == [
         "dropout_p=0.1 (supported: 0.0)"
-    ] * 4
+    ] * 5

@@ -30,7 +30,7 @@ def sdpa(
         # The mask is not rounded: positions of ALiBi need more than the 8 bits of bfloat16, where the lowest float32 is -inf.
         # SDPA's memory-efficient kernel takes a mask of the inputs' dtype only, so the inputs are cast to the mask's.
         query, key, value = (tensor.to(attn_mask.dtype) for tensor in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
+    gqa = bool(query.shape[1] != key.shape[1])  # sizes of a trace may be symbolic, and SDPA takes a bool only
     if gqa and attn_mask is not None:
         # That kernel takes masks but no GQA. To write out all scores instead would cost far more than these copies.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))

@@ -395,6 +395,8 @@ def test_dispatched_calls_pass_opcheck() -> None:
             kwargs = REFERENCE | {"min_q_len": least, "min_kv_len": least, "memory_order": memory_order}
             torch.library.opcheck(ops.attention, (nhd(), nhd(), nhd()), kwargs)
     torch.library.opcheck(ops.attention_lse, (nhd(), nhd(), nhd()), REFERENCE | {"min_kv_len": 1000})
+    wanting = tuple(nhd().requires_grad_() for _ in range(3))  # exact attention, at symbolic numbers of heads
+    torch.library.opcheck(ops.attention, wanting, REFERENCE, test_utils="test_aot_dispatch_dynamic")
 
 
 def test_training_dispatches_too() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sage_inductor.graph.call import AttentionCall, Expr, Value, example_tensor, tracing
-from sage_inductor.graph.sizes import is_dense, memory_order
+from sage_inductor.graph.sizes import all_in_memory_order, is_dense, memory_order, size_hint
 from sage_inductor.kernels import AttentionProblem, TensorSpec
 from sage_inductor.kernels.base import reason
 from sage_inductor.operators.sharded import are_taught, is_dtensor
@@ -166,10 +166,18 @@ def _mask_part(call: AttentionCall, layout: Any, dims: int) -> Tensor | None:
 
 
 def _part(tensor: Any, placements: Any) -> Tensor:
-    """This rank's part of a traced DTensor that is brought to `placements`; nothing is sent."""
+    """This rank's part of a traced DTensor that is brought to `placements`; nothing is sent. Where parts are of several sizes it has
+    the largest, so that all ranks decide alike: one that stays sends otherwise, and leaves the others waiting."""
     wants_gradients = tensor.requires_grad
     with tracing(tensor), torch.no_grad():
         part: Tensor = tensor.redistribute(placements=placements).to_local().detach()
+        largest = list(tensor.shape)
+        for mesh_dim, placement in enumerate(placements):
+            if placement.is_shard():
+                largest[placement.dim] = -(-largest[placement.dim] // tensor.device_mesh.size(mesh_dim))
+        if [*map(size_hint, part.shape)] != [*map(size_hint, largest)]:
+            order = all_in_memory_order(part)
+            part = torch.empty_permuted(largest, order, dtype=part.dtype, device=part.device)
         return part.requires_grad_() if wants_gradients else part
 
 

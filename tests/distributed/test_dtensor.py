@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import SkipTest
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +177,21 @@ def eager_of_uneven_shards(mesh: Any) -> None:
     for name, placement in placements().items():
         check(sage_attention(*sharded((q, k, v), mesh, placement), kernel="reference"), one, exact)
         assert name
+
+
+@on_every_rank
+def ranks_of_uneven_shards_decide_alike(mesh: Any) -> None:
+    """The second rank has one query, and would leave attention to SDPA."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 8, 16)
+    parts = [*sharded((q,), mesh, Shard(2)), *sharded((k, k), mesh, Replicate())]
+    with torch.no_grad(), written_out():
+        if torch_cannot(plain_sdpa, *parts):
+            raise SkipTest("torch cannot multiply such matrices")
+        out, (site,) = compiled(plain_sdpa, *parts)
+    assert site.rewritten and site.query.shape == (1, 2, 2, 16), site
+    check(out, sage_attention(q, k, k, kernel="reference"), F.scaled_dot_product_attention(q, k, k))
 
 
 @on_every_rank

@@ -34,10 +34,6 @@ class MultiHeadAttention(OpaquePattern):
         arguments = _arguments(node)
         if arguments["need_weights"]:
             arguments |= {"need_weights": False, "is_causal": False}
-        if arguments["training"] is False:
-            arguments["dropout_p"] = (
-                0.0  # not read, and a symbol where the model is compiled for dynamic shapes
-            )
         return _traced(FORWARD, arguments, _autocast_of(node))
 
     def closed_reasons(self, node: fx.Node) -> list[str]:
@@ -121,9 +117,7 @@ def _autocast_of(node: fx.Node) -> torch.dtype | None:
 def _traced(
     function: Any, arguments: dict[str, Any], autocast: torch.dtype | None = None
 ) -> Expansion | None:
-    """`function` traced as a function of the nodes among its arguments; the others are constants, as are symbols of floats that
-    are known for a number."""
-    arguments = {name: _number(value) for name, value in arguments.items()}
+    """`function` traced as a function of the nodes among its arguments; the others are constants."""
     names = [name for name, value in arguments.items() if isinstance(value, fx.Node)]
     constants = {name: value for name, value in arguments.items() if name not in names}
 
@@ -131,11 +125,6 @@ def _traced(
         return function(**constants, **dict(zip(names, values, strict=True)))
 
     return trace(of_nodes, tuple(arguments[name] for name in names), autocast)
-
-
-def _number(argument: Any) -> Any:
-    found = number_of(example_value(argument)) if isinstance(argument, fx.Node) else None
-    return found if isinstance(found, float) else argument
 
 
 def _encoder_layer(

@@ -75,7 +75,7 @@ def test_constant_masks_of_unequal_lengths() -> None:
         (lambda: torch.arange(24 * 24).view(24, 24) % 3 != 0, "bool"),  # constant, but no band
         (lambda: triangle() | (torch.arange(24) == 23), "bool"),  # causal and one more key
         (
-            lambda: triangle().roll(1, 1),
+            lambda: triangle().expand(2, 1, 24, 24).roll(1, 3),
             "bool",
         ),  # the first query sees not the first key
         (

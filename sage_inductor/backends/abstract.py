@@ -218,7 +218,7 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
             _warn_of_unused("extra_impl_args", name, f"{name}={value!r}", known, 4)
     given = {name: extra_impl_args.get(name) or 0.0 for name in ("dropout_p", "dropout_rate")}
     for name, value in given.items():
-        if not isinstance(value, Real) or not 0.0 <= value <= 1.0:
+        if not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
             raise ValueError(f"{name}={value!r} (valid: 0 to 1)")
     return max(map(float, given.values()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sage_inductor import kernels
@@ -134,10 +135,10 @@ class SageAttentionImpl(AttentionImpl):
             "skip_threshold": self.skip_threshold,
             "skip_by": self.skip_by,
         }
-        if is_dtensor(query):
-            are_taught()
-            if output is not None:
-                return output.copy_(inference.attention(*inputs, **options).transpose(1, 2))
+        has_dtensors = is_dtensor(query) and are_taught()
+        if output is not None and (has_dtensors or torch.is_autocast_enabled(query.device.type)):
+            # Redistributed, or in autocast's dtype, the result is not what `output` can take as it is.
+            return output.copy_(inference.attention(*inputs, **options).transpose(1, 2))
         if output is not None:
             inference.attention_out(*inputs, **options, output=output.transpose(1, 2))
             return output

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from os import PathLike
-from typing import TypeAlias
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 PathName: TypeAlias = "str | PathLike[str]"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def naming_the_path(function: Callable[Concatenate[PathName, P], R]) -> Callable[Concatenate[PathName, P], R]:
+    """Errors of `function` name the path that it was given: Python's about names that no file can have name none, and others the file
+    beside it that is written first."""
+
+    @functools.wraps(function)
+    def named(path: PathName, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(path, *args, **kwargs)
+        except OSError as error:
+            if error.filename is not None:
+                error.filename = str(path)
+            if error.filename2 is not None:
+                del error.filename2  # set to None it would be printed
+            raise
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} names no file: {error}") from None
+
+    return named
+
+
+@naming_the_path
 def read_regular(path: PathName, most: int) -> bytes:
     """The content of a regular file of up to `most` bytes. OSError for another one: a pipe would be waited for, a device
     read for ever. ValueError for a name that no file can have."""
@@ -39,6 +64,7 @@ def read_descriptor(descriptor: int, path: PathName, most: int) -> bytes:
     return b"".join(pieces)
 
 
+@naming_the_path
 def replace_file(path: PathName, content: bytes, mode: int = 0o666, *, sync: bool = False) -> None:
     """Write `content` beside `path`, then put it in its place. A full disk, an error or a reader meets the old file, whole.
 
@@ -70,6 +96,7 @@ def replace_file(path: PathName, content: bytes, mode: int = 0o666, *, sync: boo
         raise
 
 
+@naming_the_path
 def check_target(path: PathName) -> None:
     """Raises what `replace_file` would raise, as far as can be known before there is something to write."""
     status = _status(path)
@@ -94,6 +121,7 @@ def check_target(path: PathName) -> None:
         os.unlink(target)
 
 
+@naming_the_path
 def is_regular_target(path: PathName) -> bool:
     """Whether `path` is a file, or the name of one that is not there yet; no device or pipe."""
     status = _status(path)

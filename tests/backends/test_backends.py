@@ -262,6 +262,10 @@ def test_output_buffer_is_written_and_returned(impl: str) -> None:
         assert out is buffer
         check(impl, buffer, exact(query, key, value))
     assert (wide[..., 64:] == 7).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        buffer = torch.empty_like(query)  # of another dtype than autocast's
+        assert attention.forward(query, key, value, None, output=buffer) is buffer
+    assert relative(buffer, exact(query, key, value)) < 0.05
     assert SageAttentionBackend.accept_output_buffer and SDPABackend.accept_output_buffer
 
 

@@ -620,8 +620,10 @@ def test_varlen_is_each_sequence_by_itself(is_causal: bool, precision: str) -> N
 def test_varlen_says_what_is_wrong() -> None:
     q = randn(10, 2, 64)
     cu = torch.tensor([0, 10], dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"cu_seqlens dtype=int64.*precision=quick \(supported: fast"):
+    with pytest.raises(ValueError, match=r"cu_seqlens dtype=int64.*precision='quick' \(supported: fast"):
         attention_varlen(q, q, q, cu, cu, 10, 10, precision="quick")
+    with pytest.raises(ValueError, match=r"precision=\['fast'\]"):
+        attention_varlen(q, q, q, cu.int(), cu.int(), 10, 10, precision=["fast"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out is expanded in dim 0: its 10 elements are one in memory"):
         attention_varlen(q, q, q, cu.int(), cu.int(), 10, 10, precision="accurate", out=q[:1].expand_as(q))
     with pytest.raises(ValueError, match=r"devices=.*meta.*max_seqlen_k=-1 \(supported: an int from 0\)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import fuzz
@@ -37,6 +38,21 @@ def test_duplicate_keys(saved: Path) -> None:
 def test_tolerance_that_no_metric_has(saved: Path, tolerance: float) -> None:
     data = json.loads(saved.read_text()) | {"tolerance": tolerance}
     assert "valid: between 0 and inf" in refused(saved, json.dumps(data))
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    for name, attempt in (
+        ("a\0b", Plan.load),
+        ("\ud800", Plan.load),
+        ("a\0b", fuzz.PLAN.save),
+        ("a\0b", lambda name: Config(plan=name)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name!r} names no file: ")):
+            attempt(name)
+    missing = tmp_path / "missing" / "plan.json"
+    with pytest.raises(FileNotFoundError) as caught:  # and not of the file beside it that is written first
+        fuzz.PLAN.save(missing)
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{missing}'"
 
 
 def test_messages_are_short(saved: Path) -> None:

@@ -218,7 +218,10 @@ def attention_varlen(
         skip_threshold,
         None if out is None else (out.shape, out.stride(), out.dtype),
     )  # fmt: skip
-    call = _varlen_calls.get(kind)
+    try:
+        call = _varlen_calls.get(kind)
+    except TypeError:  # an argument that has no hash is not valid: the checks name it
+        call = None
     shape = (*query.shape[:2], value.shape[-1])
     if call is None:
         longest = max_seqlen_q, max_seqlen_k
@@ -309,7 +312,7 @@ def _check_varlen(
     if smoothing not in tuple(SMOOTHINGS):
         problems.append(reason("smoothing", smoothing, SMOOTHINGS))
     if precision not in tuple(MIN_CAPABILITY):
-        problems.append(reason("precision", precision, TritonKernel.precisions))
+        problems.append(reason("precision", repr(precision), TritonKernel.precisions))
     elif query.device.type == "cuda":
         problems += capability_reasons(capability(query.device.index), MIN_CAPABILITY[precision])
     elif not interpreted():

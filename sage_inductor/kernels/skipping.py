@@ -55,7 +55,9 @@ from sage_inductor.kernels.base import AttentionProblem
 
 FULLY_MASKED = -1e30  # stands for -inf in running maxima: keeps inf - inf out of the exponents
 LEAST_STEP = 64  # the fewest keys that a kernel takes at a time
-MOST = 1.0  # a threshold is below it: at 1 a tile whose maximum equals the running one would be left out
+# A threshold is below it: at 1 a tile whose maximum equals the running one would be left out. An int: Dynamo makes a symbol of a float
+# of a module with dynamic=True, and compiles again where that turns out to be none.
+MOST = 1
 
 
 class SkipTile(NamedTuple):

@@ -32,12 +32,13 @@ from sage_inductor.torch_internals.sdpa import builtin_sdpa
 CONTEXT_PARALLEL = "inside torch's context_parallel, where every rank holds a part of the sequence and would attend to that part alone"
 
 
+# Defaults that Dynamo meets are ints: it makes symbols of floats with dynamic=True, and compiles twice.
 def sage_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -50,7 +51,7 @@ def sage_attention(
     out: Tensor | None = None,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
-    skip_threshold: float = 0.0,
+    skip_threshold: float = 0,
     skip_by: str = "scores",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """8-bit attention with SDPA's arguments and semantics.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -134,6 +137,24 @@ def test_autocast_casts_as_sdpa_does(dtype: torch.dtype) -> None:
     assert out.dtype == expected.dtype == dtype and lse.dtype == torch.float32
     assert relative_l2(out, expected) < 0.02
     assert torch.equal(out, outer)
+
+
+@pytest.mark.parametrize(
+    "attend", [F.scaled_dot_product_attention, partial(sage_attention, kernel="reference")]
+)
+def test_no_float_of_ours_is_a_symbol(attend: Any) -> None:
+    """AOTAutograd has Dynamo start again where a symbol turns out to be a number."""
+    traced = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward))(graph, inputs)
+
+    compiled = torch.compile(lambda x: attend(x, x, x) * 2, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for length in (48, 80):
+            compiled(torch.randn(1, 2, length, 32))
+    assert len(traced) == 1
 
 
 def test_fullgraph_dynamic_lengths_compile_once() -> None:

@@ -29,6 +29,16 @@ class Surroundings:
         on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
         return cls(ambient_pin(), autocast=tuple((device, torch.get_autocast_dtype(device)) for device in on))
 
+    def joined(self, other: Surroundings) -> Surroundings:
+        """These, with all of `other` that speaks against a kernel: one graph is run in both. Autocast is none of it; Dynamo has
+        traced the operations of one."""
+        return replace(
+            self,
+            pinned=other.pinned if self.pinned is None else self.pinned,
+            transforms=self.transforms or other.transforms,
+            own_gradients=self.own_gradients or other.own_gradients,
+        )
+
     def autocast_dtype(self, device_type: str) -> torch.dtype | None:
         """The dtype that autocast casts to there, None where it does not."""
         return next((dtype for device, dtype in reversed(self.autocast) if device == device_type), None)

@@ -22,7 +22,7 @@ def naming_the_path(function: Callable[Concatenate[PathName, P], R]) -> Callable
     beside it that is written first."""
 
     @functools.wraps(function)
-    def named(path: PathName, *args: P.args, **kwargs: P.kwargs) -> R:
+    def named(path: PathName, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(path, *args, **kwargs)
         except OSError as error:

@@ -74,7 +74,7 @@ def judge(found: Found, walk: Walk) -> Decision:
     reasons = gradient_reasons(found.node, walk.config) if found.opening is not None else []
     if found.pattern == VarlenAttention.name:
         mask = dataclasses.replace(mask, as_read=None)
-        reasons += varlen_reasons(found.node, mask, walk.config, found.around)
+        reasons += varlen_reasons(found.node, mask, walk.config, found.around_all_calls)
     flex = FlexCall.of(found.node)
     lists = None if flex is None else BlockLists(flex, mask, found.region.writes)
     if lists is not None:
@@ -131,7 +131,7 @@ def _decide(
     """The decision about `call`, which the model makes at the node of `found`; its mask as the kernel is to read it; and the dims by which
     the output is to be sharded (`Seen.moves_to`). `as_found` is the same call with its heads still repeated. `reasons` speak
     against it already."""
-    node, around, config = found.node, found.around, walk.config
+    node, around, config = found.node, found.around_all_calls, walk.config
     places = walk.places.of(node, found.region.shared)
     path, seen = places[0].path, on_this_rank(call, mask)
     site = Site(

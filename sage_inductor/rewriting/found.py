@@ -37,6 +37,8 @@ class Region:
     """The region whose node refers to it first; None for the root."""
     callers: list[fx.Node] = field(default_factory=list)
     """The nodes that call it."""
+    calls_within: list[Surroundings] = field(default_factory=list)
+    """The surroundings of each call."""
 
     @property
     def shared(self) -> fx.Graph | None:
@@ -79,6 +81,17 @@ class Found:
     opening: Opening | None = None
     closed: tuple[str, ...] = ()
 
+    @property
+    def around_all_calls(self) -> Surroundings:
+        """`around`, with what surrounds any other call of the regions that it is in."""
+        joined = self.around
+        region: Region | None = self.region
+        while region is not None:
+            for other in region.calls_within:
+                joined = joined.joined(other)
+            region = region.within
+        return joined
+
 
 def collect(
     graph: fx.Graph,
@@ -103,11 +116,19 @@ def collect(
         around = enter(node, around)
         if around.transforms:
             region.transformed.add(node)
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and (called := visited.get(id(submodule_of(operand)))) is not None:
+                called.calls_within.append(inside(operand, around))
         submodule = submodule_of(node)
         if submodule is not None:
             if id(submodule) not in visited:
                 yield from collect(submodule.graph, inside(node, around), regions, visited, submodule, region)
-            visited[id(submodule)].callers.extend(node.users if node.op == "get_attr" else [node])
+            called = visited[id(submodule)]
+            if node.op == "get_attr":
+                called.callers.extend(node.users)
+            else:
+                called.callers.append(node)
+                called.calls_within.append(inside(node, around))
             continue
         yield from _opened(node, region, around)
         match = _match(node, region.writes, around)

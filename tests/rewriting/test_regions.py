@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from test_ways_in import Block
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sage_inductor import Config
 from sage_inductor.testing import RewritingBackend, relative_l2
@@ -258,3 +260,20 @@ def test_vmap_is_left_alone() -> None:
     out = torch.compile(torch.vmap(mapped), backend=backend)(values)
     assert backend.sites and all("transform=vmap (supported: none)" in site.reasons for site in backend.sites)
     assert relative_l2(out, torch.vmap(mapped)(values)) < 1e-5
+
+
+@pytest.mark.parametrize("pinned", [0, 1])
+def test_what_one_call_of_a_region_pins_holds_for_all(pinned: int) -> None:
+    """One graph is run by both, and Dynamo traces it once."""
+
+    def twice(x: Tensor) -> Tensor:
+        for call in range(2):
+            with sdpa_kernel(SDPBackend.MATH) if call == pinned else nullcontext():
+                x = region(x)
+        return x
+
+    backend, given = RewritingBackend(CONFIG), x()
+    assert relative_l2(torch.compile(twice, backend=backend)(given), twice(given)) < 1e-5
+    assert len(backend.graphs) == 1
+    for site in backend.sites:
+        assert not site.rewritten and "sdpa_kernel=MATH" in site.reasons[0]

@@ -43,25 +43,10 @@ def scaled(x: Tensor, dropout_p: float = 0.0, scale: float = 0.2) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, dropout_p=dropout_p, scale=scale)
 
 
-class Layer(nn.Module):
-    """A layer of torch, a single node whose floats (dropout, eps) are symbols."""
-
-    def __init__(self, layer: type[nn.Module], *args: int) -> None:
-        super().__init__()
-        self.layer = layer(32, 2, *args, dropout=0.1, batch_first=True)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        is_encoder = isinstance(self.layer, nn.TransformerEncoderLayer)
-        return self.layer(x) if is_encoder else self.layer(x, x, x)[0]  # type: ignore[no-any-return]
-
-
-LAYERS = [Layer(nn.MultiheadAttention), Layer(nn.TransformerEncoderLayer, 48)]
 FUNCTIONS: list[Any] = [with_default, passed_on, Module(), scaled]
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, *LAYERS])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_zero_is_known_for_one(function: Any) -> None:
     x = torch.randn(2, 3, 24, 32)
     backend = RewritingBackend(STRICT)

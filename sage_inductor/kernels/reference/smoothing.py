@@ -63,6 +63,9 @@ class Smoother:
         if not self.rotates:
             centred = key.float() - self.mean
             return centred if factor is None else centred * factor
+        if key.dtype == torch.float32:
+            # What is multiplied is rounded to TF32: the digits that are kept are those of what tells keys apart.
+            return self._evened(key - self.mean, factor)
         # The mean goes afterwards: what a 16-bit key is multiplied by is exact, and a key without its mean is not 16 bits
         # wide any more.
         mean = self.mean if factor is None else self.mean * factor

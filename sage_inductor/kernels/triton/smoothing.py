@@ -2,7 +2,8 @@
 needs: the sizes of channels, and the rotation.
 
 Rows are rotated by the tensor cores. The factors of channels are in the rows of the matrix, where they are exact: so are the
-products of 16-bit inputs, which are multiplied as they are. K's mean is rotated too and goes afterwards.
+products of 16-bit inputs, which are multiplied as they are. K's mean is rotated too and goes afterwards. From float32 keys, which
+are rounded to TF32, it goes before: the digits that are kept are then those of what tells keys apart.
 
 ROTATION, a constexpr, is None, or for each tile of up to 128 channels (first channel, size, prime, doublings, size, prime,
 doublings): the one or two blocks of the matrix (`kernels.smoothing.RotatedBlock`); no second one has size 0.
@@ -45,6 +46,12 @@ def rotation_tiles(smoothing: str, head_dim: int) -> tuple[tuple[int, ...], ...]
 @constexpr_function
 def tiles_of(rotation: Any) -> Any:
     return 1 if rotation is None else len(rotation)
+
+
+@constexpr_function
+def mean_goes_first(rotation: Any, dtype: Any) -> Any:
+    """Whether K's mean is subtracted from what is multiplied, and not from the product."""
+    return rotation is not None and dtype == tl.float32
 
 
 @constexpr_function
@@ -193,7 +200,7 @@ def evening(
     EQUALISE: tl.constexpr, ROTATION: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """What `evened` multiplies the rows of a head by, in a tile of channels, and what it takes from keys: a matrix [C, C] of a
-    dtype that rows of DTYPE can be multiplied by, or factors [C]; and K's mean times that, [C]."""
+    dtype that rows of DTYPE can be multiplied by, or factors [C]; and K's mean times that, [C], or as it is where it goes first."""
     d = tl.arange(0, tile_width(ROTATION, D_POW2))
     inside = d < tile_size(ROTATION, TILE, HEAD_DIM)
     channel = tile_first(ROTATION, TILE) + d
@@ -201,16 +208,19 @@ def evening(
     if EQUALISE:
         halves = _halves(sizes, channel, inside, HEAD_DIM, D, D_POW2)
         factor = _half_octaves(-halves) if OF_KEYS else _half_octaves(halves)
-    subtracted = tl.load(mean + channel, mask=inside, other=0.0) * factor
+    subtracted = tl.load(mean + channel, mask=inside, other=0.0)
+    if not mean_goes_first(ROTATION, DTYPE):
+        subtracted *= factor
     if ROTATION is None:
         return factor, subtracted
     else:
         C: tl.constexpr = tile_width(ROTATION, D_POW2)
         signs = tl.load(rotation + (TILE * C + d[:, None]) * C + d[None, :]).to(tl.float32)
-        rotated = tl.sum(signs * subtracted[:, None], 0)
+        if not mean_goes_first(ROTATION, DTYPE):
+            subtracted = tl.sum(signs * subtracted[:, None], 0)
         matrix = signs * factor[:, None]
         # Every element has 8 digits, which all of these dtypes hold.
-        return matrix.to(tl.float32 if not PTX or tl.float32 == DTYPE else DTYPE), rotated
+        return matrix.to(tl.float32 if not PTX or tl.float32 == DTYPE else DTYPE), subtracted
 
 
 @triton.jit
@@ -245,9 +255,11 @@ def evened(
 ):
     """What `load_rows` gave in float32 with the channels evened, in units of `common_norm`. `by` and `subtracted` are those of
     `evening`."""
+    # Both ways one fused multiply-add: rows that do not exist or count stay 0.
+    if OF_KEYS and mean_goes_first(ROTATION, x.dtype):
+        x -= exists.to(tl.float32)[:, None] * subtracted[None, :]
     y = widen(x, PTX) * by[None, :] if ROTATION is None else _product(x, by, PTX)
-    if OF_KEYS:
-        # One fused multiply-add: rows that do not exist or count stay 0.
+    if OF_KEYS and not mean_goes_first(ROTATION, x.dtype):
         y -= exists.to(tl.float32)[:, None] * subtracted[None, :]
     first: tl.constexpr = relative_norm(ROTATION, TILE, False)
     second: tl.constexpr = relative_norm(ROTATION, TILE, True)

@@ -119,7 +119,7 @@ class SageAttentionImpl(AttentionImpl):
         attn_mask, is_causal = metadata_masks.of_metadata(attn_metadata)
         attn_mask = metadata_masks.normalized(attn_mask, query, key)
         is_causal = is_causal or self.causal
-        if wanting := gradient_problem(query, key, value, attn_mask):
+        if wanting := gradient_problem(query=query, key=key, value=value, attn_mask=attn_mask):
             if self.kernel != "auto":
                 raise NotEligibleError(self.prefix or "SageAttentionImpl", [wanting])
             exact = exact_attention(query, key, value, attn_mask, is_causal, self.softmax_scale)

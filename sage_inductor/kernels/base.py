@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sage_inductor.graph.sizes import known, size_hint
 from sage_inductor.kernels.key_value import Attend, KeyValueForm, KeyValueLayout, Quantize
-from sage_inductor.torch_internals.dispatch import has_tangent
+from sage_inductor.torch_internals.dispatch import has_tangent, in_forward_ad
 
 # What each precision means, the fastest first; errors are in README.md.
 PRECISIONS: dict[str, str] = {
@@ -336,13 +336,18 @@ def output_problem(out: Tensor, **inputs: Tensor | None) -> str | None:
     return None
 
 
-def gradient_problem(*inputs: Tensor | None) -> str | None:
-    """The reason against a kernel that has no derivative: an input requires gradients, where those are enabled, or carries a tangent of
-    forward-mode AD. None where none does."""
-    tensors = [tensor for tensor in inputs if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return reason("requires_grad", True, "none; use torch.no_grad()")
-    return reason("forward-mode tangent", True, "none") if any(map(has_tangent, tensors)) else None
+def gradient_problem(**inputs: Tensor | None) -> str | None:
+    """The reason against a kernel that has no derivative: it names the `inputs` that require gradients, where those are enabled, or carry
+    a tangent of forward-mode AD. None where none does."""
+    backward, forward = torch.is_grad_enabled(), in_forward_ad()
+    if not backward and not forward:
+        return None
+    tensors = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    if backward and (wanting := [name for name, tensor in tensors.items() if tensor.requires_grad]):
+        return reason("requires_grad", wanting, "none; use torch.no_grad()")
+    if forward and (wanting := [name for name, tensor in tensors.items() if has_tangent(tensor)]):
+        return reason("forward-mode tangent", wanting, "none")
+    return None
 
 
 def mark_written(out: Tensor) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
-from sage_inductor.kernels.base import reason
+from sage_inductor.kernels.base import gradient_problem, reason
 from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
-from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.operators.leading_dims import folded
 from sage_inductor.operators.schemas import WIRES
 from sage_inductor.operators.sharded import are_taught, is_dtensor
@@ -277,5 +276,5 @@ def _needs_of_exact_attention(
     ]
     if dropout_p > 0.0:
         reasons.append(reason("dropout_p", dropout_p, 0.0))
-    wanting = wanting_gradients(query, key, value, attn_mask)
+    wanting = gradient_problem(query=query, key=key, value=value, attn_mask=attn_mask)
     return reasons if wanting is None else [*reasons, wanting]

@@ -27,6 +27,7 @@ from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, Segments
 from sage_inductor.kernels.base import (
     Prepared,
+    gradient_problem,
     mark_written,
     output_problem,
     without_keys,
@@ -40,7 +41,6 @@ from sage_inductor.operators.inputs import (
     empty_lse,
     empty_output,
     make_problem,
-    wanting_gradients,
 )
 from sage_inductor.operators.schemas import EXACT, LIBRARY, NAMESPACE, WIRES
 from sage_inductor.operators.unquantised import exact_lse, sdpa
@@ -150,7 +150,7 @@ def _run(
         out = empty_output(query, value, memory_order) if out is None else out
         return out.zero_(), empty_lse(query).fill_(-math.inf) if return_lse else None
     given_segments = query_segments, key_segments
-    if wanting := wanting_gradients(query, key, value, attn_mask, sink):
+    if wanting := gradient_problem(query=query, key=key, value=value, attn_mask=attn_mask, sink=sink):
         if out is not None:
             raise NotEligibleError(f"kernel={kernel_name}", [wanting])
         params = AttentionParams(is_causal, bottom_right, window_left, window_right, scale, precision)

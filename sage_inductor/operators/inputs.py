@@ -9,11 +9,7 @@ from torch import Tensor
 
 from sage_inductor.graph.sizes import memory_order
 from sage_inductor.kernels import AttentionParams, AttentionProblem, Segments, TensorSpec
-from sage_inductor.kernels.base import (
-    reason,
-)
 from sage_inductor.operators.validation import misfit
-from sage_inductor.torch_internals.dispatch import has_tangent, in_forward_ad
 
 
 def as_4d(tensor: Tensor) -> Tensor:
@@ -46,23 +42,6 @@ def make_problem(
     q, k, v = (TensorSpec.of(tensor).as_4d() for tensor in (query, key, value))
     ids = (None, None) if segments is None else tuple(map(TensorSpec.of, segments))
     return AttentionProblem(q, k, v, mask, params, return_lse, *ids)
-
-
-def wanting_gradients(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sink: Tensor | None = None
-) -> str | None:
-    """The reason against an inference kernel: it names the inputs that require gradients, where those are enabled, or carry a tangent
-    of forward-mode AD. None where none does."""
-    backward, forward = torch.is_grad_enabled(), in_forward_ad()
-    if not backward and not forward:
-        return None
-    named = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "sink": sink}
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-    if backward and (wanting := [name for name, tensor in tensors.items() if tensor.requires_grad]):
-        return reason("requires_grad", wanting, "none; use torch.no_grad()")
-    if forward and (wanting := [name for name, tensor in tensors.items() if has_tangent(tensor)]):
-        return reason("forward-mode tangent", wanting, "none")
-    return None
 
 
 def empty_output(query: Tensor, value: Tensor, order: Sequence[int] | None) -> Tensor:

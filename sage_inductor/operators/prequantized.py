@@ -10,6 +10,7 @@ take the kernel by its name. Inference only.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -262,10 +263,12 @@ def inference_only(
     op: Callable[..., Any], implementation: Callable[..., Any], what: str
 ) -> Callable[..., Any]:
     """The rule at autograd's key that raises where gradients of `what` are wanted: none are computed."""
+    names = tuple(inspect.signature(implementation).parameters)
 
     def rule(*args: Any, **kwargs: Any) -> Any:
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        if wanting := gradient_problem(*tensors):
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = {name: arg for name, arg in named.items() if isinstance(arg, Tensor)}
+        if wanting := gradient_problem(**tensors):
             raise NotEligibleError(what, [wanting])
         if runs_eagerly((*args, *kwargs.values())):
             return implementation(*args, **kwargs)

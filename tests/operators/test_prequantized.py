@@ -275,7 +275,7 @@ def test_in_a_graph() -> None:
         ({"smoothing": "equalise", "query": None}, RuntimeError, "smoothing='equalise' without query"),
         ({"key": torch.zeros(2, 270, 64)}, RuntimeError, "key has 3 dimensions"),
         ({"value": torch.zeros(2, 2, 271, 64)}, RuntimeError, "kv_len of key is 270, of value 271"),
-        ({"key": torch.zeros(2, 2, 270, 64, requires_grad=True)}, NotEligibleError, "requires_grad=True"),
+        ({"key": torch.zeros(2, 2, 270, 64, requires_grad=True)}, NotEligibleError, "requires_grad=key"),
     ],
 )
 def test_what_cannot_be_quantised(change: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.integrations.diffusers import internals
-from sage_inductor.kernels.base import reason
+from sage_inductor.kernels.base import gradient_problem, reason
 from sage_inductor.operators.dispatch_rules import cast_as_sdpa
 from sage_inductor.operators.distributed.ulysses import attention_of_ulysses
 from sage_inductor.operators.distributed.wires import around
 from sage_inductor.operators.functional import sage_attention
-from sage_inductor.operators.inputs import wanting_gradients
 from sage_inductor.torch_internals.distributed import waited_for
 
 # The log-sum-exp of a row that may attend no key of a part is -inf, of which diffusers' merging makes NaN (inf - inf). This is
@@ -55,7 +54,7 @@ def attention_of_ranks(
         ValueError: a mask that does not fit; and as diffusers does, for causality and grouped heads.
     """
     reasons = [] if dropout_p == 0.0 else [reason("dropout_p", dropout_p, 0.0)]
-    wanting = wanting_gradients(query, key, value, attn_mask)
+    wanting = gradient_problem(query=query, key=key, value=value, attn_mask=attn_mask)
     if wanting is not None:
         reasons.append(wanting)
     if reasons:

@@ -239,7 +239,7 @@ def attention_varlen(
         )
         if out is not None and (out.shape != shape or out.dtype != query.dtype):
             raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected {shape} {query.dtype}")
-    if problem := gradient_problem(query, key, value):
+    if problem := gradient_problem(query=query, key=key, value=value):
         raise ValueError(f"attention_varlen: {problem}")
     given = out is not None
     if out is None:

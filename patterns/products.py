@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import fx
 
 from sage_inductor.graph.call import Expr, Value, example_tensor
@@ -170,9 +171,12 @@ def _baddbmm(node: fx.Node) -> _Product | None:
         return None
     symbols: Symbols = (("mul", alpha),) if is_symbol(alpha) else ()
     scale, kept = 1.0 if symbols else number(alpha), number(beta)
-    if scale is None or kept is None:  # a beta of 0 would not even read `bias`, which may hold NaN
+    if scale is None or (kept is None and not is_symbol(beta)):
         return None
     term: Value | None = None if kept == 0 else bias if kept == 1 else Expr.of("mul", bias, beta)
+    if term is not None and kept is None:  # where it comes to 0, `bias`, which may hold NaN, is not even read
+        factor = Expr.of(torch.full_like, bias, beta)
+        term = Expr.of(torch.where, Expr.of("ne", factor, 0), term, 0.0)
     return _of_rows(left, right, scale, term, symbols)
 
 

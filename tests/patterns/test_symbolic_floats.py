@@ -16,7 +16,7 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale, self.divisor, self.dropout = 0.3, 3.5, nn.Dropout(0.1)
+        self.scale, self.divisor, self.share, self.dropout = 0.3, 3.5, 0.5, nn.Dropout(0.1)
         self.temperature = nn.Parameter(torch.tensor([0.5, 1.0, 1.5])[:, None, None])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
@@ -27,7 +27,7 @@ class Scaled(nn.Module):
             (q @ keys + bias) / self.divisor,
             (q @ keys + bias) * self.temperature * self.scale / self.divisor,
             torch.baddbmm(
-                bias.expand(6, 40, 40), q.flatten(0, 1), keys.flatten(0, 1), beta=0.5, alpha=self.scale
+                bias.expand(6, 40, 40), q.flatten(0, 1), keys.flatten(0, 1), beta=self.share, alpha=self.scale
             ).view(2, 3, 40, 40),
         ]
         return [self.dropout(item.softmax(-1)) @ v for item in scores]

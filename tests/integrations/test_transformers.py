@@ -315,6 +315,44 @@ def test_sinks(per_query: bool, layer: Any) -> None:
     assert relative_l2(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)) < 0.03
 
 
+SPARSE: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "index_topk": 5, "n_group": 1, "topk_group": 1,
+    },
+    "minimax_m3_vl_text": {
+        "num_key_value_heads": 2, "head_dim": 16, "index_topk_blocks": 2, "index_block_size": 4,
+        "layer_types": ["minimax_m3_sparse"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_keys_that_the_model_chooses(kind: str, ids: Tensor) -> None:
+    """Only "eager" and "sdpa" get them in the mask; others are told their indices."""
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
+    sizes = {
+        "vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "moe_intermediate_size": 32, "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 16,
+        "mlp_layer_types": ["dense"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    made = transformers.AutoConfig.for_model(kind, **sizes, **SPARSE[kind])
+    model = clear(transformers.AutoModel.from_config(made, attn_implementation="eager"))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    outputs = []
+    for implementation, config in (("eager", None), (NAME, REFERENCE), (NAME, Config())):
+        if config is not None:
+            register(config)
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outputs.append(model(input_ids=ids, attention_mask=mask)[0][mask.bool()])
+    unregister()
+    expected, quantised, exact = outputs
+    assert relative_l2(quantised, expected) < 0.03 and relative_l2(exact, expected) < 1e-5
+
+
 def test_an_argument_of_one_model_is_left_to_its_own_attention(
     layer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sage_inductor.config import Config
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.integrations.transformers.chosen import chosen_keys, within
 from sage_inductor.integrations.transformers.compiling import is_compiled_by_our_pass
 from sage_inductor.integrations.transformers.masks import additive, causal, with_bias
 from sage_inductor.kernels.base import reason
@@ -83,6 +84,11 @@ def make_forward(config: Config) -> Callable[..., AttentionResult]:
             key, value = _paged(module, key, value, options)
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
+        chosen = chosen_keys(module, query, key, options)
+        if chosen is not None:
+            if attention_mask is None and is_causal:
+                attention_mask = causal(query, key)
+            attention_mask = within(attention_mask, chosen)
         if (
             query.shape[2] == 1 or attention_mask is not None
         ):  # branches: an expression would be a number of the graph

@@ -15,6 +15,7 @@ from torch import fx
 from sage_inductor.graph.call import example_tensor, node_name
 from sage_inductor.graph.origin import source_code, source_line
 from sage_inductor.graph.places import Places
+from sage_inductor.graph.sizes import sizes_of
 from sage_inductor.graph.surroundings import Surroundings, enter
 from sage_inductor.graph.writes import Writes, submodule_of
 from sage_inductor.patterns import ALL
@@ -93,13 +94,11 @@ def _behind(start: fx.Node, wanted: Callable[[fx.Node], Any]) -> Any:
 
 
 def _size(node: fx.Node) -> Any:
-    """The number of elements of floating-point values, or their symbolic sizes; None of anything else."""
+    """The number of elements of floating-point values, an expression where sizes are symbolic; None of anything else."""
     tensor = example_tensor(node)
     if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
         return None
-    sizes = tuple(tensor.shape)
-    known = [size for size in sizes if isinstance(size, int)]
-    return math.prod(known), *sorted(str(size) for size in sizes if not isinstance(size, int))
+    return math.prod(sizes_of(tensor))
 
 
 def _what_stands_between(node: fx.Node, outer: WeightedSum, behind: Softmax) -> str:

@@ -315,6 +315,22 @@ def test_sinks(per_query: bool, layer: Any) -> None:
     assert relative_l2(got, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)) < 0.03
 
 
+@pytest.mark.parametrize(("can_do_without", "rows"), [(True, 1), (False, 24)])
+def test_padding_is_a_row_unless_the_model_wants_a_mask(
+    can_do_without: bool, rows: int, registered: None, ids: Tensor
+) -> None:
+    """T5 Gemma 2 puts that mask beside the causal one of its own keys."""
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    made = transformers.masking_utils.create_bidirectional_mask(
+        config=llama(NAME).config,
+        inputs_embeds=torch.zeros(*ids.shape, 8),
+        attention_mask=padding,
+        allow_is_bidirectional_skip=can_do_without,
+    )
+    assert torch.equal(made, padding[:, None, None].bool().expand(2, 1, rows, 24))
+
+
 SPARSE: dict[str, dict[str, Any]] = {
     "deepseek_v32": {
         "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,

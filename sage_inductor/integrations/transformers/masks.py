@@ -42,8 +42,9 @@ def mask(
         ends_at_last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
         if ends_at_last and not _may_have_padding(attention_mask, kv_offset, kv_length):
             return None
-    if rest.get("mask_function") is bidirectional_mask_function:
-        # Padding alone: a row of keys, which more kernels take than a mask of each query's.
+    if rest.get("mask_function") is bidirectional_mask_function and rest.get("allow_is_bidirectional_skip"):
+        # Padding alone: a row of keys, which more kernels take than a mask of each query's. Models that want a mask even
+        # where nothing is padded put it beside another one (T5Gemma 2), for which it has to have all queries.
         sizes["q_length"] = 1
     made = sdpa_mask(**sizes, allow_is_causal_skip=False, **rest)
     return made

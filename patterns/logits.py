@@ -27,11 +27,11 @@ from sage_inductor.patterns.nodes import (
     MAXIMUM,
     MUL,
     RESHAPE,
-    SAME,
     SUB,
     WHERE,
     argument,
     casts_floats,
+    is_the_same,
     only_reader,
     operands,
     shape_of,
@@ -206,7 +206,7 @@ def _step(node: fx.Node, order: Order) -> _Step | None:
     """The logits that `node` works on, and what it adds to the description of them; None for anything unknown. `order`:
     the dims of `node`."""
     source = argument(node, 0, "input")
-    if (casts_floats(node) or node in SAME) and isinstance(source, fx.Node):
+    if (casts_floats(node) or is_the_same(node)) and isinstance(source, fx.Node):
         return source, lambda logits: logits
     if node in RESHAPE and isinstance(source, fx.Node):
         return _reshaping(node, source, order)
@@ -352,8 +352,8 @@ def is_known_step(node: fx.Node) -> bool:
     """Whether `node` is of a kind that may stand between product and softmax."""
     if node.op == "call_method" and node.target in ("transpose", "permute"):
         return True
-    kinds = (ADD, SUB, WHERE, CAST, SAME, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
-    return any(node in kind for kind in kinds)
+    kinds = (ADD, SUB, WHERE, CAST, RESHAPE, MUL, DIV, MASKED_FILL, MAXIMUM, CLAMP)
+    return any(node in kind for kind in kinds) or is_the_same(node)
 
 
 def _flooring(node: fx.Node) -> _Step | None:

@@ -130,6 +130,8 @@ MASKED_FILL = Kind(
 NAN_TO_NUM = Kind(
     _in_place_too("nan_to_num"), (torch.nan_to_num, aten.nan_to_num.default, aten.nan_to_num_.default)
 )
+ANY = Kind(("any",), (torch.any, aten.any.dim))
+EQ = Kind(("eq", "__eq__"), (operator.eq, torch.eq, aten.eq.Scalar))
 ISNAN = Kind(("isnan",), (torch.isnan, aten.isnan.default))
 WHERE = Kind((), (torch.where, aten.where.self, aten.where.ScalarOther))
 UNSQUEEZE = Kind(operations=("unsqueeze",))
@@ -192,6 +194,14 @@ def unexpanded(item: Any) -> Any:
     while item in EXPAND and isinstance(item.args[0], fx.Node):
         item = item.args[0]
     return item
+
+
+def is_the_same(node: fx.Node) -> bool:
+    """Whether `node` has the values of its first argument in the same shape: a copy, or an `expand` to the sizes that are
+    there already, which decompositions of torch.export leave."""
+    source = argument(node, 0, "input")
+    whole = node in EXPAND and isinstance(source, fx.Node) and shape_of(source) == shape_of(node)
+    return node in SAME or whole
 
 
 def casts_floats(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sage_inductor.graph.call import example_tensor, example_value
-from sage_inductor.graph.facts import fill
+from sage_inductor.graph.facts import fill, operation
 from sage_inductor.patterns.nodes import DIV, MUL, casts_floats, operands
 from sage_inductor.torch_internals.sizes import number_of
 
@@ -36,7 +36,7 @@ def is_symbol(item: Any) -> TypeGuard[fx.Node]:
 
 def _constant_scalar(node: fx.Node) -> float | None:
     """The value of `torch.tensor(8.0)`, `torch.full([], 8.0)`, their square roots, products and casts."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = operation(node)
     first = node.args[0] if node.args else None
     if name == "full" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
         return float(node.args[1])

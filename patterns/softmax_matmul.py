@@ -25,9 +25,9 @@ from sage_inductor.patterns.nodes import (
     CAST,
     DROPOUT,
     RESHAPE,
-    SAME,
     argument,
     casts_floats,
+    is_the_same,
     only_reader,
     shape_of,
     uncast,
@@ -110,6 +110,7 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
     dropout: float | fx.Node = 0.0
     zeroed: Value | None = None
     sink_at: int | None = None
+    looks: fx.Node | None = None
     readers: tuple[fx.Node, ...] = (reader,)
     current: Any = outer.weights
     while isinstance(current, fx.Node):
@@ -119,6 +120,9 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
             return None
         found, readers = softmax(current), (current,)
         if found is not None:
+            if looks is not None and argument(looks, 0, "input") is not found.logits:
+                return None
+            found = replace(found, readers=(*found.readers, *filter(None, (looks,))))
             return Weights(found, order, dropout, zeroed, sink_at) if found.dim == order[-1] else None
         source, moved = argument(current, 0, "input"), permutation(current)
         if (column := left_out(current, order[-1])) is not None:
@@ -137,7 +141,9 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
                 if zeroed is not None:
                     return None
                 zeroed = emptied.mask
-            source, readers = emptied.source, emptied.readers
+            if emptied.looks is not None and (looks is not None or emptied.dim != order[-1]):
+                return None
+            source, readers, looks = emptied.source, emptied.readers, emptied.looks or looks
         elif current in RESHAPE:
             before = viewed(order, shape_of(current), shape_of(source))
             if (
@@ -148,7 +154,7 @@ def weights_of(outer: WeightedSum, reader: fx.Node, trail: list[fx.Node] | None 
             if zeroed is not None and before != order:
                 return None
             order = before
-        elif not (casts_floats(current) or current in SAME):
+        elif not (casts_floats(current) or is_the_same(current)):
             return None
         current = source
     return None

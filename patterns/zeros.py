@@ -2,10 +2,13 @@
 
 `weights.masked_fill(mask, 0)`, `where(mask, weights, 0)`, `weights * mask`; `nan_to_num(weights)`,
 `weights.masked_fill(weights.isnan(), 0)`. NaN stands in rows that see no key, and such rows get 0 from our operator anyway.
+So they do where it is asked of the logits, `where((logits == -inf).logical_not().any(-1, True).logical_not(), 0, weights)`, as
+decompositions of torch.export write SDPA.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from sage_inductor.graph.call import Expr, Value, example_tensor
 from sage_inductor.graph.facts import CASTS, NOT, operation
 from sage_inductor.patterns.hiding import made_of_bools, negated
 from sage_inductor.patterns.nodes import (
+    ANY,
+    EQ,
     ISNAN,
     MASKED_FILL,
     MUL,
@@ -32,11 +37,15 @@ from sage_inductor.patterns.numbers import filled_with, number
 
 @dataclass(frozen=True)
 class Zeros:
-    """`source` with zeros where `mask` is true; mask None: where it is NaN. `readers` are the nodes that read it for that."""
+    """`source` with zeros where `mask` is true; mask None: where it is NaN. `readers` are the nodes that read it for that.
+
+    `looks`: the node that compares logits with -inf, where they are asked which rows, along `dim` (0 and above), that is."""
 
     source: fx.Node
     mask: Value | None
     readers: tuple[fx.Node, ...]
+    looks: fx.Node | None = None
+    dim: int | None = None
 
 
 def zeros(node: fx.Node) -> Zeros | None:
@@ -51,7 +60,26 @@ def zeros(node: fx.Node) -> Zeros | None:
         if flipped or not _is_made_for(mask, base, node):
             return None
         return Zeros(source, None, (node, base))
-    return Zeros(source, mask, (node,))
+    rows = _rows_without_keys(base, mask, node) if flipped else None
+    return Zeros(source, mask, (node,)) if rows is None else Zeros(source, None, (node,), *rows)
+
+
+def _rows_without_keys(seen: Value, mask: Value, reader: fx.Node) -> tuple[fx.Node, int] | None:
+    """(comparison, dim) where `seen` is `(logits != -inf).any(dim, keepdim=True)`, and `mask`, which is made of it, leads to
+    `reader` alone; None where it is anything else."""
+    dim = argument(seen, 1, "dim") if isinstance(seen, fx.Node) and seen in ANY else None
+    if not isinstance(seen, fx.Node) or not isinstance(dim, int) or argument(seen, 2, "keepdim") is not True:
+        return None
+    base, flipped = peeled(seen.args[0])
+    if (
+        not isinstance(base, fx.Node)
+        or base not in EQ
+        or not flipped
+        or number(operands(base)[1]) != -math.inf
+    ):
+        return None
+    made = _is_made_for(mask, seen, reader) and _is_made_for(seen.args[0], base, seen)
+    return (base, dim % len(shape_of(seen))) if made else None
 
 
 def _is_made_for(mask: Value, base: fx.Node, reader: fx.Node) -> bool:

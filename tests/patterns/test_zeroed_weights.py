@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sage_inductor import Config
 from sage_inductor.rewriting.unrecognised import unread
-from sage_inductor.testing import RewritingBackend, max_error, relative_l2
+from sage_inductor.testing import RewritingBackend, capture, max_error, relative_l2
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -188,3 +188,28 @@ def test_gradients_of_shared_queries() -> None:
     assert backend.sites[0].rewritten
     assert all(relative_l2(grad, other) < 1e-5 for grad, other in zip(grads[1:], expected[1:], strict=True))
     assert grads[0].shape == args[0].shape
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_rows_without_keys_are_asked_of_the_logits(own: bool) -> None:
+    """As torch.export decomposes SDPA. Rows of other logits are other rows."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        logits = (q @ k.mT).masked_fill(mask.logical_not(), -math.inf)
+        seen = ((logits if own else logits.mT) == -math.inf).logical_not().any(-1, keepdim=True)
+        return torch.where(seen.logical_not(), 0.0, logits.softmax(-1)) @ v
+
+    args = *inputs(), padding(sees_nothing=True)
+    result, backend = rewritten(attend, *args)
+    expected = attend(*args)
+    assert [site.rewritten for site in backend.sites] == [True] * own
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_l2(result.nan_to_num(), expected.nan_to_num()) < (0.03 if own else 1e-6)
+
+
+def test_symbolic_sizes_hide_nothing_from_the_report() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).tanh().softmax(-1).flatten(0, 1) @ v.flatten(0, 1)
+
+    (item,) = unread(capture(attend, *inputs(), dynamic=True).graph)
+    assert item.obstacle.startswith("scores=tanh")

@@ -431,6 +431,35 @@ def test_a_rewritten_program_is_a_valid_one(function: Any, dynamic: bool) -> Non
         assert 1e-4 < relative_l2(out, reference) < 0.06
 
 
+def hidden_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A query of which no key is seen gets 0."""
+    allowed = (torch.arange(16) < 9) & (torch.arange(16) > 3)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def causal_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    return (q @ k.mT / 6).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("function", "dynamic"), [(hidden_rows, True), (causal_by_hand, False)])
+def test_decomposed_programs_are_rewritten(function: Any, dynamic: bool) -> None:
+    """SDPA is 20 nodes then, and a matmul is one of three dims between views and expands."""
+
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return function(q, k, v)
+
+    inputs = tuple(torch.randn(3, 4, 16, 32) for _ in range(3))
+    batch = {0: torch.export.Dim("batch", min=2, max=64)} if dynamic else None
+    program = torch.export.export(Model(), inputs, dynamic_shapes=None if batch is None else (batch,) * 3)
+    program = program.run_decompositions()
+    rewritten = rewrite_exported(program, REFERENCE)
+    assert str(rewritten.graph).count("target=torch.ops.sage_inductor.attention") == 1
+    out, reference = rewritten.module()(*inputs), program.module()(*inputs)
+    assert 1e-4 < relative_l2(out, reference) < 0.06 and out.stride() == reference.stride()
+
+
 def test_rewrite_exported_round_trips(model: Block, x: Tensor, tmp_path: Path) -> None:
     seq = torch.export.Dim("seq", min=2, max=256)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: seq}})

@@ -70,7 +70,8 @@ def _rows_without_keys(seen: Value, mask: Value, reader: fx.Node) -> tuple[fx.No
     dim = argument(seen, 1, "dim") if isinstance(seen, fx.Node) and seen in ANY else None
     if not isinstance(seen, fx.Node) or not isinstance(dim, int) or argument(seen, 2, "keepdim") is not True:
         return None
-    base, flipped = peeled(seen.args[0])
+    not_hidden = argument(seen, 0, "input")
+    base, flipped = peeled(not_hidden)
     if (
         not isinstance(base, fx.Node)
         or base not in EQ
@@ -78,7 +79,7 @@ def _rows_without_keys(seen: Value, mask: Value, reader: fx.Node) -> tuple[fx.No
         or number(operands(base)[1]) != -math.inf
     ):
         return None
-    made = _is_made_for(mask, seen, reader) and _is_made_for(seen.args[0], base, seen)
+    made = _is_made_for(mask, seen, reader) and _is_made_for(not_hidden, base, seen)
     return (base, dim % len(shape_of(seen))) if made else None
 
 

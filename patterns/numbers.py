@@ -39,11 +39,11 @@ def _constant_scalar(node: fx.Node) -> float | None:
     name = operation(node)
     first = node.args[0] if node.args else None
     if name == "full" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
-        return float(node.args[1])
+        return _as_held(node.args[1], node)
     if name in ("tensor", "scalar_tensor", "as_tensor", "_as_tensor_fullprec") and isinstance(
         first, (int, float)
     ):
-        return float(first)
+        return _as_held(first, node)
     if name == "sqrt" and isinstance(first, fx.Node):
         inner = number(first)
         return None if inner is None or inner < 0 else math.sqrt(inner)
@@ -55,12 +55,21 @@ def _constant_scalar(node: fx.Node) -> float | None:
     return number(first) if casts_floats(node) and isinstance(first, fx.Node) else None
 
 
+def _as_held(value: float, node: fx.Node) -> float:
+    """`value` as a tensor of integers or bools holds it, which `torch.tensor(2.7, dtype=torch.int64)` is."""
+    tensor = example_tensor(node)
+    if tensor is None or tensor.is_floating_point() or not math.isfinite(value):
+        return float(value)
+    return float(bool(value) if tensor.dtype == torch.bool else int(value))
+
+
 def filled_with(item: Any) -> float | None:
     """The number that `item` is, or that fills it: `torch.full_like(x, -1e9)`, `-1e9 * torch.ones_like(x)`."""
     if not isinstance(item, fx.Node) or number(item) is not None:
         return number(item)
     if (filling := fill(item)) is not None:
-        return number(filling)
+        found = number(filling)
+        return None if found is None else _as_held(found, item)
     if item in MUL:
         left, right = map(filled_with, operands(item))
         return None if left is None or right is None else left * right

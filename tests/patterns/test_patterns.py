@@ -177,6 +177,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(F.softmax(scores, dim=-1).to(v.dtype), v)
 
 
+@form("divided by a number that integers hold, which is 2", qkv())
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (0.3 * q @ k.mT / torch.tensor(2.9, dtype=torch.int64)).softmax(-1) @ v
+
+
 @form("heads folded for the values alone", qkv())
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT * 0.2).softmax(-1)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FrameType
 
 from torch import fx, nn
 
@@ -166,11 +167,24 @@ def called_modules() -> list[tuple[nn.Module, str]]:
         python_module = frame.f_globals.get("__name__", "")
         inside = python_module.startswith(("torch._dynamo.", "torch._inductor.", "sage_inductor.graph"))
         if code.co_argcount and not inside:
-            first = frame.f_locals.get(code.co_varnames[0])
+            first = _first_argument(frame)
             if isinstance(first, nn.Module) and not isinstance(first, fx.GraphModule):
                 found.setdefault(id(first), (first, python_module))
         frame = frame.f_back  # type: ignore[assignment]
     return list(found.values())
+
+
+def _first_argument(frame: FrameType) -> object:
+    """The first argument of the function that `frame` runs."""
+    code, variables = frame.f_code, frame.f_locals
+    first = variables.get(code.co_varnames[0])
+    # Before Python 3.13 that is a copy of all variables, which stays with the frame: what its function deletes later would live until
+    # it returns, such as a model. Others who read it get it filled again, unless they hold it now: beside the frame, this function
+    # and the call of getrefcount.
+    if isinstance(variables, dict) and sys.getrefcount(variables) == 3:
+        for name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            variables.pop(name, None)
+    return first
 
 
 def tails(path: str) -> tuple[str, ...]:

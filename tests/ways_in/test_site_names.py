@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -445,3 +448,28 @@ def test_a_cached_graph_of_a_block_serves_no_place_with_another_decision(order: 
         with enabled(config):
             error = relative_l2(parent(make_x()), exact)
         assert (error < 1e-5) == (name == order[0]), name
+
+
+def test_what_a_caller_deletes_is_freed_before_it_returns() -> None:
+    """Places are named after the first arguments of the functions on the stack."""
+
+    def caller(x: Tensor) -> None:
+        model = Attention()
+        gone = weakref.ref(model)
+        exec("written = 1")
+        explain(model, x)
+        del model
+        gc.collect()
+        assert gone() is None
+        assert sys.version_info >= (3, 13) or locals()["written"] == 1
+
+    caller(torch.randn(1, 16, 64))
+
+
+def test_variables_that_a_caller_looks_at_stay() -> None:
+    def caller(x: Tensor) -> None:
+        model, variables = Attention(), locals()
+        explain(model, x)
+        assert variables["x"] is x
+
+    caller(torch.randn(1, 16, 64))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.kernels import AttentionParams, TensorSpec
-from sage_inductor.kernels.key_value import KeyValueForm
+from sage_inductor.kernels.key_value import KeyValueForm, Piece
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.prequantized import (
     attention_prequantized_op,
@@ -45,8 +46,12 @@ class QuantizedKeyValue:
         blocks]`, `key_mean` `[batch, kv_heads, 1, head_dim]`, `value`, `value_scale`, `value_channel`, `value_mean` and
         `first_value` alike. The GPU kernels' lie as in their workspace (kernels/triton/workspace.py): `value_channels` holds V's
         channel scales, its mean and the first key's value, `value_log2_scale` log2 of its scales."""
-        pieces = kernels.get(self.kernel).key_value_layout(self.form).pieces
-        return {name: piece.of(self.packed) for name, piece in pieces.items()}
+        form = self.form
+        # Numbers, also where Dynamo has made symbols of them: a view in another dtype whose sizes are symbolic comes out of a graph
+        # with a part of its elements (torch 2.13).
+        sizes = map(index, (form.batch, form.kv_heads, form.kv_len, form.head_dim, form.value_head_dim))
+        pieces = _pieces(self.kernel, *sizes, form.dtype, form.precision, form.smoothing)
+        return {name: Piece(*piece).of(self.packed) for name, *piece in pieces}
 
     def empty_like(self) -> QuantizedKeyValue:
         """One of as many keys, to receive into. Its numbers are undefined."""
@@ -172,5 +177,12 @@ def _open_choices(
     return kernel, precision
 
 
-# Dynamo calls it while tracing, and takes what it returns for a constant.
-_open_choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _pieces(kernel: str, *form: Any) -> tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...]:
+    """Name, offset, shape and dtype of each part of a buffer that `kernel` made, for the fields of its form."""
+    pieces = kernels.get(kernel).key_value_layout(KeyValueForm(*form)).pieces
+    return tuple((name, *piece) for name, piece in pieces.items())
+
+
+# Dynamo calls them while tracing, and takes what they return for a constant.
+for _function in (_open_choices, _pieces):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sage_inductor
 from sage_inductor import (
     NotEligibleError,
+    QuantizedKeyValue,
     attention_prequantized,
     kernels,
     quantize_key_value,
@@ -181,6 +182,19 @@ def test_parts_and_buffers() -> None:
     assert torch.equal(attention_prequantized(q, found.with_packed(amid)), attention_prequantized(q, found))
     with pytest.raises(RuntimeError, match=r"packed is \(3,\) torch.float32 \(valid: "):
         found.with_packed(torch.empty(3))
+
+
+def test_parts_are_traced_without_a_break_at_any_length(new_process: None) -> None:
+    """torch cuts views in another dtype short that come out of a graph and whose sizes are symbolic."""
+
+    def parts(found: QuantizedKeyValue) -> dict[str, Tensor]:
+        return found.parts()
+
+    fast = torch.compile(parts, backend="aot_eager", fullgraph=True, dynamic=True)
+    for kv_len in (270, 500):
+        found = quantize_key_value(*inputs(kv_len=kv_len)[1:], kernel="reference")
+        for name, part in fast(found).items():
+            assert torch.equal(part.view(torch.uint8), found.parts()[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)

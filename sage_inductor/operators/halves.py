@@ -51,7 +51,7 @@ class QuantizedKeyValue:
         # with a part of its elements (torch 2.13).
         sizes = map(index, (form.batch, form.kv_heads, form.kv_len, form.head_dim, form.value_head_dim))
         pieces = _pieces(self.kernel, *sizes, form.dtype, form.precision, form.smoothing)
-        return {name: Piece(*piece).of(self.packed) for name, *piece in pieces}
+        return {name: Piece(offset, shape, dtype).of(self.packed) for name, offset, shape, dtype in pieces}
 
     def empty_like(self) -> QuantizedKeyValue:
         """One of as many keys, to receive into. Its numbers are undefined."""
@@ -183,6 +183,6 @@ def _pieces(kernel: str, *form: Any) -> tuple[tuple[str, int, tuple[int, ...], t
     return tuple((name, *piece) for name, piece in pieces.items())
 
 
-# Dynamo calls them while tracing, and takes what they return for a constant.
-for _function in (_open_choices, _pieces):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Dynamo calls them while tracing, and takes what they return for constants.
+_open_choices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_pieces._dynamo_marked_constant = True  # type: ignore[attr-defined]

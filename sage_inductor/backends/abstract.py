@@ -94,7 +94,7 @@ class AttentionImpl(ABC):
 
         Raises:
             ValueError: a size that is no int or below 1, num_heads that is no multiple of num_kv_heads, a scale that is no
-                finite number.
+                finite number, a causality that is no bool.
         """
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": head_size}
@@ -105,6 +105,8 @@ class AttentionImpl(ABC):
             isinstance(softmax_scale, Real) and math.isfinite(softmax_scale)
         ):
             raise ValueError(f"softmax_scale={softmax_scale!r} (valid: a finite number, None)")
+        if causal not in (True, False, None):
+            raise ValueError(f"causal={causal!r} (valid: True, False)")
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads}, num_kv_heads={kv_heads} (valid: num_heads a multiple)")
         if head_size < 1:
@@ -112,7 +114,7 @@ class AttentionImpl(ABC):
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
         self.head_size = head_size
-        self.causal = causal
+        self.causal = bool(causal)
         self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
         self.prefix = prefix
 

@@ -377,6 +377,7 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         ({"num_kv_heads": 1.0}, r"num_kv_heads=1.0 \(valid: an int\)"),
         ({"softmax_scale": "x"}, r"softmax_scale='x' \(valid: a finite number, None\)"),
         ({"softmax_scale": math.nan}, "softmax_scale=nan"),
+        ({"causal": "no"}, r"causal='no' \(valid: True, False\)"),
         ({"dropout_rate": "none"}, r"dropout_rate='none' \(valid: 0 to 1\)"),
     ],
 )

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ __all__ = ["EmulationError", "UnknownInstruction", "build_source", "emulated", "
 
 # Punning through pointers is what CUDA code does. Of its arrays g++ sees that some would be overrun in branches that no variant takes.
 FLAGS = (
-    "-std=c++17", "-O1", "-march=native", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-fvisibility=hidden", "-w",
+    "-std=c++17", "-O1", "-march=native", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-w",
     "-U_FORTIFY_SOURCE", "-fno-stack-protector",
 )  # fmt: skip
 
@@ -94,20 +94,47 @@ def _kernels(variant: HopperVariant) -> list[str]:
 
 def build_source(source: str, kernels: Sequence[str], folder: Path) -> Path:
     """The library of these kernels of a CUDA source."""
-    program = f'#include "{DEVICE}"\n{translate(source, kernels)}'
-    headers = [header.read_text() for header in sorted(DEVICE.parent.glob("*.h"))]
-    key = hashlib.sha256("\0".join((program, *headers, *FLAGS)).encode()).hexdigest()[:32]
+    program = translate(source, kernels)
+    headers = [header.read_text() for header in _headers()]
+    key = _key(program, *headers)
     library = folder / f"{key}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        device = _precompiled(folder / f"device-{_key(*headers)}")
         with tempfile.TemporaryDirectory(dir=folder) as own:
             (Path(own) / "attention.cc").write_text(program)
-            command = ["g++", *FLAGS, "attention.cc", "-o", "library.so", "-ldl"]
-            done = subprocess.run(command, cwd=own, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"g++: {done.stderr[:4000]}")
+            _compile(own, "-shared", "-include", str(device), "attention.cc", "-o", "library.so", "-ldl")
             os.replace(Path(own) / "library.so", library)  # several processes may do so at once
     return library
+
+
+def _precompiled(headers: Path) -> Path:
+    """device.h in a folder of its own, with what g++ makes of it, unless it is there: each variant would read it again for a quarter of
+    a second."""
+    if not headers.exists():
+        headers.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=headers.parent) as own:
+            made = Path(own) / "headers"
+            made.mkdir()
+            for header in _headers():
+                shutil.copy(header, made)
+            _compile(made, "-x", "c++-header", DEVICE.name, "-o", f"{DEVICE.name}.gch")
+            with suppress(OSError):  # another process was faster
+                made.rename(headers)
+    return headers / DEVICE.name
+
+
+def _headers() -> list[Path]:
+    return sorted(DEVICE.parent.glob("*.h"))
+
+
+def _key(*texts: str) -> str:
+    return hashlib.sha256("\0".join((*texts, *FLAGS)).encode()).hexdigest()[:32]
+
+
+def _compile(folder: Path | str, *arguments: str) -> None:
+    done = subprocess.run(["g++", *FLAGS, *arguments], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++: {done.stderr[:4000]}")
 
 
 def run_kernel(

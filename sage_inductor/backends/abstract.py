@@ -21,6 +21,14 @@ _warned_of: set[str] = set()  # names of arguments that hosts passed
 # FastVideo's models pass these to every backend. They mean nothing to dense attention: rope_type belongs to the layer,
 # nvfp4_fa4 to the FlashAttention backend.
 IGNORED_IMPL_ARGS = ("rope_type", "nvfp4_fa4")
+# What other hosts' interfaces (vLLM's, say) can ask of attention and these classes do not have, with the values that ask for nothing.
+NEUTRAL_IMPL_ARGS: Mapping[str, tuple[Any, ...]] = {
+    "sliding_window": (None,),
+    "alibi_slopes": (None,),
+    "logits_soft_cap": (None, 0.0),
+    "softcap": (None, 0.0),
+    "sinks": (None,),
+}
 
 
 @dataclass
@@ -210,11 +218,16 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
     """The dropout probability among `extra_impl_args`: `dropout_p`, or `dropout_rate` as FastVideo's models also spell it.
 
     Hosts pass arguments of their own to every backend. Those of `IGNORED_IMPL_ARGS` are logged. Any other one that is not
-    in `valid` gives a warning, once for each name. Raises ValueError for a dropout that is no number from 0 to 1.
+    in `valid` gives a warning, once for each name. Raises ValueError for a dropout that is no number from 0 to 1, and for an argument that
+    asks for other weights than attention's own (`NEUTRAL_IMPL_ARGS`): ignored, it would give other results.
     """
     known = (*valid, "dropout_p", "dropout_rate")
     for name, value in extra_impl_args.items():
-        if name in IGNORED_IMPL_ARGS:
+        if name in NEUTRAL_IMPL_ARGS:
+            neutral = NEUTRAL_IMPL_ARGS[name]
+            if isinstance(value, Tensor) or value not in neutral:
+                raise ValueError(f"{name}={value!r} (valid: {', '.join(map(repr, neutral))})")
+        elif name in IGNORED_IMPL_ARGS:
             log.debug("%s=%r has no meaning for dense attention: ignored", name, value)
         elif name not in known:
             _warn_of_unused("extra_impl_args", name, f"{name}={value!r}", known, 4)

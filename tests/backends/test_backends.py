@@ -6,6 +6,7 @@ import enum
 import importlib.util
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,18 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         SDPAImpl(2, 64, False, 0.1, kernel="auto")
     with pytest.raises(ValueError, match=r"kernel='flash' \(valid: auto, "):
         SageAttentionImpl(2, 64, False, 0.1, kernel="flash")
+    # vLLM's: what asks for nothing is taken, what asks for other weights is refused.
+    for impl in (SageAttentionImpl, SDPAImpl):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            impl(2, 64, False, 0.1, sliding_window=None, alibi_slopes=None, logits_soft_cap=0.0, sinks=None)
+        for name, value in (
+            ("sliding_window", 8),
+            ("alibi_slopes", torch.ones(2)),
+            ("logits_soft_cap", 30.0),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}=.* \(valid: None"):
+                impl(2, 64, False, 0.1, **{name: value})
     with pytest.raises(ValueError, match=r"precision='exact' \(valid: auto, fast, balanced, accurate\)"):
         SageAttentionImpl(2, 64, False, 0.1, precision="exact")
     with pytest.raises(ValueError, match="num_heads=6, num_kv_heads=4"):

@@ -605,8 +605,10 @@ def training_is_as_in_one_process(model: nn.Module, x: Tensor, mine: Tensor) -> 
     _, one, _ = trained(Block(), x)
     _, found, sites = trained(model, mine)
     assert [site.rewritten for site in sites] == [True], sites
-    for name, gradient in found.items():
-        error, single = relative_l2(gradient, exact[name]), relative_l2(one[name], exact[name])
+    # Softmax does not see what is added to all keys: the gradient of their bias is 0, and what is left of it is rounding.
+    assert all(each["k.bias"].norm() < 1e-5 * each["k.weight"].norm() for each in (exact, one, found))
+    for name in found.keys() - {"k.bias"}:
+        error, single = relative_l2(found[name], exact[name]), relative_l2(one[name], exact[name])
         assert error <= MARGIN * single + 1e-5, (name, error, single)
 
 

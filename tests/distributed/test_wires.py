@@ -219,7 +219,7 @@ def the_operator_keeps_its_contract(mesh: Any) -> None:
     refused = [
         ((q, k, v, mask), {"wires": "8-bit"}, NotEligibleError, "attn_mask=given (supported: none)"),
         ((q, k, v), {"wires": "4-bit"}, ValueError, "wires='4-bit' (valid: inputs, 8-bit)"),
-        ((q.clone().requires_grad_(), k, v), {}, NotEligibleError, "requires_grad=True"),
+        ((q.clone().requires_grad_(), k, v), {}, NotEligibleError, "requires_grad=query"),
     ]
     for given, options, error, words in refused:
         try:

@@ -26,7 +26,7 @@ from sage_inductor.plan.sites import Figure, Fingerprint
 from sage_inductor.testing import RewritingBackend
 
 BAD = 2  # the layer that 8 bits do not hold
-SHARP = 20
+SHARP = 30  # errors of .118 to .138 over three draws of inputs, at a tolerance of .05
 
 
 class Attention(nn.Module):

@@ -5,8 +5,8 @@
 
 Stacks of 1, 4 and 16 layers (attention with its projections, with and without an MLP behind it; 24 heads of 128, 16,384 tokens,
 bf16), compiled plainly, by this package as it is and with the workspace of the kernels replaced by one that is kept (`kept`); as
-they are, and, but for `kept`, replayed as CUDA graphs: torch refuses those that write memory which is theirs and nobody's output. Per row: peak_mib, the most that torch's allocator holds beyond weights and input while the
-stack runs; workspace_mib, what one call asks for; addresses, at how many places the calls of all layers found theirs; and ms. Where
+they are, and, but for `kept`, replayed as CUDA graphs: torch refuses graphs that write memory of their pool which is nobody's
+output. Per row: peak_mib, the most that torch's allocator holds beyond weights and input while the stack runs; workspace_mib, what one call asks for; addresses, at how many places the calls of all layers found theirs; and ms. Where
 peak does not grow with the layers, the allocator gives each layer the same memory already.
 """
 

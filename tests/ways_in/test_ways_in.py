@@ -408,10 +408,8 @@ def folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return first, second + (q @ k.mT).softmax(-2).mean()
 
 
-@pytest.mark.parametrize("function", [attention_alone, folded])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_rewritten_program_is_a_valid_one(function: Any, dynamic: bool) -> None:
-    """Whose outputs have the names of its signature, and whose nodes are operators."""
+def exported(function: Any, dynamic: bool) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
+    """`function` of query, key and value as a program, its batch of any size if `dynamic`; and inputs for it."""
 
     class Model(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -420,6 +418,14 @@ def test_a_rewritten_program_is_a_valid_one(function: Any, dynamic: bool) -> Non
     inputs = tuple(torch.randn(3, 4, 16, 32) for _ in range(3))
     batch = {0: torch.export.Dim("batch", min=2, max=64)} if dynamic else None
     program = torch.export.export(Model(), inputs, dynamic_shapes=None if batch is None else (batch,) * 3)
+    return program, inputs
+
+
+@pytest.mark.parametrize("function", [attention_alone, folded])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_rewritten_program_is_a_valid_one(function: Any, dynamic: bool) -> None:
+    """Whose outputs have the names of its signature, and whose nodes are operators."""
+    program, inputs = exported(function, dynamic)
     rewritten = rewrite_exported(program, REFERENCE).run_decompositions()
     text = str(rewritten.graph)
     expected = function(*inputs)
@@ -445,14 +451,7 @@ def causal_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(("function", "dynamic"), [(hidden_rows, True), (causal_by_hand, False)])
 def test_decomposed_programs_are_rewritten(function: Any, dynamic: bool) -> None:
     """SDPA is 20 nodes then, and a matmul is one of three dims between views and expands."""
-
-    class Model(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-            return function(q, k, v)
-
-    inputs = tuple(torch.randn(3, 4, 16, 32) for _ in range(3))
-    batch = {0: torch.export.Dim("batch", min=2, max=64)} if dynamic else None
-    program = torch.export.export(Model(), inputs, dynamic_shapes=None if batch is None else (batch,) * 3)
+    program, inputs = exported(function, dynamic)
     program = program.run_decompositions()
     rewritten = rewrite_exported(program, REFERENCE)
     assert str(rewritten.graph).count("target=torch.ops.sage_inductor.attention") == 1

@@ -39,6 +39,8 @@ constexpr bool FIRST_APART = PV < 2;       // the first key: its value is 0 in 8
 constexpr bool ROTATED = (FIRST_APART || HAS_LOW || KEY_MASK) && !(SKIP || BLOCK_LIST);
 constexpr bool MAY_BE_EMPTY = HAS_LOW || HAS_HIGH || KEY_MASK || BLOCK_LIST;  // rows that see no key
 constexpr int PROMOTE = 4;                 // blocks per tensor core sum
+// Added to the number of blocks in a sum where it has still to be rescaled: beyond any.
+constexpr int GROWN = TWO_LEVELS ? 2 * PROMOTE : 1 << 24;
 // Two warpgroups have the registers for a product that goes on during the next softmax. Of three, each does one thing at a
 // time and the others fill the gaps; with 128 channels of INT8, scores and product even share registers.
 constexpr bool IN_TURN = CONSUMERS == 3;
@@ -205,6 +207,14 @@ __device__ __forceinline__ u32 to_e4m3(float a, float b, float c, float d) {
     asm("mov.b32 %0, {%1, %2};" : "=r"(r) : "h"(low), "h"(high));
     return r;
 }
+// The same of floats' bits, where it stands.
+__device__ __forceinline__ u32 to_e4m3_here(u32 a, u32 b, u32 c, u32 d) {
+    u32 r;
+    asm volatile("{ .reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+                 "mov.b32 %0, {low, high}; }"
+                 : "=r"(r) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)), "f"(__uint_as_float(c)), "f"(__uint_as_float(d)) : "memory");
+    return r;
+}
 __device__ __forceinline__ u32 to_bf16(float a, float b) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
@@ -270,7 +280,10 @@ typedef int Product;
 typedef float Product;
 #endif
 constexpr int NW = PV < 2 ? 16 : 32;       // registers of P as an operand
-constexpr int RAW = PV < 2 ? 8 : 32;        // what weigh gives per thread and row: four bytes each, or floats
+// Weights of so many of a block's 8 groups of 16 keys are packed at once. Others stay floats until the wait behind which they are operands:
+// ptxas packs the last right behind their 2^x, and waits for it there.
+constexpr int EARLY = PV == 1 ? 8 : PV >= 2 ? 0 : V_HEAD_DIM <= 64 ? 2 : 6;
+constexpr int RAW = EARLY + 4 * (8 - EARLY);  // what weigh gives per thread and row: four bytes each, then floats
 
 constexpr int NSHARED = SHARED_REGISTERS ? NS : 1;
 static_assert(!SHARED_REGISTERS || NS == NT, "scores and product are of one size");
@@ -548,7 +561,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     float factor0 = 0.f, factor1 = 0.f;  // PV == 1: of the product in flight
     float next_factor0 = 0.f, next_factor1 = 0.f;
     float v_unit = 0.f;                  // log2 of the unit of `product`
-    int summed = 0;                      // blocks in `product`
+    int summed = 0;                      // blocks in `product`, and GROWN more where it has still to be multiplied by alpha0, alpha1,
+    volatile float alpha0, alpha1;       // which lie in memory, because they would take registers of all blocks
     int stage = 0, k_stage = 0;          // of the block at hand, and of the K tile that is next to be multiplied
     u32 phase = 0, k_phase = 0;
     int q_stage = 0;
@@ -600,18 +614,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         x = max(x, __shfl_xor_sync(~0u, x, 1));
         x = max(x, __shfl_xor_sync(~0u, x, 2));
     };
-    // A larger reference maximum for some row of the warp; no product is in flight.
-    auto rescale = [&](float alpha0, float alpha1) {
-        if (PV != 1) {
+    // Of a larger reference maximum for some row of the warp: the product, which is complete.
+    auto rescale_product = [&](float alpha0, float alpha1) {
 #pragma unroll
-            for (int j = 0; j < NT; j++) product[j] *= (j & 2) ? alpha1 : alpha0;
-        }
-        if (PV < 2) {
-#pragma unroll
-            for (int j = 0; j < NOUT; j++) output[j] *= (j & 2) ? alpha1 : alpha0;
-        }
-        rows.sum0 *= alpha0;
-        rows.sum1 *= alpha1;
+        for (int j = 0; j < NT; j++) product[j] *= (j & 2) ? alpha1 : alpha0;
     };
     // The largest score of each row among this thread's; masked ones are the least integer.
     auto thread_maximum = [&](int& x0, int& x1) {
@@ -647,13 +653,13 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
                 // Where the scales are tiny, the least integer alone does not make a weight zero.
                 if (masked && score == MASKED_SCORE) x[j] = 0.f;
             }
-            if (PV < 2) {
+            if (g < EARLY) {
                 w0[g] = PV == 0 ? to_e4m3(x[0], x[1], x[4], x[5]) : to_u8(x[0], x[1], x[4], x[5]);
                 w1[g] = PV == 0 ? to_e4m3(x[2], x[3], x[6], x[7]) : to_u8(x[2], x[3], x[6], x[7]);
             } else {
 #pragma unroll
                 for (int j = 0; j < 8; j++)
-                    ((j & 2) ? w1 : w0)[(4 * g + (j & 1) + (j >> 2) * 2) % RAW] = __float_as_uint(x[j]);
+                    ((j & 2) ? w1 : w0)[(EARLY + 4 * (g - EARLY) + (j & 1) + (j >> 2) * 2) % RAW] = __float_as_uint(x[j]);
             }
         }
         if (PV == 1) {
@@ -677,6 +683,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         if (SKIP) barrier_arrive_if(leader && v_stage >= 0, v_empty(v_stage));
         else if (leader) barrier_arrive(v_empty(v_stage));
         summed++;
+        if (PV != 1 && !IN_TURN && summed >= GROWN) {
+            summed -= GROWN;
+            rescale_product(alpha0, alpha1);
+        }
         if (PV == 1 || (TWO_LEVELS && (summed == PROMOTE || unit != v_unit))) {
             const float f = TWO_LEVELS ? exp2_approx(v_unit) : 1.f;
             const float f0 = TWO_LEVELS ? f : factor0, f1 = TWO_LEVELS ? f : factor1;
@@ -707,7 +717,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int j = 0; j < NW / 2; j++) {
             // Operand registers come in fours: keys 0-15 of row 0, of row 1, keys 16-31 of both (of half as many in 16 bits).
             const int at = 4 * (j / 2) + 2 * (j % 2);
-            if (PV < 2) {
+            if (PV < 2 && j >= EARLY) {
+                const u32* const x0 = w0 + EARLY + 4 * (j - EARLY), * const x1 = w1 + EARLY + 4 * (j - EARLY);
+                weights[at] = to_e4m3_here(x0[0], x0[1], x0[2], x0[3]);
+                weights[at + 1] = to_e4m3_here(x1[0], x1[1], x1[2], x1[3]);
+            } else if (PV < 2) {
                 asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at]) : "r"(w0[j]), "r"(p.zero) : "memory");
                 asm volatile("xor.b32 %0, %1, %2;" : "=r"(weights[at + 1]) : "r"(w1[j]), "r"(p.zero) : "memory");
             } else if (PV == 2) {
@@ -729,6 +743,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if BLOCK_LIST
     int entry, entry_after;  // that of the block, and of the one behind it: nothing waits for it then, but what it leads to
 #endif
+    // This thread's columns of block i that lie before `column`, any integer: bits 0 to 2 j + e of a row.
+    auto before = [&](int column, int i) {
+        const int start = i * BLOCK_N, own = max(max(column, start) - start - 2 * quad, 0), count = (own >> 3) * 2 + min(own & 7, 2);
+        return count >= 32 ? ~0u : (1u << count) - 1;
+    };
 #if BITS
     u32 bits0 = 0, bits1 = 0;  // of the thread's two rows, what they see of the block: bit 2 j + e is column 8 j + 2 quad + e
 #endif
@@ -765,11 +784,6 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             bits1 = bits1 << 8 | found1;
         }
     };
-    // This thread's columns of a block that lie before `column`: bits 0 to 2 j + e of a row.
-    auto before = [&](int column) {
-        const int own = max(column - 2 * quad, 0), count = (own >> 3) * 2 + min(own & 7, 2);
-        return count >= 32 ? ~0u : (1u << count) - 1;
-    };
     bool by_bounds = false;  // the bits come from bounds of rows, and have causality and the window in them, too
     // Where the keys of all the warp's ids lie together, first and last say all; else ids are compared.
     auto find_bits = [&](int i) {
@@ -783,8 +797,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         }
         if (HAS_LOW) { seen0.x = max(seen0.x, row0 + p.low); seen1.x = max(seen1.x, row1 + p.low); }
         if (HAS_HIGH) { seen0.y = min(seen0.y, row0 + p.high + 1); seen1.y = min(seen1.y, row1 + p.high + 1); }
-        bits0 = before(seen0.y - i * BLOCK_N) & ~before(seen0.x - i * BLOCK_N);
-        bits1 = before(seen1.y - i * BLOCK_N) & ~before(seen1.x - i * BLOCK_N);
+        bits0 = before(seen0.y, i) & ~before(seen0.x, i);
+        bits1 = before(seen1.y, i) & ~before(seen1.x, i);
     };
 #endif
     auto load_block_scales = [&](int i) {
@@ -966,32 +980,38 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
             }
         }
     };
-    // The scores of block i that their query may not see become the least integer.
-    auto hide = [&](int i) {
+    // What the thread's two rows may see of block i, in bits as above, by the band and the mask over keys. A test and a selection for each
+    // score would be some 440 instructions; bits are 110.
+    auto see = [&](int i, u32& seen0, u32& seen1) {
         const int row0 = t.m0 + row_in_tile, row1 = row0 + 8;
         int keys = p.kv_len;
 #if BLOCK_LIST
         if (t.begin == t.end) keys = 0;
 #endif
-        int first0 = 0, first1 = 0, last0 = keys, last1 = keys;
-        if (HAS_LOW) { first0 = row0 + p.low; first1 = row1 + p.low; }
-        if (HAS_HIGH) { last0 = min(keys, row0 + p.high + 1); last1 = min(keys, row1 + p.high + 1); }
-#pragma unroll
-        for (int j = 0; j < NS; j++) {
-            const int column = i * BLOCK_N + (j >> 2) * 8 + 2 * quad + (j & 1);
-            bool hidden = column < ((j & 2) ? first1 : first0) || column >= ((j & 2) ? last1 : last0);
-            if (KEY_MASK) hidden |= column >= keys || !p.key_mask[t.b * p.mask_b + column * p.mask_n];
-            if (hidden) scores[j] = MASKED_SCORE;
+        seen0 = before(HAS_HIGH ? min(keys, row0 + p.high + 1) : keys, i);
+        seen1 = before(HAS_HIGH ? min(keys, row1 + p.high + 1) : keys, i);
+        if (HAS_LOW) {
+            seen0 &= ~before(row0 + p.low, i);
+            seen1 &= ~before(row1 + p.low, i);
+        }
+        if (KEY_MASK) {
+            const bool* const mask = p.key_mask + t.b * p.mask_b;
+            u32 left = 0;
+#pragma unroll 16  // all at once would take more registers than there are
+            for (int j = 0; j < 32; j++) {
+                const int column = i * BLOCK_N + (j >> 1) * 8 + 2 * quad + (j & 1);
+                if (column < keys && mask[column * p.mask_n]) left |= 1u << j;
+            }
+            seen0 &= left;
+            seen1 &= left;
         }
     };
-#if BITS
-    // The same of those without a bit.
-    auto hide_by_bits = [&]() {
+    // The scores without a bit become the least integer.
+    auto hide = [&](u32 seen0, u32 seen1) {
 #pragma unroll
         for (int j = 0; j < NS; j++)
-            if (!(((j & 2) ? bits1 : bits0) & (1u << (j / 4 * 2 + j % 2)))) scores[j] = MASKED_SCORE;
+            if (!(((j & 2) ? seen1 : seen0) & (1u << (j / 4 * 2 + j % 2)))) scores[j] = MASKED_SCORE;
     };
-#endif
     // Takes the first key, of block 0, from the scores: each row's lies in the first thread of four.
     auto set_first_apart = [&](float scale0, float scale1) {
         const float unseen = __int_as_float(0xff800000);
@@ -1060,10 +1080,22 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #if SEGMENTS
         if (!KEY_MASK && by_bounds && (entry & 1) && t.begin < t.end) cut = false;
 #endif
-        if (cut) hide(i);
 #if BITS
-        if (masked && __any_sync(~0u, entry & 1)) hide_by_bits();
+        const bool by_bits = masked && __any_sync(~0u, entry & 1);
+#else
+        const bool by_bits = false;
 #endif
+        if (cut || by_bits) {
+            u32 seen0 = ~0u, seen1 = ~0u;
+            if (cut) see(i, seen0, seen1);
+#if BITS
+            if (by_bits) {
+                seen0 &= bits0;
+                seen1 &= bits1;
+            }
+#endif
+            hide(seen0, seen1);
+        }
         if (FIRST_APART && masked && i == 0) set_first_apart(scale0, scale1);
 #if MASK_BITS
         if (more) load_bits(entry_after);
@@ -1093,29 +1125,48 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         bool slow = (float)x0 * scale0 > rows.maximum0 + HEADROOM || (float)x1 * scale1 > rows.maximum1 + HEADROOM;
         slow = __any_sync(~0u, slow);
 #endif
-        if (slow) {  // the reference maximum follows the block's, what was summed is rescaled
-            if (!IN_TURN) {
-                wgmma_wait<0>();
-                if (SKIP ? previous != NOTHING : previous >= 0) complete(previous, unit);
-                previous = NOTHING;
-            }
+        // The reference maximum follows the block's, what was summed is rescaled: `output` and what becomes of an INT8 product here, a product
+        // in flight behind the wait that all warps of the warpgroup meet, because a warp may not wait for it alone.
+        if (slow) {
             if (PV != 1 && !SKIP) { row_maximum(x0); row_maximum(x1); }
             float n0 = rows.maximum0, n1 = rows.maximum1;
             if (x0 != MASKED_SCORE) n0 = fmaxf(n0, (float)x0 * scale0);
             if (x1 != MASKED_SCORE) n1 = fmaxf(n1, (float)x1 * scale1);
-            if (!__all_sync(~0u, rows.maximum0 == LOWEST && rows.maximum1 == LOWEST))
-                rescale(exp2_approx(rows.maximum0 - n0), exp2_approx(rows.maximum1 - n1));
+            float a0, a1;
+            auto take_factors = [&]() {
+                a0 = exp2_approx(rows.maximum0 - n0);
+                a1 = exp2_approx(rows.maximum1 - n1);
+            };
+            // Where this stands decides how ptxas orders the loop. Behind the branch FP8 takes up to 10% longer, in front of it 16 bits 2 to 5%.
+            if (PV == 0) take_factors();
+            if (!__all_sync(~0u, rows.maximum0 == LOWEST && rows.maximum1 == LOWEST)) {  // else nothing was summed
+                if (PV != 0) take_factors();
+                if (PV < 2) {
+#pragma unroll
+                    for (int j = 0; j < NOUT; j++) output[j] *= (j & 2) ? a1 : a0;
+                }
+                if (PV == 1) {
+                    rows.sum0 *= a0;
+                    rows.sum1 *= a1;
+                    factor0 *= a0;
+                    factor1 *= a1;
+                } else if (IN_TURN) {
+                    rescale_product(a0, a1);
+                } else {
+                    alpha0 = a0;
+                    alpha1 = a1;
+                    summed += GROWN;
+                }
+            }
             rows.maximum0 = n0;
             rows.maximum1 = n1;
         }
-#if BITS
         // A masked score lies so far below the others that its weight is zero by itself, except where scales are tiny. That holds
         // beside a score that is not masked; a thread that has none of a row gives it a maximum of its own.
         if (masked && !__any_sync(~0u, !(scale0 > LEAST_SCALE) || !(scale1 > LEAST_SCALE)))
             weigh(x0, x1, scale0, scale1, unit, false, x0 == MASKED_SCORE, x1 == MASKED_SCORE);
         else
-#endif
-        weigh(x0, x1, scale0, scale1, unit, masked, false, false);
+            weigh(x0, x1, scale0, scale1, unit, masked, false, false);
         if (IN_TURN) {
             take_weights();
             return true;

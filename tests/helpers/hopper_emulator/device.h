@@ -11,7 +11,7 @@
 //   bulk     copies to global memory read shared memory at once, or when they are waited for.
 //
 // FP8 products are added in float32, not in the fewer bits of the tensor cores. Fences order nothing here: a missing one is not seen,
-// except wgmma.fence after a wait.
+// except wgmma.fence after a wait. wgmma's fences, commits and waits are the same of all threads of a warpgroup, or the launch fails.
 //
 // Sources: the PTX ISA on mbarrier, cp.async.bulk.tensor, wgmma (layouts of registers, matrix descriptors, swizzling).
 
@@ -152,7 +152,7 @@ void run_block(int threads) {
     memset(named_barriers, 0, sizeof named_barriers);
     mbarrier_count = pending_boxes = 0;
     for (Warpgroup& group : warpgroups) {
-        group.issued = group.full = group.done = 0;
+        group.issued = group.full = group.done = group.steps = 0;
         group.accumulator_count = 0;
     }
     for (int t = 0; t < threads; t++) {

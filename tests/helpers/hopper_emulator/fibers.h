@@ -23,6 +23,7 @@ struct Fiber {
     long long issued, retired, groups[16];
     int pending_groups;
     bool fenced;
+    long long steps;        // see Warpgroup
     u32* registers[4];      // by accumulator, see Accumulator
     long long last_use[4];  // the number of instructions when it was last issued
     Copy copies[4];

@@ -31,6 +31,9 @@ void prmt(u32& r, u32 a, u32 b, u32 selector) {
 }
 // Of two the first comes into the upper half.
 void cvt_e4m3x2(unsigned short& r, float high, float low) { r = e4m3_of(high) << 8 | e4m3_of(low); }
+void cvt_e4m3x4(u32& r, float a, float b, float c, float d) {
+    r = (u32)e4m3_of(d) << 24 | (u32)e4m3_of(c) << 16 | (u32)e4m3_of(b) << 8 | e4m3_of(a);
+}
 void cvt_bf16x2(u32& r, float high, float low) { r = (u32)bf16_of(high) << 16 | bf16_of(low); }
 void cvt_f16x2(u32& r, float high, float low) { r = (u32)f16_of(high) << 16 | f16_of(low); }
 void pack(u32& r, unsigned short low, unsigned short high) { r = (u32)high << 16 | low; }

@@ -52,6 +52,8 @@ INSTRUCTIONS: dict[str, tuple[str, str]] = {
     "wgmma.wait_group.sync.aligned %0;": ("wgmma_wait", "n"),
     "prmt.b32 %0, %1, %2, %3;": ("prmt", "=r r r r"),
     "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": ("cvt_e4m3x2", "=h f f"),
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; "
+    "mov.b32 %0, {low, high}; }": ("cvt_e4m3x4", "=r f f f f"),
     "cvt.rn.bf16x2.f32 %0, %1, %2;": ("cvt_bf16x2", "=r f f"),
     "cvt.rn.f16x2.f32 %0, %1, %2;": ("cvt_f16x2", "=r f f"),
     "mov.b32 %0, {%1, %2};": ("pack", "=r h h"),

@@ -26,6 +26,8 @@ struct Warpgroup {
     long long issued, full, done;  // by some, by all threads; computed
     Accumulator accumulators[4];
     int accumulator_count;
+    long long steps;               // fences, commits and waits, of the thread that is furthest
+    const void* callers[64];       // where each was, a ring
 };
 Warpgroup warpgroups[MOST_THREADS / WARPGROUP];
 
@@ -147,12 +149,25 @@ template <int n, Type a_type, Type b_type, class D> void wgmma(D* d, const u32* 
         if (coin()) run_products(group, group.full);
     }
 }
-void wgmma_fence() { current->fenced = true; }
-void wgmma_commit() {
+// An instruction that PTX wants all warps of a warpgroup to execute, each thread as its next of that kind.
+void executed_by_all(const char* instruction, const void* caller) {
+    Warpgroup& group = warpgroups[current->index.x / WARPGROUP];
+    const long long step = current->steps++;
+    if (step == group.steps) group.callers[group.steps++ % 64] = caller;
+    else if (group.steps - step > 64) fail("a thread that is too far behind at %s", instruction);
+    else if (group.callers[step % 64] != caller) fail("%s where others of the warpgroup are at another instruction", instruction);
+}
+__attribute__((noinline)) void wgmma_fence() {
+    executed_by_all("wgmma.fence", __builtin_return_address(0));
+    current->fenced = true;
+}
+__attribute__((noinline)) void wgmma_commit() {
+    executed_by_all("wgmma.commit_group", __builtin_return_address(0));
     if (current->pending_groups == 16) fail("too many groups");
     current->groups[current->pending_groups++] = current->issued;
 }
 __attribute__((noinline)) void wgmma_wait(int pending) {
+    executed_by_all("wgmma.wait_group", __builtin_return_address(0));
     Fiber& self = *current;
     const int over = self.pending_groups - pending;
     self.fenced = false;

@@ -35,10 +35,28 @@ def sdpa(
         # That kernel takes masks but no GQA. To write out all scores instead would cost far more than these copies.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
         gqa = False
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, attn_mask))
+    if attn_mask is not None and attn_mask.is_floating_point() and wanted and torch.is_grad_enabled():
+        query, attn_mask = _with_weights_of_lse(query, attn_mask)
     out = builtin_sdpa(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )
     return out.to(dtype)
+
+
+# Next to such numbers a logarithm of sums keeps too few digits, and beside these no score is left in float32.
+_LOW, _LOST = -1e4, -64 / torch.finfo(torch.float32).eps
+
+
+def _with_weights_of_lse(query: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(query, attn_mask) of which SDPA makes the same output, and the gradients of it, where a number of an additive mask hides
+    all keys of a query.
+
+    Its backward passes take the weights for `exp(score - lse)`. There the LSE is the number itself, and all weights would be 1.
+    So the row is shifted to 0. What the number leaves nothing of are scores of 0, with no gradients for queries and keys."""
+    top = attn_mask.detach().amax(-1, keepdim=True)
+    low = (top < _LOW) & (top > -math.inf)
+    return query.masked_fill(low & (top <= _LOST), 0.0), attn_mask - top.masked_fill(~low, 0.0)
 
 
 def exact_lse(

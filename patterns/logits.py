@@ -36,7 +36,7 @@ from sage_inductor.patterns.nodes import (
     operands,
     shape_of,
 )
-from sage_inductor.patterns.numbers import filled_with, is_symbol, number
+from sage_inductor.patterns.numbers import filled_with, held, is_symbol, number
 from sage_inductor.patterns.products import Scores, Symbols, is_product, scores
 from sage_inductor.patterns.sinks import without_sink
 from sage_inductor.patterns.softmax import Softmax, own_maximum
@@ -83,9 +83,11 @@ class Logits:
 
     def hiding(self, hidden: Value, value: float, node: fx.Node) -> Logits | None:
         """With the logits overwritten by `value` at `hidden`, as `node` does. None where that cannot be told in masks."""
-        final = value * self.scale  # what later factors make of it
-        if final > HIDES or self.factor is not None or self.symbols:
+        if value * self.scale > HIDES or self.factor is not None or self.symbols:
             return None
+        logits = example_tensor(node)
+        assert logits is not None
+        final = held(value, logits.dtype) * self.scale  # what later factors make of it
         final = final if final >= LOWEST else -math.inf
         hides_for_good = final == -math.inf and self.floor is None
         covered = [term for term in self.terms if term.number is not None]

@@ -11,6 +11,7 @@ from torch import fx
 from sage_inductor.graph.call import example_tensor, example_value
 from sage_inductor.graph.facts import fill, operation
 from sage_inductor.patterns.nodes import DIV, MUL, casts_floats, operands
+from sage_inductor.torch_internals.dispatch import outside_tracing
 from sage_inductor.torch_internals.sizes import number_of
 
 
@@ -56,11 +57,18 @@ def _constant_scalar(node: fx.Node) -> float | None:
 
 
 def _as_held(value: float, node: fx.Node) -> float:
-    """`value` as a tensor of integers or bools holds it, which `torch.tensor(2.7, dtype=torch.int64)` is."""
     tensor = example_tensor(node)
-    if tensor is None or tensor.is_floating_point() or not math.isfinite(value):
+    return float(value) if tensor is None else held(value, tensor.dtype)
+
+
+def held(value: float, dtype: torch.dtype) -> float:
+    """`value` as a tensor of `dtype` holds it: 2.7 is 2 among integers, and -65504 is -65536 in bfloat16."""
+    if not math.isfinite(value) or dtype.itemsize > 2 and dtype.is_floating_point:
         return float(value)
-    return float(bool(value) if tensor.dtype == torch.bool else int(value))
+    if not dtype.is_floating_point:
+        return float(bool(value) if dtype == torch.bool else int(value))
+    with outside_tracing():
+        return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 def filled_with(item: Any) -> float | None:

@@ -101,6 +101,22 @@ def _in_order_of(backend: RewritingBackend, inputs: dict[str, Tensor]) -> list[T
     return [inputs[node.name.removeprefix("l_").removesuffix("_")] for node in nodes]
 
 
+def test_a_number_is_what_scores_of_its_dtype_hold() -> None:
+    """-65504 is -65536 in bfloat16, where it is written as where it is added: neither hides more."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        lowest = torch.finfo(torch.float16).min
+        future = torch.full((LENGTH, LENGTH), lowest, dtype=q.dtype).triu(1)
+        scores = (q @ k.mT / 6).masked_fill(~p, lowest) + future
+        return scores.softmax(-1) @ v
+
+    inputs = (*(torch.randn(2, 4, LENGTH, 32, dtype=torch.bfloat16) for _ in range(3)), padding())
+    backend = RewritingBackend(CONFIG)
+    out, expected = torch.compile(attend, backend=backend)(*inputs), attend(*inputs)
+    assert [site.rewritten for site in backend.sites] == [True]
+    assert relative_l2(out[0, :, :17], expected[0, :, :17]) < 0.03
+
+
 def test_one_number_is_seen_as_causality_and_padding() -> None:
     """Two masks that are filled with one number are one mask, whose parts are told apart."""
 

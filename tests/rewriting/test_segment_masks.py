@@ -90,12 +90,14 @@ SPELLINGS: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...], str]] = [
     ("positions that count down, indexed", lambda p: indexed((p.diff(prepend=p[:, :1] - 1) != 1).cumsum(-1)), (POSITIONS.flip(1),), "causal + segments"),
     ("positions, causal by positions", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS,), "causal + segments"),
     ("positions, causal by positions, jumps", lambda p: within(positions_to_ids(p), p, torch.le), (POSITIONS + 3 * (POSITIONS > 4),), "causal + segments"),
+    ("positions, a window by positions", lambda p: within(positions_to_ids(p), p, lambda k, q: (k <= q) & (k > q - 4)), (POSITIONS,), "sliding_window left=3 right=0 + segments"),
+    ("positions, a window on both sides by positions", lambda p: within(positions_to_ids(p), p, lambda k, q: abs(q - k) <= 2), (POSITIONS,), "band left=2 right=2 + segments"),
     ("images", lambda e: (torch.bucketize(torch.arange(SEQ), e, right=True)[:, None] == torch.bucketize(torch.arange(SEQ), e, right=True)), (torch.tensor([3, 11, 17]),), "segments"),
 ]  # fmt: skip
 
 
 def within(ids: Tensor, positions: Tensor, compared: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """As transformers' `remap_positions_for_packed_sequence` has causality."""
+    """As transformers' `remap_positions_for_packed_sequence` has causality and windows."""
     batch, at = torch.arange(2)[:, None, None, None], torch.arange(SEQ) + 0
     queries, keys = at[None, None, :, None], at[None, None, None, :]
     return (ids[batch, queries] == ids[batch, keys]) & compared(
@@ -139,7 +141,9 @@ def test_ids_of_64_bits_that_would_be_one_in_32() -> None:
         (lambda i, m: (i[:, None, :, None] == i[:, None, None, :]) & m, (IDS, torch.rand(SEQ, SEQ) > 0.5), "bool"),
         # Causality by positions, almost.
         (lambda p: within(positions_to_ids(p), p, torch.lt), (POSITIONS,), "bool"),
-        (lambda p: within(positions_to_ids(p), p, torch.ge), (POSITIONS,), "bool"),
+        (lambda p: within(positions_to_ids(p), p, torch.ge), (POSITIONS,), "band left=0 right=all + segments"),
+        (lambda p: within(positions_to_ids(p), p, lambda k, q: (q + k) <= 9), (POSITIONS,), "bool"),
+        (lambda p: within(positions_to_ids(p), p, lambda k, q: k // 4 == q // 4), (POSITIONS,), "bool"),
         (lambda p, o: within(positions_to_ids(p), o, torch.le), (POSITIONS, POSITIONS.flip(1)), "bool"),
         (lambda p: within((p == 0).cumsum(-1), p, torch.le), (POSITIONS,), "bool"),
         (lambda p: within((p.diff(prepend=p[:, :1] - 1) != 2).cumsum(-1), p, torch.le), (POSITIONS,), "bool"),

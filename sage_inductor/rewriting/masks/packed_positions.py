@@ -1,11 +1,12 @@
-"""Causality by positions that begin anew in each sequence, as transformers has it for packed inputs.
+"""Causality and windows by positions that begin anew in each sequence, as transformers has them for packed inputs.
 
 The ids count where a position is not the one before it plus 1: `(positions.diff(...) != 1).cumsum(-1)`. So positions rise by 1
-within a sequence, and of its own sequence a query sees a key whose position is no larger exactly where it is no later.
+within a sequence, and of a key and a query of one sequence they lie as far apart as the indices do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,69 @@ from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.conjunction import is_function
 from sage_inductor.rewriting.masks.new_dims import new_dims, operands
 
+_COMPARED = ("le", "lt", "ge", "gt")
+_SUB = ("sub", "subtract", "__sub__")
+
 
 def is_causal_within(part: Value, query_ids: Value, key_ids: Value, writes: Writes) -> bool:
     """Whether `part`, a bool mask, says for keys of a query's own id that they are no later. `query_ids` and `key_ids` are the
     rows that are compared for that, with dims of one element for the other index."""
     ordered = _ordered(part, writes)
-    if ordered is None:
-        return False
-    key, query = ordered
+    return ordered is not None and _are_positions(ordered[1], ordered[0], query_ids, key_ids, writes)
+
+
+def window_within(part: Value, query_ids: Value, key_ids: Value, writes: Writes) -> Value | None:
+    """What `part`, a bool mask, says for keys of a query's own id, of their indices; None where it is no bound on how far
+    positions lie apart: `positions[keys] > positions[queries] - 8`, `abs(positions[queries] - positions[keys]) <= 8`. Ids as
+    above."""
+    if len(part.args) == 2 and type(part.args[1]) is int and operation(part) in _COMPARED:
+        distance = _first_of(part.args[0], "abs", writes)
+        found = (
+            None if distance is None or not is_function(part, writes) else operands(distance, _SUB, writes)
+        )
+        indices = None if found is None else _indices(found[1:], query_ids, key_ids, writes)
+        if indices is None:
+            return None
+        return Expr.of(operation(part), Expr.of("abs", Expr.of("sub", *indices)), part.args[1])
+    found = operands(part, _COMPARED, writes)
+    if found is None:
+        return None
+    (left, added), (right, more) = (_shifted(item, writes) for item in found[1:])
+    indices = _indices((left, right), query_ids, key_ids, writes)
+    return (
+        None if indices is None else Expr.of(found[0], indices[0], Expr.of("add", indices[1], more - added))
+    )
+
+
+def _shifted(item: Value, writes: Writes) -> tuple[Value, int]:
+    """(positions, number) of which `item` is the sum."""
+    name, args = operation(item), item.args
+    if name not in ("add", *_SUB) or len(args) != 2 or item.kwargs or not is_function(item, writes):
+        return item, 0
+    source, by = args
+    if not isinstance(source, (fx.Node, Expr)) or type(by) is not int:
+        return item, 0
+    return source, by if name == "add" else -by
+
+
+def _indices(
+    positions: Sequence[Value], query_ids: Value, key_ids: Value, writes: Writes
+) -> tuple[Value, Value] | None:
+    """By which tensors each of the two `positions` is indexed, where one is of the queries and one of the keys."""
+    one, other = positions
+    found = []
+    for item in positions:
+        read = _read(item, writes)
+        if read is None or len(read.index) != 2 or read.dims:
+            return None
+        found.append(read.index[1])
+    if _are_positions(one, other, query_ids, key_ids, writes):
+        return found[0], found[1]
+    return (found[0], found[1]) if _are_positions(other, one, query_ids, key_ids, writes) else None
+
+
+def _are_positions(query: Value, key: Value, query_ids: Value, key_ids: Value, writes: Writes) -> bool:
+    """Whether `query` and `key` are the positions whose jumps the ids count, of the queries and of the keys."""
     found = [_read(item, writes) for item in (query, key, query_ids, key_ids)]
     reads = [read for read in found if read is not None]
     if len(reads) < 4:

@@ -21,7 +21,7 @@ from sage_inductor.graph.writes import Writes
 from sage_inductor.rewriting.masks.allowed import allowed_keys
 from sage_inductor.rewriting.masks.conjunction import conjuncts, is_function, joined
 from sage_inductor.rewriting.masks.new_dims import new_dims, operands, with_dims
-from sage_inductor.rewriting.masks.packed_positions import compared_ranges, is_causal_within
+from sage_inductor.rewriting.masks.packed_positions import compared_ranges, is_causal_within, window_within
 
 _EQUAL = ("eq", "__eq__")
 _UNEQUAL = ("ne", "__ne__", "not_equal")
@@ -90,7 +90,7 @@ def _packed(
         elif is_causal_within(item, *compared, writes) or _is_causal(item, query, key, writes):
             is_causal = True
         else:
-            rest.append(item)
+            rest.append(window_within(item, *compared, writes) or item)
     if any(map(writes.touch, [leaf for row in seen for leaf in leaves(row)])):
         return None
     ids = _as_int32(query_ids, key_ids, joined(seen) if seen else None, writes)

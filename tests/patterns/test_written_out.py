@@ -94,6 +94,16 @@ FORMS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         (*qkv(), torch.rand(24, 24)),
         "additive",
     ),
+    "plus a product that is the same for all heads": (
+        lambda q, k, v, m: (q @ k.mT / 6 - m[:, None, :, None] @ m[:, None, None] * 1e9).softmax(-1) @ v,
+        (*qkv(), (~padding()).float()),
+        "additive",
+    ),
+    "a product that is the same for all heads, plus scores": (
+        lambda q, k, v, m: (torch.bmm(m.mT, m)[:, None] * 4 + q @ k.mT / 6).softmax(-1) @ v,
+        (*qkv(), torch.rand(2, 1, 24)),
+        "additive",
+    ),
     "plus a number": (lambda q, k, v: (q @ k.mT / 6 + 2.0).softmax(-1) @ v, qkv(), "none"),
     "integer mask": (
         lambda q, k, v, m: (q @ k.mT / 6 + m).softmax(-1) @ v,

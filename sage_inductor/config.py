@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
+from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args
 
+from sage_inductor.kernels.arguments import as_number, check_choice
 from sage_inductor.kernels.skipping import Decider, threshold_problem
 from sage_inductor.measurement.printable import printable_line
 from sage_inductor.plan.plan import Plan
@@ -23,6 +25,15 @@ Smoothing: TypeAlias = Literal["auto", "mean", "equalise", "rotate", "both"]
 Wires: TypeAlias = Literal["inputs", "8-bit"]
 Fallback: TypeAlias = Literal["sdpa", "warn", "error"]
 Tune: TypeAlias = Literal["measure", "table", "off"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kernel": get_args(KernelName),
+    "precision": get_args(Precision),
+    "smoothing": get_args(Smoothing),
+    "wires": get_args(Wires),
+    "skip_by": get_args(Decider),
+    "fallback": get_args(Fallback),
+    "tune": get_args(Tune),
+}
 
 
 @dataclass(frozen=True)
@@ -100,21 +111,19 @@ class Config:
     "sdpa", and one that the plan was not made for, stay SDPA, with the reason. It overrules those four."""
 
     def __post_init__(self) -> None:
-        _one_of("kernel", self.kernel, get_args(KernelName))
-        _one_of("precision", self.precision, get_args(Precision))
-        _one_of("smoothing", self.smoothing, get_args(Smoothing))
-        _one_of("wires", self.wires, get_args(Wires))
-        if problem := threshold_problem(self.skip_threshold):
-            raise (ValueError if isinstance(self.skip_threshold, (int, float)) else TypeError)(problem)
-        object.__setattr__(self, "skip_threshold", float(self.skip_threshold))
-        _one_of("skip_by", self.skip_by, get_args(Decider))
-        _one_of("fallback", self.fallback, get_args(Fallback))
-        _one_of("tune", self.tune, get_args(Tune))
+        for name, valid in CHOICES.items():
+            value = getattr(self, name)
+            check_choice(name, value, valid)
+            object.__setattr__(self, name, _text(value))
+        threshold = as_number(self.skip_threshold)
+        if problem := threshold_problem(threshold):
+            raise (ValueError if isinstance(threshold, (int, float)) else TypeError)(problem)
+        object.__setattr__(self, "skip_threshold", float(threshold))
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(glob, str) for glob in _as_tuple(name, value)):
                 raise TypeError(f"{name}={value!r} (valid: a tuple or list of glob strings)")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(map(_text, value)))
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", _folder("cache_dir", self.cache_dir))
         if not isinstance(self.training, bool):
@@ -132,19 +141,20 @@ class Config:
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
         """Split `torch.compile` options into our Config and those that belong to Inductor. Raises ValueError for an unknown
-        "sage." option."""
+        "sage." option and for a field of ours that is spelled without it, TypeError for what is no mapping."""
+        if not isinstance(options, (Mapping, NoneType)):
+            raise TypeError(f"options={options!r} (valid: a dict, None)")
         names = [field.name for field in fields(cls)]
+        known = {OPTION_PREFIX + name: name for name in names}
         own: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in (options or {}).items():
-            if not isinstance(key, str) or not key.startswith(OPTION_PREFIX):
+            if key in known:
+                own[known[key]] = value
+            elif isinstance(key, str) and (key.startswith(OPTION_PREFIX) or _is_near(key, names)):
+                raise ValueError(f"unknown option {key!r} (valid: {', '.join(known)})")
+            else:
                 rest[key] = value
-                continue
-            name = key.removeprefix(OPTION_PREFIX)
-            if name not in names:
-                valid = ", ".join(OPTION_PREFIX + name for name in names)
-                raise ValueError(f"unknown option {key!r} (valid: {valid})")
-            own[name] = value
         return cls(**own), rest
 
     @classmethod
@@ -153,6 +163,11 @@ class Config:
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config={config!r} (valid: a sage_inductor.Config, None)")
         return cls() if config is None else config
+
+
+def _is_near(key: str, names: Collection[str]) -> bool:
+    """Whether `key` is one of `names` in another spelling: "kernel", "sage_kernel", "Sage.Kernel". Inductor has no such options."""
+    return key.lower().removeprefix("sage").lstrip("._-") in names
 
 
 _read: dict[str, str] = {}  # the plan that was last read from each path
@@ -170,11 +185,6 @@ def _warn_of_change(path: str, content: str) -> None:
         )
 
 
-def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name}={value!r} (valid: {', '.join(valid)})")
-
-
 def _folder(name: str, value: object) -> str:
     """A path as text, so that the `repr` of a Config is the same for a str and for any kind of path object."""
     path = os.fspath(value) if isinstance(value, (str, PathLike)) else None
@@ -182,7 +192,13 @@ def _folder(name: str, value: object) -> str:
         raise TypeError(f"{name}={value!r} (valid: a path as a string or os.PathLike of one, None)")
     if not path or "\0" in path:
         raise ValueError(f"{name}={value!r} (valid: a path that is not empty and has no NUL, None)")
-    return path
+    return _text(path)
+
+
+def _text(text: str) -> str:
+    """`text` as a plain str. A subclass, such as a member of an enum of texts, has another `repr`, which tells compiled graphs
+    apart."""
+    return str.__str__(text)
 
 
 def _as_tuple(name: str, value: object) -> tuple[object, ...]:

@@ -8,11 +8,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from sage_inductor.kernels.arguments import as_flag, as_number
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +106,16 @@ class AttentionImpl(ABC):
             ValueError: a size that is no int or below 1, num_heads that is no multiple of num_kv_heads, a scale that is no
                 finite number, a causality that is no bool.
         """
+        num_heads, head_size, num_kv_heads = map(as_number, (num_heads, head_size, num_kv_heads))
+        softmax_scale = as_number(softmax_scale)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": head_size}
         for name, value in sizes.items():
-            if not isinstance(value, int):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} (valid: an int)")
-        if softmax_scale is not None and not (
-            isinstance(softmax_scale, Real) and math.isfinite(softmax_scale)
-        ):
+        is_number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+        if softmax_scale is not None and not (is_number and abs(softmax_scale) < math.inf):
             raise ValueError(f"softmax_scale={softmax_scale!r} (valid: a finite number, None)")
-        if causal not in (True, False, None):
-            raise ValueError(f"causal={causal!r} (valid: True, False)")
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_heads={num_heads}, num_kv_heads={kv_heads} (valid: num_heads a multiple)")
         if head_size < 1:
@@ -122,7 +123,7 @@ class AttentionImpl(ABC):
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
         self.head_size = head_size
-        self.causal = bool(causal)
+        self.causal = as_flag("causal", causal)
         self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
         self.prefix = prefix
 
@@ -225,17 +226,21 @@ def take_dropout(extra_impl_args: Mapping[str, Any], valid: tuple[str, ...] = ()
     for name, value in extra_impl_args.items():
         if name in NEUTRAL_IMPL_ARGS:
             neutral = NEUTRAL_IMPL_ARGS[name]
-            if isinstance(value, Tensor) or value not in neutral:
+            number = as_number(value)
+            if not isinstance(number, (float, int, NoneType)) or number not in neutral:
                 raise ValueError(f"{name}={value!r} (valid: {', '.join(map(repr, neutral))})")
         elif name in IGNORED_IMPL_ARGS:
             log.debug("%s=%r has no meaning for dense attention: ignored", name, value)
         elif name not in known:
             _warn_of_unused("extra_impl_args", name, f"{name}={value!r}", known, 4)
-    given = {name: extra_impl_args.get(name) or 0.0 for name in ("dropout_p", "dropout_rate")}
-    for name, value in given.items():
-        if not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
+    most = 0.0
+    for name in ("dropout_p", "dropout_rate"):
+        value = extra_impl_args.get(name)
+        number = 0.0 if value is None else as_number(value)
+        if not isinstance(number, (int, float)) or not 0.0 <= number <= 1.0:
             raise ValueError(f"{name}={value!r} (valid: 0 to 1)")
-    return max(map(float, given.values()))
+        most = max(most, float(number))
+    return most
 
 
 def _warn_of_unused(where: str, name: str, shown: str, valid: tuple[str, ...], stacklevel: int) -> None:

@@ -10,20 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sage_inductor.kernels.arguments import as_flag
+
+# What is no metadata. A named tuple can be.
+OVERLOOKED = (Mapping, Tensor, list, str, bytes, int, float, type)
+
 
 def of_metadata(attn_metadata: object | None) -> tuple[Tensor | None, bool]:
     """(attn_mask, is_causal) of any metadata object; None and False for an attribute that it lacks.
 
-    Raises TypeError for a dict, whose entries are no attributes and would be overlooked, and for a mask that is no tensor.
+    Raises TypeError for what has no such attributes and would be overlooked: a dict, a list, a number, a text, a class; a tensor, as
+    where a host passes another argument in front of the metadata; and for a mask that is no tensor. Raises ValueError for an
+    is_causal that is no bool.
     """
-    if isinstance(attn_metadata, Mapping):
+    if isinstance(attn_metadata, OVERLOOKED):
         raise TypeError(
-            "attn_metadata is a dict (valid: an object with attributes, such as AttentionMetadata)"
+            f"attn_metadata is a {type(attn_metadata).__name__} (valid: an object with attributes, such as "
+            "AttentionMetadata, None)"
         )
     attn_mask = getattr(attn_metadata, "attn_mask", None)
     if not isinstance(attn_mask, (Tensor, NoneType)):
         raise TypeError(f"attn_mask is a {type(attn_mask).__name__} (valid: a tensor, None)")
-    return attn_mask, bool(getattr(attn_metadata, "is_causal", False))
+    return attn_mask, as_flag("attn_metadata.is_causal", getattr(attn_metadata, "is_causal", False))
 
 
 def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -38,6 +46,8 @@ def normalized(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor |
         return None
     if not 2 <= attn_mask.dim() <= 4:
         raise ValueError(f"attn_mask has {attn_mask.dim()} dimensions (valid: 2 to 4)")
+    if attn_mask.is_complex():
+        raise ValueError(f"attn_mask is {attn_mask.dtype} (valid: bool, integers, floating point)")
     attn_mask = attn_mask.to(query.device)
     if not attn_mask.is_floating_point() and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask != 0

@@ -12,6 +12,7 @@ from sage_inductor.backends import metadata_masks
 from sage_inductor.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata, take_dropout
 from sage_inductor.backends.sdpa import exact_attention, is_grouped
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels.arguments import as_number, check_choice
 from sage_inductor.kernels.base import gradient_problem, reason
 from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
@@ -78,14 +79,11 @@ class SageAttentionImpl(AttentionImpl):
         self.kernel: str = extra_impl_args.get("kernel", "auto")
         self.precision: str = extra_impl_args.get("precision", "auto")
         self.smoothing: str = extra_impl_args.get("smoothing", "auto")
-        self.skip_threshold: float = extra_impl_args.get("skip_threshold", 0.0)
+        self.skip_threshold: float = as_number(extra_impl_args.get("skip_threshold", 0.0))
         self.skip_by: str = extra_impl_args.get("skip_by", "scores")
-        if self.kernel not in ("auto", *kernels.KERNELS):
-            raise ValueError(f"kernel={self.kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
-        if self.precision not in kernels.PRECISION_CHOICES:
-            raise ValueError(f"precision={self.precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-        if self.smoothing not in tuple(kernels.SMOOTHINGS):
-            raise ValueError(f"smoothing={self.smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
+        check_choice("kernel", self.kernel, ("auto", *kernels.KERNELS))
+        check_choice("precision", self.precision, kernels.PRECISION_CHOICES)
+        check_choice("smoothing", self.smoothing, kernels.SMOOTHINGS)
         if problem := threshold_problem(self.skip_threshold) or decider_problem(self.skip_by):
             raise ValueError(problem)
         reasons = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ from sage_inductor.backends.sage import SageAttentionBackend
 from sage_inductor.backends.sdpa import SDPABackend
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.arguments import as_number
 from sage_inductor.kernels.base import reason
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def get_attn_backend(
             backend that the layer allows, and "auto" would choose no kernel. It has the reasons of the kernels.
         ValueError: a head_size or dtype that is none; an unknown backend, one that the layer does not support, or none left.
     """
-    if not isinstance(head_size, int) or head_size < 1:
+    head_size = as_number(head_size)
+    if not isinstance(head_size, int) or isinstance(head_size, bool) or head_size < 1:
         raise ValueError(f"head_size={head_size!r} (valid: an int from 1)")
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={dtype!r} (valid: a torch.dtype)")
@@ -103,7 +105,7 @@ def _known(backend: BackendLike, argument: str) -> type[AttentionBackend]:
 def _allowed(supported: Sequence[BackendLike] | None) -> list[type[AttentionBackend]]:
     if supported is None:
         return list(BACKENDS.values())
-    if isinstance(supported, str):
+    if isinstance(supported, str) or not isinstance(supported, Iterable):
         raise ValueError(f"supported_attention_backends={supported!r} (valid: a list of backends)")
     names = [_name(backend) for backend in supported]
     allowed = [backend for name, backend in BACKENDS.items() if name in names]

@@ -111,7 +111,11 @@ def threshold_problem(value: object) -> str | None:
 
 def decider_problem(value: object) -> str | None:
     """Why `value` is no skip_by; None where it is one."""
-    return None if value in DECIDERS else f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
+    return (
+        None
+        if isinstance(value, str) and value in DECIDERS
+        else f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
+    )
 
 
 def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:

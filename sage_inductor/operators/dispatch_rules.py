@@ -63,6 +63,7 @@ def cast_as_sdpa(attn_mask: Tensor | None) -> Tensor | None:
     if attn_mask is None or not attn_mask.is_floating_point() or attn_mask.dtype == torch.float64:
         return attn_mask
     device_type = attn_mask.device.type
-    if not torch.is_autocast_enabled(device_type):
+    # Asked for a device that has none (meta), torch raises.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return attn_mask
     return attn_mask.to(torch.get_autocast_dtype(device_type))

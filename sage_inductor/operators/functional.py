@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
+from sage_inductor.kernels.arguments import as_flag, as_number, as_scale, check_choice, check_tensor
 from sage_inductor.kernels.base import gradient_problem, reason
 from sage_inductor.kernels.skipping import decider_problem, threshold_problem
 from sage_inductor.operators import inference
@@ -94,8 +95,9 @@ def sage_attention(
         RuntimeError: the inputs or out do not fit together, as from SDPA, or are nested or sparse; or the call is compiled inside
             `torch.distributed.tensor.experimental.context_parallel`, where each rank has a shard of the sequence. A call that
             is not compiled rings there; NotImplementedError where it cannot (a mask).
-        TypeError: an input or out is no tensor.
-        ValueError: an unknown kernel, precision, smoothing, wires or skip_by, or a skip_threshold that is none.
+        TypeError: an input or out is no tensor, scale no number.
+        ValueError: an unknown kernel, precision, smoothing, wires or skip_by, a skip_threshold or dropout_p that is none, an is_causal or
+            enable_gqa that is no bool.
     """
     required = {"query": query, "key": key, "value": value}
     optional = {
@@ -105,18 +107,15 @@ def sage_attention(
         "out": out,
     }
     for name, tensor in (required | optional).items():
-        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
-            raise TypeError(f"{name} is a {type(tensor).__name__} (valid: a tensor)")
+        check_tensor(name, tensor, name in optional)
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             raise RuntimeError(f"{name} is nested or sparse (valid: a strided tensor that is not nested)")
-    if kernel not in ("auto", *kernels.KERNELS):
-        raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
-    if precision not in kernels.PRECISION_CHOICES:
-        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
-    if smoothing not in tuple(kernels.SMOOTHINGS):
-        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(kernels.SMOOTHINGS)})")
-    if wires not in WIRES:
-        raise ValueError(f"wires={wires!r} (valid: {', '.join(WIRES)})")
+    check_choice("kernel", kernel, ("auto", *kernels.KERNELS))
+    check_choice("precision", precision, kernels.PRECISION_CHOICES)
+    check_choice("smoothing", smoothing, kernels.SMOOTHINGS)
+    check_choice("wires", wires, WIRES)
+    skip_threshold, dropout_p, scale = as_number(skip_threshold), as_number(dropout_p), as_scale(scale)
+    is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     if problem := threshold_problem(skip_threshold) or decider_problem(skip_by):
         raise ValueError(problem)
     if attn_mask is not None and is_causal:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sage_inductor import kernels
 from sage_inductor.kernels import AttentionParams, TensorSpec
+from sage_inductor.kernels.arguments import as_flag, as_scale, check_tensor
 from sage_inductor.kernels.key_value import KeyValueForm, Piece
 from sage_inductor.kernels.smoothing import EQUALISING
 from sage_inductor.operators.prequantized import (
@@ -97,9 +98,13 @@ def quantize_key_value(
     Raises:
         NotEligibleError: the kernel cannot run, or cannot quantise apart from attention; gradients are wanted.
         RuntimeError: the inputs do not fit together.
+        TypeError: an input is no tensor.
         ValueError: an unknown kernel, precision or smoothing.
     """
-    if smoothing == "auto":
+    check_tensor("key", key)
+    check_tensor("value", value)
+    check_tensor("query", query, optional=True)
+    if isinstance(smoothing, str) and smoothing == "auto":
         smoothing = "rotate" if query is None else "both"
     check_names(kernel, precision, smoothing)
     check_inputs(key, value, query, smoothing)
@@ -143,7 +148,14 @@ def attention_prequantized(
     Raises:
         NotEligibleError: the kernel cannot run here; gradients are wanted.
         RuntimeError: the inputs do not fit together.
+        TypeError: query is no tensor, key_value not what `quantize_key_value` gave, scale no number.
+        ValueError: is_causal or bottom_right is no bool.
     """
+    if not isinstance(key_value, QuantizedKeyValue):
+        raise TypeError(f"key_value is a {type(key_value).__name__} (valid: what quantize_key_value gave)")
+    check_tensor("query", query)
+    is_causal, bottom_right = as_flag("is_causal", is_causal), as_flag("bottom_right", bottom_right)
+    scale = as_scale(scale)
     form = key_value.form
     check_are_plain(query=query, packed=key_value.packed)
     if query.dtype != form.dtype:

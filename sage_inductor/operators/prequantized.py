@@ -21,6 +21,7 @@ from torch import Tensor
 from sage_inductor import kernels
 from sage_inductor.errors import NotEligibleError
 from sage_inductor.kernels import AttentionParams, AttentionProblem, TensorSpec
+from sage_inductor.kernels.arguments import check_choice
 from sage_inductor.kernels.base import Kernel, gradient_problem, reason
 from sage_inductor.kernels.cache import Cache
 from sage_inductor.kernels.key_value import Attend, KeyValueForm, Quantize
@@ -214,14 +215,10 @@ def family_for(name: str, problem: AttentionProblem) -> Kernel:
 
 
 def check_names(kernel: str, precision: str, smoothing: str) -> None:
-    if kernel not in ("auto", *kernels.KERNELS):
-        raise ValueError(f"kernel={kernel!r} (valid: auto, {', '.join(kernels.KERNELS)})")
-    if precision not in kernels.PRECISION_CHOICES:
-        raise ValueError(f"precision={precision!r} (valid: {', '.join(kernels.PRECISION_CHOICES)})")
+    check_choice("kernel", kernel, ("auto", *kernels.KERNELS))
+    check_choice("precision", precision, kernels.PRECISION_CHOICES)
     # What "auto" stands for is part of the buffer's form.
-    named = [name for name in kernels.SMOOTHINGS if name != "auto"]
-    if smoothing not in named:
-        raise ValueError(f"smoothing={smoothing!r} (valid: {', '.join(named)})")
+    check_choice("smoothing", smoothing, [name for name in kernels.SMOOTHINGS if name != "auto"])
 
 
 def check_are_plain(**tensors: Tensor | None) -> None:

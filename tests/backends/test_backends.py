@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -239,8 +240,14 @@ def test_what_would_be_taken_for_something_else_is_refused(impl: str) -> None:
         attention.forward(query[0], key[0], value[0], output=torch.empty_like(query[0]))
     with pytest.raises(RuntimeError, match=r"query has head_size 32 \(valid: 64\)"):
         attention.forward(query[..., :32], key[..., :32], value)
-    with pytest.raises(TypeError, match="attn_metadata is a dict"):
-        attention.forward(query, key, value, {"attn_mask": torch.zeros(2, 33)})  # type: ignore[arg-type]
+    # FastVideo's layer for sparse attention passes its gate in front of the metadata.
+    for metadata in ({"attn_mask": torch.zeros(2, 33)}, query, [None], 3, AttentionMetadata):
+        with pytest.raises(TypeError, match=f"attn_metadata is a {type(metadata).__name__}"):
+            attention.forward(query, key, value, metadata)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attn_metadata.is_causal='no' \(valid: True, False\)"):
+        attention.forward(query, key, value, AttentionMetadata(0, is_causal="no"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attn_mask is torch.complex64"):
+        attention.forward(query, key, value, AttentionMetadata(0, torch.ones(2, 33).cfloat()))
     with pytest.raises(TypeError, match="attn_mask is a list"):
         attention.forward(query, key, value, AttentionMetadata(0, [[1] * 33] * 2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"key is a NoneType \(valid: a tensor\)"):
@@ -369,6 +376,7 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         for name, value in (
             ("sliding_window", 8),
             ("alibi_slopes", torch.ones(2)),
+            ("alibi_slopes", np.ones(2)),
             ("logits_soft_cap", 30.0),
         ):
             with pytest.raises(ValueError, match=rf"{name}=.* \(valid: None"):
@@ -390,6 +398,10 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
         ({"num_kv_heads": 1.0}, r"num_kv_heads=1.0 \(valid: an int\)"),
         ({"softmax_scale": "x"}, r"softmax_scale='x' \(valid: a finite number, None\)"),
         ({"softmax_scale": math.nan}, "softmax_scale=nan"),
+        ({"softmax_scale": True}, "softmax_scale=True"),
+        ({"head_size": True}, "head_size=True"),
+        ({"causal": torch.ones(2)}, r"causal=tensor\(.* \(valid: True, False\)"),
+        ({"dropout_p": np.ones(2)}, r"dropout_p=array\(.* \(valid: 0 to 1\)"),
         ({"causal": "no"}, r"causal='no' \(valid: True, False\)"),
         ({"dropout_rate": "none"}, r"dropout_rate='none' \(valid: 0 to 1\)"),
     ],
@@ -397,6 +409,9 @@ def test_extra_arguments(caplog: pytest.LogCaptureFixture) -> None:
 def test_sizes_and_scales(implementation: type[AttentionImpl], change: dict[str, Any], message: str) -> None:
     sizes: dict[str, Any] = {"num_heads": 2, "head_size": 64, "causal": False, "softmax_scale": 0.1}
     assert implementation(**sizes, num_kv_heads=None).num_kv_heads == 2
+    numpy = {"num_heads": np.int64(2), "softmax_scale": np.float32(0.5), "causal": np.bool_(True)}
+    made = implementation(**{**sizes, **numpy}, dropout_p=torch.tensor(0.0))
+    assert (made.num_heads, made.softmax_scale, made.causal) == (2, 0.5, True)
     with pytest.raises(ValueError, match=message):
         implementation(**{**sizes, **change})
 

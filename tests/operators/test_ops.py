@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,7 @@ def jagged() -> Tensor:
         ((hnd(), hnd(batch=3), hnd(batch=3)), {}, "key has batch 3, query 2"),
         ((hnd(), hnd().half(), hnd()), {}, "key is torch.float16, query is torch.float32"),
         ((hnd(), hnd(device="meta"), hnd()), {}, "key is on meta, query on cpu"),
+        ((hnd(), hnd(), hnd(), hnd(device="meta")), {}, "attn_mask is on meta, query on cpu"),
         ((hnd(), hnd(), hnd()[0, 0, 0]), {}, "value has 1 dimensions"),
         ((hnd()[None], hnd(batch=3)[None], hnd()[None]), {}, "do not broadcast: (1, 2, "),
         ((hnd(), hnd(), hnd(), torch.ones(20, 7).bool()), {}, "does not broadcast"),
@@ -240,11 +242,35 @@ def test_inputs_that_do_not_fit_raise_like_sdpa(tensors: Any, kwargs: Any, messa
         ({"kernel": ["auto"]}, r"kernel=\['auto'\] \(valid: auto, "),
         ({"precision": ["fast"]}, "valid: auto, fast, balanced, accurate"),
         ({"smoothing": ["mean"]}, r"smoothing=\['mean'\] \(valid: mean, "),
+        ({"wires": np.array(["inputs", "8-bit"])}, r"wires=array\(.* \(valid: inputs, 8-bit\)"),
+        ({"skip_by": np.array(["scores", "sample"])}, r"skip_by=array\(.* \(valid: scores, sample\)"),
+        ({"dropout_p": torch.zeros(2)}, r"dropout_p=tensor\(.* \(valid: 0 to 1\)"),
+        ({"is_causal": "no"}, r"is_causal='no' \(valid: True, False\)"),
+        ({"enable_gqa": 2}, r"enable_gqa=2 \(valid: True, False\)"),
     ],
 )
 def test_unknown_values_list_the_valid_ones(kwargs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sage_attention(hnd(), hnd(), hnd(), **kwargs)
+
+
+def test_numbers_are_those_of_numpy_and_tensors_too() -> None:
+    query, key, value = hnd(), hnd(), hnd()
+    expected = sage_attention(query, key, value, is_causal=True, scale=0.5, kernel="reference")
+    for scale, none, causal in (
+        (np.float32(0.5), np.float32(0), np.bool_(True)),
+        (torch.tensor(0.5), torch.tensor(0), 1),
+    ):
+        numbers: Any = {"scale": scale, "dropout_p": none, "skip_threshold": none, "is_causal": causal}
+        assert torch.equal(sage_attention(query, key, value, kernel="reference", **numbers), expected)
+    # SDPA breaks the graph there, too.
+    compiled = torch.compile(lambda *args, scale: sage_attention(*args, scale=scale), backend="eager")
+    exact = F.scaled_dot_product_attention(query, key, value, scale=0.5)
+    torch.testing.assert_close(compiled(query, key, value, scale=torch.tensor(0.5)), exact)
+    dropped = sage_attention(query, key, value, dropout_p=np.float32(1))  # type: ignore[arg-type]
+    assert isinstance(dropped, Tensor) and not dropped.any()
+    with pytest.raises(TypeError, match=r"scale='big' \(valid: a number, None\)"):
+        sage_attention(query, key, value, scale="big")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

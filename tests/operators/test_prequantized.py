@@ -339,6 +339,26 @@ def test_dtypes_must_be_alike() -> None:
         attention_prequantized(q.bfloat16(), found)
 
 
+def test_arguments_of_other_kinds_are_named() -> None:
+    q, k, v = inputs()
+    found = quantize_key_value(k, v, kernel="reference")
+    calls: list[tuple[Any, type[Exception], str]] = [
+        (lambda: attention_prequantized(q, (k, v)), TypeError, "key_value is a tuple"),
+        (lambda: attention_prequantized(q.numpy(), found), TypeError, "query is a ndarray"),
+        (lambda: attention_prequantized(q, found, scale="big"), TypeError, r"scale='big' \(valid: a number"),
+        (
+            lambda: attention_prequantized(q, found, "no"),
+            ValueError,
+            r"is_causal='no' \(valid: True, False\)",
+        ),
+        (lambda: quantize_key_value(None, v), TypeError, "key is a NoneType"),
+        (lambda: quantize_key_value(k, v, 1.0), TypeError, r"query is a float \(valid: a tensor, None\)"),
+    ]
+    for call, error, words in calls:
+        with pytest.raises(error, match=words):
+            call()
+
+
 def test_public_names() -> None:
     assert {"QuantizedKeyValue", "quantize_key_value", "attention_prequantized"} <= set(sage_inductor.__all__)
 

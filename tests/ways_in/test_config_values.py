@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sage_inductor import Config
@@ -51,3 +53,28 @@ def test_a_choice_is_checked_when_a_config_is_made(field: str, valid: str) -> No
         Config(**{field: "slow"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"{field}=\['fast'\]"):
         Config(**{field: ["fast"]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"{field}=array\(.* \(valid: {valid}\)"):
+        Config(**{field: np.array(["fast", "slow"])})  # type: ignore[arg-type]
+
+
+class Named(str, enum.Enum):
+    FAST = "fast"
+
+
+def test_texts_and_numbers_of_other_types_are_kept_as_plain_ones() -> None:
+    """`repr(config)` is part of the key of compiled graphs."""
+    plain = Config(precision="fast", skip_threshold=0.25, include=("fast",), cache_dir="fast")
+    for text, number in ((Named.FAST, np.float32(0.25)), (np.str_("fast"), np.float64(0.25))):
+        other = Config(precision=text, skip_threshold=number, include=[text], cache_dir=text)  # type: ignore[arg-type]
+        assert other == plain and repr(other) == repr(plain)
+
+
+@pytest.mark.parametrize("name", ["kernel", "sage_kernel", "Sage.kernel", "sage.kernal", "sage."])
+def test_options_that_are_spelled_otherwise_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown option '{name}' \(valid: sage.kernel, sage.precision"):
+        Config.from_options({name: "reference"})
+
+
+def test_options_are_a_mapping() -> None:
+    with pytest.raises(TypeError, match=r"options='max-autotune' \(valid: a dict, None\)"):
+        Config.from_options("max-autotune")  # type: ignore[arg-type]

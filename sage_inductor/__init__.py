@@ -21,7 +21,9 @@ class _PatternsBesideTheSources(MetaPathFinder):
     """
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname != "sage_inductor.patterns":
+        if (
+            fullname != "sage_inductor.patterns" or not _PATTERNS.is_dir()
+        ):  # a wheel on sys.path: no folder at all
             return None
         return spec_from_file_location(
             fullname, _PATTERNS / "__init__.py", submodule_search_locations=[str(_PATTERNS)]

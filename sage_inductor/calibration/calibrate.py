@@ -214,7 +214,7 @@ class _Decisions:
         if not self.prober.graphs:
             raise RuntimeError(
                 "Dynamo made no graph of the model, nothing was measured (is it compiled already, and at Dynamo's "
-                "limit of recompiles? torch._dynamo.reset())"
+                "limit of recompiles? torch._dynamo.reset(); is Dynamo disabled, by TORCHDYNAMO_DISABLE or a stance?)"
             )
         sites = [self._decide(key, results) for key, results in measured.items()]
         if self.skip:

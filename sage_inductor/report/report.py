@@ -105,7 +105,13 @@ class Report:
         return ["computed by operators, which stay:", *map(str, self.operators)] if self.operators else []
 
     def hints(self) -> list[str]:
-        """The precision that "auto" took where "fast" cannot run, and what to try where no kernel can. Else empty."""
+        """Why there is no graph; the precision that "auto" took where "fast" cannot run, and what to try where no kernel can. Else
+        empty."""
+        if not self.graphs:
+            return [
+                "Dynamo made no graph of it: is it disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, "
+                "torch.compiler.disable)?"
+            ]
         slower = {site.precision for site in self.rewritten if site.precision_was_open} - {"fast"}
         if slower:
             return [

@@ -82,10 +82,13 @@ def version(package: str) -> str:
 
 
 def source_files(folders: Iterable[Path]) -> list[Path]:
-    """Every source file below `folders`, sorted."""
-    return sorted(
-        {file.resolve() for root in folders for file in root.rglob("*") if file.suffix in SOURCE_SUFFIXES}
-    )
+    """Every source file below `folders`, sorted; the archive that holds a folder which is in one (`zipimport`)."""
+    found: set[Path] = set()
+    for root in folders:
+        found.update(file.resolve() for file in root.rglob("*") if file.suffix in SOURCE_SUFFIXES)
+        if not root.is_dir():
+            found.update(parent for parent in root.parents if parent.is_file())
+    return sorted(found)
 
 
 def digest(files: Iterable[Path]) -> hashlib._Hash:

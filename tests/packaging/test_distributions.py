@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sage_inductor
+from sage_inductor.tuning.machine import digest, source_files
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT = shutil.ignore_patterns(
@@ -52,6 +53,22 @@ def test_a_source_distribution_holds_what_its_tests_share(sources: Path) -> None
     assert {"tests/conftest.py", "tests/helpers/zoo.py", "tests/constraints.txt", "setup.py"} <= names
     assert {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("*.py")} <= names
     assert not [name for name in names if name.endswith(".pyc")]
+
+
+def test_the_package_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel on sys.path: its patterns are found in it, and keys of caches go by its bytes."""
+    finder = sage_inductor._PatternsBesideTheSources()
+    monkeypatch.setattr(sage_inductor, "_PATTERNS", ROOT / "patterns")
+    assert finder.find_spec("sage_inductor.patterns") is not None
+    wheel = tmp_path / "package.whl"
+    monkeypatch.setattr(sage_inductor, "_PATTERNS", wheel / "patterns")
+    assert finder.find_spec("sage_inductor.patterns") is None
+    hashes = []
+    for content in ("a = 1", "a = 2"):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("sage_inductor/__init__.py", content)
+        hashes.append(digest(source_files([wheel / "sage_inductor"])).hexdigest())
+    assert hashes[0] != hashes[1]
 
 
 def test_version() -> None:

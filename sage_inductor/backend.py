@@ -115,9 +115,14 @@ def explain(
 
     Raises:
         NotEligibleError: as from the backend.
+        TypeError: a model that cannot be called, `dynamic` or `regional` of another type.
         ValueError: `regional` names no module of the model.
     """
     chosen = Config.of(config)
+    if not callable(model):
+        raise TypeError(f"model is a {type(model).__name__} (valid: a module, a function)")
+    if dynamic not in (True, False, None):
+        raise TypeError(f"dynamic={dynamic!r} (valid: True, False, None)")
     sites: list[Site] = []
     graphs = 0
     not_read: list[Unread] = []

@@ -19,6 +19,7 @@ from sage_inductor.calibration.records import Key, SkippingMeasurements, figure
 from sage_inductor.calibration.samples import Phase, Sample, phases_of
 from sage_inductor.config import Config
 from sage_inductor.kernels import SMOOTHINGS
+from sage_inductor.kernels.arguments import as_number, check_choice
 from sage_inductor.kernels.forms import parts_of
 from sage_inductor.kernels.skipping import DECIDERS, LADDER, expected_time
 from sage_inductor.measurement.metrics import METRICS, compare
@@ -104,6 +105,10 @@ def calibrate(
     chosen = Config.of(config)
     if chosen.plan is not None:
         raise ValueError("config.plan (valid: None; calibrate makes a plan)")
+    if not callable(model):
+        raise TypeError(f"model is a {type(model).__name__} (valid: a module, a function)")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress={progress!r} (valid: a function, None)")
     if not isinstance(skip, bool):
         raise TypeError(f"skip={skip!r} (valid: True, False)")
     if chosen.skip_threshold:
@@ -164,10 +169,9 @@ class _Goal:
 
     @classmethod
     def of(cls, metric: str, tolerance: float | None, effect: str) -> _Goal:
-        if metric not in METRICS:
-            raise ValueError(f"metric={metric!r} (valid: {', '.join(METRICS)})")
-        if effect not in EFFECTS:
-            raise ValueError(f"effect={effect!r} (valid: {', '.join(EFFECTS)})")
+        check_choice("metric", metric, METRICS)
+        check_choice("effect", effect, EFFECTS)
+        tolerance = as_number(tolerance)
         if effect == "none" and metric == "output_rel_l2":
             raise ValueError("effect='none' with metric='output_rel_l2' (valid: decided, all)")
         criterion = METRICS[metric]

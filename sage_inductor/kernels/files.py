@@ -19,12 +19,14 @@ R = TypeVar("R")
 
 def naming_the_path(function: Callable[Concatenate[PathName, P], R]) -> Callable[Concatenate[PathName, P], R]:
     """Errors of `function` name the path that it was given: Python's about names that no file can have name none, and others the file
-    beside it that is written first."""
+    beside it that is written first. Raises TypeError for what is no path; a number would be a file that is open."""
 
     @functools.wraps(function)
     def named(path: PathName, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not isinstance(path, (str, bytes, PathLike)):
+            raise TypeError(f"path={path!r} (valid: a str, an os.PathLike)")
         try:
-            return function(path, *args, **kwargs)
+            return function(os.fsdecode(path), *args, **kwargs)
         except OSError as error:
             if error.filename is not None:
                 error.filename = str(path)

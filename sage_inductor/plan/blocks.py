@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ def blocks_of(model: Callable[..., Any], regional: bool | Sequence[str | type[nn
         return []
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     classes = getattr(model, "_repeated_blocks", None) if regional is True else regional
-    if isinstance(classes, str):
+    if isinstance(classes, str) or not isinstance(classes, (Iterable, NoneType)):
         raise TypeError(
             f"regional={classes!r} (valid: True, False, a tuple or list of classes or their names)"
         )

@@ -49,6 +49,11 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(f"{name!r} names no file: ")):
             attempt(name)
+    for attempt in (Plan.load, fuzz.PLAN.save):  # 0 is a file that is open
+        with pytest.raises(TypeError, match=r"path=0 \(valid: a str, an os.PathLike\)"):
+            attempt(0)
+    fuzz.PLAN.save(os.fsencode(tmp_path / "plan.json"))
+    assert Plan.load(os.fsencode(tmp_path / "plan.json")) == fuzz.PLAN
     missing = tmp_path / "missing" / "plan.json"
     with pytest.raises(FileNotFoundError) as caught:  # and not of the file beside it that is written first
         fuzz.PLAN.save(missing)

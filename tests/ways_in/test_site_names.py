@@ -418,6 +418,12 @@ def test_explain_names_what_regional_cannot_be() -> None:
         explain(lambda x: x, make_x(), regional=True)
     with pytest.raises(TypeError, match="regional='Block'"):
         explain(make_model(), make_x(), regional="Block")
+    with pytest.raises(TypeError, match=r"regional=3 \(valid: True, False, a tuple"):
+        explain(make_model(), make_x(), regional=3)
+    with pytest.raises(TypeError, match=r"dynamic='yes' \(valid: True, False, None\)"):
+        explain(make_model(), make_x(), dynamic="yes")
+    with pytest.raises(TypeError, match="model is a NoneType"):
+        explain(None, make_x())
 
 
 def test_explain_takes_dynamic() -> None:

@@ -25,7 +25,7 @@ from sage_inductor.graph.call import (
     laid_out_as,
     trace,
 )
-from sage_inductor.graph.sizes import sizes_of, strides_of
+from sage_inductor.graph.sizes import differ, sizes_of, strides_of
 from sage_inductor.patterns import efficient_attention, flash_attention
 from sage_inductor.patterns.flash_attention import PackedCall
 from sage_inductor.patterns.nodes import reads_nothing
@@ -88,6 +88,8 @@ class VarlenAttention(OpaquePattern):
         reasons = []
         if call.ends is None or call.key_ends is None:
             reasons.append(f"cu_seq_{'q' if call.ends is None else 'k'}=None (supported: a tensor)")
+        elif counts := _different_counts(call.ends, call.key_ends):
+            reasons.append(f"cu_seq_q and cu_seq_k of {counts} numbers (supported: as many in both)")
         elif call.window != (-1, -1) and call.ends is not call.key_ends:
             reasons.append(f"window of {name} with cu_seq_q and cu_seq_k apart (supported: one for both)")
         inputs = [example_tensor(item) for item in (call.query, call.key, call.value)]
@@ -163,6 +165,12 @@ def _output(node: fx.Node) -> Tensor:
 
 def _is_packed(tensor: Tensor) -> bool:
     return tensor.dim() == 3 or (tensor.dim() == 4 and sizes_of(tensor)[0] == 1)
+
+
+def _different_counts(ends: fx.Node, key_ends: fx.Node) -> str | None:
+    """How many numbers two `cu_seqlens` have that are not of the same sequences, which the operators refuse."""
+    counts = [tensor.shape[0] for tensor in map(example_tensor, (ends, key_ends)) if tensor is not None]
+    return " and ".join(map(str, counts)) if len(counts) == 2 and differ(*counts) else None
 
 
 def _has_groups(call: PackedCall) -> bool:

@@ -107,6 +107,7 @@ def test_symbolic_lengths() -> None:
     [
         (Config(), {}, 'varlen_attn (supported: a kernel by name; "auto" has no measurement against it)'),
         (BY_NAME, {"seqused_k": torch.tensor([9, 0, 20, 2], dtype=torch.int32)}, "seqused_k of varlen_attn (supported: None)"),
+        (BY_NAME, {"other": OTHER[:4]}, "cu_seq_q and cu_seq_k of 5 and 4 numbers (supported: as many in both)"),
         (BY_NAME, {"return_aux": varlen.AuxRequest(lse=True)}, "log-sum-exp of varlen_attn is read (supported: the output alone)"),
         (BY_NAME, {"other": OTHER, "window_size": (-1, 0)}, "window of varlen_attn with cu_seq_q and cu_seq_k apart (supported: one for both)"),
     ],

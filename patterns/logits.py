@@ -317,9 +317,8 @@ def _addition(node: fx.Node, order: Order) -> _Step | None:
     holds = [_holds_product(item) for item in (first, second)]
     if not any(holds):  # an einsum with relative positions looks like one with a single key head
         holds = [_holds_product(item, broadcast=True) for item in (first, second)]
-    if all(
-        holds
-    ):  # one that is the same for all heads or the whole batch is a mask: padding of queries times that of keys
+    # A product that is the same for all heads or the whole batch is a mask: padding of queries times that of keys.
+    if all(holds):
         holds = [shape_of(item) == shape_of(node) for item in (first, second)]
     if holds[0] == holds[1] or (node in SUB and holds[1]):
         return None

@@ -21,9 +21,8 @@ class _PatternsBesideTheSources(MetaPathFinder):
     """
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if (
-            fullname != "sage_inductor.patterns" or not _PATTERNS.is_dir()
-        ):  # a wheel on sys.path: no folder at all
+        # Where a wheel lies on sys.path as it is, there is no folder at all.
+        if fullname != "sage_inductor.patterns" or not _PATTERNS.is_dir():
             return None
         return spec_from_file_location(
             fullname, _PATTERNS / "__init__.py", submodule_search_locations=[str(_PATTERNS)]

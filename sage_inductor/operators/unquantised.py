@@ -54,9 +54,14 @@ def _with_weights_of_lse(query: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tens
 
     Its backward passes take the weights for `exp(score - lse)`. There the LSE is the number itself, and all weights would be 1.
     So the row is shifted to 0. What the number leaves nothing of are scores of 0, with no gradients for queries and keys."""
+    shape = attn_mask.shape
+    for dim, stride in enumerate(attn_mask.stride()):  # the same for all heads, say: no copy for each
+        if stride == 0 and shape[dim] > 1:
+            attn_mask = attn_mask.narrow(dim, 0, 1)
     top = attn_mask.detach().amax(-1, keepdim=True)
     low = (top < _LOW) & (top > -math.inf)
-    return query.masked_fill(low & (top <= _LOST), 0.0), attn_mask - top.masked_fill(~low, 0.0)
+    shifted = attn_mask - top.masked_fill(~low, 0.0)
+    return query.masked_fill(low & (top <= _LOST), 0.0), shifted.expand(shape)
 
 
 def exact_lse(

@@ -6,8 +6,8 @@
 memcheck finds accesses out of bounds (every tensor gets an allocation of its own, without PyTorch's caching; the parts
 of a call's workspace share one, so that only the sweep's comparison sees one part run into the next), racecheck races on
 shared memory, synccheck misused barriers. Only the package's kernels are looked at. Exits with the number of tools that
-found something. Of hopper synccheck reports a wait that warps reach apart, racecheck the votes on leaving out a tile:
-notes.md says why both stay ("Under compute-sanitizer").
+found something. Of hopper racecheck reports the votes on leaving out a tile: notes.md says why they stay ("Under
+compute-sanitizer").
 """
 
 from __future__ import annotations

@@ -174,3 +174,12 @@ def test_products_take_their_time(tmp_path: Path) -> None:
     assert 64 not in products(tmp_path, early="tile[8 * threadIdx.x] = 0;")  # an operand written before it
     with pytest.raises(EmulationError, match="wgmma without a wgmma.fence"):
         products(tmp_path, fence="")
+
+
+@needs_compiler
+def test_a_warp_that_waits_alone_is_seen(tmp_path: Path) -> None:
+    """PTX wants all warps of a warpgroup at one wait, also where the products are complete."""
+    alone = 'if (threadIdx.x < 32) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(0) : "memory");'
+    with pytest.raises(EmulationError, match="where others of the warpgroup are at another"):
+        products(tmp_path, early=alone, seeds=1)
+    assert products(tmp_path, early=alone.replace("threadIdx.x < 32", "a"), seeds=1) == {64}

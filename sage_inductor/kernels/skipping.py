@@ -111,11 +111,9 @@ def threshold_problem(value: object) -> str | None:
 
 def decider_problem(value: object) -> str | None:
     """Why `value` is no skip_by; None where it is one."""
-    return (
-        None
-        if isinstance(value, str) and value in DECIDERS
-        else f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
-    )
+    if isinstance(value, str) and value in DECIDERS:
+        return None
+    return f"skip_by={value!r} (valid: {', '.join(DECIDERS)})"
 
 
 def unmeasured_skipping(problem: AttentionProblem, kernel: str) -> list[str]:

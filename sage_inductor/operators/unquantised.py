@@ -37,7 +37,7 @@ def sdpa(
         gqa = False
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, attn_mask))
     if attn_mask is not None and attn_mask.is_floating_point() and wanted and torch.is_grad_enabled():
-        query, attn_mask = _with_weights_of_lse(query, attn_mask)
+        query, attn_mask = _with_hidden_rows_at_zero(query, attn_mask)
     out = builtin_sdpa(
         query, key, value, attn_mask, is_causal=plain_causal, scale=params.scale, enable_gqa=gqa
     )
@@ -48,16 +48,17 @@ def sdpa(
 _LOW, _LOST = -1e4, -64 / torch.finfo(torch.float32).eps
 
 
-def _with_weights_of_lse(query: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+def _with_hidden_rows_at_zero(query: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
     """(query, attn_mask) of which SDPA makes the same output, and the gradients of it, where a number of an additive mask hides
     all keys of a query.
 
     Its backward passes take the weights for `exp(score - lse)`. There the LSE is the number itself, and all weights would be 1.
     So the row is shifted to 0. What the number leaves nothing of are scores of 0, with no gradients for queries and keys."""
     shape = attn_mask.shape
-    for dim, stride in enumerate(attn_mask.stride()):  # the same for all heads, say: no copy for each
-        if stride == 0 and shape[dim] > 1:
-            attn_mask = attn_mask.narrow(dim, 0, 1)
+    if not attn_mask.requires_grad:  # else each of its elements has a gradient of its own
+        for dim, stride in enumerate(attn_mask.stride()):  # the same for all heads, say: no copy for each
+            if stride == 0 and shape[dim] > 1:
+                attn_mask = attn_mask.narrow(dim, 0, 1)
     top = attn_mask.detach().amax(-1, keepdim=True)
     low = (top < _LOW) & (top > -math.inf)
     shifted = attn_mask - top.masked_fill(~low, 0.0)

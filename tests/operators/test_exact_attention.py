@@ -114,14 +114,29 @@ def test_the_gradient_reads_the_mask_as_it_is(mask: str, dtype: torch.dtype) -> 
     inputs = [tensor.requires_grad_() for tensor in qkv(dtype)]
     grad = torch.randn(2, HEADS, LENGTH, DIM, dtype=dtype)
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    query = doubles[0].masked_fill(
-        bias.amax(-1, keepdim=True) <= -1e9, 0
-    )  # the number leaves nothing of its scores
+    lost = bias.amax(-1, keepdim=True) <= -1e9  # the number leaves nothing of these scores
+    query = doubles[0].masked_fill(lost, 0)
     expected = torch.autograd.grad(float64_attention(query, *doubles[1:], bias)[0], doubles, grad.double())
     for out in (attention_training(*inputs, bias, **REFERENCE), ops.attention(*inputs, bias, **REFERENCE)):
         for one, right in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
             # The sum of probabilities times gradients cancels: its rounding in 16 bits is that of SDPA.
             assert relative_l2(one, right) < 8 * EPS[dtype]
+
+
+@pytest.mark.parametrize("of_mask", [False, True])
+def test_gradients_beside_a_mask_that_is_expanded(of_mask: bool) -> None:
+    """Those of a mask with memory for each element, its own included: they differ between heads."""
+    q, k, v = (tensor.requires_grad_() for tensor in qkv(torch.float32))
+    bias = lowest().expand(2, HEADS, LENGTH, LENGTH)
+    assert 0 in bias.stride()
+    grad = torch.randn(2, HEADS, LENGTH, DIM)
+    found = []
+    for mask in (bias.detach(), bias.detach().contiguous()):
+        wanted = [q, k, v, *([mask.requires_grad_()] if of_mask else [])]
+        out = ops.attention(q, k, v, mask, kernel_name="sdpa")
+        found.append(torch.autograd.grad(out, wanted, grad))
+    for one, right in zip(*found, strict=True):
+        torch.testing.assert_close(one, right)
 
 
 def test_calibration_compares_with_the_mask_as_it_is() -> None:

@@ -36,10 +36,8 @@ def window_within(part: Value, query_ids: Value, key_ids: Value, writes: Writes)
     positions lie apart: `positions[keys] > positions[queries] - 8`, `abs(positions[queries] - positions[keys]) <= 8`. Ids as
     above."""
     if len(part.args) == 2 and type(part.args[1]) is int and operation(part) in _COMPARED:
-        distance = _first_of(part.args[0], "abs", writes)
-        found = (
-            None if distance is None or not is_function(part, writes) else operands(distance, _SUB, writes)
-        )
+        distance = _first_of(part.args[0], "abs", writes) if is_function(part, writes) else None
+        found = None if distance is None else operands(distance, _SUB, writes)
         indices = None if found is None else _indices(found[1:], query_ids, key_ids, writes)
         if indices is None:
             return None
@@ -49,9 +47,9 @@ def window_within(part: Value, query_ids: Value, key_ids: Value, writes: Writes)
         return None
     (left, added), (right, more) = (_shifted(item, writes) for item in found[1:])
     indices = _indices((left, right), query_ids, key_ids, writes)
-    return (
-        None if indices is None else Expr.of(found[0], indices[0], Expr.of("add", indices[1], more - added))
-    )
+    if indices is None:
+        return None
+    return Expr.of(found[0], indices[0], Expr.of("add", indices[1], more - added))
 
 
 def _shifted(item: Value, writes: Writes) -> tuple[Value, int]:
